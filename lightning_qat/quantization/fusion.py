@@ -1,0 +1,137 @@
+"""Which ops the accelerator runs as one, so that only the last of them needs an output quantizer.
+
+Patterns, longest first: a GEMM layer, then optionally batch_norm, then add, then a relu; batch_norm + relu; add + relu.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_qat.quantization.op_graph import Op, OpGraph
+
+HEADS = frozenset(
+    ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "batch_norm", "add"]
+)
+GEMM_LAYERS = HEADS - {"batch_norm", "add"}
+_STAGES = ({"batch_norm"}, {"add"}, {"relu", "relu6", "hardtanh"})
+
+
+@dataclass(frozen=True)
+class FusionGroup:
+    """Ops that are computed as one; ``ops[-1]`` carries the output quantizer."""
+
+    ops: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FusionMiss:
+    """Ops that match a pattern and are not fused, with the cause and where to look."""
+
+    ops: tuple[str, ...]
+    kinds: tuple[str, ...]
+    cause: str
+    location: str
+
+
+def find_fusions(graph: OpGraph) -> tuple[tuple[FusionGroup, ...], tuple[FusionMiss, ...]]:
+    """Find the groups to fuse, and the near misses with their cause.
+
+    Args:
+        graph: the traced ops.
+
+    Returns:
+        Groups in execution order, and misses in execution order.
+    """
+    finder = _Finder(graph)
+    groups: list[FusionGroup] = []
+    misses: list[FusionMiss] = []
+    taken: set[str] = set()
+    for op in graph.ops:
+        if op.kind not in HEADS or op.name in taken or not op.data_dependent:
+            continue
+        chain, miss = finder.chain(op, taken)
+        if miss is not None:
+            misses.append(miss)
+        if len(chain) > 1:
+            groups.append(FusionGroup(tuple(o.name for o in chain), tuple(o.kind for o in chain)))
+            taken.update(o.name for o in chain)
+    return tuple(groups), tuple(misses)
+
+
+class _Finder:
+    def __init__(self, graph: OpGraph) -> None:
+        self.graph = graph
+        self.position = {op.name: i for i, op in enumerate(graph.ops)}
+
+    def chain(self, head: Op, taken: set[str]) -> tuple[list[Op], FusionMiss | None]:
+        chain = [head]
+        stage = next((i + 1 for i, kinds in enumerate(_STAGES) if head.kind in kinds), 0)
+        while stage < len(_STAGES):
+            last = chain[-1]
+            consumers = self.graph.consumers.get(last.name, ())
+            fitting = [c for c in consumers if self._stage(c) >= stage]
+            if not fitting:
+                return chain, None
+            follower = fitting[0]
+            if self._is_residual(last, follower, taken):
+                return chain, None
+            cause = self._obstacle(last, follower, consumers)
+            if cause is not None:
+                ops = (*chain, follower)
+                miss = FusionMiss(tuple(o.name for o in ops), tuple(o.kind for o in ops), cause, follower.location)
+                return chain, miss
+            twins = self._other_heads(last, follower)
+            if twins is None or follower.name in taken:
+                return chain, None
+            chain = [*chain, *twins, follower]
+            stage = self._stage(follower) + 1
+        return chain, None
+
+    def _stage(self, op: Op) -> int:
+        return next((i for i, kinds in enumerate(_STAGES) if op.kind in kinds), -1)
+
+    def _is_residual(self, last: Op, follower: Op, taken: set[str]) -> bool:
+        """Of two operands of an add that could both fuse, the one computed last does; the other is the residual."""
+        if follower.kind != "add":
+            return False
+        for name in self._producers(follower, exclude=last):
+            other = self.graph.by_name[name]
+            later = self.position[name] > self.position[last.name]
+            same_operand = self._share_operand(last, other, follower)
+            if later and not same_operand and other.kind in HEADS - {"add"}:
+                if len(self.graph.consumers.get(name, ())) == 1:
+                    return True
+        return False
+
+    def _producers(self, op: Op, exclude: Op) -> set[str]:
+        names = {s.name for o in op.operands if o.role == "data" for s in o.sources if s.kind == "op"}
+        return names - {exclude.name}
+
+    def _share_operand(self, one: Op, other: Op, follower: Op) -> bool:
+        return any({one.name, other.name} <= {s.name for s in o.sources} for o in follower.operands)
+
+    def _obstacle(self, last: Op, follower: Op, consumers: tuple[Op, ...]) -> str | None:
+        if last.name in self.graph.leaving:
+            return "the intermediate result also leaves the region"
+        if len(consumers) > 1:
+            others = ", ".join(c.name for c in consumers if c is not follower)
+            return f"the intermediate result of {last.name} has another consumer: {others}"
+        if last.forwards != follower.forwards:
+            return "dynamic code: the ops did not run together in every forward; mark the block with dynamic_block"
+        if any(s.kind == "mutated" and s.name == last.name for o in follower.operands for s in o.sources):
+            return "the intermediate result is written in place"
+        return None
+
+    def _other_heads(self, last: Op, follower: Op) -> list[Op] | None:
+        """Ops that feed the same operand of ``follower`` (modules picked in a dynamic block): all must fit."""
+        for operand in follower.operands:
+            names = [s.name for s in operand.sources if s.kind == "op"]
+            if last.name not in names:
+                continue
+            if len(names) != len(operand.sources):
+                return None
+            twins = [self.graph.by_name[n] for n in names if n != last.name]
+            fits = all(t.kind == last.kind and len(self.graph.consumers.get(t.name, ())) == 1 for t in twins)
+            return twins if fits else None
+        return None

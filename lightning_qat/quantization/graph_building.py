@@ -1,0 +1,269 @@
+"""Collecting the ops of several traced forwards into one :class:`OpGraph` with names for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import Tensor
+
+from lightning_qat.quantization.call_path import ScopeNode
+from lightning_qat.quantization.op_graph import Op, Operand, OperandRole, OpGraph, RegionOutput, Source
+from lightning_qat.quantization.tensor_leaves import dtype_name, is_float
+from lightning_qat.quantization.torch_functions import OpSpec, is_interceptable
+
+_FUNCTORCH_REASON = "runs inside a function transform (vmap, grad), where values are wrapped"
+
+
+class OpRecord:
+    """What is known so far of one op."""
+
+    def __init__(self, key: str, node: ScopeNode, builder: GraphBuilder) -> None:
+        self.key = key
+        self.node = node
+        self.spec = OpSpec("", "float")
+        self.location = "?"
+        self.reason = ""
+        self.operands: dict[int, _OperandRecord] = {}
+        self.outputs: list[tuple[str, tuple[int, ...]]] = []
+        self.calls: dict[int, int] = {}
+        self.inplace = False
+        self.mask = False
+        self._builder = builder
+
+    def observe(
+        self,
+        spec: OpSpec,
+        location: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: list[tuple[Tensor, Source, bool]],
+        outputs: list[Tensor],
+    ) -> None:
+        """Add one call to the record."""
+        self._builder.met(self)
+        self.spec, self.location, self.reason = spec, location, spec.reason
+        if any(_is_wrapped(t) for t in outputs):
+            self.spec = OpSpec(spec.kind, "float", reason=_FUNCTORCH_REASON)
+            self.reason = _FUNCTORCH_REASON
+        names = _parameter_names(spec, args, kwargs)
+        for index, (tensor, source, mask) in enumerate(operands):
+            record = self.operands.setdefault(index, _OperandRecord(names.get(id(tensor), "")))
+            record.dtype, record.shape = dtype_name(tensor.dtype), tuple(tensor.shape)
+            record.sources[source] = None
+            record.mask = record.mask or mask
+        if not self.outputs or outputs:
+            self.outputs = [(dtype_name(t.dtype), tuple(t.shape)) for t in outputs]
+
+    def role_of(self, operand: _OperandRecord) -> OperandRole:
+        """What an operand is to the op."""
+        spec = self.spec
+        if not _is_float_name(operand.dtype):
+            return "index"
+        if operand.name and operand.name == spec.weight:
+            return "weight"
+        if spec.operands is None or not spec.parameters:
+            return "data"
+        return "data" if operand.name in spec.operands else "parameter"
+
+
+class _OperandRecord:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.dtype = ""
+        self.shape: tuple[int, ...] = ()
+        self.sources: dict[Source, None] = {}
+        self.mask = False
+
+
+class GraphBuilder:
+    """Collects records over forwards."""
+
+    def __init__(self, target_type: str) -> None:
+        self.target_type = target_type
+        self.forwards = 0
+        self._order: list[OpRecord] = []
+        self._positions: dict[str, int] = {}
+        self._cursor = 0
+        self._met: set[str] = set()
+        self._training = False
+        self._seen_by_mode: dict[bool, list[set[str]]] = {False: [], True: []}
+        self._forward = 0
+        self._outputs: dict[str, tuple[str, dict[Source, None]]] = {}
+
+    def record(self, digest: str, node: ScopeNode, kind: str) -> OpRecord:
+        """Make the record of an op that is met for the first time."""
+        return OpRecord(digest, node, self)
+
+    def begin(self, training: bool) -> None:
+        """Start a forward."""
+        self._forward += 1
+        self._cursor, self._met, self._training = 0, set(), training
+
+    def met(self, record: OpRecord) -> None:
+        """Note a call of an op; a new op goes behind the one before it, so that the order is that of execution."""
+        record.calls[self._forward] = record.calls.get(self._forward, 0) + 1
+        if record.key in self._met:
+            return
+        self._met.add(record.key)
+        if len(record.calls) == 1:
+            self._order.insert(self._cursor, record)
+            self._cursor += 1
+        else:
+            self._cursor = max(self._cursor, self._index(record) + 1)
+
+    def _index(self, record: OpRecord) -> int:
+        start = self._cursor
+        if start < len(self._order) and self._order[start] is record:
+            return start
+        return next(i for i, other in enumerate(self._order) if other is record)
+
+    def leaving(self, path: str, tensor: Tensor, source: Source) -> None:
+        """Note a tensor that leaves the region."""
+        dtype, sources = self._outputs.setdefault(path, (dtype_name(tensor.dtype), {}))
+        sources[source] = None
+
+    def end(self) -> None:
+        """Finish a forward."""
+        self.forwards += 1
+        self._seen_by_mode[self._training].append(self._met)
+
+    def graph(self, constants: set[str]) -> OpGraph:
+        """Freeze what was collected; ``constants`` are the unknown tensors that stayed the same."""
+        dependent = _data_dependent(self._order, constants)
+        names = _display_names(self._order)
+
+        def resolve(sources: dict[Source, None]) -> tuple[Source, ...]:
+            resolved: dict[Source, None] = {}
+            for source in sources:
+                if source.kind in ("op", "mutated"):
+                    resolved[Source(source.kind, names[source.name], source.output)] = None
+                elif source.kind == "opaque":
+                    constant = source.name in constants
+                    resolved[Source("constant", "tensor") if constant else Source("opaque", "unknown")] = None
+                else:
+                    resolved[source] = None
+            return tuple(resolved)
+
+        masks = _masks(self._order)
+        ops = []
+        for record in self._order:
+            operands = tuple(
+                Operand(
+                    index,
+                    operand.name,
+                    record.role_of(operand),
+                    operand.dtype,
+                    operand.shape,
+                    resolve(operand.sources),
+                    operand.mask or any(s.kind in ("op", "mutated") and s.name in masks for s in operand.sources),
+                )
+                for index, operand in sorted(record.operands.items())
+            )
+            ops.append(
+                Op(
+                    name=names[record.key],
+                    kind=record.spec.kind,
+                    role=record.spec.role,
+                    scope=record.node.display,
+                    module_type=record.node.module_type,
+                    key=record.key,
+                    location=record.location,
+                    reason=record.reason,
+                    gemm=record.spec.gemm,
+                    weight_axis=record.spec.weight_axis,
+                    operands=operands,
+                    outputs=tuple(record.outputs),
+                    forwards=len(record.calls),
+                    calls=max(record.calls.values(), default=0),
+                    inplace=record.inplace,
+                    mask=record.key in masks,
+                    data_dependent=record.key in dependent,
+                )
+            )
+        outputs = tuple(RegionOutput(path, dtype, resolve(s)) for path, (dtype, s) in self._outputs.items())
+        return OpGraph(self.target_type, tuple(ops), outputs, self.forwards, self._varying())
+
+    def _varying(self) -> tuple[str, ...]:
+        """Locations of ops that ran in some forwards of a mode and not in others (dynamic code)."""
+        some: set[str] = set()
+        for forwards in self._seen_by_mode.values():
+            if forwards:
+                some |= forwards[0].union(*forwards) - forwards[0].intersection(*forwards)
+        return tuple(dict.fromkeys(r.location for r in self._order if r.key in some and is_interceptable(r.spec)))
+
+
+def _parameter_names(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, str]:
+    named = {id(a): name for name, a in zip(spec.parameters, args, strict=False) if isinstance(a, Tensor)}
+    return named | {id(a): name for name, a in kwargs.items() if isinstance(a, Tensor)}
+
+
+def _data_dependent(order: list[OpRecord], constants: set[str]) -> set[str]:
+    """Ops whose result depends on an input of the region (or on something unseen)."""
+
+    def depends(source: Source) -> bool:
+        if source.kind in ("op", "mutated"):
+            return source.name in found
+        return source.kind == "input" or (source.kind == "opaque" and source.name not in constants)
+
+    found: set[str] = set()
+    changed = True
+    while changed:  # more than one pass only where a dynamic block feeds itself
+        before = len(found)
+        for record in order:
+            if record.key not in found and record.spec.role != "create":
+                if any(depends(s) for operand in record.operands.values() for s in operand.sources):
+                    found.add(record.key)
+        changed = len(found) != before
+    return found
+
+
+_MASK_MAKERS = {"masked_fill", "where", "full", "full_like", "new_full", "fill", "setitem", "mul", "tensor"}
+_MASK_CARRIERS = {"add", "sub", "baddbmm", "addmm", "mul"}
+
+
+def _masks(order: list[OpRecord]) -> set[str]:
+    """Ops whose result holds "never attend here" fills: made by a huge negative scalar, carried on by adding."""
+    found: set[str] = set()
+    for record in order:
+        kind, role = record.spec.kind, record.spec.role
+        made = record.mask and kind in _MASK_MAKERS
+        incoming = any(
+            operand.mask or any(s.kind in ("op", "mutated") and s.name in found for s in operand.sources)
+            for operand in record.operands.values()
+        )
+        if made or (incoming and (role in ("pass", "join") or kind in _MASK_CARRIERS)):
+            found.add(record.key)
+    return found
+
+
+def _display_names(order: list[OpRecord]) -> dict[str, str]:
+    """Name ops: the module path where a module is one op, else ``<scope>.<kind>_<n>``."""
+    substantial = Counter(record.node.key for record in order if _is_substantial(record))
+    counters: Counter[tuple[str, str]] = Counter()
+    names: dict[str, str] = {}
+    for record in order:
+        node, kind = record.node, record.spec.kind
+        alone = substantial[node.key] == 1 and not node.children and node.display != ""
+        if alone and _is_substantial(record):
+            names[record.key] = node.display
+            continue
+        index = counters[node.display, kind]
+        counters[node.display, kind] += 1
+        names[record.key] = f"{node.display}.{kind}_{index}" if node.display else f"{kind}_{index}"
+    return names
+
+
+def _is_substantial(record: OpRecord) -> bool:
+    """Whether an op computes floating-point values rather than moving them or counting."""
+    return record.spec.role not in ("pass", "create") and any(_is_float_name(dtype) for dtype, _ in record.outputs)
+
+
+def _is_float_name(dtype: str) -> bool:
+    return dtype.startswith(("float", "bfloat"))
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    from torch._C._functorch import is_functorch_wrapped_tensor
+
+    return bool(is_functorch_wrapped_tensor(tensor)) and is_float(tensor)

@@ -1,0 +1,62 @@
+"""Extra forward passes that leave no trace: buffers, train/eval modes and random state are put back exactly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Put back the random state of torch (CPU and every initialised accelerator), numpy and Python on exit."""
+    devices = (
+        list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    )
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def preserved_modes(module: nn.Module) -> Iterator[None]:
+    """Put back the train/eval flag of every submodule on exit (they may differ from each other)."""
+    flags = [(m, m.training) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, training in flags:
+            m.training = training
+
+
+@contextmanager
+def preserved_buffers(module: nn.Module) -> Iterator[None]:
+    """Put back every buffer on exit: the same tensor objects with the same contents."""
+    saved = [
+        (owner, name, buffer, None if buffer is None else buffer.detach().clone())
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad(), torch.inference_mode(False):
+            for owner, name, buffer, content in saved:
+                if buffer is not None and content is not None and not torch.equal(buffer, content):
+                    buffer.copy_(content)
+                owner._buffers[name] = buffer
+
+
+@contextmanager
+def preserved(module: nn.Module) -> Iterator[None]:
+    """All of the above together."""
+    with preserved_random_state(), preserved_modes(module), preserved_buffers(module):
+        yield

@@ -1,0 +1,277 @@
+"""What the user asks for: one default for activations and weights, and overrides from general to specific.
+
+Plain dataclasses, so that LightningCLI shows and validates them. Wrong values raise :class:`ConfigurationError` when the
+object is built, with a sentence that says what to write.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+import operator
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args
+
+from lightning_qat.quantization.dtypes import DtypeName, quant_dtype
+from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
+from lightning_qat.quantization.observers import ObserverName
+
+Scheme = Literal["symmetric", "affine"]
+Granularity = Literal["per_tensor", "per_channel"]
+
+# jsonargparse resolves these annotations at run time on Python 3.10 too, hence Optional/Union instead of "|".
+
+
+@dataclass
+class ActivationConfig:
+    """How activations are quantized by default.
+
+    Args:
+        dtype: ``int2`` ... ``int16``, ``uint2`` ... ``uint16``, or ``float32`` for not at all.
+        observer: how calibration turns statistics into a scale.
+        scheme: ``symmetric`` (zero point 0) or ``affine``.
+        percentile: share of the values, in percent, that the ``percentile`` observer keeps inside the range.
+
+    Raises:
+        ConfigurationError: a value is not one of the choices.
+    """
+
+    dtype: DtypeName = "int8"
+    observer: ObserverName = "mse"
+    scheme: Scheme = "symmetric"
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        _check_common(self.dtype, self.observer)
+        _check_choice("scheme", self.scheme, get_args(Scheme))
+        _check_percentile(self.percentile)
+
+
+@dataclass
+class WeightConfig:
+    """How weights are quantized by default: symmetric codes, ``-127..127`` for int8.
+
+    Args:
+        dtype: as for activations.
+        observer: as for activations.
+        granularity: one scale per output channel, or one for the whole tensor.
+
+    Raises:
+        ConfigurationError: a value is not one of the choices.
+    """
+
+    dtype: DtypeName = "int8"
+    observer: ObserverName = "minmax"
+    granularity: Granularity = "per_channel"
+
+    def __post_init__(self) -> None:
+        _check_common(self.dtype, self.observer)
+        _check_choice("granularity", self.granularity, get_args(Granularity))
+
+
+@dataclass
+class QConfig:
+    """The defaults for every point of a region.
+
+    Example:
+        >>> QConfig.of({"activation": {"dtype": "int16"}}).activation.dtype
+        'int16'
+    """
+
+    activation: ActivationConfig = field(default_factory=ActivationConfig)
+    weight: WeightConfig = field(default_factory=WeightConfig)
+
+    @classmethod
+    def of(cls, value: QConfig | Mapping[str, Any] | None) -> QConfig:
+        """Accept a QConfig, its dictionary or None (the defaults: int8, MSE activations, per-channel weights)."""
+        return _build(cls, value, "qconfig") if value is not None else cls()
+
+
+@dataclass
+class ActivationOverride:
+    """Fields to change for the activations an override matches; None means inherit.
+
+    Args:
+        dtype, observer, scheme, percentile: as in :class:`ActivationConfig`.
+        threshold: largest magnitude to represent: the scale becomes ``threshold / 2**(bits-1)`` for signed types
+            (``100`` gives ``100/32768`` for int16) and ``threshold / (2**bits - 1)`` for unsigned ones.
+        fixed_scale: the scale itself, a number or an expression such as ``100/32768``.
+    """
+
+    dtype: DtypeName | None = None
+    observer: ObserverName | None = None
+    scheme: Scheme | None = None
+    percentile: float | None = None
+    threshold: float | str | None = None
+    fixed_scale: float | str | None = None
+
+    def __post_init__(self) -> None:
+        _check_common(self.dtype, self.observer)
+        _check_choice("scheme", self.scheme, get_args(Scheme))
+        if self.percentile is not None:
+            _check_percentile(self.percentile)
+        if self.threshold is not None and self.fixed_scale is not None:
+            raise ConfigurationError("give threshold or fixed_scale, not both: threshold is divided by the code range.")
+        for name in ("threshold", "fixed_scale"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, positive_number(value, name))
+
+
+@dataclass
+class WeightOverride:
+    """Fields to change for the weights an override matches; None means inherit."""
+
+    dtype: DtypeName | None = None
+    observer: ObserverName | None = None
+    granularity: Granularity | None = None
+
+    def __post_init__(self) -> None:
+        _check_common(self.dtype, self.observer)
+        _check_choice("granularity", self.granularity, get_args(Granularity))
+
+
+@dataclass
+class Override:
+    """A rule that changes the configuration of the points it selects. Later rules win, field by field.
+
+    Args:
+        match: glob over point names, where only ``*`` and ``?`` are special; a pattern that names an op or a scope
+            covers all its points (``decoder.*``, ``layers.0.conv1``, ``*.ref_point*.input0``).
+        op_type: canonical torch function (``softmax``); with ``match``, both must hold.
+        activation: what changes for ``output`` and ``inputN`` points.
+        weight: what changes for ``weight`` points.
+
+    Raises:
+        ConfigurationError: neither selector or no change is given.
+    """
+
+    match: str | None = None
+    op_type: str | None = None
+    activation: ActivationOverride | None = None
+    weight: WeightOverride | None = None
+
+    def __post_init__(self) -> None:
+        if self.match is None and self.op_type is None:
+            raise ConfigurationError('an override needs a selector: match: "decoder.*" or op_type: softmax.')
+        if self.activation is None and self.weight is None:
+            raise ConfigurationError(
+                f"override {self.label} changes nothing: add activation: {{dtype: int16}} or weight: {{dtype: int16}}."
+            )
+
+    @property
+    def label(self) -> str:
+        """How reports name this rule."""
+        parts = [f"match {self.match!r}"] if self.match is not None else []
+        parts += [f"op_type {self.op_type!r}"] if self.op_type is not None else []
+        return ", ".join(parts)
+
+    @classmethod
+    def list_of(cls, values: Iterable[Override | Mapping[str, Any]] | None) -> list[Override]:
+        """Accept overrides or their dictionaries."""
+        if isinstance(values, (Mapping, str)):
+            raise ConfigurationError("overrides is a list: write - {match: ..., activation: {...}} for each rule.")
+        return [_build(cls, value, f"overrides[{i}]") for i, value in enumerate(values or ())]
+
+    def selects(self, point: str, op_type: str) -> bool:
+        """Whether the rule covers a point."""
+        if self.op_type is not None and self.op_type != op_type:
+            return False
+        return self.match is None or glob_covers(self.match, point)
+
+    def names_exactly(self, point: str) -> bool:
+        """Whether the rule spells out this point or its op, without wildcards."""
+        return self.match is not None and self.match in (point, point.rpartition(".")[0])
+
+
+def glob_covers(pattern: str, name: str) -> bool:
+    """Whether a glob matches a dotted name or one of its dotted prefixes; only ``*`` and ``?`` are special.
+
+    Example:
+        >>> glob_covers("decoder", "decoder.add_0.output"), glob_covers("dec", "decoder.add_0.output")
+        (True, False)
+    """
+    return re.fullmatch(_glob_regex(pattern) + r"(\..*)?", name, flags=re.DOTALL) is not None
+
+
+def positive_number(value: float | int | str, name: str) -> float:
+    """Read a positive number or an arithmetic expression of numbers.
+
+    Example:
+        >>> positive_number("100/32768", "fixed_scale")
+        0.0030517578125
+    """
+    try:
+        number = float(value) if not isinstance(value, str) else _evaluate(ast.parse(value, mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
+        raise ConfigurationError(f"{name} {value!r} is not a number or an expression such as 100/32768.") from error
+    if not (math.isfinite(number) and number > 0):
+        raise ConfigurationError(f"{name} must be a positive number, got {value!r}.")
+    return number
+
+
+_OPERATORS: dict[type[ast.operator], Any] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
+
+
+def _evaluate(node: ast.expr) -> float:
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
+        return float(node.value)  # floats overflow instead of growing without bound
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return float(_OPERATORS[type(node.op)](_evaluate(node.left), _evaluate(node.right)))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_evaluate(node.operand)
+    raise ValueError("not arithmetic")
+
+
+def _glob_regex(pattern: str) -> str:
+    return "".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in pattern)
+
+
+def _check_choice(what: str, value: object, choices: Iterable[str]) -> None:
+    if value is not None and value not in tuple(choices):
+        raise unknown_choice(what, value, choices)
+
+
+def _check_common(dtype: str | None, observer: str | None) -> None:
+    if dtype is not None and dtype != "float32":
+        quant_dtype(dtype)
+    _check_choice("observer", observer, get_args(ObserverName))
+
+
+def _check_percentile(value: float) -> None:
+    if not 50.0 < value <= 100.0:
+        raise ConfigurationError(f"percentile is in percent, above 50 and at most 100 (such as 99.99), got {value!r}.")
+
+
+_T = TypeVar("_T")
+_NESTED: dict[str, dict[str, type]] = {
+    "QConfig": {"activation": ActivationConfig, "weight": WeightConfig},
+    "Override": {"activation": ActivationOverride, "weight": WeightOverride},
+}
+
+
+def _build(cls: type[_T], value: Any, where: str) -> _T:
+    """Build a dataclass from a mapping; unknown keys are named, with near ones."""
+    if isinstance(value, cls):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"{where} must be a mapping such as {{dtype: int8}}, got {value!r}.")
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in value:
+        if key not in names:
+            raise unknown_choice(f"key in {where}:", key, names)
+    nested = _NESTED.get(cls.__name__, {})
+    given = {
+        key: _build(nested[key], item, f"{where}.{key}") if key in nested and item is not None else item
+        for key, item in value.items()
+    }
+    return cls(**given)

@@ -1,0 +1,386 @@
+"""A target with its graph, plan and fake-quants: attaching, states, checkpoints, removal."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.quantization.activation_checkpointing import CheckpointAwareness
+from lightning_qat.quantization.call_path import CallPaths, ScopeNode, user_location
+from lightning_qat.quantization.errors import ConfigurationError, PlanMismatchError, unknown_choice
+from lightning_qat.quantization.fake_quantize import FakeQuantize
+from lightning_qat.quantization.interception import CallPathMode, FunctionTable, Intercepted, active_mode
+from lightning_qat.quantization.op_graph import OpGraph
+from lightning_qat.quantization.plan import PLAN_VERSION, PointPlan, QuantPlan
+from lightning_qat.quantization.plan_compatibility import rebound
+from lightning_qat.quantization.tensor_leaves import map_call_leaves
+
+State = Literal["off", "observe", "quantize"]
+Updates = Literal["weight", "activation"]
+Tap = Callable[[str, Tensor, Tensor], None]
+REGION_NAME = "_quantization"
+
+
+class OpQuantizers:
+    """The fake-quants of one op, in the form interception needs."""
+
+    __slots__ = ("inputs", "output")
+
+    def __init__(self) -> None:
+        self.inputs: dict[int, tuple[str, FakeQuantize]] = {}
+        self.output: tuple[str, FakeQuantize] | None = None
+
+
+class _Unplanned:
+    """Stands for an op the plan does not know."""
+
+
+_UNPLANNED = _Unplanned()
+
+
+class Region(nn.Module):
+    """The quantized region of a model: child module ``_quantization`` of the target.
+
+    Everything it adds to the model lives here: the fake-quants, the plan and the graph (as extra state of the
+    checkpoint). The float state_dict keys stay as they are.
+
+    Args:
+        target: the module whose forward is quantized.
+        graph: what was traced.
+        plan: what was decided.
+        traced: the graph was traced from the code of this process (False: restored from a checkpoint).
+    """
+
+    target: nn.Module
+
+    def __init__(self, target: nn.Module, graph: OpGraph, plan: QuantPlan, traced: bool = True) -> None:
+        super().__init__()
+        self.__dict__["target"] = target  # not registered: the region is a child of the target
+        self._state: State = "off"
+        self._updates: frozenset[str] = frozenset({"weight"})
+        self._taps: tuple[Tap, ...] = ()
+        self._traced_graph = graph if traced else None
+        self.unplanned: dict[str, int] = {}
+        self._functions = FunctionTable()
+        self._intercepted: Intercepted | None = None
+        self.set_plan(graph, plan)
+
+    # -- what is where
+
+    def set_plan(self, graph: OpGraph, plan: QuantPlan) -> None:
+        """Replace graph, plan and fake-quants; the new fake-quants are not calibrated."""
+        self.graph = graph
+        self.plan = plan
+        device = next((t.device for t in self.target.parameters()), torch.device("cpu"))
+        self.fake_quants = nn.ModuleDict(
+            {_escape(p.name): _fake_quant(p) for p in plan.points if p.same_as is None}
+        ).to(device)
+        self.fake_quants.train(self.target.training)
+        self._bind()
+
+    @property
+    def points(self) -> dict[str, FakeQuantize]:
+        """The fake-quant of every point; weights that are used twice share one."""
+        modules = dict(self.fake_quants.items())
+        return {p.name: modules[_escape(p.same_as or p.name)] for p in self.plan.points}  # type: ignore[misc]
+
+    def _bind(self) -> None:
+        self._paths = CallPaths(self.target, self._find)
+        self._quantizers: dict[str, OpQuantizers] = {op.key: OpQuantizers() for op in self.graph.ops}
+        points = self.points
+        by_name = self.graph.by_name
+        for point in self.plan.points:
+            quantizers = self._quantizers[by_name[point.op].key]
+            if point.role == "output":
+                quantizers.output = (point.name, points[point.name])
+            else:
+                quantizers.inputs[point.operand] = (point.name, points[point.name])
+
+    def _find(self, digest: str, node: ScopeNode, kind: str) -> OpQuantizers | _Unplanned:
+        return self._quantizers.get(digest, _UNPLANNED)
+
+    # -- attaching and removing
+
+    def attach(self) -> Region:
+        """Become a child of the target and take over its forward (which stays float until the state changes)."""
+        if REGION_NAME in self.target._modules:
+            raise ConfigurationError(f"{type(self.target).__name__} already has fake-quants; remove() them first.")
+        self.target.add_module(REGION_NAME, self)
+        self._intercepted = Intercepted.install(self.target, self)
+        return self
+
+    def remove(self) -> nn.Module:
+        """Take everything off again and return the float module."""
+        if self._intercepted is None:
+            raise ConfigurationError("this region is not attached to a module (removed twice?).")
+        self._intercepted.uninstall()
+        self._intercepted = None
+        del self.target._modules[REGION_NAME]
+        return self.target
+
+    # -- state
+
+    @property
+    def current_state(self) -> State:
+        """``off``, ``observe`` or ``quantize``."""
+        return self._state
+
+    @property
+    def updates(self) -> frozenset[str]:
+        """Which scales follow the data while quantizing in train mode."""
+        return self._updates
+
+    def set_state(self, state: State, updates: Iterable[Updates] | None = None) -> None:
+        """Switch the whole region.
+
+        Args:
+            state: ``off``: the float module, exactly and at its speed. ``observe``: float results, statistics are
+                collected. ``quantize``: fake-quantized.
+            updates: which scales follow the data while quantizing *in train mode*: ``weight`` (the default) and
+                ``activation`` (EMA). Unchanged if not given.
+        """
+        if state not in get_args(State):
+            raise unknown_choice("state", state, get_args(State))
+        if updates is not None:
+            for update in updates:
+                if update not in get_args(Updates):
+                    raise unknown_choice("update", update, get_args(Updates))
+            self._updates = frozenset(updates)
+        self._state = state
+
+    @contextmanager
+    def state(self, state: State, updates: Iterable[Updates] | None = None) -> Iterator[Region]:
+        """Switch the region for the duration of a block; restores exactly, also after an exception."""
+        before = self._state, self._updates
+        self.set_state(state, updates)
+        try:
+            yield self
+        finally:
+            self._state, self._updates = before
+
+    @contextmanager
+    def only(self, names: Iterable[str]) -> Iterator[Region]:
+        """Quantize only the named points for the duration of a block."""
+        points = self.points
+        chosen = set(names)
+        for name in chosen:
+            if name not in points:
+                raise unknown_choice("point", name, points)
+        before = [(fake_quant, fake_quant.enabled) for fake_quant in points.values()]
+        enabled = {id(points[name]) for name in chosen}
+        try:
+            for fake_quant, _ in before:
+                fake_quant.enabled = id(fake_quant) in enabled
+            yield self
+        finally:
+            for fake_quant, flag in before:
+                fake_quant.enabled = flag
+
+    @contextmanager
+    def tap(self, tap: Tap) -> Iterator[None]:
+        """Call ``tap(point, float_value, quantized_value)`` at every quantization in the block."""
+        self._taps = (*self._taps, tap)
+        try:
+            yield
+        finally:
+            self._taps = tuple(t for t in self._taps if t is not tap)
+
+    # -- scales
+
+    def compute_scales(self, observer: str | None = None, dtype: str | None = None) -> None:
+        """Derive all scales from the statistics that calibration kept.
+
+        Args:
+            observer: another method than planned, for every point without a fixed scale.
+            dtype: another dtype than planned.
+        """
+        for fake_quant in {id(f): f for f in self.points.values()}.values():
+            fake_quant.compute_scale(observer, dtype)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether scales were computed or restored: at least one that is not merely fixed by the configuration."""
+        sources = [f.scale_source for f in self.points.values()]
+        return (bool(sources) and any(s not in (None, "fixed") for s in sources)) or all(s == "fixed" for s in sources)
+
+    # -- running
+
+    def open(self, frame: FrameType) -> CallPathMode | None:
+        """Decide about one entry of the forward; a recursive entry is part of the running one."""
+        if self._state == "off" or active_mode(self._paths) is not None:
+            return None
+        return RegionMode(self, frame)
+
+    def run(
+        self, mode: CallPathMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the forward under a mode; frames (and the tensors they hold) are let go at the end."""
+        try:
+            with CheckpointAwareness(), mode:
+                return forward(*args, **kwargs)
+        finally:
+            mode.calls.clear()
+
+    def note_unplanned(self, kind: str, frame: FrameType) -> None:
+        """Count an op that was not seen while tracing; it runs in float and is reported once per place."""
+        location = f"{kind} at {user_location(frame)}"
+        count = self.unplanned.get(location, 0)
+        self.unplanned[location] = count + 1
+        if count:
+            return
+        if self._traced_graph is None and not self.graph.varying:
+            raise PlanMismatchError(
+                f"the restored plan of {self.graph.target_type} does not know {location}: the code differs from the one "
+                "the checkpoint was made with. Restore the code, or insert fake-quant anew and calibrate."
+            )
+        warnings.warn(
+            f"{location} was not seen while tracing {self.graph.target_type}; it runs in float. Trace batches that reach "
+            "it, or, if its repetition varies, put the code into `with dynamic_block(self, ...)`.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    # -- checkpoints and copies
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Plan, graph and statistics as primitives and tensors."""
+        modules = dict(self.fake_quants.items())
+        return {
+            "version": PLAN_VERSION,
+            "graph": self.graph.to_dict(),
+            "plan": self.plan.to_dict(),
+            "statistics": {
+                p.name: modules[_escape(p.name)].get_statistics_state()  # type: ignore[operator]
+                for p in self.plan.points
+                if p.same_as is None
+            },
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Adopt a stored plan; called by load_state_dict before the fake-quants load their scales.
+
+        Raises:
+            PlanMismatchError: the plan does not fit the code.
+        """
+        graph, plan = read_extra_state(state)
+        if plan != self.plan:
+            graph = rebound(graph, self._traced_graph) if self._traced_graph is not None else graph
+            self.set_plan(graph, plan)
+        modules = dict(self.fake_quants.items())
+        for name, statistics in state["statistics"].items():
+            modules[_escape(name)].load_statistics_state(statistics)  # type: ignore[operator]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for cache in ("_paths", "_functions", "_quantizers"):  # rebuilt on the other side; hold code objects
+            state.pop(cache, None)
+        return {**state, "_taps": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._functions = FunctionTable()
+        self._bind()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """A region is not called; its target is."""
+        raise RuntimeError("a Region is not called itself: call the module it belongs to.")
+
+    def extra_repr(self) -> str:
+        return f"{len(self.plan.points)} points, state={self._state}"
+
+
+class RegionMode(CallPathMode):
+    """Applies the fake-quants of a region while its target's forward runs."""
+
+    def __init__(
+        self, region: Region, frame: FrameType, node: ScopeNode | None = None, recomputing: bool = False
+    ) -> None:
+        super().__init__(region._paths, frame, node, recomputing)
+        self.region = region
+
+    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
+        return None if self.region._state == "off" else RegionMode(self.region, frame, node, recomputing=True)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        spec = self.region._functions.get(func)
+        if spec is None:
+            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if spec.role == "composite":
+            return self.run_composite(func, args, kwargs)
+        frame = sys._getframe(1)
+        quantizers = self.calls.op(frame, spec.kind)
+        if quantizers is None:  # inside a custom autograd.Function: one opaque op
+            return func(*args, **kwargs)
+        if quantizers is _UNPLANNED:
+            self.region.note_unplanned(spec.kind, frame)
+            return func(*args, **kwargs)
+        inputs = quantizers.inputs
+        if inputs:
+            args, kwargs = map_call_leaves(
+                args, kwargs, lambda index, tensor: self._apply(inputs[index], tensor) if index in inputs else tensor
+            )
+        result = func(*args, **kwargs)
+        if quantizers.output is not None and isinstance(result, Tensor):
+            return self._apply(quantizers.output, result)
+        return result
+
+    def _apply(self, point: tuple[str, FakeQuantize], tensor: Tensor) -> Tensor:
+        (name, fake_quant), region = point, self.region
+        if region._state == "observe":
+            if not self.recomputing:
+                fake_quant.observe(tensor)
+            return tensor
+        if fake_quant.training and not self.recomputing and region._updates:
+            if ("weight" if fake_quant.narrow_range else "activation") in region._updates:
+                fake_quant.update_scale(tensor)
+        quantized = fake_quant.forward(tensor)
+        for tap in region._taps:
+            tap(name, tensor, quantized)
+        return quantized
+
+
+def read_extra_state(state: dict[str, Any]) -> tuple[OpGraph, QuantPlan]:
+    """Read graph and plan from a region's extra state in a checkpoint."""
+    if state.get("version") != PLAN_VERSION:
+        raise PlanMismatchError(
+            f"the checkpoint holds a plan of version {state.get('version')!r}, this release reads version "
+            f"{PLAN_VERSION}: use the release it was made with."
+        )
+    return OpGraph.from_dict(state["graph"]), QuantPlan.from_dict(state["plan"])
+
+
+def find_regions(module: nn.Module) -> dict[str, Region]:
+    """Return the regions inside a module by the path of their target (``""`` for the module itself)."""
+    return {
+        name.removesuffix(REGION_NAME).removesuffix("."): child
+        for name, child in module.named_modules()
+        if isinstance(child, Region)
+    }
+
+
+def _fake_quant(point: PointPlan) -> FakeQuantize:
+    return FakeQuantize(
+        point.dtype,
+        scheme=point.scheme,  # type: ignore[arg-type]
+        axis=point.axis,
+        channels=point.channels,
+        observer=point.observer,  # type: ignore[arg-type]
+        percentile=point.percentile,
+        fixed_scale=point.fixed_scale,
+        narrow_range=point.narrow_range,
+    )
+
+
+def _escape(name: str) -> str:
+    """Module names cannot contain dots; slashes keep them readable."""
+    return name.replace(".", "/")

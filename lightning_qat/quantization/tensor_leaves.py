@@ -1,0 +1,95 @@
+"""Walking the tensors inside nested arguments and outputs, in one fixed order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def named_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield ``(path, tensor)`` of every tensor in nested tuples, lists, mappings and dataclasses.
+
+    Example:
+        >>> import torch
+        >>> [path for path, _ in named_leaves({"map": [torch.ones(1), torch.ones(1)], "n": 3})]
+        ['map.0', 'map.1']
+    """
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from named_leaves(item, _join(path, str(key)))
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from named_leaves(item, _join(path, str(index)))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from named_leaves(getattr(value, field.name, None), _join(path, field.name))
+    elif isinstance(value, slice):
+        for name in ("start", "stop", "step"):
+            yield from named_leaves(getattr(value, name), _join(path, name))
+
+
+def leaves(value: Any) -> list[Tensor]:
+    """Return every tensor in a nested structure, in the order of :func:`named_leaves`."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for _, tensor in named_leaves(value)]
+
+
+def call_leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensor leaves of a call: positional arguments first, then keyword arguments by name."""
+    found: list[Tensor] = []
+    for argument in args:
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        else:
+            found.extend(leaves(argument))
+    for name in sorted(kwargs):
+        found.extend(leaves(kwargs[name]))
+    return found
+
+
+def map_call_leaves(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], replace: Callable[[int, Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Rebuild the arguments of a call with ``replace(index, tensor)`` for each leaf, numbered as in call_leaves."""
+    counter = iter(range(1 << 30))
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return replace(next(counter), value)
+        if isinstance(value, tuple):
+            items = [visit(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if isinstance(value, list):
+            return [visit(item) for item in value]
+        if isinstance(value, Mapping):
+            return {key: visit(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(visit(value.start), visit(value.stop), visit(value.step))
+        return value
+
+    new_args = tuple(visit(argument) for argument in args)
+    new_kwargs = dict(kwargs)
+    for name in sorted(kwargs):
+        new_kwargs[name] = visit(kwargs[name])
+    return new_args, new_kwargs
+
+
+def is_float(tensor: Tensor) -> bool:
+    """Whether a tensor holds real floating-point values (complex, integer and bool tensors do not)."""
+    return tensor.dtype.is_floating_point
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,259 @@
+"""Running the target a few times to learn its ops: ``trace(target, calls) -> OpGraph``.
+
+Each call runs once in eval and once in train mode; the graph is the union, so ops that exist in only one mode or in one
+branch are ordinary. Running twice also tells tensors that stay the same (constants) from tensors whose producer the mode
+did not see (opaque).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.quantization.activation_checkpointing import CheckpointAwareness
+from lightning_qat.quantization.call_path import CallPaths, ScopeNode, user_location
+from lightning_qat.quantization.errors import TracingError
+from lightning_qat.quantization.graph_building import GraphBuilder, OpRecord
+from lightning_qat.quantization.interception import CallPathMode, Intercepted, active_mode
+from lightning_qat.quantization.op_graph import OpGraph, Source
+from lightning_qat.quantization.preservation import preserved
+from lightning_qat.quantization.tensor_leaves import call_leaves, is_float, leaves, named_leaves
+from lightning_qat.quantization.torch_functions import MASK_FILL, canonical_kind, is_mask_fill, spec_of, specialise
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one forward of the target."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Any) -> Call:
+        """Read a batch: a Call, a tensor, a tuple or list of args, a mapping of kwargs, or ``(args, kwargs)``."""
+        if isinstance(batch, Call):
+            return batch
+        if isinstance(batch, Mapping):
+            return cls((), dict(batch))
+        if isinstance(batch, (tuple, list)):
+            if len(batch) == 2 and isinstance(batch[0], (tuple, list)) and isinstance(batch[1], Mapping):
+                return cls(tuple(batch[0]), dict(batch[1]))
+            return cls(tuple(batch))
+        return cls((batch,))
+
+
+def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) -> OpGraph:
+    """Trace a module on a few batches and return its ops. The module is left exactly as it was.
+
+    Args:
+        target: the module whose forward is the region.
+        batches: see :meth:`Call.of`; a few representative ones.
+        train_mode: also run in train mode.
+
+    Raises:
+        TracingError: a forward failed, or there was no batch.
+
+    Example:
+        >>> import torch
+        >>> graph = trace(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), [torch.ones(2, 4)])
+        >>> [op.name for op in graph.ops]
+        ['0', '1']
+    """
+    tracer = Tracer(target)
+    with tracer, preserved(target), torch.inference_mode(False), torch.no_grad():
+        for batch in batches:
+            call = Call.of(batch)
+            for training in (False, True) if train_mode else (False, False):
+                target.train(training)
+                try:
+                    target(*call.args, **call.kwargs)
+                except Exception as error:
+                    mode = "train" if training else "eval"
+                    raise TracingError(
+                        f"running {type(target).__name__} on the example batch in {mode} mode failed: "
+                        f"{type(error).__name__}: {error}"
+                    ) from error
+    return tracer.graph()
+
+
+class Tracer:
+    """Context manager that records every forward of ``target`` that happens inside it.
+
+    Use it directly when the forwards are run by somebody else (a training step); otherwise use :func:`trace`.
+    """
+
+    def __init__(self, target: nn.Module) -> None:
+        self.target = target
+        self.builder = GraphBuilder(type(target).__name__)
+        self.paths = CallPaths(target, self.builder.record)
+        self.values = _Values(target)
+        self._intercepted: Intercepted | None = None
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> Tracer:
+        self._intercepted = Intercepted.install(self.target, self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._intercepted is not None:
+            self._intercepted.uninstall()
+            self._intercepted = None
+
+    def open(self, frame: FrameType) -> CallPathMode | None:
+        """Start recording a forward; a recursive entry is part of the forward that runs."""
+        if threading.get_ident() != self._thread or active_mode(self.paths) is not None:
+            return None
+        return _TracingMode(self, frame)
+
+    def run(
+        self, mode: CallPathMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run and record one forward. One that raises is not recorded as a forward."""
+        self.builder.begin(self.target.training)
+        self.values.begin(args, kwargs)
+        try:
+            with CheckpointAwareness(), mode:
+                output = forward(*args, **kwargs)
+        finally:
+            mode.calls.clear()
+        for path, tensor in named_leaves(output):
+            self.builder.leaving(path, tensor, self.values.source(tensor))
+        self.builder.end()
+        return output
+
+    def graph(self) -> OpGraph:
+        """Return what was recorded.
+
+        Raises:
+            TracingError: the target was never called.
+        """
+        if self.builder.forwards == 0:
+            raise TracingError(f"{type(self.target).__name__} was never called while tracing.")
+        return self.builder.graph(self.values.constants)
+
+
+class _TracingMode(CallPathMode):
+    def __init__(self, tracer: Tracer, frame: FrameType) -> None:
+        super().__init__(tracer.paths, frame)
+        self.tracer = tracer
+
+    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
+        return None  # a backward pass inside a traced step repeats what was already recorded
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        spec = spec_of(func)
+        if spec.role == "composite":
+            return self.run_composite(func, args, kwargs)
+        values = self.tracer.values
+        inputs = call_leaves(args, kwargs)
+        operands = values.operands(inputs)  # before the call, which may write into them
+        versions = [_version(tensor) for tensor in inputs]
+        if spec.kind == "iter":  # "for row in x": an iterator cannot be looked into, the rows can
+            result: Any = list(args[0].unbind(0))
+        else:
+            result = func(*args, **kwargs)
+        outputs = leaves(result)
+        written = [t for t, version in zip(inputs, versions, strict=True) if _version(t) != version]
+        if outputs or written:
+            frame = sys._getframe(1)
+            record: OpRecord | None = self.calls.op(frame, canonical_kind(func))
+            if record is not None:
+                record.observe(specialise(spec, args, kwargs), user_location(frame), args, kwargs, operands, outputs)
+                record.mask = record.mask or any(is_mask_fill(v) for v in (*args, *kwargs.values()))
+                result = values.produced(record, result, outputs, written)
+        return iter(result) if spec.kind == "iter" else result
+
+
+class _Values:
+    """Knows where every tensor of the running forward comes from."""
+
+    def __init__(self, target: nn.Module) -> None:
+        self._named = {id(p): Source("parameter", name) for name, p in target.named_parameters()}
+        self._named |= {id(b): Source("buffer", name) for name, b in target.named_buffers()}
+        self._produced: dict[int, tuple[weakref.ref[Tensor], Source, int]] = {}
+        self._unknown: dict[int, tuple[Tensor, int]] = {}  # keeps them alive: a tensor met again is a constant
+        self._forward = 0
+        self.constants: set[str] = set()
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._forward += 1
+        self._produced.clear()
+        for path, tensor in named_leaves({**{str(i): a for i, a in enumerate(args)}, **kwargs}):
+            if id(tensor) not in self._named:
+                self._remember(tensor, Source("input", path))
+
+    def source(self, tensor: Tensor) -> Source:
+        named = self._named.get(id(tensor))
+        if named is not None:
+            return named
+        entry = self._produced.get(id(tensor))
+        if entry is not None and entry[0]() is tensor:
+            _, source, version = entry
+            if version != _version(tensor) and source.kind != "mutated":  # written through a view of it
+                return Source("mutated", source.name, source.output)
+            return source
+        known, forward = self._unknown.setdefault(id(tensor), (tensor, self._forward))
+        name = f"tensor {id(known)}"
+        if forward != self._forward:
+            self.constants.add(name)
+        return Source("opaque", name)
+
+    def operands(self, inputs: list[Tensor]) -> list[tuple[Tensor, Source, bool]]:
+        """Return each input with its source, and whether it is a constant that looks like an additive mask."""
+        found = []
+        for tensor in inputs:
+            source = self.source(tensor)
+            masked = source.kind in ("parameter", "buffer", "opaque", "input") and _has_mask_values(tensor)
+            found.append((tensor, source, masked))
+        return found
+
+    def produced(self, record: OpRecord, result: Any, outputs: list[Tensor], written: list[Tensor]) -> Any:
+        """Remember the results of an op; results that are an argument written in place come back as an alias.
+
+        The alias tells a use of the result (``y = y.mul_(2)``) from a use of the written tensor (``y.mul_(2)`` alone).
+        """
+        for tensor in written:
+            if id(tensor) not in self._named:
+                self._remember(tensor, Source("mutated", record.key))
+        if isinstance(result, Tensor) and any(result is tensor for tensor in written):
+            record.inplace = True
+            if id(result) in self._named:
+                return result
+            result = result.view_as(result)
+            self._remember(result, Source("op", record.key))
+            return result
+        for index, tensor in enumerate(outputs):
+            if id(tensor) not in self._named:
+                self._remember(tensor, Source("op", record.key, index))
+        return result
+
+    def _remember(self, tensor: Tensor, source: Source) -> None:
+        self._produced[id(tensor)] = (weakref.ref(tensor), source, _version(tensor))
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor (or a view of it) was written; inference tensors do not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _has_mask_values(tensor: Tensor) -> bool:
+    """Whether a tensor holds huge negative fills and otherwise moderate values, with nothing in between."""
+    if not is_float(tensor) or tensor.numel() < 2 or tensor.is_meta:
+        return False
+    lowest, highest = (float(v) for v in tensor.detach().aminmax())
+    if not is_mask_fill(lowest) or highest > -MASK_FILL / 10:
+        return False
+    return not bool(((tensor > MASK_FILL) & (tensor < MASK_FILL / 10)).any())
