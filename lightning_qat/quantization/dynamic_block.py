@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import FrameType
 
 from torch import nn
 
-from lightning_qat.quantization.call_path import CallStack
+from lightning_qat.quantization.call_stack import CallStack
 from lightning_qat.quantization.interception import active_mode
 
 
@@ -37,7 +38,7 @@ class dynamic_block:
         if mode is None:
             self._entered.append(None)
             return
-        frame = sys._getframe(1)
+        frame = _with_statement(sys._getframe(1))
         mode.calls.enter_label(frame, self._module, self._name)
         self._entered.append((mode.calls, frame))
 
@@ -46,3 +47,12 @@ class dynamic_block:
         if entered is not None:
             calls, frame = entered
             calls.exit_label(frame)
+
+
+def _with_statement(frame: FrameType) -> FrameType:
+    """Find the frame whose ops are marked: behind an ExitStack, or a generator-based context manager of the user."""
+    while frame.f_back is not None:
+        if contextlib.__file__ not in (frame.f_code.co_filename, frame.f_back.f_code.co_filename):
+            break
+        frame = frame.f_back
+    return frame

@@ -43,11 +43,14 @@ def fake_quantize(
 ) -> Tensor:
     """Quantize and dequantize: ``(clip(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale``.
 
-    The quotient is the product with the inverse of the scale. Ties round to even. On finite input this equals torch's operators bit for bit where those do not overflow; NaN
-    stays NaN and infinite or huge values saturate by their sign (torch's operators turn NaN, and per channel also
-    ``inf``, into ``quant_min``). The gradient is handed through where the code before clipping is in range, as in
-    torch, and is zero elsewhere, at NaN too. There is no gradient for scale and zero point. float16 and bfloat16 are
-    computed in float32 and returned in their own type.
+    The quotient is the product with the inverse of the scale, and ties round to even. On finite input this equals
+    torch's operators bit for bit where those do not overflow. NaN stays NaN; infinite and huge values saturate by their
+    sign (torch's operators turn NaN, and per channel also ``inf``, into ``quant_min``). float16 and bfloat16 are
+    computed in float32 and returned in their own type; float64 is computed in float64 (torch's per-tensor operator
+    rounds its result to float32).
+
+    The gradient is handed through where the code before clipping is in range, as in torch, and is zero elsewhere, at
+    NaN too. There is no gradient for scale and zero point.
 
     Args:
         x: Floating-point tensor of any shape and strides; it is not modified. Dense memory formats are kept.
@@ -150,7 +153,7 @@ class _TensorFakeQuantize(torch.autograd.Function):
 
 
 _NATIVE = (torch.float32, torch.float64)
-_ZERO = torch.zeros(())
+_ZERO = torch.zeros((), device="cpu")  # whatever the default device is
 
 
 def _scalar_forward(x: Tensor, scale: float, low: int, high: int) -> Tensor:
@@ -309,7 +312,7 @@ class FakeQuantize(torch.nn.Module):
             self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
             # Clip range relative to the whole and to the averaged range of the data: row 0 for the lower end, 1 for
             # the upper.
-            self._ratio = torch.ones(2, channels or 1, dtype=torch.float64)
+            self._ratio = torch.ones(2, channels or 1, dtype=torch.float64, device="cpu")
             self._ema_ratio = self._ratio.clone()
         if fixed_scale is not None:
             self.compute_scale("fixed")

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from lightning_qat.quantization.call_path import ScopeNode
 from lightning_qat.quantization.op_graph import Op, Operand, OperandRole, OpGraph, RegionOutput, Source
@@ -24,7 +25,7 @@ class OpRecord:
         self.spec = OpSpec("", "float")
         self.location = "?"
         self.reason = ""
-        self.operands: dict[int, _OperandRecord] = {}
+        self.operands: dict[int, OperandRecord] = {}
         self.outputs: list[tuple[str, tuple[int, ...]]] = []
         self.calls: dict[int, int] = {}
         self.inplace = False
@@ -39,8 +40,9 @@ class OpRecord:
         kwargs: dict[str, Any],
         operands: list[tuple[Tensor, Source, bool]],
         outputs: list[Tensor],
-    ) -> None:
-        """Add one call to the record."""
+        written: list[Tensor],
+    ) -> list[OperandRecord]:
+        """Add one call to the record, and return what is known of its operands."""
         self._builder.met(self)
         self.spec, self.location, self.reason = spec, location, spec.reason
         if any(_is_wrapped(t) for t in outputs):
@@ -48,18 +50,22 @@ class OpRecord:
             self.reason = _FUNCTORCH_REASON
         names = _parameter_names(spec, args, kwargs)
         for index, (tensor, source, mask) in enumerate(operands):
-            record = self.operands.setdefault(index, _OperandRecord(names.get(id(tensor), "")))
+            record = self.operands.setdefault(index, OperandRecord(names.get(id(tensor), "")))
             record.dtype, record.shape = dtype_name(tensor.dtype), tuple(tensor.shape)
             record.sources[source] = None
             record.mask = record.mask or mask
+            record.written = record.written or any(tensor is t for t in written)
         if not self.outputs or outputs:
             self.outputs = [(dtype_name(t.dtype), tuple(t.shape)) for t in outputs]
+        return [self.operands[index] for index in range(len(operands))]
 
-    def role_of(self, operand: _OperandRecord) -> OperandRole:
+    def role_of(self, operand: OperandRecord) -> OperandRole:
         """What an operand is to the op."""
         spec = self.spec
         if not _is_float_name(operand.dtype):
             return "index"
+        if operand.name == "out":
+            return "parameter"
         if operand.name and operand.name == spec.weight:
             return "weight"
         if spec.operands is None or not spec.parameters:
@@ -67,13 +73,17 @@ class OpRecord:
         return "data" if operand.name in spec.operands else "parameter"
 
 
-class _OperandRecord:
+class OperandRecord:
+    """What is known so far of one operand."""
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.dtype = ""
         self.shape: tuple[int, ...] = ()
         self.sources: dict[Source, None] = {}
         self.mask = False
+        self.written = False
+        self.rewritten = False
 
 
 class GraphBuilder:
@@ -82,8 +92,8 @@ class GraphBuilder:
     def __init__(self, target_type: str) -> None:
         self.target_type = target_type
         self.forwards = 0
+        self._records: dict[str, OpRecord] = {}
         self._order: list[OpRecord] = []
-        self._positions: dict[str, int] = {}
         self._cursor = 0
         self._met: set[str] = set()
         self._training = False
@@ -92,8 +102,8 @@ class GraphBuilder:
         self._outputs: dict[str, tuple[str, dict[Source, None]]] = {}
 
     def record(self, digest: str, node: ScopeNode, kind: str) -> OpRecord:
-        """Make the record of an op that is met for the first time."""
-        return OpRecord(digest, node, self)
+        """Return the record of an op: one per digest, as there will be one set of quantizers per digest."""
+        return self._records.setdefault(digest, OpRecord(digest, node, self))
 
     def begin(self, training: bool) -> None:
         """Start a forward."""
@@ -113,10 +123,10 @@ class GraphBuilder:
             self._cursor = max(self._cursor, self._index(record) + 1)
 
     def _index(self, record: OpRecord) -> int:
-        start = self._cursor
-        if start < len(self._order) and self._order[start] is record:
-            return start
-        return next(i for i, other in enumerate(self._order) if other is record)
+        try:
+            return self._order.index(record, self._cursor)  # nearly always right at the cursor
+        except ValueError:
+            return self._order.index(record)
 
     def leaving(self, path: str, tensor: Tensor, source: Source) -> None:
         """Note a tensor that leaves the region."""
@@ -128,9 +138,15 @@ class GraphBuilder:
         self.forwards += 1
         self._seen_by_mode[self._training].append(self._met)
 
-    def graph(self, constants: set[str]) -> OpGraph:
-        """Freeze what was collected; ``constants`` are the unknown tensors that stayed the same."""
-        dependent = _data_dependent(self._order, constants)
+    def graph(self, constants: set[str], carried: dict[str, str], changing: set[str]) -> OpGraph:
+        """Freeze what was collected.
+
+        Args:
+            constants: unknown tensors that stayed the same.
+            carried: unknown tensors that an op made in an earlier forward, with the key of that op.
+            changing: buffers that were written in a forward.
+        """
+        dependent = _data_dependent(self._order, constants, carried, changing)
         names = _display_names(self._order)
 
         def resolve(sources: dict[Source, None]) -> tuple[Source, ...]:
@@ -138,6 +154,12 @@ class GraphBuilder:
             for source in sources:
                 if source.kind in ("op", "mutated"):
                     resolved[Source(source.kind, names[source.name], source.output)] = None
+                elif source.kind == "buffer" and source.name in changing:
+                    resolved[Source("opaque", f"buffer {source.name}, which is written while running")] = None
+                elif source.kind == "opaque" and source.name in carried:
+                    maker = carried[source.name]
+                    kept = f"a result of {names[maker]} that is kept from an earlier forward"
+                    resolved[Source("opaque" if maker in dependent else "constant", kept)] = None
                 elif source.kind == "opaque":
                     constant = source.name in constants
                     resolved[Source("constant", "tensor") if constant else Source("opaque", "unknown")] = None
@@ -157,6 +179,8 @@ class GraphBuilder:
                     operand.shape,
                     resolve(operand.sources),
                     operand.mask or any(s.kind in ("op", "mutated") and s.name in masks for s in operand.sources),
+                    operand.written,
+                    operand.rewritten,
                 )
                 for index, operand in sorted(record.operands.items())
             )
@@ -198,28 +222,32 @@ def _parameter_names(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]
     return named | {id(a): name for name, a in kwargs.items() if isinstance(a, Tensor)}
 
 
-def _data_dependent(order: list[OpRecord], constants: set[str]) -> set[str]:
+def _data_dependent(
+    order: list[OpRecord], constants: set[str], carried: dict[str, str], changing: set[str]
+) -> set[str]:
     """Ops whose result depends on an input of the region (or on something unseen)."""
 
     def depends(source: Source) -> bool:
         if source.kind in ("op", "mutated"):
             return source.name in found
-        return source.kind == "input" or (source.kind == "opaque" and source.name not in constants)
+        if source.kind == "opaque":
+            return carried[source.name] in found if source.name in carried else source.name not in constants
+        return source.kind == "input" or (source.kind == "buffer" and source.name in changing)
 
     found: set[str] = set()
     changed = True
-    while changed:  # more than one pass only where a dynamic block feeds itself
+    while changed:  # more than one pass only where a dynamic block or a kept tensor feeds earlier ops
         before = len(found)
         for record in order:
-            if record.key not in found and record.spec.role != "create":
-                if any(depends(s) for operand in record.operands.values() for s in operand.sources):
-                    found.add(record.key)
+            sources = (s for operand in record.operands.values() for s in operand.sources)
+            if record.key not in found and record.spec.role != "create" and any(map(depends, sources)):
+                found.add(record.key)
         changed = len(found) != before
     return found
 
 
 _MASK_MAKERS = {"masked_fill", "where", "full", "full_like", "new_full", "fill", "setitem", "mul", "tensor"}
-_MASK_CARRIERS = {"add", "sub", "baddbmm", "addmm", "mul"}
+_MASK_CARRIERS = {"add", "sub", "baddbmm", "addmm", "mul", "maximum", "minimum", "clamp"}
 
 
 def _masks(order: list[OpRecord]) -> set[str]:
@@ -240,17 +268,22 @@ def _masks(order: list[OpRecord]) -> set[str]:
 def _display_names(order: list[OpRecord]) -> dict[str, str]:
     """Name ops: the module path where a module is one op, else ``<scope>.<kind>_<n>``."""
     substantial = Counter(record.node.key for record in order if _is_substantial(record))
-    counters: Counter[tuple[str, str]] = Counter()
+    counters: Counter[str] = Counter()
     names: dict[str, str] = {}
+    taken = {record.node.display for record in order}
     for record in order:
         node, kind = record.node, record.spec.kind
         alone = substantial[node.key] == 1 and not node.children and node.display != ""
         if alone and _is_substantial(record):
             names[record.key] = node.display
             continue
-        index = counters[node.display, kind]
-        counters[node.display, kind] += 1
-        names[record.key] = f"{node.display}.{kind}_{index}" if node.display else f"{kind}_{index}"
+        prefix = f"{node.display}.{kind}" if node.display else kind
+        name = f"{prefix}_{counters[prefix]}"
+        while name in taken:  # a module of the user is called add_0
+            counters[prefix] += 1
+            name = f"{prefix}_{counters[prefix]}"
+        counters[prefix] += 1
+        names[record.key] = name
     return names
 
 
@@ -264,6 +297,4 @@ def _is_float_name(dtype: str) -> bool:
 
 
 def _is_wrapped(tensor: Tensor) -> bool:
-    from torch._C._functorch import is_functorch_wrapped_tensor
-
     return bool(is_functorch_wrapped_tensor(tensor)) and is_float(tensor)

@@ -33,9 +33,9 @@ class Histogram:
 
     Bin ``i`` (``-bins < i < bins``) counts the values with ``trunc(x / width) == i``, where ``width = 2**exponent``:
     bin 0 is ``(-width, width)``, a positive bin ``[i * width, (i + 1) * width)``, a negative one its mirror image. The
-    exponent is the smallest with which everything seen fits. As ``trunc(trunc(x / w) / 2) == trunc(x / 2w)``, growing is exact.
-    NaN and infinities are counted apart and are in no bin. Exact zeros, the most frequent value after a ReLU or a
-    padding, are in bin 0 and are also counted apart. Values below ``2**-126`` all fall in bin 0.
+    exponent is the smallest with which everything seen fits. As ``trunc(trunc(x / w) / 2) == trunc(x / 2w)``, growing
+    is exact. NaN and infinities are counted apart and are in no bin. Exact zeros, the most frequent value after a ReLU
+    or a padding, are in bin 0 and are also counted apart. Values below ``2**-126`` all fall in bin 0.
 
     Args:
         channels: Number of rows.
@@ -69,7 +69,8 @@ class Histogram:
         self.bins = bins
         self.nan_count = 0
         self.inf_count = 0
-        with torch.inference_mode(False):
+        # On the CPU even where a model is being built on another default device, such as meta.
+        with torch.inference_mode(False), torch.device("cpu"):
             self.counts = torch.zeros(channels, 2 * bins, dtype=torch.int64)
             self.exponent = torch.full((channels,), MIN_EXPONENT, dtype=torch.int64)
             self.low = torch.full((channels,), math.inf, dtype=torch.float64)

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_qat.quantization.call_path import CallPaths, CallStack, ScopeNode
+from lightning_qat.quantization.call_path import CallPaths, ScopeNode
+from lightning_qat.quantization.call_stack import CallStack
 from lightning_qat.quantization.torch_functions import OpSpec, is_interceptable, spec_of
 
 

@@ -34,7 +34,7 @@ class _Statistics:
         self.histogram = Histogram(channels, bins)
         self.batches = 0
         with torch.inference_mode(False):
-            self._ema = torch.zeros(2, channels, dtype=torch.float64)
+            self._ema = torch.zeros(2, channels, dtype=torch.float64, device="cpu")
 
     @property
     def count(self) -> int:
@@ -60,7 +60,8 @@ class _Statistics:
     @property
     def ema_range(self) -> tuple[Tensor, Tensor]:
         """Moving averages of the batches' smallest and largest values, float64 ``(channels,)``."""
-        return self._ema[0], self._ema[1]
+        low, high = self._ema.to(self.histogram.counts.device)
+        return low, high
 
     @torch.no_grad()
     @torch.inference_mode(False)
@@ -96,7 +97,7 @@ class _Statistics:
         self._ema = self._ema.to(batch.device)
         moved = self._ema + max(self.ema_momentum, 1.0 / self.batches) * (batch - self._ema)
         self._ema = torch.where(batch.isfinite(), moved, self._ema)
-        return self.ema_range
+        return self._ema[0], self._ema[1]
 
     def merge(self, other: _Statistics) -> None:
         """Add what ``other`` has observed; moving averages are averaged by their number of batches.
@@ -501,7 +502,9 @@ def _kl_range(statistics: _Statistics, quant_min: int, quant_max: int) -> tuple[
         return low, high
     magnitudes = _magnitudes(histogram).double()
     magnitudes[:, 0] = 0.0  # as in TensorRT: zeros are exact whatever the threshold, and there may be very many
-    thresholds = torch.stack([_kl_threshold(row, levels) for row in magnitudes]).to(low.device) * histogram.width
+    with torch.device("cpu"):  # small tensors: on an accelerator the many calls would cost more
+        thresholds = torch.stack([_kl_threshold(row, levels) for row in magnitudes.cpu()])
+    thresholds = thresholds.to(low.device) * histogram.width
     return torch.maximum(-thresholds, low), torch.minimum(thresholds, high)
 
 
@@ -515,7 +518,7 @@ def _kl_threshold(magnitudes: Tensor, levels: int) -> Tensor:
     keeps = torch.arange(levels, used + 1, max(1, used // 256), dtype=torch.int64)
     if keeps[-1] != used:
         keeps = torch.cat([keeps, torch.tensor([used])])
-    p = magnitudes[:used].cpu()
+    p = magnitudes[:used]
     column = torch.arange(used)
     kept = column < keeps[:, None]
     group = (column * levels // keeps[:, None]).clamp(max=levels - 1)

@@ -20,7 +20,8 @@ class Source:
 
     ``op``: the result of the op ``name``. ``mutated``: a tensor that op ``name`` wrote into while its result was not used
     (``y.mul_(2)``). ``input``: a leaf of the region's arguments. ``parameter``, ``buffer``: a tensor of the target.
-    ``constant``: any other tensor that stays the same. ``opaque``: a tensor whose producer was not seen.
+    ``constant``: any other tensor that stays the same. ``opaque``: a tensor whose producer was not seen, or that was
+    made in another forward.
     """
 
     kind: SourceKind
@@ -30,7 +31,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Operand:
-    """One tensor argument of an op; ``index`` counts the tensor leaves of the call."""
+    """One tensor argument of an op.
+
+    Args:
+        index: number among the tensor leaves of the call.
+        name: name of the parameter, where the op's row knows it.
+        role: what it is to the op.
+        dtype: name of its type.
+        shape: its shape in the last traced forward.
+        sources: where it came from, over all forwards.
+        mask: it looks like an additive mask.
+        written: the op writes into it.
+        rewritten: somebody writes into it later in the same forward.
+    """
 
     index: int
     name: str
@@ -39,6 +52,8 @@ class Operand:
     shape: tuple[int, ...]
     sources: tuple[Source, ...]
     mask: bool = False
+    written: bool = False
+    rewritten: bool = False
 
     @property
     def is_float(self) -> bool:

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_qat.quantization.activation_checkpointing import CheckpointAwareness
@@ -194,15 +195,46 @@ class Region(nn.Module):
 
     # -- scales
 
-    def compute_scales(self, observer: str | None = None, dtype: str | None = None) -> None:
+    def reset_statistics(self) -> None:
+        """Forget what was observed, before a new calibration; the scales stay."""
+        for fake_quant in self.points.values():
+            fake_quant.reset_statistics()
+
+    def compute_scales(self, observer: str | None = None, dtype: str | None = None) -> tuple[str, ...]:
         """Derive all scales from the statistics that calibration kept.
 
         Args:
             observer: another method than planned, for every point without a fixed scale.
             dtype: another dtype than planned.
+
+        Returns:
+            Names of the points that never saw a finite value; they have no scale and stay float.
         """
-        for fake_quant in {id(f): f for f in self.points.values()}.values():
-            fake_quant.compute_scale(observer, dtype)
+        without_data = []
+        for name, fake_quant in self.points.items():
+            if fake_quant.fixed_scale is not None:
+                fake_quant.compute_scale(None, dtype)
+            elif fake_quant.statistics.count:
+                fake_quant.compute_scale(observer, dtype)
+            else:
+                without_data.append(name)
+        return tuple(without_data)
+
+    def synchronize_scales(self) -> None:
+        """Give all ranks the same activation scales: their mean. For scales that follow each rank's own batches."""
+        moving = [f for f in self.points.values() if not f.narrow_range and f.scale_source not in (None, "fixed")]
+        if not moving or not (dist.is_available() and dist.is_initialized()):
+            return
+        values = torch.cat([t.reshape(-1).float() for f in moving for t in (f.scale, f.zero_point)])
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+        position = 0
+        with torch.no_grad(), torch.inference_mode(False):
+            for fake_quant in moving:
+                for buffer in (fake_quant.scale, fake_quant.zero_point):
+                    mean = values[position : position + buffer.numel()].reshape(buffer.shape)
+                    buffer.copy_(mean if buffer.dtype.is_floating_point else mean.round())
+                    position += buffer.numel()
 
     @property
     def is_calibrated(self) -> bool:
@@ -288,9 +320,9 @@ class Region(nn.Module):
         self._functions = FunctionTable()
         self._bind()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """A region is not called; its target is."""
-        raise RuntimeError("a Region is not called itself: call the module it belongs to.")
+    def forward(self, value: Any) -> Any:
+        """Return the argument: a target that is an ``nn.Sequential`` calls all its children, this one too."""
+        return value
 
     def extra_repr(self) -> str:
         return f"{len(self.plan.points)} points, state={self._state}"
@@ -337,7 +369,8 @@ class RegionMode(CallPathMode):
     def _apply(self, point: tuple[str, FakeQuantize], tensor: Tensor) -> Tensor:
         (name, fake_quant), region = point, self.region
         if region._state == "observe":
-            if not self.recomputing:
+            # a weight does not change while observing: once is enough
+            if not self.recomputing and not (fake_quant.narrow_range and fake_quant.statistics.batches):
                 fake_quant.observe(tensor)
             return tensor
         if fake_quant.training and not self.recomputing and region._updates:

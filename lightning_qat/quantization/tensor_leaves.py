@@ -72,6 +72,9 @@ def map_call_leaves(
             return {key: visit(item) for key, item in value.items()}
         if isinstance(value, slice):
             return slice(visit(value.start), visit(value.stop), visit(value.step))
+        if dataclasses.is_dataclass(value):
+            for _ in leaves(value):  # cannot be rebuilt in general, but counts
+                next(counter)
         return value
 
     new_args = tuple(visit(argument) for argument in args)

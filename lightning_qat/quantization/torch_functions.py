@@ -11,13 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
 Role = Literal["quantize", "join", "pass", "create", "float", "composite"]
 """What planning does with an op.
 
 ``quantize``: operands and result are quantized. ``join``: brings several tensors together (``cat``); needs a quantizer
-only where their scales differ. ``pass``: moves or selects values, which stay on the grid of the input. ``create``: makes
-a tensor whose values do not depend on its inputs. ``float``: has no integer implementation here. ``composite``: is
-decomposed into the torch functions it is made of.
+only where their scales differ. ``pass``: moves or selects values, which stay on the grid of the input. ``create``:
+makes a tensor whose values do not depend on its inputs. ``float``: has no integer implementation here. ``composite``:
+is decomposed into the torch functions it is made of.
 """
 
 
@@ -83,18 +85,24 @@ def spec_of(func: Callable[..., Any]) -> OpSpec:
 
 
 def specialise(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpSpec:
-    """Refine a row by the values of a call: what an op does to the grid can depend on its options."""
+    """Refine a row by the values of a call: what an op does to the grid can depend on its options.
+
+    Only rows that :func:`is_interceptable` can become ops with quantizers; the others are not identified at run time.
+    """
     if spec.kind == "interpolate" and _argument(args, kwargs, 3, "mode", "nearest") in ("nearest", "nearest-exact"):
         return OpSpec(spec.kind, "pass")
     if spec.kind == "grid_sample" and _argument(args, kwargs, 2, "mode", "bilinear") == "nearest":
         return OpSpec(spec.kind, "pass")
     if spec.kind == "pad":
-        value = _argument(args, kwargs, 3, "value", None)
-        if value not in (None, 0, 0.0) and not is_mask_fill(value):
+        if _is_plain_fill(_argument(args, kwargs, 3, "value", 0)):
             return OpSpec(spec.kind, "quantize")
+    if spec.kind in ("max", "min") and isinstance(_argument(args, kwargs, 1, "other", None), Tensor):
+        return OpSpec(f"{spec.kind}imum", "quantize")
+    if spec.kind == "where" and any(_is_plain_fill(_argument(args, kwargs, i, n, 0)) for i, n in _WHERE_VALUES):
+        return OpSpec(spec.kind, "quantize")
     if spec.kind in ("masked_fill", "index_fill"):
         value = _argument(args, kwargs, 2 if spec.kind == "masked_fill" else 3, "value", None)
-        if isinstance(value, (int, float)) and value != 0 and not is_mask_fill(value):
+        if _is_plain_fill(value):
             return OpSpec(spec.kind, "quantize")
     return spec
 
@@ -111,6 +119,11 @@ def is_mask_fill(value: object) -> bool:
 def is_interceptable(spec: OpSpec) -> bool:
     """Whether the op can carry quantizers, so that interception has to identify it at run time."""
     return spec.role in ("quantize", "join", "composite") or spec.kind in _SOMETIMES_QUANTIZED
+
+
+def _is_plain_fill(value: object) -> bool:
+    """Whether a scalar is neither zero, which every grid holds, nor the fill of a mask."""
+    return isinstance(value, (int, float)) and value != 0 and not is_mask_fill(value)
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any) -> Any:
@@ -186,7 +199,9 @@ _TABLE: dict[str, OpSpec] = {
         operands=("query", "key", "value"),
     ),
     **_rows("composite", "multi_head_attention_forward"),
-    **_rows("join", "cat stack hstack vstack dstack column_stack where"),
+    **_rows("join", "cat stack hstack vstack dstack column_stack where copy"),
+    **_rows("join", "scatter index_put masked_scatter index_copy slice_scatter select_scatter diagonal_scatter"),
+    **_rows("quantize", "index_add scatter_add"),
     # Data movement: the values stay on the grid they are on.
     **_rows("pass", "view reshape permute transpose t adjoint flatten unflatten ravel unsqueeze squeeze contiguous"),
     **_rows("pass", "clone detach to float double half bfloat16 type type_as cuda cpu expand expand_as broadcast_to"),
@@ -201,10 +216,10 @@ _TABLE: dict[str, OpSpec] = {
     **_rows("pass", "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices amax amin max min"),
     **_rows("pass", "topk sort kthvalue median dropout dropout1d dropout2d dropout3d alpha_dropout"),
     **_rows("pass", "feature_dropout feature_alpha_dropout requires_grad retain_grad alias view_as_real"),
-    **_rows("pass", "setitem copy index_put scatter masked_scatter index_copy fill zero set_property"),
+    **_rows("pass", "setitem set_property"),
     **_rows("create", "zeros_like ones_like empty_like full_like rand_like randn_like randint_like"),
     **_rows("create", "new_zeros new_ones new_empty new_full new_tensor zeros ones empty full arange linspace eye"),
-    **_rows("create", "rand randn tensor scalar_tensor as_tensor bernoulli uniform normal"),
+    **_rows("create", "rand randn tensor scalar_tensor as_tensor bernoulli uniform normal fill zero"),
     **_rows(
         "float",
         "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
@@ -212,4 +227,11 @@ _TABLE: dict[str, OpSpec] = {
     ),
     **_rows("float", "erf erfc floor ceil round trunc frac sign", reason="elementwise function without an int kernel"),
 }
-_SOMETIMES_QUANTIZED = {"pad", "masked_fill", "index_fill"}
+_SOMETIMES_QUANTIZED = {"pad", "masked_fill", "index_fill", "max", "min"}
+_WHERE_VALUES = ((1, "input"), (2, "other"))
+
+PARALLEL = frozenset(["broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"])
+"""Data movement whose n-th result is made of the n-th tensor only."""
+
+STATISTICS = frozenset(["batch_norm", "instance_norm"])
+"""Ops that write running statistics into buffers; these are parameters of the op, not data."""

@@ -1,8 +1,8 @@
 """Running the target a few times to learn its ops: ``trace(target, calls) -> OpGraph``.
 
 Each call runs once in eval and once in train mode; the graph is the union, so ops that exist in only one mode or in one
-branch are ordinary. Running twice also tells tensors that stay the same (constants) from tensors whose producer the mode
-did not see (opaque).
+branch are ordinary. Running twice also tells tensors that stay the same (constants) from tensors whose producer the
+mode did not see (opaque).
 """
 
 from __future__ import annotations
@@ -17,16 +17,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from lightning_qat.quantization.activation_checkpointing import CheckpointAwareness
 from lightning_qat.quantization.call_path import CallPaths, ScopeNode, user_location
 from lightning_qat.quantization.errors import TracingError
-from lightning_qat.quantization.graph_building import GraphBuilder, OpRecord
+from lightning_qat.quantization.graph_building import GraphBuilder, OperandRecord, OpRecord
 from lightning_qat.quantization.interception import CallPathMode, Intercepted, active_mode
 from lightning_qat.quantization.op_graph import OpGraph, Source
 from lightning_qat.quantization.preservation import preserved
 from lightning_qat.quantization.tensor_leaves import call_leaves, is_float, leaves, named_leaves
-from lightning_qat.quantization.torch_functions import MASK_FILL, canonical_kind, is_mask_fill, spec_of, specialise
+from lightning_qat.quantization.torch_functions import (
+    MASK_FILL,
+    STATISTICS,
+    OpSpec,
+    is_interceptable,
+    is_mask_fill,
+    spec_of,
+    specialise,
+)
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,8 @@ class Tracer:
         """Start recording a forward; a recursive entry is part of the forward that runs."""
         if threading.get_ident() != self._thread or active_mode(self.paths) is not None:
             return None
+        if torch.is_inference_mode_enabled():
+            raise TracingError("trace under torch.no_grad(): inference_mode does not tell which tensors are written.")
         return _TracingMode(self, frame)
 
     def run(
@@ -139,7 +150,7 @@ class Tracer:
         """
         if self.builder.forwards == 0:
             raise TracingError(f"{type(self.target).__name__} was never called while tracing.")
-        return self.builder.graph(self.values.constants)
+        return self.builder.graph(self.values.constants, self.values.carried, self.values.changing)
 
 
 class _TracingMode(CallPathMode):
@@ -157,6 +168,12 @@ class _TracingMode(CallPathMode):
         spec = spec_of(func)
         if spec.role == "composite":
             return self.run_composite(func, args, kwargs)
+        frame = sys._getframe(1)
+        record: OpRecord | None = None
+        if is_interceptable(spec):  # identified exactly as at run time: before the call, which may raise
+            record = self.calls.op(frame, spec.kind)
+            if record is None:
+                return func(*args, **kwargs)
         values = self.tracer.values
         inputs = call_leaves(args, kwargs)
         operands = values.operands(inputs)  # before the call, which may write into them
@@ -167,13 +184,15 @@ class _TracingMode(CallPathMode):
             result = func(*args, **kwargs)
         outputs = leaves(result)
         written = [t for t, version in zip(inputs, versions, strict=True) if _version(t) != version]
-        if outputs or written:
-            frame = sys._getframe(1)
-            record: OpRecord | None = self.calls.op(frame, canonical_kind(func))
-            if record is not None:
-                record.observe(specialise(spec, args, kwargs), user_location(frame), args, kwargs, operands, outputs)
-                record.mask = record.mask or any(is_mask_fill(v) for v in (*args, *kwargs.values()))
-                result = values.produced(record, result, outputs, written)
+        if record is None and (outputs or written):
+            record = self.calls.bystander(frame, spec.kind)
+        if record is not None:
+            refined = specialise(spec, args, kwargs)
+            location = user_location(frame)
+            known = record.observe(refined, location, args, kwargs, operands, outputs, written)
+            record.mask = record.mask or _makes_mask(spec, args, kwargs, outputs)
+            result = values.produced(record, result, outputs, written)
+            values.read(inputs, known)
         return iter(result) if spec.kind == "iter" else result
 
 
@@ -183,28 +202,37 @@ class _Values:
     def __init__(self, target: nn.Module) -> None:
         self._named = {id(p): Source("parameter", name) for name, p in target.named_parameters()}
         self._named |= {id(b): Source("buffer", name) for name, b in target.named_buffers()}
-        self._produced: dict[int, tuple[weakref.ref[Tensor], Source, int]] = {}
+        self._produced: dict[int, _Produced] = {}
         self._unknown: dict[int, tuple[Tensor, int]] = {}  # keeps them alive: a tensor met again is a constant
+        self._readers: dict[int, list[OperandRecord]] = {}
         self._forward = 0
         self.constants: set[str] = set()
+        self.carried: dict[str, str] = {}
+        self.changing: set[str] = set()
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Start a forward: what earlier ones made is a constant or a state by now."""
         self._forward += 1
-        self._produced.clear()
+        self._readers.clear()
+        self._produced = {key: entry for key, entry in self._produced.items() if entry.tensor() is not None}
         for path, tensor in named_leaves({**{str(i): a for i, a in enumerate(args)}, **kwargs}):
             if id(tensor) not in self._named:
                 self._remember(tensor, Source("input", path))
 
     def source(self, tensor: Tensor) -> Source:
+        """Return where a tensor comes from."""
         named = self._named.get(id(tensor))
         if named is not None:
             return named
         entry = self._produced.get(id(tensor))
-        if entry is not None and entry[0]() is tensor:
-            _, source, version = entry
-            if version != _version(tensor) and source.kind != "mutated":  # written through a view of it
-                return Source("mutated", source.name, source.output)
-            return source
+        if entry is not None and entry.tensor() is tensor:
+            if entry.forward == self._forward:
+                written = entry.version != _version(tensor) and entry.source.kind == "op"  # through a view of it
+                return Source("mutated", entry.source.name, entry.source.output) if written else entry.source
+            if entry.source.kind in ("op", "mutated"):
+                name = f"kept {id(tensor)}"
+                self.carried[name] = entry.source.name
+                return Source("opaque", name)
         known, forward = self._unknown.setdefault(id(tensor), (tensor, self._forward))
         name = f"tensor {id(known)}"
         if forward != self._forward:
@@ -216,7 +244,7 @@ class _Values:
         found = []
         for tensor in inputs:
             source = self.source(tensor)
-            masked = source.kind in ("parameter", "buffer", "opaque", "input") and _has_mask_values(tensor)
+            masked = source.kind in ("parameter", "buffer", "opaque", "input") and has_mask_values(tensor)
             found.append((tensor, source, masked))
         return found
 
@@ -226,8 +254,13 @@ class _Values:
         The alias tells a use of the result (``y = y.mul_(2)``) from a use of the written tensor (``y.mul_(2)`` alone).
         """
         for tensor in written:
-            if id(tensor) not in self._named:
+            for operand in self._readers.pop(_storage(tensor), ()):
+                operand.rewritten = True
+            named = self._named.get(id(tensor))
+            if named is None:
                 self._remember(tensor, Source("mutated", record.key))
+            elif record.spec.kind not in STATISTICS:
+                self.changing.add(named.name)
         if isinstance(result, Tensor) and any(result is tensor for tensor in written):
             record.inplace = True
             if id(result) in self._named:
@@ -236,12 +269,25 @@ class _Values:
             self._remember(result, Source("op", record.key))
             return result
         for index, tensor in enumerate(outputs):
-            if id(tensor) not in self._named:
+            if id(tensor) not in self._named and not any(tensor is t for t in written):
                 self._remember(tensor, Source("op", record.key, index))
         return result
 
+    def read(self, inputs: list[Tensor], operands: list[OperandRecord]) -> None:
+        """Remember who read which memory, to know which of it is written afterwards."""
+        for tensor, operand in zip(inputs, operands, strict=True):
+            self._readers.setdefault(_storage(tensor), []).append(operand)
+
     def _remember(self, tensor: Tensor, source: Source) -> None:
-        self._produced[id(tensor)] = (weakref.ref(tensor), source, _version(tensor))
+        self._produced[id(tensor)] = _Produced(weakref.ref(tensor), source, _version(tensor), self._forward)
+
+
+@dataclass
+class _Produced:
+    tensor: weakref.ref[Tensor]
+    source: Source
+    version: int
+    forward: int
 
 
 def _version(tensor: Tensor) -> int:
@@ -249,9 +295,25 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _has_mask_values(tensor: Tensor) -> bool:
+def _storage(tensor: Tensor) -> int:
+    """Identify the memory of a tensor; 0 where it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, fake and wrapped tensors
+        return 0
+
+
+def _makes_mask(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> bool:
+    """Whether an op fills with huge negative numbers, or turns a huge factor into such fills (``(m - 1) * 1e9``)."""
+    scalars = [v for v in (*args, *kwargs.values()) if isinstance(v, (int, float))]
+    if any(map(is_mask_fill, scalars)):
+        return True
+    return spec.kind in ("mul", "div") and any(abs(v) >= -MASK_FILL for v in scalars) and any(map(has_mask_values, outputs))
+
+
+def has_mask_values(tensor: Tensor) -> bool:
     """Whether a tensor holds huge negative fills and otherwise moderate values, with nothing in between."""
-    if not is_float(tensor) or tensor.numel() < 2 or tensor.is_meta:
+    if not is_float(tensor) or tensor.numel() < 2 or tensor.is_meta or is_functorch_wrapped_tensor(tensor):
         return False
     lowest, highest = (float(v) for v in tensor.detach().aminmax())
     if not is_mask_fill(lowest) or highest > -MASK_FILL / 10:

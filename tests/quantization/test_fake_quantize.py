@@ -1,4 +1,4 @@
-"""Arithmetic, gradient and state of the fake-quantization (foundation 2, design section 6), against torch's own operators."""
+"""Arithmetic, gradient and state of fake-quantization (foundation 2, design section 6), against torch's operators."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def test_per_channel_output_and_gradient_equal_torchs_bit_for_bit(quant_min: int
         zero_points = torch.full((channels,), zero, dtype=torch.int32)
         if zero == quant_max:
             zero_points = torch.randint(quant_min, quant_max + 1, (channels,), dtype=torch.int32)
-        rows = [near_thresholds(s.item(), quant_min, quant_max, int(z)) for s, z in zip(scales, zero_points, strict=True)]
+        rows = [
+            near_thresholds(s.item(), quant_min, quant_max, int(z)) for s, z in zip(scales, zero_points, strict=True)
+        ]
         length = min(len(row) for row in rows)
         x = torch.stack([row[:length] for row in rows]).reshape(channels, -1, 1).movedim(0, axis)
         # On large non-contiguous tensors torch's operator is given the contiguous values.
@@ -130,15 +132,23 @@ def test_two_million_random_ties_give_torchs_bits() -> None:
     )
 
 
-def test_float64_is_computed_in_float64_like_torch() -> None:
+def test_float64_is_computed_in_float64_as_in_torchs_per_channel_operator() -> None:
+    """(torch's per-tensor operator rounds its result to float32: the codes are the same.)"""
     torch.manual_seed(0)
     x = torch.cat([(torch.arange(-140, 140) + 0.5).double() * 0.05, torch.randn(1000).double()])
     x = torch.cat([x, torch.nextafter(x, torch.tensor(torch.inf).double())])
     scale = torch.tensor(0.05)
-    expected = run(torch.fake_quantize_per_tensor_affine, x, scale.item(), 3, -128, 127)
-    output, grad = run(fake_quantize, x, scale, 3, -128, 127)
-    assert_same_bits(output, expected[0])
-    assert_same_bits(grad, expected[1])
+    args = (scale[None], torch.tensor([3], dtype=torch.int32))
+    expected = run(torch.fake_quantize_per_channel_affine, x[None], *args, 0, -128, 127)
+    for output, grad in (
+        run(fake_quantize, x[None], scale, 3, -128, 127),
+        run(fake_quantize, x[None], *args, -128, 127, 0),
+    ):
+        assert_same_bits(output, expected[0])
+        assert_same_bits(grad, expected[1])
+    per_tensor = run(torch.fake_quantize_per_tensor_affine, x[None], scale.item(), 3, -128, 127)
+    assert_same_bits(output.float(), per_tensor[0].float())
+    assert_same_bits(grad, per_tensor[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -251,7 +261,15 @@ def test_compiled_in_one_graph_it_gives_the_same_output_and_gradient(options: di
         assert torch.equal(actual, expected)
 
 
-# The module ------------------------------------------------------------------------------------------------------------
+def test_second_derivatives_pass_through_the_same_mask() -> None:
+    x = torch.tensor([[0.5, 9.0, -9.0]], requires_grad=True)
+    for args in ((torch.tensor(0.5), 0, -8, 7), (torch.tensor([0.5]), 0, -8, 7, 0)):
+        (grad,) = torch.autograd.grad(fake_quantize(x, *args).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.sum(), x)
+        assert second.tolist() == [[2.0, 0.0, 0.0]]
+
+
+# The module -----------------------------------------------------------------------------------------------------------
 
 
 def calibrated(x: Tensor, dtype: str = "int8", **options: Any) -> FakeQuantize:
@@ -259,6 +277,23 @@ def calibrated(x: Tensor, dtype: str = "int8", **options: Any) -> FakeQuantize:
     point.observe(x)
     point.compute_scale()
     return point
+
+
+@pytest.mark.parametrize("options", [{}, {"scheme": "affine", "axis": 0, "channels": 3}])
+def test_exported_it_gives_the_same_output(options: dict[str, Any]) -> None:
+    x = torch.randn(3, 50)
+    point = calibrated(x / 2, **options)
+    assert torch.equal(torch.export.export(torch.nn.Sequential(point), (x,)).module()(x), point(x))
+
+
+def test_built_on_another_default_device_it_can_be_materialized_and_calibrated() -> None:
+    with torch.device("meta"):
+        point = FakeQuantize("int8", observer="minmax", axis=0, channels=2)
+    assert point.scale.is_meta
+    point.to_empty(device="cpu")
+    point.observe(torch.tensor([[1.27], [2.54]]))
+    point.compute_scale()
+    assert point.scale.tolist() == pytest.approx([0.01, 0.02])
 
 
 def test_uncalibrated_or_disabled_point_returns_its_input_itself() -> None:

@@ -1,0 +1,150 @@
+"""Forwards of a region's target as analyses need them: captured from somebody else's step, and repeatable.
+
+An analysis compares forwards that differ in one thing. Everything else (inputs, random numbers, buffers) must be the
+same each time, and nothing may be left changed at the end.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.quantization.preservation import preserved
+from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.tensor_leaves import leaves
+from lightning_qat.quantization.tracing import Call
+
+
+def capture_calls(region: Region, run: Callable[[], Any]) -> list[Call]:
+    """Record the arguments of every forward of a region's target that happens while ``run`` runs.
+
+    Recursive entries are part of the outer forward and not recorded. The tensors are the originals; if ``run`` writes
+    into them, their contents are put back at its end.
+
+    Args:
+        region: whose target to watch.
+        run: calls the target, somewhere (a validation step).
+
+    Returns:
+        One Call per forward, in order; empty if the target was not called.
+
+    Example:
+        >>> from lightning_qat.quantization.insertion import insert
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> calls = capture_calls(insert(model, (torch.ones(1, 2),)), lambda: model(torch.zeros(1, 2)))
+        >>> calls[0].args
+        (tensor([[0., 0.]]),)
+    """
+    target = region.target
+    before = target.__dict__.get("forward")
+    forward = target.forward
+    calls: list[Call] = []
+    contents: list[_Contents] = []
+    depth = 0
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        nonlocal depth
+        if depth == 0:
+            calls.append(Call(args, kwargs))
+            contents.append(_Contents(leaves((args, kwargs))))
+        depth += 1
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            depth -= 1
+
+    target.__dict__["forward"] = recording
+    try:
+        run()
+    finally:
+        if before is None:
+            target.__dict__.pop("forward", None)
+        else:
+            target.__dict__["forward"] = before
+        for content in reversed(contents):  # the first call saw a tensor that several calls share as it was first
+            content.restore()
+    return calls
+
+
+@contextmanager
+def analysis_mode(region: Region) -> Iterator[None]:
+    """Evaluation mode without gradients, with the region quantizing and no scale moving; all put back on exit."""
+    with preserved(region.target), region.state("quantize", updates=()), torch.inference_mode(False), torch.no_grad():
+        region.target.eval()
+        yield
+
+
+class RepeatableForward:
+    """Runs one forward again and again from the same inputs, buffers and random numbers.
+
+    A context manager: inputs and buffers are as before at its end. Use it inside :func:`analysis_mode`, which puts the
+    random state back.
+
+    Args:
+        target: the module.
+        call: its arguments.
+        seed: of the random numbers that the forward draws.
+
+    Example:
+        >>> with RepeatableForward(torch.nn.Dropout(), Call.of(torch.ones(100))) as forward:
+        ...     torch.equal(forward(), forward())
+        True
+    """
+
+    def __init__(self, target: nn.Module, call: Call, seed: int = 0) -> None:
+        self.target = target
+        self.call = call
+        self.seed = seed
+        self._buffers = [(m, name, b) for m in target.modules() for name, b in m._buffers.items()]
+        self._contents = _Contents(
+            [*leaves((call.args, call.kwargs)), *(b for _, _, b in self._buffers if b is not None)]
+        )
+
+    def __enter__(self) -> RepeatableForward:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def __call__(self) -> Any:
+        """Run the forward. What it returns may change when the next one runs: copy what is kept."""
+        self._restore()
+        random.seed(self.seed)
+        np.random.seed(self.seed % 2**32)
+        torch.manual_seed(self.seed)
+        return self.target(*self.call.args, **self.call.kwargs)
+
+    def _restore(self) -> None:
+        for module, name, buffer in self._buffers:
+            module._buffers[name] = buffer
+        self._contents.restore()
+
+
+class _Contents:
+    """What was in some tensors, to put back into those that were written since."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = list({id(t): t for t in tensors}.values())
+        self._copies = [t.detach().clone() for t in self._tensors]
+        self._versions = [_version(t) for t in self._tensors]
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for index, (tensor, copy) in enumerate(zip(self._tensors, self._copies, strict=True)):
+                if _version(tensor) != self._versions[index]:
+                    tensor.copy_(copy)
+                    self._versions[index] = _version(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written; inference tensors cannot be written outside inference mode."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,169 @@
+"""The callback that measures what flows through every quantization point."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lightning_qat.analysis.statistics import (
+    LayerStatisticsResult,
+    LayerStatisticsRow,
+    ScaleSnapshot,
+    StatisticsCollector,
+    WeightCodes,
+    scale_snapshot,
+)
+from lightning_qat.callbacks.analysis_pass import (
+    AnalysisOutputs,
+    analysis_pass,
+    require_positive,
+    require_quantization,
+    sampled_steps,
+)
+from lightning_qat.quantization.region import find_regions
+from lightning_qat.reporting.loggers import point_scalars
+
+NUMBERS = (
+    "scale", "min", "max", "mean", "var", "clipped_share", "used_share", "level_occupancy", "rounding_energy",
+    "clipping_energy", "scale_drift", "flip_rate", "sqnr",
+)  # fmt: skip
+
+
+class LayerStatistics(Callback):
+    """Measure, at the end of an epoch, what every quantization point receives and what quantization makes of it.
+
+    Runs the validation step on a few batches (the same ones each time) in eval mode with quantization on, also while
+    ``start_epoch`` keeps it off in training. Training is not changed by it, bit for bit.
+
+    Goes to: ``layer_statistics_epochN.csv|txt|json`` and ``layer_statistics.csv|txt|json`` (the latest) in the run's
+    ``lightning_qat`` directory; to the loggers ``layer_statistics/<column>/<point>``; through ``self.log``, to be
+    monitored: ``layer_statistics/max_clipped_share``, ``.../min_sqnr`` (dB), ``.../max_scale_drift`` (absolute) and
+    ``.../max_flip_rate``. Columns: ``lightning_qat/reporting/README.md``.
+
+    Flip rates are those since the last measurement (or the start of training); drift is that since training started
+    with calibrated scales, also after a resume.
+
+    Args:
+        every_n_epochs: how often.
+        batches: batches per rank. Statistics of all ranks are merged.
+        log: also send the numbers of every point to the loggers; files and aggregates are written anyway.
+        columns: which columns go to the loggers; all numbers if not given.
+        seed: decides which batches are drawn from shuffled data.
+
+    Raises:
+        MisconfigurationException: a value is not one of the choices, or QuantizationAwareTraining is missing.
+
+    Attributes:
+        result: the latest statistics.
+
+    Example::
+
+        class LateStatistics(LayerStatistics):
+            def should_measure(self, trainer):
+                return trainer.current_epoch >= 10
+
+        trainer = Trainer(callbacks=[QuantizationAwareTraining(), Calibration(), LateStatistics()])
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 1,
+        batches: int = 2,
+        log: bool = True,
+        columns: list[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        require_positive("LayerStatistics", every_n_epochs=every_n_epochs, batches=batches)
+        for column in columns or ():
+            if column not in NUMBERS:
+                raise MisconfigurationException(
+                    f"LayerStatistics(columns=...): there is no column {column!r}. Choices: {', '.join(NUMBERS)}."
+                )
+        self.every_n_epochs = every_n_epochs
+        self.batches = batches
+        self.log_points = log
+        self.columns = tuple(columns) if columns is not None else NUMBERS
+        self.seed = seed
+        self.result: LayerStatisticsResult | None = None
+        self._outputs = AnalysisOutputs("layer_statistics")
+        self._calibrated: dict[str, ScaleSnapshot] = {}
+        self._codes: dict[str, WeightCodes] = {}
+        self._measured_at = -1
+
+    def should_measure(self, trainer: pl.Trainer) -> bool:
+        """Whether to measure at the end of this epoch. Override for another schedule."""
+        return (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        require_quantization(trainer, "LayerStatistics")
+        if stage == "fit":
+            self._calibrated, self._codes, self._measured_at = {}, {}, -1
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for path, region in find_regions(pl_module).items():
+            self._calibrated.setdefault(path, scale_snapshot(region))
+        self._measure(trainer, pl_module, batches=1)  # for the codes of the weights before the first step
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.should_measure(trainer):
+            self._report(trainer, pl_module)
+            for name, value in _aggregates(self.result.rows if self.result else ()).items():
+                pl_module.log(f"layer_statistics/{name}", value, sync_dist=trainer.world_size > 1)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._measured_at != trainer.global_step:
+            self._report(trainer, pl_module)
+
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.result = result = self._measure(trainer, pl_module, self.batches)
+        self._measured_at = trainer.global_step
+        self._outputs.write(trainer, result, trainer.current_epoch)
+        self._outputs.write(trainer, result)
+        if self.log_points:
+            scalars = point_scalars(result, "layer_statistics", self.columns)
+            self._outputs.log(trainer, result, scalars, result.shown)
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> LayerStatisticsResult:
+        with analysis_pass(trainer, pl_module, "LayerStatistics", seed=self.seed) as regions, ExitStack() as stack:
+            collectors = {
+                path: StatisticsCollector(region, self._calibrated.get(path), self._codes.get(path))
+                for path, region in regions.items()
+            }
+            for collector in collectors.values():
+                stack.enter_context(collector)
+            for step in sampled_steps(trainer, pl_module, batches):
+                step()
+            for path, collector in collectors.items():
+                collector.all_reduce()
+                self._codes[path] = collector.codes
+        return LayerStatisticsResult.merged({path: collector.result() for path, collector in collectors.items()})
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"calibrated": self._calibrated}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._calibrated = dict(state_dict["calibrated"])
+
+
+def _aggregates(rows: tuple[LayerStatisticsRow, ...]) -> dict[str, float]:
+    """The few numbers to monitor, each about the worst point."""
+    largest: dict[str, list[float]] = {
+        "max_clipped_share": [row.clipped_share for row in rows if row.clipped_share is not None],
+        "max_scale_drift": [abs(row.scale_drift) for row in rows if row.scale_drift is not None],
+        "max_flip_rate": [row.flip_rate for row in rows if row.flip_rate is not None],
+    }
+    ratios = [row.sqnr for row in rows if row.sqnr is not None and math.isfinite(row.sqnr)]
+    result = {name: max(values) for name, values in largest.items() if values}
+    return {**result, "min_sqnr": min(ratios)} if ratios else result

@@ -1,0 +1,181 @@
+"""The callback that ranks the quantization points by what they do to the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lightning_qat.analysis.captured_calls import RepeatableForward, capture_calls
+from lightning_qat.analysis.metrics import MetricName, check_metric, higher_is_better
+from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.analysis.sensitivity import SensitivityResult, sensitivity
+from lightning_qat.callbacks.analysis_pass import (
+    AnalysisOutputs,
+    analysis_pass,
+    require_positive,
+    require_quantization,
+    sampled_steps,
+)
+from lightning_qat.callbacks.extra_pass import misconfiguration
+from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.tracing import Call
+from lightning_qat.reporting.loggers import point_scalars
+
+
+class SensitivityAnalysis(Callback):
+    """Quantize one point at a time in the float model, at the end of an epoch, and measure the change of the output.
+
+    One forward per point and batch, on the inputs that the quantized region gets in a validation step (the same batches
+    each time). With more points than ``max_points`` the points take turns, in a fixed random order: after
+    ``ceil(points / max_points)`` analyses all of them were measured. The analysis at the end of training measures
+    ``final_max_points``. Training is not changed by it, bit for bit.
+
+    Goes to: ``sensitivity_epochN.csv|txt|json`` per epoch and ``sensitivity.csv|txt|json`` at the end of training, in
+    the run's ``lightning_qat`` directory; to the loggers ``sensitivity/<metric>/<point>``; through ``self.log``, to be
+    monitored: ``sensitivity/max``, that of the most sensitive point measured (``sensitivity/min`` for Cosine and SQNR).
+    Columns: ``lightning_qat/reporting/README.md``.
+
+    Args:
+        every_n_epochs: how often.
+        batches: batches per rank. Changes on all ranks are added up.
+        metric: ``L1``, ``MSE``, ``Cosine``, ``SQNR`` or ``KL``.
+        output: path into the region's output such as ``map.layer_3``; all its tensors if not given.
+        post_process: applied to that output in float, such as ``torch.sigmoid``.
+        max_points: points per analysis; None for all.
+        final_max_points: the same for the analysis at the end of training.
+        log: also send the numbers of every point to the loggers; files and aggregates are written anyway.
+        seed: decides which batches are drawn from shuffled data, and the order in which points take turns.
+
+    Raises:
+        MisconfigurationException: a value is not one of the choices, QuantizationAwareTraining is missing, or (before
+            the first training step) the region has no such output.
+
+    Attributes:
+        result: the latest analysis.
+
+    Example::
+
+        class LateAnalysis(SensitivityAnalysis):
+            def should_analyse(self, trainer):
+                return trainer.current_epoch >= 10
+
+        trainer = Trainer(callbacks=[QuantizationAwareTraining(), Calibration(), LateAnalysis(metric="SQNR")])
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 1,
+        batches: int = 1,
+        metric: MetricName = "MSE",
+        output: str | None = None,
+        post_process: Callable[[Any], Any] | None = None,
+        max_points: int | None = 64,
+        final_max_points: int | None = None,
+        log: bool = True,
+        seed: int = 0,
+    ) -> None:
+        require_positive(
+            "SensitivityAnalysis",
+            every_n_epochs=every_n_epochs,
+            batches=batches,
+            max_points=max_points,
+            final_max_points=final_max_points,
+        )
+        with misconfiguration():
+            check_metric(metric)
+        self.every_n_epochs = every_n_epochs
+        self.batches = batches
+        self.metric: MetricName = metric
+        self.output = output
+        self.post_process = post_process
+        self.max_points = max_points
+        self.final_max_points = final_max_points
+        self.log_points = log
+        self.seed = seed
+        self.result: SensitivityResult | None = None
+        self._outputs = AnalysisOutputs("sensitivity")
+        self._turn = 0
+
+    def should_analyse(self, trainer: pl.Trainer) -> bool:
+        """Whether to analyse at the end of this epoch. Override for another schedule."""
+        return (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        require_quantization(trainer, "SensitivityAnalysis")
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.output is None and self.post_process is None:
+            return
+        select = OutputSelector(self.output, self.post_process)
+        with analysis_pass(trainer, pl_module, "SensitivityAnalysis", "off", self.seed) as regions:
+            for path, calls in self._captured(trainer, pl_module, regions, batches=1).items():
+                with RepeatableForward(regions[path].target, calls[0]) as forward:
+                    select(forward())
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.should_analyse(trainer):
+            return
+        result = self._analyse(trainer, pl_module, self.max_points)
+        self._turn += 1
+        self._outputs.write(trainer, result, trainer.current_epoch)
+        self._log(trainer, result)
+        if result.rows:
+            name = "min" if higher_is_better(self.metric) else "max"
+            pl_module.log(f"sensitivity/{name}", result.rows[0].value, sync_dist=trainer.world_size > 1)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        result = self._analyse(trainer, pl_module, self.final_max_points)
+        self._outputs.write(trainer, result)
+        self._log(trainer, result)
+
+    def _analyse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, max_points: int | None) -> SensitivityResult:
+        with analysis_pass(trainer, pl_module, "SensitivityAnalysis", "off", self.seed) as regions:
+            calls = self._captured(trainer, pl_module, regions, self.batches)
+            with trainer.precision_plugin.forward_context():
+                results = {
+                    path: sensitivity(
+                        region,
+                        calls[path],
+                        self.output,
+                        self.post_process,
+                        self.metric,
+                        max_points=max_points,
+                        turn=self._turn,
+                        seed=self.seed,
+                        across_ranks=trainer.world_size > 1,
+                    )
+                    for path, region in regions.items()
+                }
+        self.result = SensitivityResult.merged(results)
+        return self.result
+
+    def _captured(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, regions: dict[str, Region], batches: int
+    ) -> dict[str, list[Call]]:
+        """What the regions are called with in the float model."""
+        calls: dict[str, list[Call]] = {path: [] for path in regions}
+        for step in sampled_steps(trainer, pl_module, batches):
+            for path, region in regions.items():
+                calls[path] += capture_calls(region, step)
+        return calls
+
+    def _log(self, trainer: pl.Trainer, result: SensitivityResult) -> None:
+        if self.log_points:
+            scalars = point_scalars(result, "sensitivity", (self.metric,))
+            self._outputs.log(trainer, result, scalars, result.columns()[:5])
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"turn": self._turn}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._turn = int(state_dict["turn"])

@@ -1,0 +1,109 @@
+"""Results as tables: fixed-width text for files, Markdown for TensorBoard, rich for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+
+from lightning_qat.analysis.results import Result
+
+_MARKDOWN_SPECIAL = "\\`*_{}[]()<>#+!|~$"
+
+
+def fixed_width(columns: Sequence[str], rows: Sequence[dict[str, Any]], title: str = "", note: str = "") -> str:
+    """Render a table as plain text. Every column is as wide as its widest cell: nothing is cut or wrapped.
+
+    Args:
+        columns: the columns to show, in order.
+        rows: their values.
+        title: a line above the table.
+        note: a line between title and table.
+
+    Example:
+        >>> print(fixed_width(["point", "min"], [{"point": "fc.weight", "min": -0.25}, {"point": "fc", "min": 1.0}]))
+        point       min
+        ---------------
+        fc.weight -0.25
+        fc            1
+    """
+    cells = [[_single_line(cell_text(row[column])) for column in columns] for row in rows]
+    widths = [max(len(text) for text in texts) for texts in zip(columns, *cells, strict=True)]
+    right = [_is_numeric(rows, column) for column in columns]
+
+    def line(texts: Sequence[str]) -> str:
+        padded = (t.rjust(w) if r else t.ljust(w) for t, w, r in zip(texts, widths, right, strict=True))
+        return " ".join(padded).rstrip()
+
+    rule = "-" * (sum(widths) + max(0, len(widths) - 1))
+    head = [text for text in (title, note) if text]
+    return "\n".join([*head, line(columns), rule, *(line(texts) for texts in cells)])
+
+
+def markdown(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+    """Render a table as Markdown (GitHub's dialect, which TensorBoard shows); names are escaped, numbers short.
+
+    Example:
+        >>> print(markdown(["point", "MSE"], [{"point": "a|b_c.weight", "MSE": 0.5}]))
+        | point | MSE |
+        |:--|--:|
+        | a\\|b\\_c.weight | 0.5 |
+    """
+
+    def line(texts: Sequence[str]) -> str:
+        return f"| {' | '.join(texts)} |"
+
+    rules = "|".join("--:" if _is_numeric(rows, column) else ":--" for column in columns)
+    body = [line([escape_markdown(cell_text(row[column], digits=4)) for column in columns]) for row in rows]
+    return "\n".join([line([escape_markdown(column) for column in columns]), f"|{rules}|", *body])
+
+
+def escape_markdown(text: str) -> str:
+    """Take the meaning from every character that Markdown or HTML would interpret.
+
+    Example:
+        >>> escape_markdown("layers_0*<b>")
+        'layers\\\\_0\\\\*\\\\<b\\\\>'
+    """
+    return "".join(f"\\{c}" if c in _MARKDOWN_SPECIAL else c for c in _single_line(text).replace("&", "&amp;"))
+
+
+def console_text(result: Result[Any], width: int = 120) -> str:
+    """Render a result as the terminal shows it, without colours.
+
+    Args:
+        result: what to show.
+        width: columns of the terminal; names fold, numbers are never cut.
+    """
+    console = Console(file=StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    console.print(result)
+    file = console.file
+    assert isinstance(file, StringIO)
+    return file.getvalue()
+
+
+def cell_text(value: Any, digits: int = 7) -> str:
+    """Spell a value: floats with so many significant digits, None as nothing.
+
+    Example:
+        >>> [cell_text(v) for v in (0.26427540, 1e-9, float("nan"), None, True, 3)]
+        ['0.2642754', '1e-09', 'nan', '', 'yes', '3']
+    """
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.{digits}g}" if math.isfinite(value) else str(value)
+    return str(value)
+
+
+def _is_numeric(rows: Sequence[dict[str, Any]], column: str) -> bool:
+    return any(isinstance(row[column], (int, float)) and not isinstance(row[column], bool) for row in rows)
+
+
+def _single_line(text: str) -> str:
+    return " ".join(text.split()) if any(c in text for c in "\r\n\t") else text
