@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -57,11 +58,15 @@ class Result(Generic[RowT]):
 
 
 def rich_table(title: str, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> Table:
-    """Render rows for the terminal: names fold instead of being cut, numbers are short and right-aligned."""
-    table = Table(title=title or None, title_justify="left", header_style="bold")
+    """Render rows for the terminal: numbers are short, right-aligned and whole; names fold rather than being cut."""
+    table = Table(title=title or None, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        numeric = any(isinstance(row[column], (int, float)) and not isinstance(row[column], bool) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+        cells = [format_cell(row[column]) for row in rows]
+        widest = max(map(len, [column, *cells]))
+        if any(isinstance(row[column], (int, float)) and not isinstance(row[column], bool) for row in rows):
+            table.add_column(column, justify="right", no_wrap=True, min_width=widest)
+        else:
+            table.add_column(column, overflow="fold", min_width=min(widest, 12))
     for row in rows:
         table.add_row(*(Text(format_cell(row[column])) for column in columns))
     return table

@@ -83,7 +83,7 @@ class LayerStatisticsResult(Result[LayerStatisticsRow]):
     """One row per point of the plan, in execution order."""
 
     title: ClassVar[str] = "Layer statistics"
-    shown: ClassVar[tuple[str, ...]] = ("point", "dtype", "min", "max", "clipped_share", "used_share", "sqnr")
+    shown: ClassVar[tuple[str, ...]] = ("point", "dtype", "clipped_share", "used_share", "sqnr")
 
     def columns(self) -> tuple[str, ...]:
         """Names of all columns, also without rows."""

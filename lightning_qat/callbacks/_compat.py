@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.trainer.connectors.data_connector import (
     _DataLoaderSource,
     _parse_num_batches,
     _request_dataloader,
+    _resolve_overfit_batches,
 )
+from lightning.pytorch.trainer.connectors.logger_connector.fx_validator import _FxValidator
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 STAGES = {
     "train": RunningStage.TRAINING,
@@ -23,7 +29,9 @@ STAGES = {
     "predict": RunningStage.PREDICTING,
 }
 
-__all__ = ["STAGES", "RunningStage", "TrainerFn", "extract_batch_size", "is_overridden"]
+ResultCollection = _ResultCollection
+
+__all__ = ["STAGES", "ResultCollection", "RunningStage", "TrainerFn", "is_overridden"]
 
 
 @contextmanager
@@ -35,6 +43,12 @@ def running_stage(trainer: pl.Trainer, stage: str) -> Iterator[None]:
         yield
     finally:
         trainer.state.stage = before
+
+
+def running_function(trainer: pl.Trainer) -> str:
+    """Return ``train`` while fitting, else ``validate``, ``test`` or ``predict``."""
+    evaluating = {TrainerFn.VALIDATING: "validate", TrainerFn.TESTING: "test", TrainerFn.PREDICTING: "predict"}
+    return evaluating.get(trainer.state.fn, "train") if trainer.state.fn is not None else "train"
 
 
 def attached_loader(trainer: pl.Trainer, stage: str) -> Any | None:
@@ -71,6 +85,13 @@ def prepared_loader(trainer: pl.Trainer, loader: Any, stage: str, shuffle: bool)
     return trainer.strategy.process_dataloader(loader)
 
 
+def take_first_batches(combined: CombinedLoader, stage: str) -> None:
+    """Turn shuffling off, as ``overfit_batches`` does (which has warned about it already)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You requested to overfit")
+        _resolve_overfit_batches(combined, STAGES[stage])
+
+
 def batch_limit(trainer: pl.Trainer, stage: str, length: float) -> float:
     """Number of batches after ``limit_*_batches``, ``fast_dev_run`` and ``overfit_batches``."""
     name = {"train": "train", "validate": "val", "test": "test", "predict": "predict"}[stage]
@@ -81,3 +102,36 @@ def batch_limit(trainer: pl.Trainer, stage: str, length: float) -> float:
 def steps_taken(trainer: pl.Trainer) -> int:
     """The step that Lightning's own loggers use as x-axis."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def call_hook(pl_module: pl.LightningModule, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a hook or step of the module, which then knows which one runs (``self.log`` depends on it)."""
+    before = pl_module._current_fx_name
+    pl_module._current_fx_name = name
+    try:
+        return getattr(pl_module, name)(*args, **kwargs)
+    finally:
+        pl_module._current_fx_name = before
+
+
+def log_levels(pl_module: pl.LightningModule, on_step: bool | None, on_epoch: bool | None) -> tuple[bool, bool]:
+    """Return ``on_step`` and ``on_epoch`` as ``self.log`` would take them in the hook that runs."""
+    name = pl_module._current_fx_name or "validation_step"
+    return _FxValidator.check_logging_and_get_default_levels(name, on_step=on_step, on_epoch=on_epoch)
+
+
+def logged_value(pl_module: pl.LightningModule, name: str, value: Any) -> Tensor:
+    """Return a logged number as ``self.log`` would keep it."""
+    tensor: Tensor = pl_module._LightningModule__to_tensor(value, name)  # type: ignore[operator]
+    return tensor
+
+
+def convert_early(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Give the module the type that a ``*-true`` precision will give it in ``strategy.setup``: its batches have it now."""
+    if isinstance(trainer.precision_plugin, (HalfPrecision, DoublePrecision)):
+        trainer.precision_plugin.convert_module(pl_module)
+
+
+def replaces_batch_norm(trainer: pl.Trainer) -> bool:
+    """Whether ``Trainer(sync_batchnorm=True)`` will replace batch norm modules after insertion."""
+    return getattr(trainer.strategy, "_layer_sync", None) is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ from lightning_qat.callbacks.extra_pass import (
 from lightning_qat.callbacks.output_directory import run_directory
 from lightning_qat.quantization.region import Region, State
 from lightning_qat.reporting.files import write_result
-from lightning_qat.reporting.loggers import log_scalars, log_table
+from lightning_qat.reporting.loggers import log_histogram, log_scalars, log_table
 
 
 @contextmanager
@@ -92,10 +92,19 @@ class AnalysisOutputs:
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_result(result, directory, self.name, epoch)
 
-    def log(self, trainer: pl.Trainer, result: Result[Any], scalars: dict[str, float], columns: Sequence[str]) -> None:
-        """Send scalars to all loggers and the table to those that show text; warn once about the others."""
+    def log(
+        self,
+        trainer: pl.Trainer,
+        result: Result[Any],
+        scalars: dict[str, float],
+        columns: Sequence[str],
+        histograms: Mapping[str, Iterable[float | None]],
+    ) -> None:
+        """Send scalars to all loggers, table and histograms to those that show them; warn once about the others."""
         step = _compat.steps_taken(trainer)
         log_scalars(trainer.loggers, scalars, step)
+        for name, values in histograms.items():
+            log_histogram(trainer.loggers, f"{self.name}/{name}", values, step)
         without = log_table(trainer.loggers, self.name, result, step, columns)
         if without and not self._warned:
             self._warned = True

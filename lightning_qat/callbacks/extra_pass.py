@@ -153,9 +153,9 @@ def analysis_batches(
         for taken, (batch, batch_idx, dataloader_idx) in enumerate(combined):
             if taken >= end:
                 break
-            yield ExtraBatch(
-                _transferred(trainer, pl_module, batch, dataloader_idx), batch_idx, dataloader_idx, several
-            )
+            # calibration looks at what evaluation will see: no training augmentation on the way to the device
+            batch = _transferred(trainer, pl_module, batch, dataloader_idx, "validate" if stage == "calibration" else stage)
+            yield ExtraBatch(batch, batch_idx, dataloader_idx, several)
 
 
 def run_step(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBatch, stage: str = "validate") -> Any:
@@ -222,8 +222,10 @@ def _loaders(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -
     )
 
 
-def _transferred(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, dataloader_idx: int) -> Any:
-    with _compat.running_stage(trainer, "validate"):
+def _transferred(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, dataloader_idx: int, stage: str
+) -> Any:
+    with _compat.running_stage(trainer, stage):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
         return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)

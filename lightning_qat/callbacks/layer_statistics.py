@@ -33,6 +33,7 @@ NUMBERS = (
     "scale", "min", "max", "mean", "var", "clipped_share", "used_share", "level_occupancy", "rounding_energy",
     "clipping_energy", "scale_drift", "flip_rate", "sqnr",
 )  # fmt: skip
+TABLE = ("point", "dtype", "scale", "min", "max", "clipped_share", "used_share", "sqnr", "scale_drift", "flip_rate")
 
 
 class LayerStatistics(Callback):
@@ -115,7 +116,7 @@ class LayerStatistics(Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.should_measure(trainer):
-            self._report(trainer, pl_module)
+            self._report(trainer, pl_module, trainer.current_epoch)
             for name, value in _aggregates(self.result.rows if self.result else ()).items():
                 pl_module.log(f"layer_statistics/{name}", value, sync_dist=trainer.world_size > 1)
 
@@ -124,14 +125,16 @@ class LayerStatistics(Callback):
         if self._measured_at != trainer.global_step:
             self._report(trainer, pl_module)
 
-    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int | None = None) -> None:
         self.result = result = self._measure(trainer, pl_module, self.batches)
         self._measured_at = trainer.global_step
-        self._outputs.write(trainer, result, trainer.current_epoch)
+        if epoch is not None:
+            self._outputs.write(trainer, result, epoch)
         self._outputs.write(trainer, result)
         if self.log_points:
             scalars = point_scalars(result, "layer_statistics", self.columns)
-            self._outputs.log(trainer, result, scalars, result.shown)
+            histograms = {"clipped_share": [r.clipped_share for r in result.rows], "sqnr": [r.sqnr for r in result.rows]}
+            self._outputs.log(trainer, result, scalars, TABLE, histograms)
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> LayerStatisticsResult:
         with analysis_pass(trainer, pl_module, "LayerStatistics", seed=self.seed) as regions, ExitStack() as stack:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning.pytorch as pl
+from rich import get_console
+from rich.console import Console
 
 
 def run_directory(trainer: pl.Trainer) -> Path:
@@ -18,3 +20,10 @@ def run_directory(trainer: pl.Trainer) -> Path:
 def shared_directory(trainer: pl.Trainer) -> Path:
     """Return ``<default_root_dir>/lightning_qat``, for what is kept across runs."""
     return Path(trainer.default_root_dir) / "lightning_qat"
+
+
+def console_of(trainer: pl.Trainer) -> Console:
+    """Return the console to print on: that of a running rich progress bar, so that the two do not overwrite each other."""
+    progress = getattr(trainer.progress_bar_callback, "progress", None)
+    console = getattr(progress, "console", None)
+    return console if isinstance(console, Console) else get_console()

@@ -99,6 +99,7 @@ class SensitivityAnalysis(Callback):
         self.result: SensitivityResult | None = None
         self._outputs = AnalysisOutputs("sensitivity")
         self._turn = 0
+        self._analysed_at = -1
 
     def should_analyse(self, trainer: pl.Trainer) -> bool:
         """Whether to analyse at the end of this epoch. Override for another schedule."""
@@ -107,6 +108,7 @@ class SensitivityAnalysis(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         require_quantization(trainer, "SensitivityAnalysis")
+        self._analysed_at = -1
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -124,6 +126,7 @@ class SensitivityAnalysis(Callback):
             return
         result = self._analyse(trainer, pl_module, self.max_points)
         self._turn += 1
+        self._analysed_at = trainer.global_step
         self._outputs.write(trainer, result, trainer.current_epoch)
         self._log(trainer, result)
         if result.rows:
@@ -132,6 +135,10 @@ class SensitivityAnalysis(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        latest = self.result
+        if latest is not None and not latest.left_out and self._analysed_at == trainer.global_step:
+            self._outputs.write(trainer, latest)  # of these very weights
+            return
         result = self._analyse(trainer, pl_module, self.final_max_points)
         self._outputs.write(trainer, result)
         self._log(trainer, result)
@@ -170,7 +177,8 @@ class SensitivityAnalysis(Callback):
     def _log(self, trainer: pl.Trainer, result: SensitivityResult) -> None:
         if self.log_points:
             scalars = point_scalars(result, "sensitivity", (self.metric,))
-            self._outputs.log(trainer, result, scalars, result.columns()[:5])
+            histograms = {self.metric: [row.value for row in result.rows]}
+            self._outputs.log(trainer, result, scalars, result.columns()[:5], histograms)
 
     @override
     def state_dict(self) -> dict[str, Any]:

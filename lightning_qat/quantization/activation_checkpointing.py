@@ -11,10 +11,12 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, ClassVar
 
+import torch
 import torch.utils.checkpoint as torch_checkpoint
 
 from lightning_qat.quantization.call_path import ScopeNode
@@ -23,33 +25,45 @@ from lightning_qat.quantization.interception import CallPathMode, active_mode
 _NAME = "checkpoint"
 
 
-class CheckpointAwareness:
-    """Context manager around every entry of a region; counts entries so that threads and nesting do not interfere."""
+class RunningRegion:
+    """Context manager around every entry of a region: what has to change in torch while a region runs, anywhere.
+
+    Besides checkpointing, functions under ``torch.compile`` inside the region run eagerly: compiled code would run past
+    the mode. Entries are counted, so that threads and nesting do not interfere.
+    """
 
     _lock: ClassVar[threading.Lock] = threading.Lock()
     _entries: ClassVar[int] = 0
-    _originals: ClassVar[tuple[Any, Any] | None] = None
+    _undo: ClassVar[ExitStack] = ExitStack()
 
     def __enter__(self) -> None:
-        cls = CheckpointAwareness
+        cls = RunningRegion
         with cls._lock:
+            if cls._entries == 0:
+                cls._undo = ExitStack()
+                cls._undo.enter_context(_patched_checkpoint())
+                cls._undo.enter_context(torch.compiler.set_stance("force_eager"))  # type: ignore[no-untyped-call]
             cls._entries += 1
-            if cls._originals is None:
-                cls._originals = (
-                    torch_checkpoint.CheckpointFunction,
-                    torch_checkpoint._checkpoint_without_reentrant_generator,
-                )
-                torch_checkpoint.CheckpointFunction = _Reentrant(cls._originals[0])  # type: ignore[assignment, misc]
-                torch_checkpoint._checkpoint_without_reentrant_generator = _non_reentrant(cls._originals[1])
 
     def __exit__(self, *_: object) -> None:
-        cls = CheckpointAwareness
+        cls = RunningRegion
         with cls._lock:
             cls._entries -= 1
-            if cls._entries == 0 and cls._originals is not None:
-                torch_checkpoint.CheckpointFunction = cls._originals[0]  # type: ignore[misc]
-                torch_checkpoint._checkpoint_without_reentrant_generator = cls._originals[1]
-                cls._originals = None
+            if cls._entries == 0:
+                cls._undo.close()
+
+
+@contextmanager
+def _patched_checkpoint() -> Iterator[None]:
+    reentrant = torch_checkpoint.CheckpointFunction
+    non_reentrant = torch_checkpoint._checkpoint_without_reentrant_generator
+    torch_checkpoint.CheckpointFunction = _Reentrant(reentrant)  # type: ignore[assignment, misc]
+    torch_checkpoint._checkpoint_without_reentrant_generator = _non_reentrant(non_reentrant)
+    try:
+        yield
+    finally:
+        torch_checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
+        torch_checkpoint._checkpoint_without_reentrant_generator = non_reentrant
 
 
 class _Reentrant:
@@ -101,5 +115,5 @@ class _Resumable:
         resumed = self._mode.resumed(frame, self._node)
         if resumed is None:
             return self._function(*args, **kwargs)
-        with CheckpointAwareness(), resumed:
+        with RunningRegion(), resumed:
             return self._function(*args, **kwargs)

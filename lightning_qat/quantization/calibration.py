@@ -108,7 +108,8 @@ class CalibrationPass:
         batches = self._reduce()
         if batches == 0:
             raise ConfigurationError(
-                "calibration got no batch: the data loader is empty, or limit_*_batches leaves nothing of it. Give it at "
+                "calibration got no batch: the data loader is empty, or limit_*_batches leaves nothing of it. Give it "
+                "at "
                 "least one batch, or write Calibration(batches=32)."
             )
         findings = [self._finding(kind, name, batch) for (name, kind), batch in self._first_bad.items()]
@@ -146,13 +147,16 @@ class CalibrationPass:
         messages = {
             "nan": f"{name} is NaN in calibration batch {batch}: the float model computes NaN here. Look at the op's "
             "inputs (division by zero, log of a negative number) before quantizing.",
-            "inf": f"{name} is infinite in calibration batch {batch}; infinities were left out of its range. If they are "
+            "inf": f"{name} is infinite in calibration batch {batch}; infinities were left out of its range. If they "
+            "are "
             "a mask, keep the point in float: activation: {dtype: float32}.",
-            "constant": f"{name} was zero in every batch, so it has no meaningful scale. Calibrate with data that reach it, "
+            "constant": f"{name} was zero in every batch, so it has no meaningful scale. Calibrate with data that "
+            "reach it, "
             "or keep it in float: activation: {dtype: float32}.",
             "no data": f"{name} was never reached by the calibration data and stays float. Calibrate with batches that "
             "take this branch, or give it a fixed_scale.",
-            "unplanned": f"{name} ran in calibration but not while tracing, and stays float. Trace more batches, or mark "
+            "unplanned": f"{name} ran in calibration but not while tracing, and stays float. Trace more batches, or "
+            "mark "
             "the code with dynamic_block.",
         }
         return CalibrationFinding(kind, name, batch, messages[kind])  # type: ignore[arg-type]

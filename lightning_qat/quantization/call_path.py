@@ -10,6 +10,7 @@ of a function on the path changes, not when lines move.
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import os
 import threading
@@ -21,11 +22,17 @@ from typing import Any
 import torch
 from torch import nn
 
-PLAIN, MODULE_CALL, SKIP, FUNCTION = range(4)
-"""What a frame is to a call path: a call site, the call of a module, nothing, or a custom ``autograd.Function``."""
+MODULE_CALL, SKIP, FUNCTION = range(3)
+"""What a frame can be other than a call site: a call of a module, nothing, or a custom ``autograd.Function``."""
 
 _TORCH_DIRECTORY = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OWN_DIRECTORY = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_SKIPPED_FILES = (
+    _OWN_DIRECTORY,
+    # between the code of a model and its functions and modules while torch.export runs it
+    *(_TORCH_DIRECTORY + name + os.sep for name in ("fx", "export", "_export", "_dynamo", "_functorch")),
+    _TORCH_DIRECTORY + "overrides.py",
+)
 _MODULE_CALL_CODE = nn.Module._call_impl.__code__
 _SKIPPED_CODES = (
     nn.Module._wrapped_call_impl.__code__,
@@ -34,9 +41,10 @@ _SKIPPED_CODES = (
 )
 _FUNCTION_CODE = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _NOTEBOOK_MARKS = ("<", "ipykernel")
+_CACHE_OPCODE = dis.opmap.get("CACHE")
 
 Path = tuple[int, ...]
-"""Ids of code objects and bytecode offsets in turn, from the op outwards."""
+"""Numbers of call sites, from the op outwards. The numbers hold for one :class:`CallPaths`; see ``describe``."""
 
 
 class ScopeNode:
@@ -72,26 +80,45 @@ class CallPaths:
         self.target = target
         self.find = find
         self.root = ScopeNode("", "", "", type(target).__name__)
-        self.frame_kinds: dict[int, int] = {}
-        self._codes: dict[int, tuple[CodeType, str]] = {}  # keeps code objects alive, so that their ids stay unique
+        self.sites: dict[int, int | list[int]] = {}
+        self._codes: list[CodeType] = []  # keeps code objects alive, so that their ids stay unique
+        self._names_of_sites: list[str] = []
         self._displays: dict[str, int] = {}
         self._names: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
         self._unregistered: set[type] = set()
         self._lock = threading.RLock()  # two threads may run the same module
 
-    def frame_kind(self, code: CodeType) -> int:
-        """Classify a code object once."""
-        if code is _MODULE_CALL_CODE:
-            kind = MODULE_CALL
-        elif code is _FUNCTION_CODE:
-            kind = FUNCTION
-        elif code in _SKIPPED_CODES or code.co_filename.startswith(_OWN_DIRECTORY):
-            kind = SKIP
-        else:
-            kind = PLAIN
-        self._codes[id(code)] = code, _describe(code)
-        self.frame_kinds[id(code)] = kind
-        return kind
+    def sites_of(self, code: CodeType) -> int | list[int]:
+        """Classify a code object once: a kind of frame, or the number of the call site at each ``f_lasti // 2``."""
+        with self._lock:
+            found = self.sites.get(id(code))
+            if found is None:
+                self._codes.append(code)
+                if code is _MODULE_CALL_CODE:
+                    found = MODULE_CALL
+                elif code is _FUNCTION_CODE:
+                    found = FUNCTION
+                elif code in _SKIPPED_CODES or code.co_filename.startswith(_SKIPPED_FILES):
+                    found = SKIP
+                else:
+                    found = self._number(code)
+                self.sites[id(code)] = found
+            return found
+
+    def _number(self, code: CodeType) -> list[int]:
+        """Number the instructions of a function.
+
+        Whether ``f_lasti`` points at an instruction or at the inline caches behind it depends on whether the
+        interpreter specialized the instruction by now, and whether ``torch.compile`` was ever used: caches count as
+        the instruction they belong to.
+        """
+        name = _describe(code)
+        numbers: list[int] = []
+        for offset, opcode in enumerate(code.co_code[::2]):
+            if opcode != _CACHE_OPCODE or not numbers:
+                self._names_of_sites.append(f"{name}+{2 * offset}")
+            numbers.append(len(self._names_of_sites) - 1)
+        return numbers
 
     def scope_name(self, module: nn.Module) -> str:
         """Return the path of a module below the target, or ``(Type)`` for one that is not registered there."""
@@ -145,9 +172,7 @@ class CallPaths:
 
     def describe(self, path: Path) -> str:
         """Spell a path so that it is the same in another process."""
-        return "/".join(
-            f"{self._codes[code_id][1]}+{offset}" for code_id, offset in zip(path[::2], path[1::2], strict=True)
-        )
+        return "/".join(self._names_of_sites[site] for site in path)
 
     def _new(
         self, parent: ScopeNode, lookup: Hashable, key: str, display: str, module_path: str, module_type: str

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qat.quantization.call_path import FUNCTION, MODULE_CALL, PLAIN, CallPaths, Path, ScopeNode
+from lightning_qat.quantization.call_path import FUNCTION, MODULE_CALL, CallPaths, Path, ScopeNode
 
 
 class ScopeRun:
@@ -43,11 +43,11 @@ class CallStack:
         node: the scope of that frame; the root by default.
     """
 
-    __slots__ = ("_kinds", "_labels", "_memo", "_stack", "paths")
+    __slots__ = ("_labels", "_memo", "_sites", "_stack", "paths")
 
     def __init__(self, paths: CallPaths, frame: FrameType, node: ScopeNode | None = None) -> None:
         self.paths = paths
-        self._kinds = paths.frame_kinds
+        self._sites = paths.sites
         run = ScopeRun(node or paths.root, frame, 0)
         self._memo: dict[FrameType, ScopeRun] = {frame: run}
         self._stack: list[ScopeRun] = [run]
@@ -78,28 +78,27 @@ class CallStack:
 
     def _locate(self, frame: FrameType | None, counting: bool = True) -> tuple[ScopeRun, Path] | None:
         """Return the run that ``frame`` belongs to and the call sites inside it."""
-        memo, kinds, labels = self._memo, self._kinds, self._labels
+        memo, sites, labels = self._memo, self._sites, self._labels
         path: list[int] = []
         while frame is not None:
             run = memo.get(frame)
             if run is not None:
                 break
             code = frame.f_code
-            kind = kinds.get(id(code))
-            if kind is None:
-                kind = self.paths.frame_kind(code)
-            if kind == PLAIN:
-                path.append(id(code))
-                path.append(frame.f_lasti)
+            numbers = sites.get(id(code))
+            if numbers is None:
+                numbers = self.paths.sites_of(code)
+            if type(numbers) is list:
+                path.append(numbers[frame.f_lasti >> 1])
                 if labels and labels.get(frame):
                     run = labels[frame][-1]
                     break
-            elif kind == MODULE_CALL:
+            elif numbers == MODULE_CALL:
                 run = self._open(frame, counting)
                 if run is None:
                     return None
                 break
-            elif kind == FUNCTION:
+            elif numbers == FUNCTION:
                 return None
             frame = frame.f_back
         else:

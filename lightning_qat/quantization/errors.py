@@ -19,8 +19,12 @@ class TracingError(RuntimeError):
 
 
 def near_names(value: object, choices: Iterable[str], limit: int = 3) -> list[str]:
-    """Return up to ``limit`` of ``choices`` that look like ``value``, the nearest first."""
-    return difflib.get_close_matches(str(value), list(choices), n=limit, cutoff=0.5)
+    """Return up to ``limit`` of ``choices`` that look like ``value``, the nearest first; case does not matter."""
+    by_key: dict[str, str] = {}
+    for choice in choices:
+        by_key.setdefault(choice.lower(), choice)
+    near = difflib.get_close_matches(str(value).lower(), list(by_key), n=limit, cutoff=0.5)
+    return [by_key[key] for key in near]
 
 
 def unknown_choice(what: str, value: object, choices: Iterable[str]) -> ConfigurationError:

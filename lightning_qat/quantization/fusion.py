@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_qat.quantization.op_graph import Op, OpGraph
+from lightning_qat.quantization.op_graph import Op, Operand, OpGraph
 
-HEADS = frozenset(
-    ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "batch_norm", "add"]
+GEMM_LAYERS = frozenset(
+    ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"]
 )
-GEMM_LAYERS = HEADS - {"batch_norm", "add"}
+HEADS = GEMM_LAYERS | {"batch_norm", "add"}
+_ADVICE = "put it into `with dynamic_block(self, ...)`"
 _STAGES = ({"batch_norm"}, {"add"}, {"relu", "relu6", "hardtanh"})
 
 
@@ -81,10 +82,9 @@ class _Finder:
                 ops = (*chain, follower)
                 miss = FusionMiss(tuple(o.name for o in ops), tuple(o.kind for o in ops), cause, follower.location)
                 return chain, miss
-            twins = self._other_heads(last, follower)
-            if twins is None or follower.name in taken:
+            if follower.name in taken:
                 return chain, None
-            chain = [*chain, *twins, follower]
+            chain = [*chain, *self._twins(last, follower), follower]
             stage = self._stage(follower) + 1
         return chain, None
 
@@ -99,9 +99,9 @@ class _Finder:
             other = self.graph.by_name[name]
             later = self.position[name] > self.position[last.name]
             same_operand = self._share_operand(last, other, follower)
-            if later and not same_operand and other.kind in HEADS - {"add"}:
-                if len(self.graph.consumers.get(name, ())) == 1:
-                    return True
+            alone = len(self.graph.consumers.get(name, ())) == 1
+            if later and not same_operand and alone and other.kind in HEADS - {"add"}:
+                return True
         return False
 
     def _producers(self, op: Op, exclude: Op) -> set[str]:
@@ -114,24 +114,22 @@ class _Finder:
     def _obstacle(self, last: Op, follower: Op, consumers: tuple[Op, ...]) -> str | None:
         if last.name in self.graph.leaving:
             return "the intermediate result also leaves the region"
+        if len(consumers) > 1 and all(c.location == follower.location for c in consumers):
+            return f"dynamic code: the place of {follower.name} varies from forward to forward; {_ADVICE}"
         if len(consumers) > 1:
             others = ", ".join(c.name for c in consumers if c is not follower)
             return f"the intermediate result of {last.name} has another consumer: {others}"
-        if last.forwards != follower.forwards:
-            return "dynamic code: the ops did not run together in every forward; mark the block with dynamic_block"
         if any(s.kind == "mutated" and s.name == last.name for o in follower.operands for s in o.sources):
             return "the intermediate result is written in place"
+        if len(self._twins(last, follower)) + 1 != len(self._fed_by(last, follower).sources):
+            return f"dynamic code: {follower.name} reads another tensor in other forwards; {_ADVICE}"
         return None
 
-    def _other_heads(self, last: Op, follower: Op) -> list[Op] | None:
-        """Ops that feed the same operand of ``follower`` (modules picked in a dynamic block): all must fit."""
-        for operand in follower.operands:
-            names = [s.name for s in operand.sources if s.kind == "op"]
-            if last.name not in names:
-                continue
-            if len(names) != len(operand.sources):
-                return None
-            twins = [self.graph.by_name[n] for n in names if n != last.name]
-            fits = all(t.kind == last.kind and len(self.graph.consumers.get(t.name, ())) == 1 for t in twins)
-            return twins if fits else None
-        return None
+    def _fed_by(self, last: Op, follower: Op) -> Operand:
+        return next(o for o in follower.operands if any(s.kind == "op" and s.name == last.name for s in o.sources))
+
+    def _twins(self, last: Op, follower: Op) -> list[Op]:
+        """Ops of the same kind that feed the same operand of ``follower``: modules picked in a dynamic block."""
+        names = [s.name for s in self._fed_by(last, follower).sources if s.kind == "op" and s.name != last.name]
+        others = [self.graph.by_name[name] for name in names]
+        return [o for o in others if o.kind == last.kind and len(self.graph.consumers.get(o.name, ())) == 1]

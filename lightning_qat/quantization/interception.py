@@ -61,6 +61,10 @@ def active_mode(paths: CallPaths | None = None) -> CallPathMode | None:
 class Opener(Protocol):
     """Who decides what happens when the target's forward is entered: the region, or the tracer."""
 
+    @property
+    def is_off(self) -> bool:
+        """Whether the plain forward runs."""
+
     def open(self, frame: FrameType) -> CallPathMode | None:
         """Return the mode for this entry, or None to run the plain forward."""
 
@@ -110,7 +114,7 @@ class Intercepted:
         """The forward that is wrapped, bound to the target."""
         if self.previous is not None:
             return self.previous
-        return types.MethodType(type(self.target).forward, self.target)
+        return functools.partial(type(self.target).forward, self.target)
 
     @property
     def __code__(self) -> CodeType:  # Lightning compares code objects to see whether forward is overridden
@@ -130,11 +134,26 @@ class Intercepted:
         return type(self.target).forward.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # type: ignore[no-untyped-call]
+            if self.opener.is_off:
+                return self.forward(*args, **kwargs)
+            return self._outside_of_the_graph(args, kwargs)
         self._refuse_replica(sys._getframe(1))
+        if self.opener.is_off:
+            return self.forward(*args, **kwargs)
+        return self._enter(args, kwargs)
+
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mode = self.opener.open(sys._getframe())
         if mode is None:
             return self.forward(*args, **kwargs)
         return self.opener.run(mode, self.forward, args, kwargs)
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="call paths cannot be captured: run the region without torch.compile, or set its state to 'off'"
+    )
+    def _outside_of_the_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._enter(args, kwargs)
 
     def _refuse_replica(self, caller: FrameType) -> None:
         """A shallow copy shares this object and would silently run the original's weights."""

@@ -11,8 +11,11 @@ from lightning_qat.quantization.fusion import find_fusions
 from lightning_qat.quantization.op_graph import Op, Operand, OpGraph, Source
 from lightning_qat.quantization.plan import OpPlan, PointPlan, PointRole, QuantPlan
 from lightning_qat.quantization.qconfig import Override, QConfig
+from lightning_qat.quantization.torch_functions import PARALLEL
 
 _DEFAULT = "default"
+_WITH_ADDEND = frozenset(["addmm", "baddbmm", "addbmm", "addmv"])
+_MATRIX_PRODUCTS = frozenset(["matmul", "rmatmul", "bmm", "addmm", "baddbmm", "addbmm"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,9 @@ class Planner:
         self.qconfig = qconfig
         self.overrides = overrides
         self.groups, self.misses = find_fusions(graph)
-        self.tail = {name: group.ops[-1] for group in self.groups for name in group.ops}
+        self.group = {name: group for group in self.groups for name in group.ops}
+        self.used = {s for op in graph.ops for o in op.operands for s in o.sources}
+        self.used |= {s for output in graph.outputs for s in output.sources}
         self.points: dict[str, PointPlan] = {}
         self.float_points: dict[str, str] = {}
         self.status: dict[str, OpPlan] = {}
@@ -75,18 +80,18 @@ class Planner:
             self._status(op, "constant", "depends on no input of the region: computed exactly")
         elif op.role in ("pass", "create"):
             self._status(op, "passes")
-        elif op.role == "float":
-            self._status(op, "float", op.reason)
         elif not op.has_float_output:
             self._status(op, "float", "returns no floating-point tensor")
+        elif op.role == "float":
+            self._status(op, "float", op.reason)
         elif op.role == "join" and self._is_passing_join(op):
             self.passing_joins.add(op.name)
             self._status(op, "passes", "all inputs share one scale")
         elif op.mask:
             self._float_output(op, name, "mask: holds additive mask values")
-        elif self.tail.get(op.name, op.name) != op.name:
-            self._status(op, "fused", f"fused into {self.tail[op.name]}")
-        elif op.inplace and not self._result_is_used(op):
+        elif op.name in self.group and self.group[op.name].ops[-1] != op.name:
+            self._status(op, "fused", f"fused into {self.group[op.name].ops[-1]}")
+        elif op.inplace and Source("op", op.name) not in self.used:
             self._float_output(op, name, "written in place and the result is not used: quantized where it is read")
         elif op.name in high_precision and not self._forced(op, name):
             self._float_output(op, name, high_precision[op.name])
@@ -96,8 +101,10 @@ class Planner:
 
     def _float_output(self, op: Op, name: str, reason: str) -> None:
         self.float_points[name] = reason
-        status = "float" if op.role == "join" or reason.startswith("mask") else "quantized"
-        self._status(op, status, reason)
+        if reason.startswith("mask"):
+            self._status(op, "float", reason)
+        else:
+            self._status(op, "quantized" if op.role == "quantize" else "passes", reason)
 
     def _high_precision(self) -> dict[str, str]:
         """GEMMs (with their batch norm) whose result leaves the region, and joins of nothing else."""
@@ -111,7 +118,7 @@ class Planner:
                 continue
             seen.add(source)
             if op.role == "pass":
-                pending.extend(self._moved(op))
+                pending.extend(self._moved(op, source.output))
             elif op.role == "join":
                 if all(consumer.role == "pass" for consumer in self.graph.consumers.get(op.name, ())):
                     found[op.name] = "joins results that leave the region"
@@ -121,17 +128,12 @@ class Planner:
         return found
 
     def _follows_gemm(self, op: Op) -> bool:
-        group = next((g for g in self.groups if op.name in g.ops), None)
+        group = self.group.get(op.name)
         return group is not None and self.graph.by_name[group.ops[0]].gemm and group.ops[-1] == op.name
 
     def _is_passing_join(self, op: Op) -> bool:
         origins = {o for operand in op.operands if operand.is_float for o in self._origins(operand.sources)}
         return len(origins) == 1 and self._is_quantized(next(iter(origins)))
-
-    def _result_is_used(self, op: Op) -> bool:
-        used = {s for c in self.graph.consumers.get(op.name, ()) for o in c.operands for s in o.sources}
-        used |= {s for output in self.graph.outputs for s in output.sources}
-        return any(s.kind == "op" and s.name == op.name for s in used)
 
     def _forced(self, op: Op, point: str) -> bool:
         return any(o.names_exactly(point) and o.activation and o.activation.dtype for o in self.overrides)
@@ -139,7 +141,7 @@ class Planner:
     # -- operands
 
     def _decide_operands(self, op: Op) -> None:
-        group = next((g for g in self.groups if op.name in g.ops), None)
+        group = self.group.get(op.name)
         for operand in op.operands:
             if operand.role == "weight" or (op.gemm and operand.role == "data" and self._is_constant(operand)):
                 self._decide_weight(op, operand)
@@ -158,23 +160,23 @@ class Planner:
         elif self._is_constant(operand) and _size(operand.shape) == 1:
             self.float_points[name] = "a single constant is folded into the op"
         else:
-            why = next((_why(o) for o in origins if not self._is_quantized(o)), "")
+            why = next((self._why(o) for o in origins if not self._is_quantized(o)), "")
             self._add_point(op, name, "input", operand.index, why)
 
     def _decide_weight(self, op: Op, operand: Operand) -> None:
         if not self._is_constant(operand):
             self._decide_input(op, operand)  # a weight computed from data is an activation
             return
+        if op.kind in _WITH_ADDEND and operand.index == 0:
+            return  # a bias, kept in the accumulator's type
         name = f"{op.name}.weight"
         if name in self.points:  # both operands of a product are constant
             name = f"{op.name}.weight{operand.index}"
         axis = op.weight_axis
-        if axis is None and op.kind in ("matmul", "bmm", "addmm", "baddbmm") and len(operand.shape) >= 2:
+        if axis is None and op.kind in _MATRIX_PRODUCTS and len(operand.shape) >= 2:
             # columns of a right operand and rows of a left one are the output channels
-            is_left = operand.index == min(o.index for o in op.operands[-2:])
+            is_left = (operand is op.operands[-2]) != (op.kind == "rmatmul")
             axis = len(operand.shape) - (2 if is_left else 1)
-        if op.kind in ("addmm", "baddbmm") and operand.index == 0:
-            return  # the addend: a bias
         self._add_point(op, name, "weight", operand.index, axis=axis, operand=operand)
 
     def _add_point(
@@ -221,10 +223,12 @@ class Planner:
 
     # -- where tensors come from
 
-    def _moved(self, op: Op) -> tuple[Source, ...]:
-        """The sources of the tensor that a data movement op moves."""
-        floats = [operand for operand in op.operands if operand.is_float]
-        return (floats or list(op.operands))[0].sources if op.operands else ()
+    def _moved(self, op: Op, output: int) -> tuple[Source, ...]:
+        """The sources of the tensor that a data movement op moves to one of its results."""
+        floats = [operand for operand in op.operands if operand.is_float] or list(op.operands)
+        if op.kind in PARALLEL and output < len(op.operands):
+            return op.operands[output].sources
+        return floats[0].sources if floats else ()
 
     def _origins(self, sources: tuple[Source, ...]) -> set[Source]:
         """Follow data movement back to where the values were made."""
@@ -239,7 +243,7 @@ class Planner:
             op = self.graph.by_name.get(source.name) if source.kind in ("op", "mutated") else None
             if op is not None and source.kind == "op" and op.data_dependent:
                 if op.role == "pass":
-                    pending.extend(self._moved(op))
+                    pending.extend(self._moved(op, source.output))
                     continue
                 if op.name in self.passing_joins:
                     pending.extend(s for operand in op.operands if operand.is_float for s in operand.sources)
@@ -259,6 +263,18 @@ class Planner:
             elif source.kind not in ("parameter", "buffer", "constant"):
                 return False
         return True
+
+    def _why(self, source: Source) -> str:
+        """Say why a tensor that comes from there needs a quantizer at its consumer."""
+        if source.kind == "opaque":
+            return "produced by code that cannot be traced" if source.name == "unknown" else source.name
+        if source.kind == "mutated":
+            op = self.graph.by_name[source.name]
+            return f"written in place by {op.name}" if op.inplace or not op.outputs else f"{op.name} is written in place"
+        if source.kind == "op":
+            constant = not self.graph.by_name[source.name].data_dependent
+            return f"{source.name} is {'a constant' if constant else 'not quantized'}"
+        return f"{source.kind} {source.name}"
 
     # -- configuration
 
@@ -335,16 +351,6 @@ class Planner:
 
     def _status(self, op: Op, status: Any, reason: str = "") -> None:
         self.status[op.name] = OpPlan(op.name, status, reason)
-
-
-def _why(source: Source) -> str:
-    if source.kind == "opaque":
-        return "produced by code that cannot be traced"
-    if source.kind == "mutated":
-        return f"written in place by {source.name}"
-    if source.kind == "op":
-        return f"{source.name} is not quantized"
-    return f"{source.kind} {source.name}"
 
 
 def _size(shape: tuple[int, ...]) -> int:

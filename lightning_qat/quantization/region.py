@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_qat.quantization.activation_checkpointing import CheckpointAwareness
+from lightning_qat.quantization.activation_checkpointing import RunningRegion
 from lightning_qat.quantization.call_path import CallPaths, ScopeNode, user_location
 from lightning_qat.quantization.errors import ConfigurationError, PlanMismatchError, unknown_choice
 from lightning_qat.quantization.fake_quantize import FakeQuantize
@@ -21,29 +21,12 @@ from lightning_qat.quantization.interception import CallPathMode, FunctionTable,
 from lightning_qat.quantization.op_graph import OpGraph
 from lightning_qat.quantization.plan import PLAN_VERSION, PointPlan, QuantPlan
 from lightning_qat.quantization.plan_compatibility import rebound
-from lightning_qat.quantization.tensor_leaves import map_call_leaves
+from lightning_qat.quantization.region_mode import UNPLANNED, BoundPoint, OpQuantizers, RegionMode
 
 State = Literal["off", "observe", "quantize"]
 Updates = Literal["weight", "activation"]
 Tap = Callable[[str, Tensor, Tensor], None]
 REGION_NAME = "_quantization"
-
-
-class OpQuantizers:
-    """The fake-quants of one op, in the form interception needs."""
-
-    __slots__ = ("inputs", "output")
-
-    def __init__(self) -> None:
-        self.inputs: dict[int, tuple[str, FakeQuantize]] = {}
-        self.output: tuple[str, FakeQuantize] | None = None
-
-
-class _Unplanned:
-    """Stands for an op the plan does not know."""
-
-
-_UNPLANNED = _Unplanned()
 
 
 class Region(nn.Module):
@@ -66,10 +49,10 @@ class Region(nn.Module):
         self.__dict__["target"] = target  # not registered: the region is a child of the target
         self._state: State = "off"
         self._updates: frozenset[str] = frozenset({"weight"})
-        self._taps: tuple[Tap, ...] = ()
+        self.taps: tuple[Tap, ...] = ()
         self._traced_graph = graph if traced else None
         self.unplanned: dict[str, int] = {}
-        self._functions = FunctionTable()
+        self.functions = FunctionTable()
         self._intercepted: Intercepted | None = None
         self.set_plan(graph, plan)
 
@@ -79,7 +62,9 @@ class Region(nn.Module):
         """Replace graph, plan and fake-quants; the new fake-quants are not calibrated."""
         self.graph = graph
         self.plan = plan
-        device = next((t.device for t in self.target.parameters()), torch.device("cpu"))
+        self.unplanned.clear()
+        tensors = itertools.chain(self.target.parameters(), self.target.buffers())
+        device = next((t.device for t in tensors), torch.device("cpu"))
         self.fake_quants = nn.ModuleDict(
             {_escape(p.name): _fake_quant(p) for p in plan.points if p.same_as is None}
         ).to(device)
@@ -93,19 +78,23 @@ class Region(nn.Module):
         return {p.name: modules[_escape(p.same_as or p.name)] for p in self.plan.points}  # type: ignore[misc]
 
     def _bind(self) -> None:
-        self._paths = CallPaths(self.target, self._find)
+        self.call_paths = CallPaths(self.target, self._find)
         self._quantizers: dict[str, OpQuantizers] = {op.key: OpQuantizers() for op in self.graph.ops}
         points = self.points
         by_name = self.graph.by_name
         for point in self.plan.points:
-            quantizers = self._quantizers[by_name[point.op].key]
+            op, fake_quant = by_name[point.op], points[point.name]
+            quantizers = self._quantizers[op.key]
             if point.role == "output":
-                quantizers.output = (point.name, points[point.name])
+                quantizers.output = BoundPoint(point.name, fake_quant)
             else:
-                quantizers.inputs[point.operand] = (point.name, points[point.name])
+                operand = next(o for o in op.operands if o.index == point.operand)
+                quantizers.inputs[point.operand] = BoundPoint(
+                    point.name, fake_quant, point.is_weight, operand.written, operand.rewritten
+                )
 
-    def _find(self, digest: str, node: ScopeNode, kind: str) -> OpQuantizers | _Unplanned:
-        return self._quantizers.get(digest, _UNPLANNED)
+    def _find(self, digest: str, node: ScopeNode, kind: str) -> OpQuantizers:
+        return self._quantizers.get(digest, UNPLANNED)
 
     # -- attaching and removing
 
@@ -113,6 +102,12 @@ class Region(nn.Module):
         """Become a child of the target and take over its forward (which stays float until the state changes)."""
         if REGION_NAME in self.target._modules:
             raise ConfigurationError(f"{type(self.target).__name__} already has fake-quants; remove() them first.")
+        inside = ", ".join(find_regions(self.target))
+        if inside:
+            raise ConfigurationError(
+                f"{type(self.target).__name__} contains quantized regions ({inside}): an op must not be quantized twice. "
+                "Remove them first, or leave this target out."
+            )
         self.target.add_module(REGION_NAME, self)
         self._intercepted = Intercepted.install(self.target, self)
         return self
@@ -150,10 +145,11 @@ class Region(nn.Module):
         if state not in get_args(State):
             raise unknown_choice("state", state, get_args(State))
         if updates is not None:
+            updates = frozenset(updates)
             for update in updates:
                 if update not in get_args(Updates):
                     raise unknown_choice("update", update, get_args(Updates))
-            self._updates = frozenset(updates)
+            self._updates = updates
         self._state = state
 
     @contextmanager
@@ -187,11 +183,12 @@ class Region(nn.Module):
     @contextmanager
     def tap(self, tap: Tap) -> Iterator[None]:
         """Call ``tap(point, float_value, quantized_value)`` at every quantization in the block."""
-        self._taps = (*self._taps, tap)
+        before = self.taps
+        self.taps = (*before, tap)
         try:
             yield
         finally:
-            self._taps = tuple(t for t in self._taps if t is not tap)
+            self.taps = before
 
     # -- scales
 
@@ -222,7 +219,9 @@ class Region(nn.Module):
 
     def synchronize_scales(self) -> None:
         """Give all ranks the same activation scales: their mean. For scales that follow each rank's own batches."""
-        moving = [f for f in self.points.values() if not f.narrow_range and f.scale_source not in (None, "fixed")]
+        points = self.points
+        moving = [points[p.name] for p in self.plan.points if not p.is_weight]
+        moving = [f for f in moving if f.scale_source not in (None, "fixed")]
         if not moving or not (dist.is_available() and dist.is_initialized()):
             return
         values = torch.cat([t.reshape(-1).float() for f in moving for t in (f.scale, f.zero_point)])
@@ -239,23 +238,38 @@ class Region(nn.Module):
     @property
     def is_calibrated(self) -> bool:
         """Whether scales were computed or restored: at least one that is not merely fixed by the configuration."""
-        sources = [f.scale_source for f in self.points.values()]
-        return (bool(sources) and any(s not in (None, "fixed") for s in sources)) or all(s == "fixed" for s in sources)
+        sources = {f.scale_source for f in self.points.values()}
+        return bool(sources - {None, "fixed"}) or None not in sources
 
     # -- running
 
+    @property
+    def is_off(self) -> bool:
+        """Whether the plain forward runs."""
+        return self._state == "off"
+
     def open(self, frame: FrameType) -> CallPathMode | None:
-        """Decide about one entry of the forward; a recursive entry is part of the running one."""
-        if self._state == "off" or active_mode(self._paths) is not None:
+        """Decide about one entry of the forward; a recursive entry is part of the running one.
+
+        Raises:
+            RuntimeError: another region is running: its fake-quants would be applied to the same ops.
+        """
+        outer = active_mode()
+        if outer is None:
+            return RegionMode(self, frame)
+        if active_mode(self.call_paths) is not None:
             return None
-        return RegionMode(self, frame)
+        raise RuntimeError(
+            f"the quantized region {type(self.target).__name__} was called inside another one, "
+            f"{type(outer.calls.paths.target).__name__}: make only one of the two a target."
+        )
 
     def run(
         self, mode: CallPathMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the forward under a mode; frames (and the tensors they hold) are let go at the end."""
         try:
-            with CheckpointAwareness(), mode:
+            with RunningRegion(), mode:
                 return forward(*args, **kwargs)
         finally:
             mode.calls.clear()
@@ -311,13 +325,13 @@ class Region(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for cache in ("_paths", "_functions", "_quantizers"):  # rebuilt on the other side; hold code objects
+        for cache in ("call_paths", "functions", "_quantizers"):  # rebuilt on the other side; hold code objects
             state.pop(cache, None)
-        return {**state, "_taps": ()}
+        return {**state, "taps": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._functions = FunctionTable()
+        self.functions = FunctionTable()
         self._bind()
 
     def forward(self, value: Any) -> Any:
@@ -326,60 +340,6 @@ class Region(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.plan.points)} points, state={self._state}"
-
-
-class RegionMode(CallPathMode):
-    """Applies the fake-quants of a region while its target's forward runs."""
-
-    def __init__(
-        self, region: Region, frame: FrameType, node: ScopeNode | None = None, recomputing: bool = False
-    ) -> None:
-        super().__init__(region._paths, frame, node, recomputing)
-        self.region = region
-
-    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
-        return None if self.region._state == "off" else RegionMode(self.region, frame, node, recomputing=True)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        spec = self.region._functions.get(func)
-        if spec is None:
-            return func(*args, **(kwargs or {}))
-        kwargs = kwargs or {}
-        if spec.role == "composite":
-            return self.run_composite(func, args, kwargs)
-        frame = sys._getframe(1)
-        quantizers = self.calls.op(frame, spec.kind)
-        if quantizers is None:  # inside a custom autograd.Function: one opaque op
-            return func(*args, **kwargs)
-        if quantizers is _UNPLANNED:
-            self.region.note_unplanned(spec.kind, frame)
-            return func(*args, **kwargs)
-        inputs = quantizers.inputs
-        if inputs:
-            args, kwargs = map_call_leaves(
-                args, kwargs, lambda index, tensor: self._apply(inputs[index], tensor) if index in inputs else tensor
-            )
-        result = func(*args, **kwargs)
-        if quantizers.output is not None and isinstance(result, Tensor):
-            return self._apply(quantizers.output, result)
-        return result
-
-    def _apply(self, point: tuple[str, FakeQuantize], tensor: Tensor) -> Tensor:
-        (name, fake_quant), region = point, self.region
-        if region._state == "observe":
-            # a weight does not change while observing: once is enough
-            if not self.recomputing and not (fake_quant.narrow_range and fake_quant.statistics.batches):
-                fake_quant.observe(tensor)
-            return tensor
-        if fake_quant.training and not self.recomputing and region._updates:
-            if ("weight" if fake_quant.narrow_range else "activation") in region._updates:
-                fake_quant.update_scale(tensor)
-        quantized = fake_quant.forward(tensor)
-        for tap in region._taps:
-            tap(name, tensor, quantized)
-        return quantized
 
 
 def read_extra_state(state: dict[str, Any]) -> tuple[OpGraph, QuantPlan]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from lightning_qat.quantization.activation_checkpointing import CheckpointAwareness
+from lightning_qat.quantization.activation_checkpointing import RunningRegion
 from lightning_qat.quantization.call_path import CallPaths, ScopeNode, user_location
 from lightning_qat.quantization.errors import TracingError
 from lightning_qat.quantization.graph_building import GraphBuilder, OperandRecord, OpRecord
@@ -118,6 +118,11 @@ class Tracer:
             self._intercepted.uninstall()
             self._intercepted = None
 
+    @property
+    def is_off(self) -> bool:
+        """Never: a tracer is removed when it is done."""
+        return False
+
     def open(self, frame: FrameType) -> CallPathMode | None:
         """Start recording a forward; a recursive entry is part of the forward that runs."""
         if threading.get_ident() != self._thread or active_mode(self.paths) is not None:
@@ -133,7 +138,7 @@ class Tracer:
         self.builder.begin(self.target.training)
         self.values.begin(args, kwargs)
         try:
-            with CheckpointAwareness(), mode:
+            with RunningRegion(), mode:
                 output = forward(*args, **kwargs)
         finally:
             mode.calls.clear()
@@ -308,7 +313,11 @@ def _makes_mask(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any], out
     scalars = [v for v in (*args, *kwargs.values()) if isinstance(v, (int, float))]
     if any(map(is_mask_fill, scalars)):
         return True
-    return spec.kind in ("mul", "div") and any(abs(v) >= -MASK_FILL for v in scalars) and any(map(has_mask_values, outputs))
+    return (
+        spec.kind in ("mul", "div")
+        and any(abs(v) >= -MASK_FILL for v in scalars)
+        and any(map(has_mask_values, outputs))
+    )
 
 
 def has_mask_values(tensor: Tensor) -> bool:

@@ -1,0 +1,51 @@
+"""Finetune the float model with QAT's own pipeline and hyperparameters."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+from lightning_qat.analysis.pipeline import PipelineResult, judge_float_finetune
+from lightning_qat.callbacks.calibration import progress
+from lightning_qat.callbacks.extra_pass import require_regions
+from lightning_qat.callbacks.finetune_copy import finetune_copy
+from lightning_qat.callbacks.pipeline_rung import PipelineRung
+
+
+class FloatFinetune(PipelineRung):
+    """Train a copy of the model as QAT would, but with fake-quant off, and evaluate it (C3).
+
+    If it collapses too, the pipeline or the hyperparameters are to blame, not quantization. Works on a deep copy with
+    fresh loaders; the run is not disturbed.
+
+    Args:
+        batches: training batches per rank.
+        eval_batches: validation batches per evaluation and rank; all if not given.
+        at_epoch: before which epoch it runs.
+        stop: stop training if the float model collapses.
+
+    Attributes:
+        result: evidence table and verdict, after it ran.
+    """
+
+    name = "float_finetune"
+
+    def __init__(
+        self, batches: int = 100, eval_batches: int | None = None, at_epoch: int = 0, stop: bool = False
+    ) -> None:
+        super().__init__(batches, eval_batches, at_epoch, stop)
+
+    def measure_rungs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineResult:
+        """Evaluate, train a float copy, evaluate again."""
+        require_regions(pl_module, "FloatFinetune")
+        float_model = self.measured_as(trainer, pl_module, "off")
+        with progress(trainer, "Float finetune", self.batches) as advance:
+            finetune = finetune_copy(
+                trainer,
+                pl_module,
+                batches=self.batches,
+                eval_batches=self.eval_limit,
+                state="off",
+                zero_lr=False,
+                advance=advance,
+            )
+        return judge_float_finetune(float_model, finetune)

@@ -1,0 +1,129 @@
+"""What happens at every op while a region runs: its operands and its result go through their fake-quants."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_qat.quantization.call_path import ScopeNode
+from lightning_qat.quantization.fake_quantize import FakeQuantize
+from lightning_qat.quantization.interception import CallPathMode
+from lightning_qat.quantization.tensor_leaves import map_call_leaves
+
+if TYPE_CHECKING:
+    from lightning_qat.quantization.region import Region
+
+
+class BoundPoint:
+    """A point of the plan with its fake-quant.
+
+    Args:
+        name: name of the point.
+        fake_quant: the quantizer.
+        is_weight: it quantizes a weight.
+        written: the op writes into the operand, which therefore must stay the same tensor.
+        rewritten: the operand is written later, so that backward must not rely on its values.
+    """
+
+    __slots__ = ("fake_quant", "is_weight", "name", "rewritten", "role", "written")
+
+    def __init__(
+        self,
+        name: str,
+        fake_quant: FakeQuantize,
+        is_weight: bool = False,
+        written: bool = False,
+        rewritten: bool = False,
+    ) -> None:
+        self.name = name
+        self.fake_quant = fake_quant
+        self.is_weight = is_weight
+        self.role = "weight" if is_weight else "activation"
+        self.written = written
+        self.rewritten = rewritten
+
+
+class OpQuantizers:
+    """The fake-quants of one op, in the form interception needs."""
+
+    __slots__ = ("inputs", "output")
+
+    def __init__(self) -> None:
+        self.inputs: dict[int, BoundPoint] = {}
+        self.output: BoundPoint | None = None
+
+
+UNPLANNED = OpQuantizers()
+"""Stands for an op the plan does not know."""
+
+
+class RegionMode(CallPathMode):
+    """Applies the fake-quants of a region while its target's forward runs.
+
+    The region's state is that of the entry: a backward pass that repeats the forward repeats the same function.
+    """
+
+    def __init__(
+        self, region: Region, frame: FrameType, node: ScopeNode | None = None, repeats: RegionMode | None = None
+    ) -> None:
+        super().__init__(region.call_paths, frame, node, recomputing=repeats is not None)
+        self.region = region
+        self.state = region.current_state if repeats is None else repeats.state
+        self._functions = region.functions
+        self._updates: frozenset[str] = region.updates if repeats is None else frozenset()
+        self._taps = region.taps if repeats is None else ()
+
+    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
+        return RegionMode(self.region, frame, node, repeats=self)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        spec = self._functions.get(func)
+        if spec is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
+        if spec.role == "composite":
+            return self.run_composite(func, args, kwargs)
+        frame = sys._getframe(1)
+        quantizers: OpQuantizers | None = self.calls.op(frame, spec.kind)
+        if quantizers is None:  # inside a custom autograd.Function: one opaque op
+            return func(*args, **kwargs)
+        if quantizers is UNPLANNED:
+            self.region.note_unplanned(spec.kind, frame)
+            return func(*args, **kwargs)
+        inputs = quantizers.inputs
+        if inputs:
+            args, kwargs = map_call_leaves(
+                args, kwargs, lambda index, tensor: self._input(inputs[index], tensor) if index in inputs else tensor
+            )
+        result = func(*args, **kwargs)
+        if quantizers.output is not None and isinstance(result, Tensor):
+            return self._apply(quantizers.output, result)
+        return result
+
+    def _input(self, point: BoundPoint, tensor: Tensor) -> Tensor:
+        if self.state == "observe" or not (point.written or point.rewritten):
+            return self._apply(point, tensor)
+        quantized = self._apply(point, tensor.clone())
+        return tensor.copy_(quantized) if point.written else quantized
+
+    def _apply(self, point: BoundPoint, tensor: Tensor) -> Tensor:
+        fake_quant = point.fake_quant
+        if not tensor.is_floating_point():
+            return tensor
+        if self.state == "observe":
+            # a weight does not change while observing: once is enough
+            if not self.recomputing and not (point.is_weight and fake_quant.statistics.batches):
+                fake_quant.observe(tensor)
+            return tensor
+        if self._updates and fake_quant.training and point.role in self._updates:
+            fake_quant.update_scale(tensor, ema=not point.is_weight)
+        quantized = fake_quant.forward(tensor)
+        for tap in self._taps:
+            tap(point.name, tensor, quantized)
+        return quantized

@@ -1,0 +1,78 @@
+"""Tables as text, Markdown and on the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+from lightning_qat.analysis.results import Result
+from lightning_qat.reporting.tables import console_text, escape_markdown, fixed_width, markdown
+
+LONG = "decoder.layers.11.cross_attention.sine_embed@12.gen_sineembed_for_position.div.mul_31.output"
+
+
+@dataclass(frozen=True)
+class Row:
+    point: str
+    dtype: str
+    scale: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Table(Result[Row]):
+    title: ClassVar[str] = "Points"
+
+
+TABLE = Table((Row(LONG, "int8", 0.2642754, 3), Row("a|b_c*.weight", "int16", None, 123456)))
+
+
+def test_text_is_as_wide_as_it_needs_to_be_and_cuts_no_name() -> None:
+    """E: the txt files."""
+    lines = fixed_width(TABLE.columns(), TABLE.to_dicts(), title="Points").splitlines()
+    assert lines[0] == "Points"
+    assert LONG in lines[3]
+    assert lines[3].split() == [LONG, "int8", "0.2642754", "3"]
+    assert lines[4].split() == ["a|b_c*.weight", "int16", "123456"]
+    assert lines[3].index("int8") == lines[4].index("int16") == lines[1].index("dtype")
+    assert len(lines[3]) == len(lines[4]) == len(lines[2])  # numbers end in the same column
+
+
+def test_text_without_rows_has_its_header() -> None:
+    assert fixed_width(["point", "MSE"], []).splitlines() == ["point MSE", "---------"]
+
+
+def test_cells_stay_on_one_line() -> None:
+    assert "a b" in fixed_width(["x"], [{"x": "a\nb"}])
+    assert len(markdown(["x"], [{"x": "a\nb"}]).splitlines()) == 3
+
+
+@pytest.mark.parametrize("text", ["a|b", "__init__", "*x*", "<script>", "`c`", "[a](b)", "$x$", "a\\b", "# x", "~~x~~"])
+def test_markdown_takes_names_literally(text: str) -> None:
+    """E: TensorBoard text."""
+    from rich.markdown import Markdown  # an independent parser (markdown-it)
+
+    parsed = "".join(
+        child.content for token in Markdown(escape_markdown(text)).parsed for child in token.children or ()
+    )
+    assert parsed == text
+    assert "|" not in escape_markdown(text).replace("\\|", "")
+
+
+def test_markdown_has_as_many_cells_in_every_line() -> None:
+    lines = markdown(TABLE.columns(), TABLE.to_dicts()).splitlines()
+    assert {line.replace("\\|", "").count("|") for line in lines} == {5}
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_terminal_shows_whole_names_and_numbers_at_usual_widths(width: int) -> None:
+    """E: rich tables; names fold, nothing is replaced by dots."""
+    text = console_text(TABLE, width)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "…" not in text
+    column = "".join(line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│"))
+    assert LONG in column
+    assert "0.2643" in text
+    assert "123456" in text
