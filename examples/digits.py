@@ -4,7 +4,9 @@ The data are the 1,797 real 8x8 scans that ship with scikit-learn: nothing is do
 ordinary LightningCLI project; quantization-aware training comes from the YAML file alone::
 
     python examples/digits.py fit --config configs/digits_float.yaml
-    python examples/digits.py test --config configs/digits_float.yaml --ckpt_path logs/digits/float/float.ckpt
+    python examples/digits.py validate --config configs/digits_int16.yaml
+    python examples/digits.py fit --config configs/digits_int8.yaml
+    python examples/digits.py test --config configs/digits_int8.yaml --ckpt_path logs/digits/int8/int8.ckpt
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -169,8 +171,9 @@ class DigitsClassifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def main() -> None:
-    LightningCLI(DigitsClassifier, DigitsDataModule, seed_everything_default=0)
+def main(args: ArgsType = None) -> None:
+    """Run LightningCLI on the command line, or on ``args``."""
+    LightningCLI(DigitsClassifier, DigitsDataModule, seed_everything_default=0, args=args)
 
 
 if __name__ == "__main__":

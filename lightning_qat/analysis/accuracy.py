@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.table import Table
 
-from lightning_qat.analysis.pipeline import is_worse_when_larger
+from lightning_qat.analysis.metric_direction import is_worse_when_larger
 from lightning_qat.analysis.results import Result, plain, rich_table, write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
 
@@ -29,7 +29,7 @@ class AccuracyRow:
         float_value: of the float model; None if not known.
         target: the value to reach; None if there is no target for it.
         values: by column, ``<run> <stage>``.
-        passed: whether the newest value reaches the target; None without target or value.
+        passed: whether the newest value of the run reaches the target; None without target or value.
     """
 
     metric: str
@@ -46,11 +46,13 @@ class AccuracyResult(Result[AccuracyRow]):
     Args:
         stages: the columns, oldest first.
         run: the run that passes or fails.
+        own: its stages.
         note: pass or fail as a sentence.
     """
 
     stages: tuple[str, ...] = ()
     run: str = ""
+    own: tuple[str, ...] = ()
     note: str = ""
     title: ClassVar[str] = "Accuracy"
 
@@ -73,9 +75,8 @@ class AccuracyResult(Result[AccuracyRow]):
 
     def __rich__(self) -> Table:
         """The current run; the files hold all runs."""
-        own = {stage: stage.removeprefix(f"{self.run} ") for stage in self.stages if stage.startswith(f"{self.run} ")}
-        rows = [{own.get(key, key): value for key, value in row.items()} for row in self.to_dicts()]
-        return rich_table(f"{self.title} of {self.run}", ("metric", "float", "target", *own.values(), "passed"), rows)
+        rows = [{**row, **{s: row[_column(self.run, s)] for s in self.own}} for row in self.to_dicts()]
+        return rich_table(f"{self.title} of {self.run}", ("metric", "float", "target", *self.own, "passed"), rows)
 
 
 @dataclass
@@ -84,7 +85,7 @@ class ResultTable:
 
     Args:
         runs: stage values by run, oldest first: ``{run: {stage: {metric: value}}}``. The stage ``float`` is the
-        baseline.
+            baseline.
     """
 
     runs: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
@@ -101,12 +102,19 @@ class ResultTable:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["version"] != RESULT_TABLE_VERSION:
-                raise ValueError(f"version {data['version']}")
-            return cls({run: {s: dict(v) for s, v in stages.items()} for run, stages in data["runs"].items()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"its version is {data['version']}")
+            runs = {
+                str(run): {
+                    str(stage): {str(m): float(v) for m, v in values.items()} for stage, values in stages.items()
+                }
+                for run, stages in data["runs"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ConfigurationError(
-                f"{os.fspath(path)} is not a result table of this version ({error}): move it away to start a new one."
+                f"{os.fspath(path)} is not a result table of this version ({type(error).__name__}: {error}). It was "
+                "left as it is: move it away, and a new one is started."
             ) from error
+        return cls(runs)
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the table at once."""
@@ -114,15 +122,27 @@ class ResultTable:
             path, json.dumps(plain({"version": RESULT_TABLE_VERSION, "runs": self.runs}), indent=2) + "\n"
         )
 
-    def record(self, run: str, stage: str, metrics: Mapping[str, float]) -> None:
-        """Note the values of one stage of one run."""
-        self.runs.setdefault(run, {})[stage] = {name: float(value) for name, value in metrics.items()}
+    def entry(self, name: str, stage: str, metrics: Iterable[str]) -> str:
+        """Return the run under which a new run called ``name`` may note a stage without overwriting a value.
 
-    def float_values(self, run: str) -> dict[str, float] | None:
+        This is the newest of ``name``, ``name (2)``, ``name (3)`` ... if it has no such values yet (a test after its
+        fit), else the next one.
+        """
+        number = 1
+        while _numbered(name, number + 1) in self.runs:
+            number += 1
+        taken = self.runs.get(_numbered(name, number), {}).get(stage, {})
+        return _numbered(name, number + any(metric in taken for metric in metrics))
+
+    def record(self, run: str, stage: str, metrics: Mapping[str, float]) -> None:
+        """Note values of one stage of one run; its other values stay."""
+        values = self.runs.setdefault(run, {}).setdefault(stage, {})
+        values.update({name: float(value) for name, value in metrics.items()})
+
+    def float_value(self, run: str, metric: str) -> float | None:
         """Return the float baseline: that of the run, else the newest there is."""
-        if "float" in self.runs.get(run, {}):
-            return self.runs[run]["float"]
-        return next((stages["float"] for stages in reversed(self.runs.values()) if "float" in stages), None)
+        candidates = [self.runs.get(run, {}), *reversed(self.runs.values())]
+        return next((c["float"][metric] for c in candidates if metric in c.get("float", {})), None)
 
     def result(self, run: str, metrics: list[str], target: Target | Mapping[str, Target] | None) -> AccuracyResult:
         """Build the table as seen from ``run`` (whose newest stage passes or fails).
@@ -130,31 +150,30 @@ class ResultTable:
         Args:
             run: the current run.
             metrics: the rows.
-            target: see :func:`target_value`; one for all metrics, or by metric.
+            target: see :func:`target_value`; or by metric. One for all means the scores: costs are shown, and judged
+                only if there are no scores.
         """
-        baseline = self.float_values(run) or {}
         columns = {
-            f"{name} {s}": values for name, stages in self.runs.items() for s, values in stages.items() if s != "float"
+            _column(name, s): values
+            for name, stages in self.runs.items()
+            for s, values in stages.items()
+            if s != "float"
         }
-        own = [f"{run} {stage}" for stage in self.runs.get(run, {}) if stage != "float"]
+        own = tuple(stage for stage in self.runs.get(run, {}) if stage != "float")
+        scores = [metric for metric in metrics if not is_worse_when_larger(metric)] or metrics
         rows = []
         for metric in metrics:
-            wanted = target.get(metric) if isinstance(target, Mapping) else target
-            if (
-                wanted is not None
-                and not isinstance(target, Mapping)
-                and is_worse_when_larger(metric)
-                and len(metrics) > 1
-            ):
-                wanted = None  # one target for all means the scores; a loss is shown, not judged
-            value = None if wanted is None else target_value(metric, baseline.get(metric), wanted)
-            latest = columns[own[-1]].get(metric) if own else None
+            baseline = self.float_value(run, metric)
+            wanted = target.get(metric) if isinstance(target, Mapping) else target if metric in scores else None
+            value = None if wanted is None else target_value(metric, baseline, wanted)
+            reached = [columns[_column(run, s)][metric] for s in own if metric in columns[_column(run, s)]]
             passed = None
-            if value is not None and latest is not None:
-                passed = latest <= value if is_worse_when_larger(metric) else latest >= value
-            values = {name: values[metric] for name, values in columns.items() if metric in values}
-            rows.append(AccuracyRow(metric, baseline.get(metric), value, values, passed))
-        return AccuracyResult(tuple(rows), tuple(columns), run, _sentence(rows, own[-1] if own else run))
+            if value is not None and reached:
+                passed = reached[-1] <= value if is_worse_when_larger(metric) else reached[-1] >= value
+            values = {name: stage[metric] for name, stage in columns.items() if metric in stage}
+            rows.append(AccuracyRow(metric, baseline, value, values, passed))
+        stage = f"{run} {own[-1]}" if own else run
+        return AccuracyResult(tuple(rows), tuple(columns), run, own, _sentence(rows, stage, target))
 
 
 def target_value(metric: str, float_value: float | None, target: Target) -> float | None:
@@ -183,18 +202,40 @@ def target_value(metric: str, float_value: float | None, target: Target) -> floa
             return None
         return float_value + abs(float_value) * share * (1 if is_worse_when_larger(metric) else -1)
     try:
-        return float(target)
-    except ValueError:
-        raise ConfigurationError(
-            f"target {target!r}: write 1% (relative to float) or the value itself, 0.97."
-        ) from None
+        value = float(target)
+    except (ValueError, TypeError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigurationError(f"target {target!r}: write 1% (relative to float) or the value itself, 0.97.")
+    return value
 
 
-def _sentence(rows: list[AccuracyRow], stage: str) -> str:
+def _column(run: str, stage: str) -> str:
+    return f"{run} {stage}"
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name} ({number})"
+
+
+def _sentence(rows: list[AccuracyRow], stage: str, target: Target | Mapping[str, Target] | None) -> str:
     judged = [row for row in rows if row.passed is not None]
-    if not judged:
-        return f"{stage}: no target to judge by; give target: 1% and a float value."
-    failed = [row.metric for row in judged if not row.passed]
+    failed = [row for row in judged if not row.passed]
+    parts = []
     if failed:
-        return f"{stage}: target missed for {', '.join(failed)}."
-    return f"{stage}: target reached for {', '.join(row.metric for row in judged)}."
+        missed = ", ".join(f"{row.metric} (needs {row.target:.5g})" for row in failed)
+        parts.append(
+            f"{stage}: target missed for {missed}. Next: SensitivityAnalysis, and overrides that raise its first "
+            "points to int16."
+        )
+    elif judged:
+        parts.append(f"{stage}: target reached for {', '.join(row.metric for row in judged)}.")
+    unknown = [row.metric for row in rows if row.float_value is None]
+    if target is None:
+        parts.append(f"{stage}: no target to judge by; write target: 1%.")
+    elif not judged and unknown:
+        parts.append(
+            f"{stage}: the float value of {', '.join(unknown)} is not known, so a relative target cannot be judged. "
+            "Write the value to reach (target: 0.97), or evaluate the calibrated model before it is trained."
+        )
+    return " ".join(parts) or f"{stage}: none of these metrics has a target."

@@ -1,72 +1,42 @@
 """Is the training pipeline to blame, or quantization? Rungs of a ladder, each changing one thing (C3, C4, C6).
 
-Pure: numbers measured by somebody else in, rows and a verdict out. A rung breaks if a metric falls by more than its
-tolerance, and the tolerance is what evaluating on other batches would change: three standard errors of the metric over
-the evaluation batches, never a constant.
+Pure: numbers measured by somebody else in, evidence and a verdict out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from lightning_qat.analysis.results import Result
+from rich.table import Table
 
-Status = Literal["holds", "breaks", "cannot tell"]
-Verdict = Literal["healthy", "pipeline misaligned", "hyperparameters", "cannot tell"]
+from lightning_qat.analysis.metric_direction import is_worse_when_larger
+from lightning_qat.analysis.pipeline_rows import (
+    TRAIN_LOSS,
+    Finetune,
+    Measurement,
+    PipelineRow,
+    breaks,
+    compare,
+    drift_row,
+    judged,
+    skipped_row,
+    spelled,
+    train_loss_row,
+)
+from lightning_qat.analysis.results import Result, rich_table
 
-STANDARD_ERRORS = 3.0
-"""A fall of three standard errors happens by chance in about one of a thousand evaluations."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One evaluation.
-
-    Args:
-        metrics: values by name.
-        standard_errors: their variation over batches, where known.
-    """
-
-    metrics: Mapping[str, float]
-    standard_errors: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Finetune:
-    """What a finetune on a copy of the model did.
-
-    Args:
-        after: the evaluation after it.
-        batches: training batches run.
-        train_loss: mean training loss over them, None if the step returns none.
-        changed_parameters: names of the parameters that are not bit-identical to before.
-        moved_buffers: names of the buffers that moved (batch norm statistics).
-        moved_scales: names of the quantization points whose scale moved.
-    """
-
-    after: Measurement
-    batches: int
-    train_loss: float | None = None
-    changed_parameters: tuple[str, ...] = ()
-    moved_buffers: tuple[str, ...] = ()
-    moved_scales: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class PipelineRow:
-    """One metric on one rung."""
-
-    rung: int
-    what: str
-    metric: str
-    expected: float | None
-    value: float | None
-    tolerance: float | None
-    status: Status
-    note: str
+Verdict = Literal[
+    "healthy",
+    "pipeline misaligned",
+    "scales drift",
+    "hyperparameters",
+    "pipeline or hyperparameters",
+    "cannot tell",
+]
+_Finding = tuple[Verdict, str]
 
 
 @dataclass(frozen=True)
@@ -81,13 +51,27 @@ class PipelineResult(Result[PipelineRow]):
     verdict: Verdict = "cannot tell"
     note: str = ""
     title: ClassVar[str] = "Pipeline check"
-    shown: ClassVar[tuple[str, ...]] = ("rung", "what", "metric", "expected", "value", "tolerance", "status")
+    shown: ClassVar[tuple[str, ...]] = ("rung", "what", "metric", "expected", "value", "tolerance", "status", "note")
+
+    def __rich__(self) -> Table:
+        """What a rung does is said once, and the notes are left to the files: this fits into 80 columns."""
+        rows = self.to_dicts()
+        for before, row in zip([None, *self.rows], rows, strict=False):
+            repeated = before is not None and before.rung == row["rung"]
+            row["rung"] = "" if repeated else f"{row['rung']} {row['what']}"
+            row["metric"] = row["metric"] or row["note"]
+        return rich_table(self.title, ("rung", "metric", "expected", "value", "tolerance", "status"), rows)
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether something was found that has to be fixed before training makes sense."""
+        return self.verdict not in ("healthy", "cannot tell")
 
 
 def judge_zero_lr(
     float_model: Measurement,
     batch_norm_frozen: Finetune,
-    batch_norm_moving: Finetune,
+    batch_norm_moving: Finetune | None,
     calibrated: Measurement | None = None,
     quantized: Finetune | None = None,
     reference: Mapping[str, float] | None = None,
@@ -97,180 +81,244 @@ def judge_zero_lr(
     Args:
         float_model: fake-quant off, before.
         batch_norm_frozen: fake-quant off, lr 0, batch norm in eval mode.
-        batch_norm_moving: fake-quant off, lr 0, batch norm as in training.
+        batch_norm_moving: fake-quant off, lr 0, batch norm as in training; None if none moves in training.
         calibrated: quantized, before; None if there are no scales.
         quantized: quantized, lr 0, as in QAT.
-        reference: the float metrics of the float training run, if known.
+        reference: the float metrics of the float training run, if known; ``train_loss`` is its last training loss.
     """
-    rows: list[PipelineRow] = []
-    verdicts: list[tuple[Verdict, str]] = []
-    if reference:
-        rung = _compare(0, "float model as it is", reference, float_model, float_model, [])
-        rows += rung
-        if _breaks(rung):
-            verdicts.append(
-                (
-                    "pipeline misaligned",
-                    f"the float model does not reproduce its own accuracy here ({_worst(rung)}), before any training "
-                    "and "
-                    "without quantization: wrong checkpoint, other evaluation data or preprocessing, or another "
-                    "metric.",
-                )
-            )
-    else:
-        note = "no reference: give the float run's metrics, reference: {val_acc: 0.98}"
-        rows.append(PipelineRow(0, "float model as it is", "", None, None, None, "cannot tell", note))
-    rungs = (
-        (2, "lr 0, batch norm fixed", float_model, batch_norm_frozen),
-        (3, "lr 0, batch norm moves", float_model, batch_norm_moving),
-        (4, "lr 0, quantized", calibrated, quantized),
+    rows, findings = _float_model(float_model, reference or {})
+    rungs: tuple[tuple[int, str, Measurement | None, Finetune | None, str, _Sentence], ...] = (
+        (2, "lr 0, BN fixed", float_model, batch_norm_frozen, "", _side_effect),
+        (3, "lr 0, BN moving", float_model, batch_norm_moving, "no batch norm moves in this training", _batch_norm),
+        (4, "lr 0, quantized", calibrated, quantized, "no calibrated scales", _scales),
     )
-    for number, what, before, finetune in rungs:
+    for number, what, before, finetune, missing, sentence in rungs:
         if before is None or finetune is None:
-            rows.append(PipelineRow(number, what, "", None, None, None, "cannot tell", "no calibrated scales"))
+            rows.append(skipped_row(number, what, missing))
             continue
-        rung = _compare(number, what, before.metrics, finetune.after, before, _moves(finetune))
+        rung = compare(number, what, before.metrics, finetune.after, before, strict=number == 2)
+        known_loss = (reference or {}).get(TRAIN_LOSS) if number == 2 else None
+        rung += train_loss_row(number, what, finetune, known_loss)
+        rung += drift_row(number, what, "BN statistics", finetune.moved_buffers)
+        rung += drift_row(number, what, "scales", finetune.moved_scales)
         rows += rung
-        if finetune.changed_parameters:
-            verdicts.append(("pipeline misaligned", _moved_weights(finetune)))
-        elif _breaks(rung):
-            verdicts.append(("pipeline misaligned", _broken_rung(number, rung, finetune)))
-    if verdicts:
-        verdict, sentence = verdicts[0]
-        note = (
-            f"{verdict}: {sentence} Quantization is not the cause; do not tune lr or weight decay before this is fixed."
-        )
-        return PipelineResult(tuple(rows), verdict, note)
-    doubt = (
-        "" if reference else " Whether the float accuracy itself is right cannot be told without reference: metrics."
-    )
-    return PipelineResult(
-        tuple(rows),
-        "healthy",
-        "healthy: with learning rate 0 the pipeline leaves the model as good as it was, so the training code does not "
-        f"destroy it by itself.{doubt} If QAT still collapses, run FloatFinetune to test the hyperparameters.",
-    )
+        findings += _judge_rung(number, rung, finetune, sentence)
+    if findings:
+        verdict, text = findings[0]
+        return PipelineResult(tuple(rows), verdict, f"{verdict}: {text}")
+    if not judged([row for row in rows if row.rung == 2]):
+        return PipelineResult(tuple(rows), "cannot tell", f"cannot tell: {_NO_METRIC}")
+    return PipelineResult(tuple(rows), "healthy", _healthy(rows, float_model, calibrated, reference))
 
 
-def judge_float_finetune(float_model: Measurement, finetune: Finetune) -> PipelineResult:
+def judge_float_finetune(
+    float_model: Measurement, finetune: Finetune, zero_lr: Verdict | None = None
+) -> PipelineResult:
     """Judge the float finetune (rung 5): QAT's pipeline and hyperparameters, without fake-quant.
 
     Args:
         float_model: fake-quant off, before.
         finetune: fake-quant off, trained as QAT would.
+        zero_lr: the verdict of the finetune with learning rate 0, if it ran: it tells the pipeline from the
+            hyperparameters.
     """
-    what = "float, QAT's training"
-    rung = _compare(5, what, float_model.metrics, finetune.after, float_model, _moves(finetune))
-    broken = _breaks(rung)
-    loss = finetune.train_loss
-    if broken or (loss is not None and not math.isfinite(loss)):
-        detail = _worst(rung) if broken else f"training loss {loss}"
-        return PipelineResult(
-            tuple(rung),
-            "hyperparameters",
-            f"hyperparameters: the float model collapses too ({detail}) after {finetune.batches} batches of this "
-            "training "
-            "without any quantization, so quantization is not the cause. Run ZeroLRFinetune: if that holds, it is the "
-            "learning rate, weight decay or clipping (QAT wants about 1/10 to 1/20 of the float learning rate, no "
-            "warm-up); "
-            "if that breaks, it is the training code or data.",
+    what = "float finetune"
+    rung = compare(5, what, float_model.metrics, finetune.after, float_model)
+    rung += train_loss_row(5, what, finetune)
+    rung += drift_row(5, what, "BN statistics", finetune.moved_buffers)
+    rows = tuple(rung)
+    trained = f"{finetune.batches} batches of QAT's own training{_at_rates(finetune)}"
+    loss_exploded = finetune.train_loss is not None and not math.isfinite(finetune.train_loss)
+    if breaks(rung) or loss_exploded:
+        detail = spelled(judged(rung)) if breaks(rung) else f"training loss {finetune.train_loss}"
+        verdict, advice = _blame(zero_lr)
+        note = (
+            f"{verdict}: the float model collapses too ({detail}) in {trained}, so quantization is not the cause. "
+            f"{advice}"
         )
-    return PipelineResult(
-        tuple(rung),
-        "healthy",
-        f"healthy: {finetune.batches} batches of QAT's own training leave the float model as good as it was. If QAT "
-        "collapses now, it is quantization error: look at SensitivityAnalysis, raise the first ops to int16.",
+        return PipelineResult(rows, verdict, note)
+    if not finetune.changed_parameters:
+        note = (
+            f"cannot tell: {trained} changed no weight at all: a warm-up that starts at 0, a step without loss, or "
+            "nothing to optimize. Write FloatFinetune(batches=...) with more batches than the warm-up has."
+        )
+        return PipelineResult(rows, "cannot tell", note)
+    if not judged(rung):
+        return PipelineResult(rows, "cannot tell", f"cannot tell: {_NO_METRIC}")
+    small = [row for row in judged(rung) if row.status == "falls"]
+    remark = f" It did fall a little ({spelled(small)}): so much is not quantization's doing." if small else ""
+    note = (
+        f"healthy: the float model is {'nearly ' if small else ''}as good as before after {trained}.{remark} If QAT "
+        "collapses in as many batches, it is quantization error: list SensitivityAnalysis() and raise its first points "
+        "to int16 with overrides. If it collapses later, give more batches here."
+    )
+    return PipelineResult(rows, "healthy", note)
+
+
+def cannot_tell(reason: str) -> PipelineResult:
+    """Return a verdict without evidence: the check could not run."""
+    return PipelineResult((), "cannot tell", f"cannot tell: {reason}")
+
+
+_NO_METRIC = "the evaluation logs no finite number to judge by. Log one in validation_step: self.log('val_acc', ...)."
+
+
+def _float_model(float_model: Measurement, reference: Mapping[str, float]) -> tuple[list[PipelineRow], list[_Finding]]:
+    """Rung 0: does the float model have its own accuracy here?"""
+    logged = float_model.metrics
+    expected = {name: value for name, value in reference.items() if name != TRAIN_LOSS or name in logged}
+    rows = compare(0, "float model", expected, float_model, float_model, strict=True)
+    for name in (name for name in logged if name not in expected):
+        rows.append(PipelineRow(0, "float model", name, None, logged[name], None, "noted", "no reference"))
+    if breaks(rows):
+        text = (
+            f"the float model does not reproduce its own accuracy here ({spelled(judged(rows))}), before any training "
+            "and with fake-quant off: another checkpoint (init_from), other evaluation data or preprocessing, or "
+            "another metric. Quantization is not the cause; fix this first."
+        )
+        return rows, [("pipeline misaligned", text)]
+    if logged and not any(map(math.isfinite, logged.values())):
+        text = (
+            "the float model evaluates to nan or inf before any training and with fake-quant off: look at the "
+            "checkpoint (init_from) and the evaluation data. Quantization is not the cause."
+        )
+        return rows, [("pipeline misaligned", text)]
+    return rows, []
+
+
+def _judge_rung(number: int, rung: Sequence[PipelineRow], finetune: Finetune, sentence: _Sentence) -> list[_Finding]:
+    quantized = number == 4
+    loss = finetune.train_loss
+    if loss is not None and not math.isfinite(loss):
+        if quantized:
+            return [("scales drift", _QUANTIZED_LOSS.format(loss=loss))]
+        return [("pipeline misaligned", _TRAINING_LOSS.format(loss=loss) + _NOT_QUANTIZATION)]
+    if finetune.changed_parameters:
+        return [("pipeline misaligned", _moved_weights(finetune) + _NOT_QUANTIZATION)]
+    if breaks(rung):
+        text = sentence(rung, finetune)
+        return [("scales drift", text)] if quantized else [("pipeline misaligned", text + _NOT_QUANTIZATION)]
+    known = next((row for row in rung if row.metric == TRAIN_LOSS and row.status == "breaks"), None)
+    if known is not None:
+        text = (
+            f"the untouched float model has a training loss of {known.value:.4g} here and had {known.expected:.4g} in "
+            "the float run: the training data, labels, augmentation or loss are not those of the float run. Compare "
+            "the two training pipelines."
+        )
+        return [("pipeline misaligned", text + _NOT_QUANTIZATION)]
+    return []
+
+
+# -- sentences
+
+_Sentence = Callable[[Sequence[PipelineRow], Finetune], str]
+_NOT_QUANTIZATION = " Quantization is not the cause; do not tune learning rate or weight decay before this is fixed."
+_TRAINING_LOSS = (
+    "the training loss of the untouched float model is {loss}: look for bad values in the training data, the labels "
+    "or the loss."
+)
+_QUANTIZED_LOSS = (
+    "the training loss is {loss} as soon as the model is quantized, and finite in float: see the findings of "
+    "Calibration, and give the points with nan, inf or a zero scale dtype: float32 in overrides."
+)
+
+
+def _side_effect(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
+    buffers = f" It writes to {', '.join(list(finetune.moved_buffers)[:3])}." if finetune.moved_buffers else ""
+    return (
+        f"the evaluation changes ({spelled(judged(rung))}) although weights and batch norm are fixed: the training "
+        f"step has a side effect.{buffers} Look for what it stores in the module."
     )
 
 
-def is_worse_when_larger(metric: str) -> bool:
-    """Whether a metric is a cost, judged by its name (``val_loss``, ``mse``, ``error_rate``)."""
-    words = metric.lower().replace("/", "_").replace("-", "_").replace(".", "_").split("_")
-    costs = {
-        "loss",
-        "error",
-        "err",
-        "mse",
-        "mae",
-        "rmse",
-        "perplexity",
-        "ppl",
-        "wer",
-        "cer",
-        "nll",
-        "fid",
-        "fpr",
-        "fnr",
-    }
-    return bool(costs & set(words))
+def _batch_norm(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
+    moved = [f"{name} by {change:.0%}" for name, change in list(finetune.moved_buffers.items())[:3]]
+    return (
+        f"accuracy collapses at learning rate 0 as soon as batch norm updates its statistics "
+        f"({spelled(judged(rung))}; moved most: {', '.join(moved)}). The training data do not look like the "
+        "evaluation data (normalization, channel order, preprocessing, augmentation), or the batches are too small. "
+        "Compare the training pipeline with that of the float run, line by line. If only the batches are small: "
+        "QuantizationAwareTraining(freeze_batch_norm_after=0)."
+    )
 
 
-def _compare(
-    number: int,
-    what: str,
-    expected: Mapping[str, float],
-    after: Measurement,
-    noise: Measurement,
-    moves: Sequence[str],
-) -> list[PipelineRow]:
-    rows = []
-    for metric, before in expected.items():
-        value = after.metrics.get(metric)
-        if value is None:
-            row = PipelineRow(number, what, metric, before, None, None, "cannot tell", "not logged by the evaluation")
-            rows.append(row)
-            continue
-        # the floor is float32 rounding of a mean, for metrics whose batches all agree
-        tolerance = max(STANDARD_ERRORS * noise.standard_errors.get(metric, 0.0), 1e-6 * abs(before))
-        fall = value - before if is_worse_when_larger(metric) else before - value
-        status: Status = "holds" if fall <= tolerance else "breaks"  # NaN breaks
-        rows.append(PipelineRow(number, what, metric, before, value, tolerance, status, "; ".join(moves)))
-    return rows
-
-
-def _breaks(rows: Sequence[PipelineRow]) -> bool:
-    """A cost may rise while what counts holds (an overconfident classifier); without other metrics it decides."""
-    judged = [row for row in rows if not is_worse_when_larger(row.metric)] or list(rows)
-    return any(row.status == "breaks" for row in judged)
-
-
-def _worst(rows: Sequence[PipelineRow]) -> str:
-    broken = [row for row in rows if row.status == "breaks"]
-    broken.sort(key=lambda row: is_worse_when_larger(row.metric))
-    return ", ".join(f"{row.metric} {row.expected:.4g} -> {row.value:.4g}" for row in broken[:2])
-
-
-def _moves(finetune: Finetune) -> list[str]:
-    moves = [] if finetune.train_loss is None else [f"train loss {finetune.train_loss:.4g}"]
-    for what, names in (("buffers", finetune.moved_buffers), ("scales", finetune.moved_scales)):
-        if names:
-            moves.append(f"{len(names)} {what} moved")
-    return moves
+def _scales(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
+    moved = [f"{name} by {change:.0%}" for name, change in list(finetune.moved_scales.items())[:3]]
+    what = f"scales moved most: {', '.join(moved)}" if moved else "no scale moved, batch norm did"
+    remedy = (
+        "Keep the calibrated scales (activation_scales: fixed, freeze_observers_after: 0) and calibrate with more "
+        "batches"
+        if moved
+        else "Set freeze_batch_norm_after: 0"
+    )
+    return (
+        f"the calibrated model collapses at learning rate 0 ({spelled(judged(rung))}; {what}) while the float model "
+        f"holds: what moves without training destroys it, not the learning rate. {remedy}."
+    )
 
 
 def _moved_weights(finetune: Finetune) -> str:
     names = finetune.changed_parameters
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (
-        f"weights changed although the learning rate is 0 ({', '.join(names[:3])}{more}): something other than the "
-        "optimizer's step writes to them (an EMA swap, a clamp or a hook in the training step)."
+    cause = (
+        "the optimizer's own step moves them: it does not scale its update by the group's lr"
+        if finetune.changed_by_optimizer
+        else "something other than the optimizer writes to them (an average that is swapped in, a clamp, a hook)"
     )
+    return f"weights change although the learning rate is 0 ({', '.join(names[:3])}{more}): {cause}."
 
 
-def _broken_rung(number: int, rung: Sequence[PipelineRow], finetune: Finetune) -> str:
-    if number == 2:
-        return f"evaluation changed ({_worst(rung)}) although nothing was trained: the training step has a side effect."
-    if number == 3:
-        buffers = ", ".join(finetune.moved_buffers[:3])
-        return (
-            f"accuracy collapses at learning rate 0 as soon as batch norm updates its statistics ({_worst(rung)}; "
-            "moved: "
-            f"{buffers}): the training data do not look like the evaluation data (preprocessing, normalization, "
-            "augmentation), or the batches are too small. Compare the two data pipelines, or set "
-            "freeze_batch_norm_after: 0."
+def _healthy(
+    rows: Sequence[PipelineRow],
+    float_model: Measurement,
+    calibrated: Measurement | None,
+    reference: Mapping[str, float] | None,
+) -> str:
+    small = [row for row in judged([row for row in rows if row.rung >= 3]) if row.status == "falls"]
+    parts = [
+        f"healthy: with learning rate 0 the model stays {'nearly ' if small else ''}as good as it was: the training "
+        "code alone does not destroy it."
+    ]
+    if small:
+        parts.append(
+            f"It does fall a little on rung {small[0].rung} ({spelled(small)}): so much of a loss in QAT is not the "
+            "learning rate's; freeze_batch_norm_after: 0 may avoid it."
         )
-    scales = f"scales moved: {', '.join(finetune.moved_scales[:3])}" if finetune.moved_scales else "no scale moved"
-    return (
-        f"the calibrated model collapses at learning rate 0 ({_worst(rung)}; {scales}) while the float model holds: "
-        "use activation_scales: fixed, calibrate with more batches, or set freeze_batch_norm_after: 0."
+    lost = compare(4, "", float_model.metrics, calibrated, float_model) if calibrated is not None else []
+    if breaks(lost):
+        parts.append(
+            f"Calibration alone has lost the accuracy ({spelled(judged(lost))}), and that is quantization error: list "
+            "SensitivityAnalysis() and raise its first points to int16 with overrides before you train."
+        )
+    else:
+        parts.append("If QAT still collapses, list FloatFinetune() to test the hyperparameters.")
+    if not any(row.rung == 0 and row.status == "holds" for row in rows):
+        given = f" (it logs {', '.join(float_model.metrics)}, not {', '.join(reference)})" if reference else ""
+        name = next((n for n in float_model.metrics if not is_worse_when_larger(n)), next(iter(float_model.metrics)))
+        parts.append(
+            "Whether the float accuracy itself is right cannot be told without a reference"
+            f"{given}: run `validate` in the float project on the float checkpoint, and give what it prints: "
+            f"ZeroLRFinetune(reference={{{name!r}: ...}})."
+        )
+    return " ".join(parts)
+
+
+def _blame(zero_lr: Verdict | None) -> _Finding:
+    if zero_lr == "healthy":
+        return "hyperparameters", (
+            "ZeroLRFinetune holds, so it is not the training code either: lower the learning rate (QAT wants about "
+            "1/10 to 1/20 of the float one, no warm-up), then look at weight decay and gradient clipping."
+        )
+    if zero_lr in ("pipeline misaligned", "scales drift"):
+        return "pipeline misaligned", "ZeroLRFinetune breaks as well: fix what it names first, then run this again."
+    return "pipeline or hyperparameters", (
+        "List ZeroLRFinetune() before FloatFinetune() to tell the two apart: if it holds, lower the learning rate (QAT "
+        "wants about 1/10 to 1/20 of the float one, no warm-up); if it breaks, fix the training code or data it names."
     )
+
+
+def _at_rates(finetune: Finetune) -> str:
+    if finetune.learning_rates is None:
+        return ""
+    low, high = finetune.learning_rates
+    return f" (lr {high:.3g})" if low == high else f" (lr {low:.3g} to {high:.3g})"

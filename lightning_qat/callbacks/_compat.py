@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.trainer.connectors.data_connector import (
     _DataLoaderSource,
@@ -20,7 +22,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
+from torch import Tensor, nn
 
 STAGES = {
     "train": RunningStage.TRAINING,
@@ -127,7 +129,7 @@ def logged_value(pl_module: pl.LightningModule, name: str, value: Any) -> Tensor
 
 
 def convert_early(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Give the module the type that a ``*-true`` precision will give it in ``strategy.setup``: its batches have it now."""
+    """Give the module the type that a ``*-true`` precision will give it in ``strategy.setup``: batches have it now."""
     if isinstance(trainer.precision_plugin, (HalfPrecision, DoublePrecision)):
         trainer.precision_plugin.convert_module(pl_module)
 
@@ -135,3 +137,17 @@ def convert_early(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 def replaces_batch_norm(trainer: pl.Trainer) -> bool:
     """Whether ``Trainer(sync_batchnorm=True)`` will replace batch norm modules after insertion."""
     return getattr(trainer.strategy, "_layer_sync", None) is not None
+
+
+def optimizer_counts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[int, int]:
+    """How many optimizers and schedulers the module has; they do not exist yet while it is traced."""
+    if trainer.optimizers:
+        return len(trainer.optimizers), len(trainer.lr_scheduler_configs)
+    optimizers, schedulers = _init_optimizers_and_lr_schedulers(pl_module)
+    return len(optimizers), len(schedulers)
+
+
+def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:
+    """Return the modules in which WeightAveraging callbacks keep their averages."""
+    averages = (c._average_model for c in trainer.callbacks if isinstance(c, WeightAveraging))  # type: ignore[attr-defined]
+    return [average.module for average in averages if average is not None]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.analysis.accuracy import AccuracyResult, ResultTable, target_value
@@ -19,7 +21,7 @@ from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.evaluation import evaluate
 from lightning_qat.callbacks.extra_pass import misconfiguration, require_regions
 from lightning_qat.callbacks.output_directory import console_of, shared_directory
-from lightning_qat.quantization.errors import unknown_choice
+from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.region import State
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.loggers import log_table
@@ -29,17 +31,23 @@ from lightning_qat.reporting.tables import markdown
 class AccuracyTable(Callback):
     """Evaluate the float, the calibrated and the trained model, and keep the values of all runs in one table (D7).
 
-    The float model is the module with fake-quant off, before training. Values are kept in ``result_table.json`` under
+    The float model is the module with fake-quant off, before training; with trained weights only ``QAT`` is evaluated.
+    Also runs in ``trainer.validate`` and ``trainer.test``. Values are kept in ``result_table.json`` under
     ``default_root_dir/lightning_qat`` (also as ``.md`` and ``.csv``), keyed by run; the table is printed at the end.
+    A new run never overwrites another one of the same name, it becomes ``name (2)``; a resumed run and an evaluation of
+    its checkpoint go on with its own entry. ``fast_dev_run`` leaves no files.
 
     Args:
         metrics: which logged metrics; all if not given.
         target: the loss allowed against float, ``"1%"``, or a value to reach; or one of these by metric.
-        name: the run's name; the logger's version directory if not given.
+        name: the run's name; the log directory below the root directory if not given.
         batches: evaluation batches per stage and rank; all if not given.
 
     Raises:
-        MisconfigurationException: a metric is not logged, or the target cannot be read.
+        MisconfigurationException: a metric is not logged, the target cannot be read, or the table's file cannot.
+
+    Attributes:
+        result: the table, as far as it is known.
     """
 
     def __init__(
@@ -53,11 +61,16 @@ class AccuracyTable(Callback):
             for one in target.values() if isinstance(target, dict) else [target]:
                 if one is not None:
                     target_value("", 1.0, one)
+        if batches is not None and batches < 1:
+            raise MisconfigurationException(f"AccuracyTable(batches={batches}): must be at least 1.")
         self.metrics = metrics
         self.target = target
         self.name = name
         self.batches = batches
         self.result: AccuracyResult | None = None
+        self._run: str | None = None
+        self._loaded_step: int | None = None
+        self._awaits_scales = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -65,18 +78,28 @@ class AccuracyTable(Callback):
         if any(isinstance(c, Calibration) for c in callbacks[callbacks.index(self) :]):
             raise MisconfigurationException(
                 "AccuracyTable is listed before Calibration, so it would evaluate before there are scales. List it "
-                "after."
+                "after Calibration."
             )
+        with misconfiguration():
+            ResultTable.read(self._path(trainer))  # rather now than at the end of training
+        self._loaded_step = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0:  # later the weights are no longer those of the float model
+            self._run = None
+            self._awaits_scales = True
             self._measure(trainer, pl_module, "float", "off")
-            self._measure(trainer, pl_module, "calibrated", "quantize")
+            self._measure_calibrated(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._measure_calibrated(trainer, pl_module)  # QuantizationAwareTraining(start_epoch=...)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._measure(trainer, pl_module, "QAT", "quantize")
+        if trainer.global_step > 0:
+            self._measure(trainer, pl_module, "QAT", "quantize")
         self._report(trainer)
 
     @override
@@ -88,51 +111,101 @@ class AccuracyTable(Callback):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._measure_without_training(trainer, pl_module, "test")
 
+    def _measure_calibrated(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        regions = require_regions(pl_module, "AccuracyTable")
+        if self._awaits_scales and all(region.is_calibrated for region in regions.values()):
+            self._awaits_scales = False
+            self._measure(trainer, pl_module, "calibrated", "quantize")
+
     def _measure_without_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._measure(trainer, pl_module, "float", "off", stage)
-        self._measure(trainer, pl_module, "quantized", "quantize", stage)
+        if self._is_trained(trainer):
+            self._measure(trainer, pl_module, "QAT", "quantize", stage)
+        else:
+            self._measure(trainer, pl_module, "float", "off", stage)
+            self._measure(trainer, pl_module, "calibrated", "quantize", stage)
         self._report(trainer)
+
+    def _is_trained(self, trainer: pl.Trainer) -> bool:
+        """Whether QAT has moved the weights; of a checkpoint that does not say, it is taken to be so."""
+        if self._loaded_step is not None:
+            return self._loaded_step > 0
+        return trainer.global_step > 0 or trainer.ckpt_path is not None
 
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, column: str, state: State, stage: str = "validate"
     ) -> None:
-        regions = require_regions(pl_module, "AccuracyTable")
-        before = {path: region.current_state for path, region in regions.items()}
-        for region in regions.values():
-            region.set_state(state)
-        try:
+        with ExitStack() as stack:
+            for path, region in require_regions(pl_module, "AccuracyTable").items():
+                if state == "quantize" and not region.is_calibrated:
+                    raise MisconfigurationException(
+                        f"AccuracyTable: the fake-quants of {path or type(pl_module).__name__} have no scales: add "
+                        "Calibration(batches=32) before it, or pass the checkpoint of a calibrated model as ckpt_path."
+                    )
+                stack.enter_context(region.state(state, updates=()))
             limit = math.inf if self.batches is None else self.batches
             metrics = evaluate(trainer, pl_module, stage=stage, limit=limit).metrics
-        finally:
-            for path, region in regions.items():
-                region.set_state(before[path])
-        for name in self.metrics or ():
-            if name not in metrics:
-                raise MisconfigurationException(f"AccuracyTable: {unknown_choice('metric', name, metrics)}")
-        chosen = {name: metrics[name] for name in self.metrics} if self.metrics else metrics
-        run, path = self._run_name(trainer), self._path(trainer)
-        with misconfiguration():
-            table = ResultTable.read(path)
-            table.record(run, column, chosen)
-            self.result = table.result(run, list(chosen), self.target)
-            if trainer.is_global_zero:
-                table.write(path)
-        trainer.strategy.barrier("lightning_qat.accuracy_table")
+        chosen = self._chosen(metrics, stage)
+        if chosen:
+            self.result = self._recorded(trainer, column, chosen)
+
+    def _chosen(self, metrics: dict[str, float], stage: str) -> dict[str, float]:
+        """Pick the metrics asked for. A test often logs others than validation: then there is nothing to note."""
+        names = [*(self.metrics or ()), *(self.target if isinstance(self.target, dict) else ())]
+        missing = [name for name in names if name not in metrics]
+        if missing and stage != "test":
+            raise MisconfigurationException(f"AccuracyTable: {unknown_choice('metric', missing[0], metrics)}")
+        chosen = metrics if self.metrics is None else {name: metrics[name] for name in self.metrics if name in metrics}
+        if not chosen:
+            rank_zero_warn(
+                f"AccuracyTable: the {stage} step logs none of the metrics asked for ({', '.join(names) or 'any'}); it "
+                f"logs: {', '.join(metrics) or 'nothing'}. The table stays as it is."
+            )
+        return chosen
+
+    def _recorded(self, trainer: pl.Trainer, column: str, metrics: dict[str, float]) -> AccuracyResult:
+        """Note the values on rank zero, which alone reads and writes the file, and tell all ranks the table."""
+        name = self._name(trainer)
+        outcome: Any = None
+        if trainer.is_global_zero:
+            try:
+                outcome = self._noted(trainer, name, column, metrics)
+            except (ConfigurationError, OSError) as error:
+                outcome = str(error)
+        outcome = trainer.strategy.broadcast(outcome)
+        if isinstance(outcome, str):
+            raise MisconfigurationException(f"AccuracyTable: {outcome}")
+        self._run, result = outcome
+        return result  # type: ignore[no-any-return]
+
+    def _noted(
+        self, trainer: pl.Trainer, name: str, column: str, metrics: dict[str, float]
+    ) -> tuple[str, AccuracyResult]:
+        table = ResultTable.read(self._path(trainer))
+        run = self._run
+        if run is None:
+            run = table.entry(name, column, metrics)
+            if run != name:
+                rank_zero_info(f"AccuracyTable: there is a run called {name!r} already; this one is noted as {run!r}.")
+        table.record(run, column, metrics)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            table.write(self._path(trainer))
+        return run, table.result(run, list(metrics), self.target)
 
     def _report(self, trainer: pl.Trainer) -> None:
         if self.result is None or not trainer.is_global_zero:
             return
-        path = self._path(trainer)
-        self.result.to_csv(path.with_suffix(".csv"))
-        text = markdown(self.result.columns(), self.result.to_dicts())
-        write_atomically(path.with_suffix(".md"), f"{text}\n\n{self.result.note}\n")
-        log_table(trainer.loggers, "lightning_qat/result_table", self.result, steps_taken(trainer))
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            path = self._path(trainer)
+            self.result.to_csv(path.with_suffix(".csv"))
+            text = markdown(self.result.columns(), self.result.to_dicts())
+            write_atomically(path.with_suffix(".md"), f"{text}\n\n{self.result.note}\n")
+        log_table(trainer.loggers, "result_table", self.result, steps_taken(trainer))
         show(self.result, console_of(trainer))
 
     def _path(self, trainer: pl.Trainer) -> Path:
         return shared_directory(trainer) / "result_table.json"
 
-    def _run_name(self, trainer: pl.Trainer) -> str:
+    def _name(self, trainer: pl.Trainer) -> str:
         """The log directory below the root directory tells runs apart."""
         directory = trainer.log_dir  # broadcasts: on all ranks
         if self.name is not None:
@@ -143,5 +216,16 @@ class AccuracyTable(Callback):
         return "run" if relative == "." else relative.replace(os.sep, "/")
 
     @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._loaded_step = int(checkpoint.get("global_step", 0))
+
+    @override
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"name": self.name, "run": self._run}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("name") == self.name:
+            self._run = state_dict.get("run")

@@ -26,7 +26,7 @@ from lightning_qat.callbacks.extra_pass import (
     undisturbed,
 )
 from lightning_qat.callbacks.output_directory import run_directory
-from lightning_qat.quantization.region import Region, State
+from lightning_qat.quantization.region import Region, State, find_regions
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_histogram, log_scalars, log_table
 
@@ -112,6 +112,12 @@ class AnalysisOutputs:
                 f"{', '.join(without)} shows no tables: those of {self.name} are only in the files.",
                 category=PossibleUserWarning,
             )
+
+
+def is_calibrated(pl_module: pl.LightningModule) -> bool:
+    """Whether all regions of a module have scales."""
+    regions = find_regions(pl_module)
+    return bool(regions) and all(region.is_calibrated for region in regions.values())
 
 
 def require_quantization(trainer: pl.Trainer, who: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
+from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.extra_pass import (
     analysis_batches,
     misconfiguration,
@@ -23,14 +24,20 @@ from lightning_qat.callbacks.extra_pass import (
     undisturbed,
 )
 from lightning_qat.quantization.calibration import CalibrationPass, CalibrationResult
+from lightning_qat.quantization.region import find_regions
+
+if TYPE_CHECKING:
+    from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 
 
 class Calibration(Callback):
-    """Run a pass over calibration data before the sanity check, and derive all scales from it.
+    """Run a pass over calibration data before quantization starts, and derive all scales from it.
 
-    Also runs ahead of ``trainer.validate``, ``test`` and ``predict`` alone, so that post-training quantization is a Trainer
-    call. Skipped when a restored checkpoint brings calibrated scales, and in a second fit. Data come from
-    ``calibration_dataloader()`` of the datamodule or module if there is one, else from the training data, in eval mode.
+    In a fit this is before the sanity check, or at the start of QuantizationAwareTraining's ``start_epoch``: the scales
+    are those of the weights that quantization starts with. Also runs ahead of ``trainer.validate``, ``test`` and
+    ``predict`` alone, so that post-training quantization is a Trainer call. Skipped when a restored checkpoint brings
+    calibrated scales, and in a second fit. Data come from ``calibration_dataloader()`` of the datamodule or module if
+    there is one, else from the training data; they pass through the validation step in eval mode, in float.
 
     Args:
         batches: number of batches over all ranks together; 32 if neither is given.
@@ -41,6 +48,12 @@ class Calibration(Callback):
 
     Attributes:
         result: what the last calibration did and found.
+
+    Example of another schedule::
+
+        class EveryRun(Calibration):
+            def should_calibrate(self, trainer, pl_module):
+                return trainer.current_epoch == 0 or super().should_calibrate(trainer, pl_module)
     """
 
     def __init__(self, batches: int | None = None, epochs: int | None = None) -> None:
@@ -57,38 +70,49 @@ class Calibration(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-
-        if not any(isinstance(c, QuantizationAwareTraining) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        if _quantization(trainer) is None:
             raise MisconfigurationException(
-                "Calibration needs fake-quants in the model: add QuantizationAwareTraining() to the Trainer's callbacks."
+                "Calibration needs fake-quants in the model: add QuantizationAwareTraining() to the Trainer's "
+                "callbacks."
             )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._calibrate_if_needed(trainer, pl_module)
+        self.calibrate_if_needed(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.calibrate_if_needed(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._calibrate_if_needed(trainer, pl_module)
+        self.calibrate_if_needed(trainer, pl_module)
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._calibrate_if_needed(trainer, pl_module)
+        self.calibrate_if_needed(trainer, pl_module)
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._calibrate_if_needed(trainer, pl_module)
+        self.calibrate_if_needed(trainer, pl_module)
 
-    def should_calibrate(self, pl_module: pl.LightningModule) -> bool:
-        """Whether a region has no scales yet. Override to calibrate again."""
-        return any(not region.is_calibrated for region in require_regions(pl_module, "Calibration").values())
+    def should_calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether quantization is on and a region has no scales yet. Override to calibrate again."""
+        callback = _quantization(trainer)
+        regions = require_regions(pl_module, "Calibration")
+        return (callback is None or callback.should_quantize(trainer)) and any(
+            not region.is_calibrated for region in regions.values()
+        )
 
-    def _calibrate_if_needed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.should_calibrate(pl_module):
+    def calibrate_if_needed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calibrate unless there are scales. QuantizationAwareTraining calls this if it is about to quantize without."""
+        if not self.should_calibrate(trainer, pl_module):
             return
         with misconfiguration():
             self.result = self._calibrate(trainer, pl_module)
+        for copy in _compat.averaged_copies(trainer):  # made before there were scales
+            for path, region in find_regions(pl_module).items():
+                find_regions(copy)[path].load_state_dict(region.state_dict())
         points = self.result.points
         rank_zero_info(f"Calibration: {points} points from {self.result.batches * trainer.world_size} batches.")
         for finding in self.result.findings:
@@ -99,7 +123,6 @@ class Calibration(Callback):
         per_rank = math.ceil(self.batches / trainer.world_size) if self.batches is not None else math.inf
         with (
             undisturbed(trainer, pl_module),
-            torch.inference_mode(False),
             torch.no_grad(),
             CalibrationPass(regions) as calibration,
             progress(trainer, "Calibrating", None if per_rank == math.inf else int(per_rank)) as advance,
@@ -110,11 +133,15 @@ class Calibration(Callback):
                     run_step(trainer, pl_module, extra, "validate")
                     calibration.batch_done()
                     advance()
-        return calibration.finish()
+        with torch.inference_mode(False):
+            return calibration.finish()
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {}
+
+def _quantization(trainer: pl.Trainer) -> QuantizationAwareTraining | None:
+    from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
 
 
 @contextmanager

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 
 from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.extra_pass import (
@@ -27,7 +28,7 @@ class Evaluation:
     """What one evaluation pass logged.
 
     Args:
-        metrics: every value logged on epoch level, by the name Lightning would give it.
+        metrics: every value logged on epoch level, by the name it has in ``trainer.callback_metrics``.
         standard_errors: how much each would vary with other batches of the same size (where that can be told).
         batches: number of batches on this rank.
     """
@@ -47,8 +48,9 @@ def evaluate(
 ) -> Evaluation:
     """Run evaluation steps over fresh loaders with a recording ``self.log`` and return what they log.
 
-    Understands ``on_step``/``on_epoch``, ``batch_size``, ``reduce_fx``, Metric objects and collections, the module's
-    epoch-start and epoch-end hooks and several loaders. Values are averaged over ranks. Leaves no trace.
+    The numbers are those of ``trainer.validate``: values are kept and reduced by Lightning's own code, and the
+    module's hooks run (those of callbacks do not). Over ranks everything is averaged, as with ``sync_dist=True``.
+    Leaves no trace.
 
     Args:
         trainer: the running trainer.
@@ -63,55 +65,62 @@ def evaluate(
     module = module or pl_module
     if _compat.attached_loader(trainer, stage) is None:
         stage = next((s for s in ("validate", "test") if _compat.attached_loader(trainer, s) is not None), "train")
-    recorder = _Recorder()
-    prefix = {"validate": "validation", "test": "test"}.get(stage, "train")
+    recorder = _Recorder(trainer, module, always_epoch=stage == "train")
+    prefix = {"validate": "on_validation", "test": "on_test"}.get(stage, "")
     batches = 0
-    with undisturbed(trainer, module), muted_logging(module, recorder.log):
+    with undisturbed(trainer, module), muted_logging(module, recorder.log), torch.no_grad():
         module.eval()
         for metric in (m for m in module.modules() if isinstance(m, Metric)):
             metric.reset()
-        with _compat.running_stage(trainer, stage), torch.inference_mode(False), torch.no_grad():
-            getattr(module, f"on_{prefix}_epoch_start")()
-            for extra in analysis_batches(trainer, pl_module, limit, stage):  # type: ignore[arg-type]
-                recorder.begin(extra)
-                run_step(trainer, module, extra, "validate" if stage == "train" else stage)
-                recorder.end()
-                batches += 1
-            recorder.begin(None)
-            getattr(module, f"on_{prefix}_epoch_end")()
-            metrics, errors = recorder.results(trainer)
-    return Evaluation(metrics, errors, batches)
-
-
-@dataclass
-class _Series:
-    """One logged name: plain values by batch, or the Metric that accumulates itself."""
-
-    reduce: str | Callable[[Tensor], Tensor] = "mean"
-    values: list[float] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    metric: Metric | None = None
+        if stage != "train" and _compat.is_overridden(f"{prefix}_model_eval", module):
+            _compat.call_hook(module, f"{prefix}_model_eval")
+        for extra in analysis_batches(trainer, pl_module, limit, stage):  # type: ignore[arg-type]
+            recorder.begin_batch(extra)
+            run_step(trainer, module, extra, "validate" if stage == "train" else stage)
+            recorder.end_batch()
+            batches += 1
+        recorder.end_loader()
+        if stage != "train":  # the end of a training epoch may step schedulers
+            with _compat.running_stage(trainer, stage):
+                _compat.call_hook(module, f"{prefix}_epoch_end")
+            recorder.end_loader()
+    return Evaluation(recorder.metrics, recorder.standard_errors(), batches)
 
 
 class _Recorder:
-    """Stands in for ``self.log``."""
+    """Stands in for ``self.log``: the same arithmetic in the same order, in a result collection of its own."""
 
-    def __init__(self) -> None:
-        self._series: dict[str, _Series] = {}
-        self._extra: ExtraBatch | None = None
-        self._metrics: dict[str, Metric] = {}
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, always_epoch: bool) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._always_epoch = always_epoch
+        self._results = _compat.ResultCollection(training=False)
+        self._index: int | None = None
+        self._batch_values: dict[str, list[float]] = {}
+        self._batch_metrics: dict[str, Metric] = {}
+        self.metrics: dict[str, float] = {}
 
-    def begin(self, extra: ExtraBatch | None) -> None:
-        self._extra = extra
+    def begin_batch(self, extra: ExtraBatch) -> None:
+        index = extra.dataloader_idx if extra.several_loaders else None
+        if index is not None and index != self._index:
+            self.end_loader()
+        self._index = index
+        self._results.batch, self._results.batch_size, self._results.dataloader_idx = extra.batch, None, index
 
-    def end(self) -> None:
+    def end_batch(self) -> None:
         """After a step: note the batch value of metrics that compute one."""
-        for name, metric in self._metrics.items():
-            cache = metric._forward_cache
-            if cache is not None and torch.is_tensor(cache) and cache.numel() == 1:
-                self._series[name].values.append(float(cache))
-                self._series[name].weights.append(1.0)
-        self._metrics.clear()
+        for name, metric in self._batch_metrics.items():
+            value: Any = metric._forward_cache
+            if isinstance(value, Tensor) and value.numel() == 1:
+                self._batch_values.setdefault(name, []).append(float(value))
+        self._batch_metrics.clear()
+        self._results.batch = self._results.batch_size = None
+
+    def end_loader(self) -> None:
+        """After the last batch of a loader and after the epoch: reduce over batches and ranks."""
+        reduced = self._results.metrics(on_step=False)["callback"]
+        self.metrics.update({name: float(value) for name, value in reduced.items()})
+        self._index = self._results.dataloader_idx = None
 
     def log(
         self,
@@ -130,74 +139,35 @@ class _Recorder:
         metric_attribute: str | None = None,
         rank_zero_only: bool = False,
     ) -> None:
-        """Record a call of ``self.log``; values that are logged per step only are not results of an epoch."""
-        if on_epoch is False and on_step:
-            return
-        if isinstance(value, MetricCollection):
-            for key, metric in value.items():
-                self.log(key, metric, add_dataloader_idx=add_dataloader_idx, reduce_fx=reduce_fx)
-            return
-        if add_dataloader_idx and self._extra is not None and self._extra.several_loaders:
-            name = f"{name}/dataloader_idx_{self._extra.dataloader_idx}"
-        series = self._series.setdefault(name, _Series(_reduction(reduce_fx)))
+        """Record a call of ``self.log``. All ranks are averaged, whatever ``sync_dist`` says."""
+        on_step, on_epoch = _compat.log_levels(self._module, on_step, on_epoch)
+        index = self._index
+        shown = f"{name}/dataloader_idx_{index}" if add_dataloader_idx and index is not None else name
         if isinstance(value, Metric):
-            series.metric = value
-            self._metrics[name] = value
-            return
-        series.values.append(float(value))
-        series.weights.append(float(batch_size or self._batch_size()))
+            self._batch_metrics[shown] = value
+        else:
+            value = _compat.logged_value(self._module, name, value)
+            if reduce_fx in ("mean", "avg", torch.mean) and self._results.batch is not None:
+                self._batch_values.setdefault(shown, []).append(float(value))
+        self._results.log(
+            self._module._current_fx_name or "validation_step",
+            name,
+            value,
+            on_step=on_step,
+            on_epoch=on_epoch or self._always_epoch,
+            reduce_fx=reduce_fx,
+            sync_dist=self._trainer.world_size > 1 and not rank_zero_only,
+            sync_dist_fn=self._trainer.strategy.reduce,
+            sync_dist_group=sync_dist_group,
+            add_dataloader_idx=add_dataloader_idx,
+            batch_size=batch_size,
+            rank_zero_only=rank_zero_only,
+        )
 
-    def results(self, trainer: pl.Trainer) -> tuple[dict[str, float], dict[str, float]]:
-        """Reduce everything over batches and ranks."""
-        metrics: dict[str, float] = {}
-        errors: dict[str, float] = {}
-        for name, series in self._series.items():
-            if series.metric is not None:
-                computed = series.metric.compute()
-                if not isinstance(computed, Tensor) or computed.numel() != 1:
-                    continue
-                metrics[name] = float(computed)
-            else:
-                metrics[name] = _reduced(trainer, series)
-            if len(series.values) >= 2 and (series.metric is not None or series.reduce == "mean"):
-                values = torch.tensor(series.values, dtype=torch.float64)
-                errors[name] = float(values.std()) / math.sqrt(len(values) * trainer.world_size)
-        return metrics, errors
-
-    def _batch_size(self) -> int:
-        if self._extra is None:
-            return 1
-        try:
-            return int(_compat.extract_batch_size(self._extra.batch))
-        except Exception:  # Lightning raises for batches without tensors
-            return 1
-
-
-def _reduction(reduce_fx: Any) -> str | Callable[[Tensor], Tensor]:
-    """Name the reduction; a custom callable is applied to the stacked values."""
-    named: dict[Any, str] = {torch.mean: "mean", torch.max: "max", torch.min: "min", torch.sum: "sum"}
-    named |= {max: "max", min: "min", sum: "sum"}
-    if isinstance(reduce_fx, str):
-        return {"avg": "mean"}.get(reduce_fx.lower(), reduce_fx.lower())
-    chosen: str | Callable[[Tensor], Tensor] = named.get(reduce_fx, reduce_fx)
-    return chosen
-
-
-def _reduced(trainer: pl.Trainer, series: _Series) -> float:
-    values = torch.tensor(series.values, dtype=torch.float64)
-    weights = torch.tensor(series.weights, dtype=torch.float64)
-    across: Callable[..., Any] = trainer.strategy.reduce
-    device = trainer.strategy.root_device
-    if series.reduce == "mean":
-        # float64 is unknown to some accelerators; the sums are small
-        both = torch.stack([(values * weights).sum(), weights.sum()]).to(device, torch.float32)
-        if trainer.world_size == 1:
-            return float((values * weights).sum() / weights.sum())
-        total, weight = across(both, reduce_op="sum").tolist()
-        return float(total / weight)
-    if callable(series.reduce):
-        return float(series.reduce(values))
-    result = getattr(values, series.reduce)()
-    if trainer.world_size > 1:
-        result = across(result.to(device, torch.float32), reduce_op=series.reduce)
-    return float(result)
+    def standard_errors(self) -> dict[str, float]:
+        """Standard error over batches of every mean; batches are not weighted, so it is an estimate."""
+        return {
+            name: statistics.stdev(values) / math.sqrt(len(values) * self._trainer.world_size)
+            for name, values in self._batch_values.items()
+            if len(values) >= 2 and all(map(math.isfinite, values))
+        }

@@ -1,54 +1,86 @@
 """Running batches through the user's steps outside the Trainer's loops, without leaving a trace.
 
-Lightning has no way to do this: ``trainer.validate()`` inside fit breaks the trainer state, and steps that log overwrite
-``callback_metrics``. So the batches come from fresh loaders, take the way Lightning's loops send them, and everything a
-step can touch is put back.
+Lightning has no way to do this: ``trainer.validate()`` inside fit breaks the trainer state, and steps that log
+overwrite ``callback_metrics``. So the batches come from fresh loaders, take the way Lightning's loops send them, and
+everything a step can touch is put back.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
-from torch import nn
-from torch.utils.data import DataLoader
-from torchmetrics import Metric
 
 from lightning_qat.callbacks import _compat
+from lightning_qat.callbacks.analysis_loaders import Stage, fresh_loaders
+from lightning_qat.callbacks.manual_optimization import inert_optimization
+from lightning_qat.callbacks.module_state import preserved_attributes, preserved_parameters
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.preservation import preserved
 from lightning_qat.quantization.region import Region, find_regions
 
-Stage = Literal["train", "validate", "test", "predict", "calibration"]
+_STEPS = {
+    "train": "training_step",
+    "validate": "validation_step",
+    "test": "test_step",
+    "predict": "predict_step",
+}
+_HOOKS = {  # before the first batch, before and after every batch
+    "training_step": (("on_train_epoch_start",), None, None),
+    "validation_step": (
+        ("on_validation_start", "on_validation_epoch_start"),
+        "on_validation_batch_start",
+        "on_validation_batch_end",
+    ),
+    "test_step": (("on_test_start", "on_test_epoch_start"), "on_test_batch_start", "on_test_batch_end"),
+    "predict_step": (
+        ("on_predict_start", "on_predict_epoch_start"),
+        "on_predict_batch_start",
+        "on_predict_batch_end",
+    ),
+}
 
 
 @dataclass(frozen=True)
 class ExtraBatch:
-    """A batch on the device of the module, as a step receives it."""
+    """A batch on the device of the module, as a step receives it.
+
+    Args:
+        batch: what the step gets.
+        batch_idx: its number in its loader.
+        dataloader_idx: number of the loader.
+        several_loaders: whether the step is told the number of the loader.
+        source: the stage the batch was made for; a test or predict batch need not fit a validation step.
+    """
 
     batch: Any
     batch_idx: int
     dataloader_idx: int
     several_loaders: bool
+    source: str = "train"
 
 
 def require_regions(pl_module: pl.LightningModule, who: str) -> dict[str, Region]:
     """Return the regions of a module.
 
     Raises:
-        MisconfigurationException: there are none, because QuantizationAwareTraining is missing.
+        MisconfigurationException: there are none: they could not be inserted, or QuantizationAwareTraining is missing.
     """
+    from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+
     regions = find_regions(pl_module)
     if not regions:
+        trainer = pl_module._trainer
+        for callback in getattr(trainer, "callbacks", ()):
+            if isinstance(callback, QuantizationAwareTraining):
+                callback.require_inserted()
         raise MisconfigurationException(
             f"{who} needs fake-quants in the model: add QuantizationAwareTraining() to the Trainer's callbacks."
         )
@@ -65,17 +97,29 @@ def misconfiguration() -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, *, trains: bool | None = None) -> Iterator[None]:
     """Run a block that may call the module's steps: no logging, and nothing of the run is changed by it.
 
-    Put back exactly: random state, train/eval flag of every submodule, buffers, torchmetrics, ``log`` and ``log_dict``,
-    the trainer's stage, gradients.
+    Put back exactly: random state, train/eval flag of every submodule, buffers, attributes (lists a step appends to,
+    torchmetrics), ``log``, the trainer's stage, gradients. Not known are objects of other classes that a step changes.
+
+    Args:
+        trainer: the running trainer.
+        pl_module: its module, or a copy of it.
+        trains: put back the parameters too, because training steps run (they may update a momentum encoder). By
+            default only for modules that have no other step.
     """
+    if trains is None:
+        trains = not any(_compat.is_overridden(name, pl_module) for name in ("validation_step", "test_step"))
     gradients = [(p, p.grad) for p in pl_module.parameters()]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    with preserved(pl_module), preserved_metrics(pl_module), muted_logging(pl_module):
-        stage = trainer.state.stage
+    stage = trainer.state.stage
+    with torch.inference_mode(False), ExitStack() as stack:  # what is saved here outlives a test run
+        stack.enter_context(preserved_attributes(pl_module))
+        stack.enter_context(preserved(pl_module))
+        stack.enter_context(preserved_parameters(pl_module) if trains else nullcontext())
+        stack.enter_context(muted_logging(pl_module))
+        for parameter, _ in gradients:
+            parameter.grad = None
         try:
             yield
         finally:
@@ -86,40 +130,16 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[
 
 @contextmanager
 def muted_logging(pl_module: pl.LightningModule, log: Callable[..., Any] | None = None) -> Iterator[None]:
-    """Replace ``self.log`` and ``self.log_dict`` on the instance: by nothing, or by a recorder."""
-
-    def log_dict(dictionary: Any, *args: Any, **kwargs: Any) -> None:
-        if log is not None:
-            for name, value in dictionary.items():
-                log(name, value, *args, **kwargs)
-
-    replaced = {"log": log or (lambda *args, **kwargs: None), "log_dict": log_dict}
-    before = {name: pl_module.__dict__.get(name) for name in replaced}
-    pl_module.__dict__.update(replaced)
+    """Replace ``self.log`` on the instance, and with it ``self.log_dict``: by nothing, or by a recorder."""
+    before = pl_module.__dict__.get("log")
+    pl_module.__dict__["log"] = log or (lambda *args, **kwargs: None)
     try:
         yield
     finally:
-        for name, previous in before.items():
-            if previous is None:
-                pl_module.__dict__.pop(name, None)
-            else:
-                pl_module.__dict__[name] = previous
-
-
-@contextmanager
-def preserved_metrics(module: nn.Module) -> Iterator[None]:
-    """Put back the state of every torchmetrics metric on exit."""
-    keep = ("_update_count", "_computed", "_forward_cache", "_is_synced", "_cache", "_to_sync", "_should_unsync")
-    saved = []
-    for metric in (m for m in module.modules() if isinstance(m, Metric)):
-        states = {name: _copied(getattr(metric, name)) for name in metric._defaults}
-        saved.append((metric, states, {name: metric.__dict__.get(name) for name in keep}))
-    try:
-        yield
-    finally:
-        for metric, states, attributes in saved:
-            for name, value in {**states, **attributes}.items():
-                object.__setattr__(metric, name, value) if name in keep else setattr(metric, name, value)
+        if before is None:
+            pl_module.__dict__.pop("log", None)
+        else:
+            pl_module.__dict__["log"] = before
 
 
 def analysis_batches(
@@ -137,89 +157,69 @@ def analysis_batches(
     Raises:
         MisconfigurationException: there is no loader to take batches from.
     """
-    loaders, source = _loaders(trainer, pl_module, stage)
-    combined = CombinedLoader(loaders, "max_size_cycle" if source == "train" else "sequential")
-    with ExitStack() as stack:
-        fresh = []
-        for loader in combined.flattened:
-            loader = _clone(loader)
-            stack.enter_context(_preserved_generators(loader))
-            fresh.append(_compat.prepared_loader(trainer, loader, source, shuffle=_is_shuffled(loader)))
-        combined.flattened = fresh
-        allowed = [_compat.batch_limit(trainer, source, _length(loader)) for loader in fresh]
-        combined.limits = list(allowed)
-        several = len(fresh) > 1 and source != "train"
+    with fresh_loaders(trainer, pl_module, stage) as (combined, source):
+        allowed = combined.limits
+        several = len(allowed) > 1 and source != "train"
         end = min(limit, max(allowed, default=0) if source == "train" else sum(allowed))
-        for taken, (batch, batch_idx, dataloader_idx) in enumerate(combined):
-            if taken >= end:
-                break
-            # calibration looks at what evaluation will see: no training augmentation on the way to the device
-            batch = _transferred(trainer, pl_module, batch, dataloader_idx, "validate" if stage == "calibration" else stage)
-            yield ExtraBatch(batch, batch_idx, dataloader_idx, several)
+        # calibration looks at what evaluation will see: no training augmentation on the way to the device
+        shown = "validate" if stage == "calibration" else stage
+        # islice: a batch too many would be lost to a loader that cannot start again
+        for batch, batch_idx, dataloader_idx in itertools.islice(combined, None if end == float("inf") else int(end)):
+            batch = _transferred(trainer, pl_module, batch, dataloader_idx, shown)
+            yield ExtraBatch(batch, batch_idx, dataloader_idx, several, source)
 
 
 def run_step(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBatch, stage: str = "validate") -> Any:
-    """Run the step of a stage on one batch; without a validation step, the training step runs.
+    """Run the step of a stage on one batch; without that step, another one that the module has.
 
-    Autocast is as in the run; gradients are not tracked unless ``stage`` is ``train``.
+    The module's hooks around evaluation steps run too, as steps depend on what they prepare (callbacks' hooks do not).
+    Autocast is as in the run; gradients are not tracked unless ``stage`` is ``train``. Calls that only manual
+    optimization makes (``self.optimizers()``, ``self.manual_backward()``) do nothing.
     """
-    name = {"train": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}[
-        stage
-    ]
-    if not _compat.is_overridden(name, pl_module):
-        name = next(
-            (n for n in ("validation_step", "test_step", "training_step") if _compat.is_overridden(n, pl_module)), name
-        )
-    step = getattr(pl_module, name)
+    name = _step_name(pl_module, extra, stage)
+    start_hooks, before, after = _HOOKS[name]
+    plugin = trainer.precision_plugin
+    tracked = torch.enable_grad() if stage == "train" else torch.no_grad()
+    position = (extra.batch, extra.batch_idx, extra.dataloader_idx)[: 3 if extra.several_loaders else 2]
+    with _compat.running_stage(trainer, stage), torch.inference_mode(False), tracked:
+        if extra.batch_idx == 0 and extra.dataloader_idx == 0:
+            for hook in start_hooks:
+                if _compat.is_overridden(hook, pl_module):
+                    _compat.call_hook(pl_module, hook)
+        if before is not None:
+            _compat.call_hook(pl_module, before, *position)
+        with (
+            inert_optimization(trainer, pl_module) if name == "training_step" else nullcontext(),
+            plugin.train_step_context() if name == "training_step" else plugin.val_step_context(),
+        ):
+            output = _compat.call_hook(pl_module, name, *_arguments(getattr(pl_module, name), extra))
+        if after is not None:
+            _compat.call_hook(pl_module, after, output, *position)
+        return output
+
+
+def _arguments(step: Callable[..., Any], extra: ExtraBatch) -> list[Any]:
+    """As many of batch, batch_idx and dataloader_idx as a step takes."""
     accepted = inspect.signature(step).parameters
     open_ended = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in accepted.values())
-    args = [extra.batch]
+    arguments = [extra.batch]
     if "batch_idx" in accepted or len(accepted) >= 2 or open_ended:
-        args.append(extra.batch_idx)
-    kwargs = {"dataloader_idx": extra.dataloader_idx} if "dataloader_idx" in accepted and extra.several_loaders else {}
-    plugin = trainer.precision_plugin
-    context = plugin.train_step_context() if name == "training_step" else plugin.val_step_context()
-    tracked = torch.enable_grad() if stage == "train" else torch.no_grad()
-    with _compat.running_stage(trainer, stage), torch.inference_mode(False), tracked, context:
-        return step(*args, **kwargs)
+        arguments.append(extra.batch_idx)
+    if extra.several_loaders and ("dataloader_idx" in accepted or open_ended or len(accepted) >= 3):
+        arguments.append(extra.dataloader_idx)
+    return arguments
 
 
-def _loaders(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> tuple[Any, str]:
-    """Return loaders and the stage whose limits and samplers apply to them."""
-    functions = {_compat.TrainerFn.VALIDATING: "validate", _compat.TrainerFn.TESTING: "test"}
-    running = functions.get(trainer.state.fn, "train") if trainer.state.fn is not None else "train"
-    if stage != "calibration":
-        loader = _compat.attached_loader(trainer, stage)
-        if loader is None:
-            raise MisconfigurationException(f"there is no {stage} dataloader to take batches from.")
-        return loader, stage
-    for owner in (trainer.datamodule, pl_module):  # type: ignore[attr-defined]
-        loader = _compat.hook_loader(owner, "calibration_dataloader")
-        if loader is not None:
-            return loader, running
-    if running == "train":
-        loader = _compat.attached_loader(trainer, "train")
-        if loader is not None:
-            return loader, "train"
-    for owner in (trainer.datamodule, pl_module):  # type: ignore[attr-defined]
-        try:
-            loader = _compat.hook_loader(owner, "train_dataloader")
-        except Exception:  # its setup(stage="fit") has not run
-            loader = None
-        if loader is not None:
-            return loader, "train"
-    for name in ("validate", "test", "predict"):
-        loader = _compat.attached_loader(trainer, name)
-        if loader is not None:
-            rank_zero_warn(
-                f"There is no training data in this {running} run, so calibration uses the {name} data: the result is "
-                "optimistic. Give the datamodule a calibration_dataloader()."
-            )
-            return loader, name
-    raise MisconfigurationException(
-        "there is no data to trace or calibrate with: pass dataloaders or a datamodule to the Trainer, or give the "
-        "datamodule a calibration_dataloader()."
-    )
+def _step_name(pl_module: pl.LightningModule, extra: ExtraBatch, stage: str) -> str:
+    """The step to run: the one asked for if the batch fits it, else the one the batch was made for."""
+    if extra.source == "predict":
+        return "predict_step"  # always there: by default it calls the module
+    wanted = (_STEPS[stage], _STEPS[extra.source])
+    for name in wanted[::-1] if extra.source == "test" else wanted:
+        if _compat.is_overridden(name, pl_module):
+            return name
+    others = (name for name in ("validation_step", "test_step", "training_step"))
+    return next((name for name in others if _compat.is_overridden(name, pl_module)), "predict_step")
 
 
 def _transferred(
@@ -229,39 +229,3 @@ def _transferred(
         batch = trainer.precision_plugin.convert_input(batch)
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
         return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
-
-
-def _clone(loader: Any) -> Any:
-    """A loader of our own: iterating the user's would end the persistent workers of the epoch that uses it."""
-    if not isinstance(loader, DataLoader):
-        return loader
-    clone = copy.copy(loader)
-    clone.__dict__["_iterator"] = None
-    return clone
-
-
-@contextmanager
-def _preserved_generators(loader: Any) -> Iterator[None]:
-    samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
-    found = {id(g): g for g in (getattr(o, "generator", None) for o in (loader, *samplers)) if g is not None}
-    states = [(g, g.get_state()) for g in found.values() if isinstance(g, torch.Generator)]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
-
-
-def _is_shuffled(loader: Any) -> bool:
-    return isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler)
-
-
-def _length(loader: Any) -> float:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return float("inf")
-
-
-def _copied(state: Any) -> Any:
-    return [t.clone() for t in state] if isinstance(state, list) else copy.deepcopy(state)

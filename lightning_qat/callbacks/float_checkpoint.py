@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_qat.callbacks.extra_pass import misconfiguration
 from lightning_qat.quantization.insertion import attach
-from lightning_qat.quantization.region import REGION_NAME, find_regions, read_extra_state
+from lightning_qat.quantization.region import REGION_NAME, read_extra_state
 
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
 _EXTRA_STATE = "_extra_state"
@@ -30,6 +31,21 @@ def stored_regions(state_dict: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def stored_target(pl_module: pl.LightningModule, path: str) -> nn.Module:
+    """Return the target of a stored region.
+
+    Raises:
+        MisconfigurationException: the module has no such submodule.
+    """
+    try:
+        return pl_module.get_submodule(path)
+    except AttributeError as error:
+        raise MisconfigurationException(
+            f"the checkpoint has fake-quants on {path!r}, which {type(pl_module).__name__} does not have: restore the "
+            "code the checkpoint was made with."
+        ) from error
+
+
 def load_float_weights(pl_module: pl.LightningModule, path: str | os.PathLike[str]) -> None:
     """Load the weights of a float checkpoint, strictly. Loops and optimizer are not touched, nor is the file.
 
@@ -38,22 +54,26 @@ def load_float_weights(pl_module: pl.LightningModule, path: str | os.PathLike[st
         path: a Lightning checkpoint, or a file that holds a ``state_dict``.
 
     Raises:
-        MisconfigurationException: the file is missing, is a quantized checkpoint, or does not fit the module.
+        FileNotFoundError: there is no such file.
+        MisconfigurationException: the file is a quantized checkpoint, or does not fit the module.
     """
     if not Path(path).is_file():
-        raise MisconfigurationException(f"init_from: there is no file {os.fspath(path)!r}.")
+        raise FileNotFoundError(
+            f"init_from: there is no file {os.fspath(path)!r}; write the path of a float checkpoint."
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise MisconfigurationException(
-            f"init_from: {os.fspath(path)!r} cannot be read as weights only ({type(error).__name__}: {error}). Save the "
-            "float model with trainer.save_checkpoint(path, weights_only=True), or as torch.save(model.state_dict())."
+            f"init_from: {os.fspath(path)!r} cannot be read as weights only ({type(error).__name__}). If you trust the "
+            'file, write its weights to another one: torch.save(torch.load(path, weights_only=False)["state_dict"], '
+            '"float_weights.pt").'
         ) from error
     state_dict: dict[str, Tensor] = checkpoint.get("state_dict", checkpoint)
     if stored_regions(state_dict):
         raise MisconfigurationException(
-            f"init_from: {os.fspath(path)!r} is a quantized checkpoint. To resume it, pass it as ckpt_path to the Trainer; "
-            "init_from takes a float checkpoint."
+            f"init_from: {os.fspath(path)!r} is a quantized checkpoint. To resume it, pass it as ckpt_path to the "
+            "Trainer; init_from takes a float checkpoint."
         )
     try:
         pl_module.load_state_dict(state_dict, strict=True)
@@ -63,12 +83,16 @@ def load_float_weights(pl_module: pl.LightningModule, path: str | os.PathLike[st
         ) from error
 
 
-def load_quantized(cls: type[ModuleT], checkpoint_path: str | os.PathLike[str], **kwargs: Any) -> ModuleT:
+def load_quantized(
+    cls: type[ModuleT], checkpoint_path: str | os.PathLike[str], *, weights_only: bool = True, **kwargs: Any
+) -> ModuleT:
     """Load a module with its fake-quants from a checkpoint, without a Trainer. It is in eval mode and quantizes.
 
     Args:
         cls: the LightningModule class.
         checkpoint_path: a checkpoint written during or after QAT.
+        weights_only: read tensors and primitives only. False also reads hyperparameters of other classes: only for
+            files that you trust.
         kwargs: passed to ``cls.load_from_checkpoint`` (constructor arguments that are not in the checkpoint).
 
     Raises:
@@ -79,7 +103,13 @@ def load_quantized(cls: type[ModuleT], checkpoint_path: str | os.PathLike[str], 
         model = lightning_qat.load_quantized(MyModule, "last.ckpt")
         logits = model(images)
     """
-    checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        raise MisconfigurationException(
+            f"{os.fspath(checkpoint_path)!r} holds more than tensors and primitives. If you trust the file, write "
+            f"load_quantized({cls.__name__}, path, weights_only=False)."
+        ) from error
     state_dict = checkpoint["state_dict"]
     stored = stored_regions(state_dict)
     if not stored:
@@ -91,13 +121,17 @@ def load_quantized(cls: type[ModuleT], checkpoint_path: str | os.PathLike[str], 
     buffer = io.BytesIO()
     torch.save({**checkpoint, "state_dict": floats}, buffer)
     buffer.seek(0)
-    module = cls.load_from_checkpoint(buffer, map_location="cpu", **kwargs)
-    with misconfiguration():
-        for path, state in stored.items():
-            target = module.get_submodule(path) if path else module
-            graph, plan = read_extra_state(state)
-            attach(target, graph, plan, traced=False)
-        module.load_state_dict(state_dict, strict=True)
-    for region in find_regions(module).values():
+    module = cls.load_from_checkpoint(buffer, map_location="cpu", weights_only=weights_only, **kwargs)
+    for path, state in stored.items():
+        target = stored_target(module, path)
+        prefix = f"{path}.{REGION_NAME}." if path else f"{REGION_NAME}."
+        with misconfiguration():
+            region = attach(target, *read_extra_state(state), traced=False)
+            region.load_state_dict({k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)})
+        if not region.is_calibrated:
+            raise MisconfigurationException(
+                f"{os.fspath(checkpoint_path)!r} was saved before calibration: its fake-quants have no scales. Use a "
+                "later checkpoint."
+            )
         region.set_state("quantize")
     return module.eval()

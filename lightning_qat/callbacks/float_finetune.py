@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
+from typing_extensions import override
 
-from lightning_qat.analysis.pipeline import PipelineResult, judge_float_finetune
+from lightning_qat.analysis.pipeline import PipelineResult, Verdict, cannot_tell, judge_float_finetune
 from lightning_qat.callbacks.calibration import progress
 from lightning_qat.callbacks.extra_pass import require_regions
 from lightning_qat.callbacks.finetune_copy import finetune_copy
 from lightning_qat.callbacks.pipeline_rung import PipelineRung
+from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 
 
 class FloatFinetune(PipelineRung):
     """Train a copy of the model as QAT would, but with fake-quant off, and evaluate it (C3).
 
-    If it collapses too, the pipeline or the hyperparameters are to blame, not quantization. Works on a deep copy with
-    fresh loaders; the run is not disturbed.
+    If it collapses too, the pipeline or the hyperparameters are to blame, not quantization; which of the two, it can
+    say if :class:`ZeroLRFinetune` is listed before it. Optimizer, schedulers, clipping, accumulation and the module's
+    hooks are those of the run, on a deep copy with fresh loaders; the run is not disturbed. Hooks of callbacks do not
+    run, and ``trainer.global_step`` stands still. Needs automatic optimization.
 
     Args:
         batches: training batches per rank.
@@ -34,10 +38,17 @@ class FloatFinetune(PipelineRung):
     ) -> None:
         super().__init__(batches, eval_batches, at_epoch, stop)
 
+    @override
     def measure_rungs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineResult:
         """Evaluate, train a float copy, evaluate again."""
         require_regions(pl_module, "FloatFinetune")
-        float_model = self.measured_as(trainer, pl_module, "off")
+        if not pl_module.automatic_optimization:
+            return cannot_tell(
+                f"{type(pl_module).__name__} optimizes manually, and a copy of it would step the optimizers of the "
+                "run. Train the float model yourself, with the same script and without QuantizationAwareTraining: if "
+                "it collapses too, quantization is not the cause. ZeroLRFinetune works here."
+            )
+        before = self.measured_as(trainer, pl_module, "off")
         with progress(trainer, "Float finetune", self.batches) as advance:
             finetune = finetune_copy(
                 trainer,
@@ -48,4 +59,10 @@ class FloatFinetune(PipelineRung):
                 zero_lr=False,
                 advance=advance,
             )
-        return judge_float_finetune(float_model, finetune)
+        return judge_float_finetune(before, finetune, _zero_lr_verdict(trainer))
+
+
+def _zero_lr_verdict(trainer: pl.Trainer) -> Verdict | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    results = [c.result for c in callbacks if isinstance(c, ZeroLRFinetune) and c.result is not None]
+    return results[-1].verdict if results else None

@@ -1,36 +1,37 @@
 """Inserting fake-quant at the one moment that works: after the layers exist, before weights are loaded.
 
-``Callback.setup`` is too early for layers built in ``configure_model``, and no callback hook follows it. So the module gets
-an instance-level ``configure_model`` that calls the original and inserts, and an instance-level ``on_load_checkpoint`` that
-looks at the checkpoint before it is loaded; both are taken off in teardown.
+``Callback.setup`` is too early for layers built in ``configure_model``, and no callback hook follows it. So the module
+gets an instance-level ``configure_model`` that calls the original and inserts, and an instance-level
+``on_load_checkpoint`` that looks at the checkpoint before it is loaded; both are taken off in teardown.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import nn
 
+from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.extra_pass import misconfiguration
-from lightning_qat.callbacks.float_checkpoint import stored_regions
-from lightning_qat.callbacks.target_discovery import captured_calls
+from lightning_qat.callbacks.float_checkpoint import load_float_weights, stored_regions, stored_target
+from lightning_qat.callbacks.target_discovery import AUTO, captured_calls
 from lightning_qat.quantization.errors import TracingError
 from lightning_qat.quantization.insertion import attach
 from lightning_qat.quantization.op_graph import OpGraph
-from lightning_qat.quantization.plan import make_plan
-from lightning_qat.quantization.region import find_regions, read_extra_state
+from lightning_qat.quantization.plan import QuantPlan, make_plans
+from lightning_qat.quantization.region import Region, find_regions, read_extra_state
 from lightning_qat.quantization.tracing import trace
 
 if TYPE_CHECKING:
     from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-
-_HOOKS = ("configure_model", "on_load_checkpoint")
 
 
 class InsertionHooks:
@@ -47,12 +48,12 @@ class InsertionHooks:
         self.trainer = trainer
         self.pl_module = pl_module
         self._before: dict[str, Any] = {}
+        self._inserted = False
         self._pending: MisconfigurationException | None = None
 
     def install(self) -> None:
         """Put the hooks on the module. Plain functions without ``__wrapped__``: Lightning looks behind wrappers."""
         original_configure, original_load = self.pl_module.configure_model, self.pl_module.on_load_checkpoint
-        self._before = {name: self.pl_module.__dict__.get(name) for name in _HOOKS}
 
         def configure_model() -> None:
             original_configure()
@@ -62,8 +63,9 @@ class InsertionHooks:
             original_load(checkpoint)
             self.check_checkpoint(checkpoint)
 
-        self.pl_module.__dict__["configure_model"] = configure_model
-        self.pl_module.__dict__["on_load_checkpoint"] = on_load_checkpoint
+        for hook in (configure_model, on_load_checkpoint):
+            self._before[hook.__name__] = self.pl_module.__dict__.get(hook.__name__)
+            self.pl_module.__dict__[hook.__name__] = hook
 
     def uninstall(self) -> None:
         """Take the hooks off."""
@@ -75,58 +77,125 @@ class InsertionHooks:
         self._before = {}
 
     def raise_pending_error(self) -> None:
-        """Raise the tracing error, if no checkpoint has brought a plan since."""
+        """Raise what went wrong before weights were loaded, if no checkpoint has made up for it since."""
         if self._pending is not None:
             raise self._pending
 
     def insert(self) -> None:
-        """Load the initial weights, learn the ops and insert; a module that has fake-quants keeps them."""
-        if find_regions(self.pl_module):
+        """Load the initial weights, learn the ops and insert; a module with calibrated fake-quants keeps them."""
+        if self._inserted:  # WeightAveraging calls configure_model before the Trainer does
             return
-        self.callback.load_initial_weights(self.pl_module)
+        regions = find_regions(self.pl_module)
+        if any(region.is_calibrated for region in regions.values()):
+            self._keep(regions)
+            return
+        for region in regions.values():  # left by a run that ended before calibration
+            region.remove()
+        _compat.convert_early(self.trainer, self.pl_module)
+        graphs: dict[str, OpGraph] = {}
         try:
+            self._load_initial_weights()
             graphs = self._traced()
-        except TracingError as error:
-            # a checkpoint may still bring a plan
+        except (TracingError, FileNotFoundError) as error:
+            # a checkpoint may still bring weights and a plan
             self._pending = MisconfigurationException(str(error))
             self._pending.__cause__ = error
+        if not self._all_ranks_ready():
             return
         graphs = self._agreed(graphs)
         with misconfiguration():
-            plans = _plans(graphs, self.callback)
+            plans = make_plans(graphs, self.callback.qconfig, self.callback.overrides)
             for path, graph in graphs.items():
                 attach(_submodule(self.pl_module, path), graph, plans[path])
+        self._inserted = True
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Look at a checkpoint before its weights are loaded; without a trace, its plan is inserted as it is."""
+        """Look at a checkpoint before its weights are loaded: its plan is taken, whether or not one was traced."""
         stored = stored_regions(checkpoint["state_dict"])
         if not stored:
             raise MisconfigurationException(
-                "ckpt_path is a float checkpoint, and QuantizationAwareTraining is in the list of callbacks. To start QAT "
-                'from it, write QuantizationAwareTraining(init_from="<that path>") and leave ckpt_path empty: weights are '
-                "loaded, loops and optimizer start fresh."
+                "ckpt_path is a float checkpoint, and QuantizationAwareTraining is in the list of callbacks. To start "
+                'QAT from it, write QuantizationAwareTraining(init_from="<that path>") and leave ckpt_path empty: '
+                "weights are loaded, loops and optimizer start fresh."
             )
         regions = find_regions(self.pl_module)
         with misconfiguration():
             if self._pending is not None:
-                for path, state in stored.items():
-                    graph, plan = read_extra_state(state)
-                    attach(_submodule(self.pl_module, path), graph, plan, traced=False)
+                self._insert_stored(stored)
                 self._pending = None
+            elif set(stored) != set(regions) and self.callback.target == AUTO:
+                # the steps of this stage call other modules than those of training did
+                for region in regions.values():
+                    region.remove()
+                self._insert_stored(stored)
             elif set(stored) != set(regions):
                 raise MisconfigurationException(
-                    f"the checkpoint has fake-quants on {_spelled(stored)}, this run puts them on {_spelled(regions)}: set "
-                    f"target: {_spelled(stored)} in QuantizationAwareTraining."
+                    f"the checkpoint has fake-quants on {_spelled(stored)}, this run puts them on {_spelled(regions)}: "
+                    f"set target: {_spelled(stored)} in QuantizationAwareTraining."
                 )
             for path, region in find_regions(self.pl_module).items():
                 region.set_extra_state(stored[path])
+        self._inserted = True
+        if self.callback.init_from is not None:
+            rank_zero_info(
+                "QuantizationAwareTraining: ckpt_path brings the weights, so those of init_from are not used."
+            )
+        self._warn_about_differences(
+            "the checkpoint was made with", next(iter(find_regions(self.pl_module).values())).plan
+        )
+
+    def _insert_stored(self, stored: dict[str, dict[str, Any]]) -> None:
+        """Insert the plan of a checkpoint without a trace: the code is checked while it runs."""
+        for path, state in stored.items():
+            attach(stored_target(self.pl_module, path), *read_extra_state(state), traced=False)
+
+    def _load_initial_weights(self) -> None:
+        if self.callback.init_from is None or self.callback.was_initialized(self.pl_module):
+            return
+        load_float_weights(self.pl_module, self.callback.init_from)
+        self.callback.note_initialized(self.pl_module)
+
+    def _keep(self, regions: dict[str, Region]) -> None:
+        """The module was quantized by an earlier run (or insert()): that goes on."""
+        self._inserted = True
+        if self.callback.init_from is not None and not self.callback.was_initialized(self.pl_module):
+            rank_zero_warn(
+                f"{type(self.pl_module).__name__} has calibrated fake-quants already, so init_from is not used: to "
+                "start from the float checkpoint, create the module anew."
+            )
+        self._warn_about_differences("the module was quantized with", next(iter(regions.values())).plan)
+
+    def _warn_about_differences(self, what: str, plan: QuantPlan) -> None:
+        """Say that an older plan wins over what this run asks for."""
+        if not self.callback.is_configured:
+            return
+        lines = _differences(plan.qconfig, dataclasses.asdict(self.callback.qconfig))
+        wanted = [dataclasses.asdict(override) for override in self.callback.overrides]
+        if list(plan.overrides) != wanted:
+            lines.append(f"overrides: {list(map(_short, plan.overrides))} there, {list(map(_short, wanted))} here")
+        if lines:
+            rank_zero_warn(
+                f"{what} another configuration than this run's, and keeps it ({'; '.join(lines)}). To apply this "
+                "run's, "
+                'start from the float checkpoint: QuantizationAwareTraining(init_from="float.ckpt") without ckpt_path, '
+                "and calibrate anew."
+            )
 
     def _traced(self) -> dict[str, OpGraph]:
-        """Trace the target(s) on what a few validation and training steps pass to them."""
+        """Trace the target(s) on what a few steps pass to them."""
         device = self.trainer.strategy.root_device
         with _on_device(self.pl_module, device), _quiet():
             calls = captured_calls(self.trainer, self.pl_module, self.callback.target, self.callback.trace_batches)
             return {path: trace(_submodule(self.pl_module, path), c) for path, c in calls.items()}
+
+    def _all_ranks_ready(self) -> bool:
+        """Whether every rank has a graph: otherwise nobody inserts, and every rank waits for a checkpoint."""
+        if self.trainer.world_size == 1:
+            return self._pending is None
+        ready = self.trainer.strategy.reduce_boolean_decision(self._pending is None, all=True)
+        if not ready and self._pending is None:
+            self._pending = MisconfigurationException("another rank could not trace the module: see its error.")
+        return ready
 
     def _agreed(self, graphs: dict[str, OpGraph]) -> dict[str, OpGraph]:
         """All ranks use rank 0's graph; they may have drawn different batches."""
@@ -134,37 +203,25 @@ class InsertionHooks:
             return graphs
         first = self.trainer.strategy.broadcast({path: graph.to_dict() for path, graph in graphs.items()})
         if set(first) != set(graphs):
-            raise MisconfigurationException(f"ranks disagree about the targets: {_spelled(first)}, {_spelled(graphs)}.")
+            raise MisconfigurationException(
+                f"ranks disagree about the targets: {_spelled(first)} on rank 0, {_spelled(graphs)} on rank "
+                f"{self.trainer.global_rank}. Name them: target: [...]."
+            )
         return {path: OpGraph.from_dict(graph) for path, graph in first.items()}
 
 
-def _plans(graphs: dict[str, OpGraph], callback: QuantizationAwareTraining) -> dict[str, Any]:
-    """Plan all targets; an override has to match in at least one of them."""
-    from lightning_qat.quantization.errors import ConfigurationError
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    return [
+        f"{group}.{name}: {there.get(group, {}).get(name)} there, {value} here"
+        for group, values in here.items()
+        for name, value in values.items()
+        if there.get(group, {}).get(name) != value
+    ]
 
-    plans = {}
-    overrides = callback.overrides
-    if len(graphs) == 1:
-        return {path: make_plan(graph, callback.qconfig, overrides) for path, graph in graphs.items()}
-    for override in overrides:
-        errors = []
-        for graph in graphs.values():
-            try:
-                make_plan(graph, callback.qconfig, [override])
-            except ConfigurationError as error:
-                errors.append(error)
-        if len(errors) == len(graphs):
-            raise errors[0]
-    for path, graph in graphs.items():
-        fitting = []
-        for override in overrides:
-            try:
-                make_plan(graph, callback.qconfig, [override])
-            except ConfigurationError:
-                continue
-            fitting.append(override)
-        plans[path] = make_plan(graph, callback.qconfig, fitting)
-    return plans
+
+def _short(value: Any) -> Any:
+    """A rule without the fields that are not set."""
+    return {k: _short(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 @contextmanager
@@ -185,6 +242,7 @@ def _on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Tracing is not training: advice about it would only puzzle."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is no training data in this")  # calibration says it
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         yield
@@ -194,5 +252,5 @@ def _submodule(pl_module: pl.LightningModule, path: str) -> nn.Module:
     return pl_module.get_submodule(path) if path else pl_module
 
 
-def _spelled(paths: Any) -> str:
+def _spelled(paths: Iterable[str]) -> str:
     return "[" + ", ".join(repr(p) if p else "the whole module" for p in paths) + "]"

@@ -22,6 +22,7 @@ from lightning_qat.analysis.statistics import (
 from lightning_qat.callbacks.analysis_pass import (
     AnalysisOutputs,
     analysis_pass,
+    is_calibrated,
     require_positive,
     require_quantization,
     sampled_steps,
@@ -39,16 +40,16 @@ TABLE = ("point", "dtype", "scale", "min", "max", "clipped_share", "used_share",
 class LayerStatistics(Callback):
     """Measure, at the end of an epoch, what every quantization point receives and what quantization makes of it.
 
-    Runs the validation step on a few batches (the same ones each time) in eval mode with quantization on, also while
-    ``start_epoch`` keeps it off in training. Training is not changed by it, bit for bit.
+    Runs the validation step on a few batches (the same ones each time) in eval mode with quantization on. Before the
+    scales are calibrated (``start_epoch``) only the values are described. Training is not changed, bit for bit.
 
     Goes to: ``layer_statistics_epochN.csv|txt|json`` and ``layer_statistics.csv|txt|json`` (the latest) in the run's
     ``lightning_qat`` directory; to the loggers ``layer_statistics/<column>/<point>``; through ``self.log``, to be
     monitored: ``layer_statistics/max_clipped_share``, ``.../min_sqnr`` (dB), ``.../max_scale_drift`` (absolute) and
     ``.../max_flip_rate``. Columns: ``lightning_qat/reporting/README.md``.
 
-    Flip rates are those since the last measurement (or the start of training); drift is that since training started
-    with calibrated scales, also after a resume.
+    Flip rates are those since the last measurement (or the first quantized step); drift is that since calibration, also
+    after a resume.
 
     Args:
         every_n_epochs: how often.
@@ -108,10 +109,13 @@ class LayerStatistics(Callback):
             self._calibrated, self._codes, self._measured_at = {}, {}, -1
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for path, region in find_regions(pl_module).items():
-            self._calibrated.setdefault(path, scale_snapshot(region))
-        self._measure(trainer, pl_module, batches=1)  # for the codes of the weights before the first step
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._codes and is_calibrated(pl_module):  # only now: calibration may wait for start_epoch
+            for path, region in find_regions(pl_module).items():
+                self._calibrated.setdefault(path, scale_snapshot(region))
+            self._measure(trainer, pl_module, batches=1)  # for the codes of the weights before the first step
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -133,7 +137,10 @@ class LayerStatistics(Callback):
         self._outputs.write(trainer, result)
         if self.log_points:
             scalars = point_scalars(result, "layer_statistics", self.columns)
-            histograms = {"clipped_share": [r.clipped_share for r in result.rows], "sqnr": [r.sqnr for r in result.rows]}
+            histograms = {
+                "clipped_share": [r.clipped_share for r in result.rows],
+                "sqnr": [r.sqnr for r in result.rows],
+            }
             self._outputs.log(trainer, result, scalars, TABLE, histograms)
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> LayerStatisticsResult:
@@ -148,7 +155,8 @@ class LayerStatistics(Callback):
                 step()
             for path, collector in collectors.items():
                 collector.all_reduce()
-                self._codes[path] = collector.codes
+                if collector.region.is_calibrated:
+                    self._codes[path] = collector.codes
         return LayerStatisticsResult.merged({path: collector.result() for path, collector in collectors.items()})
 
     @override

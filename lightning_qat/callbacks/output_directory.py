@@ -23,7 +23,7 @@ def shared_directory(trainer: pl.Trainer) -> Path:
 
 
 def console_of(trainer: pl.Trainer) -> Console:
-    """Return the console to print on: that of a running rich progress bar, so that the two do not overwrite each other."""
+    """Return the console to print on: that of a running rich progress bar, so that neither overwrites the other."""
     progress = getattr(trainer.progress_bar_callback, "progress", None)
     console = getattr(progress, "console", None)
     return console if isinstance(console, Console) else get_console()

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from typing_extensions import override
 
+from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.extra_pass import misconfiguration
-from lightning_qat.callbacks.float_checkpoint import load_float_weights
 from lightning_qat.callbacks.insertion_hooks import InsertionHooks
+from lightning_qat.callbacks.trainer_checks import check_averaged_copies, check_trainer, warn_about_precision
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.qconfig import Override, QConfig
-from lightning_qat.quantization.region import Updates, find_regions
+from lightning_qat.quantization.region import Region, State, Updates, find_regions
 
 ActivationScales = Literal["fixed", "ema"]
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -27,8 +28,9 @@ class QuantizationAwareTraining(Callback):
 
     Fake-quant is inserted in ``configure_model``, so checkpoints written by this callback restore it with
     ``ckpt_path=`` in fit, validate and test. The plan, the scales and the statistics are part of the module's own
-    ``state_dict``: nothing is lost with ``save_weights_only``. Needs :class:`Calibration` in the list of callbacks unless a
-    checkpoint brings calibrated scales.
+    ``state_dict``: nothing is lost with ``save_weights_only``. Needs :class:`Calibration` in the list of callbacks
+    (anywhere in it) unless a checkpoint brings calibrated scales. A checkpoint's plan wins over ``qconfig`` and
+    ``overrides``; so does that of a module that was calibrated before. List ``WeightAveraging`` after this callback.
 
     Args:
         qconfig: defaults for activations and weights; int8 if not given.
@@ -36,15 +38,21 @@ class QuantizationAwareTraining(Callback):
         target: the submodule(s) to quantize, ``auto`` for what a validation step calls: the module itself if the step
             calls it, else its outermost children that were called.
         init_from: a float checkpoint whose weights are loaded, strictly, before insertion. Loops and optimizer start
-            fresh: the normal way in. The checkpoint is never written to.
+            fresh: the normal way in. The checkpoint is never written to. Not used when ``ckpt_path`` is given.
         activation_scales: ``fixed``: as calibrated. ``ema``: they follow a moving average of the batches' ranges.
-        start_epoch: train in float before this epoch.
+        start_epoch: train in float before this epoch; :class:`Calibration` then runs at its start.
         freeze_observers_after: from this epoch on, no scale moves (weights' and ``ema`` scales).
         freeze_batch_norm_after: from this epoch on, batch norm uses and keeps its running statistics.
         trace_batches: how many batches are looked at to learn the ops of the model.
 
     Raises:
         MisconfigurationException: a value is not one of the choices.
+
+    Example of another schedule::
+
+        class LateQuantization(QuantizationAwareTraining):
+            def should_quantize(self, trainer):
+                return trainer.state.fn != "fit" or trainer.global_step >= 1000
 
     Example::
 
@@ -69,9 +77,15 @@ class QuantizationAwareTraining(Callback):
             self.overrides = Override.list_of(overrides)
             if activation_scales not in get_args(ActivationScales):
                 raise unknown_choice("activation_scales", activation_scales, get_args(ActivationScales))
-        for name, value in (("start_epoch", start_epoch), ("trace_batches", trace_batches - 1)):
-            if value < 0:
-                raise MisconfigurationException(f"{name} must be {'at least 1' if name[0] == 't' else '0 or more'}.")
+        epochs = {"freeze_observers_after": freeze_observers_after, "freeze_batch_norm_after": freeze_batch_norm_after}
+        for name, value in {"start_epoch": start_epoch, **epochs}.items():
+            if value is not None and value < 0:
+                raise MisconfigurationException(f"{name}={value}: epochs count from 0.")
+        if trace_batches < 1:
+            raise MisconfigurationException(f"trace_batches={trace_batches}: must be at least 1.")
+        if not target:
+            raise MisconfigurationException('target is empty: write the path of a submodule, several, or "auto".')
+        self.is_configured = qconfig is not None or bool(overrides)
         self.target = target
         self.init_from = init_from
         self.activation_scales = activation_scales
@@ -80,31 +94,53 @@ class QuantizationAwareTraining(Callback):
         self.freeze_batch_norm_after = freeze_batch_norm_after
         self.trace_batches = trace_batches
         self._hooks: InsertionHooks | None = None
+        self._regions: tuple[Region, ...] = ()
+        self._batch_norms: tuple[nn.Module, ...] = ()
+        self._initialized: weakref.ref[pl.LightningModule] | None = None
 
     # -- insertion
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._check_trainer(trainer)
+        check_trainer(trainer, self, stage)
         self._hooks = InsertionHooks(self, trainer, pl_module)
         self._hooks.install()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._uninstall()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._uninstall()  # Lightning does not call teardown then, and the next run must not meet these hooks
+
+    def _uninstall(self) -> None:
         if self._hooks is not None:
             self._hooks.uninstall()
             self._hooks = None
+        self._regions, self._batch_norms = (), ()
 
-    def load_initial_weights(self, pl_module: pl.LightningModule) -> None:
-        """Load ``init_from`` into the float module; called right before insertion."""
-        if self.init_from is not None:
-            load_float_weights(pl_module, self.init_from)
+    def require_inserted(self) -> None:
+        """Raise what kept fake-quant from being inserted, if anything did."""
+        if self._hooks is not None:
+            self._hooks.raise_pending_error()
+
+    def was_initialized(self, pl_module: pl.LightningModule) -> bool:
+        """Whether this callback has loaded ``init_from`` into this module: a second fit goes on from where it is."""
+        return self._initialized is not None and self._initialized() is pl_module
+
+    def note_initialized(self, pl_module: pl.LightningModule) -> None:
+        """Remember that ``init_from`` was loaded."""
+        self._initialized = weakref.ref(pl_module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hooks": None, "_initialized": None, "_regions": (), "_batch_norms": ()}
 
     # -- state
 
     def should_quantize(self, trainer: pl.Trainer) -> bool:
         """Whether fake-quant is on now. Override for another schedule."""
-        return not trainer.state.fn == "fit" or trainer.current_epoch >= self.start_epoch
+        return trainer.state.fn != "fit" or trainer.current_epoch >= self.start_epoch
 
     def scale_updates(self, trainer: pl.Trainer) -> tuple[Updates, ...]:
         """Which scales follow the data in training now. Override for another schedule."""
@@ -115,17 +151,20 @@ class QuantizationAwareTraining(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._require_inserted()
+        self.require_inserted()
+        check_averaged_copies(trainer)
+        warn_about_precision(trainer, pl_module)
         self._apply(trainer, pl_module)
 
     @override
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._require_scales(pl_module)
+        self._require_scales(trainer, pl_module)
         self._apply(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._require_scales(pl_module)
+        if not any(isinstance(callback, Calibration) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            self._require_scales(trainer, pl_module, at_once=True)  # rather now than at start_epoch
         self._apply(trainer, pl_module)
 
     @override
@@ -136,14 +175,18 @@ class QuantizationAwareTraining(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._freeze_batch_norm(trainer, pl_module)
+        wanted = self._wanted_state(trainer)
+        if batch_idx == 0 or any((r.current_state, r.updates) != wanted for r in self._regions):
+            self._apply(trainer, pl_module)
+            self._require_scales(trainer, pl_module)
+        self._freeze_batch_norm(trainer)  # a module's own on_validation_model_train may have turned it on
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.world_size > 1 and "activation" in self.scale_updates(trainer):
-            for region in find_regions(pl_module).values():
+            for region in self._regions:
                 region.synchronize_scales()
 
     @override
@@ -159,7 +202,7 @@ class QuantizationAwareTraining(Callback):
         self._start_evaluation(trainer, pl_module)
 
     def _start_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._require_inserted()
+        self.require_inserted()
         self._apply(trainer, pl_module)
 
     @override
@@ -183,51 +226,39 @@ class QuantizationAwareTraining(Callback):
     def _first_evaluation_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         """Calibration may have run in another callback's start hook: only now must there be scales."""
         if batch_idx == 0 and trainer.state.fn != "fit":
-            self._require_scales(pl_module)
+            self._require_scales(trainer, pl_module)
 
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        quantize = self.should_quantize(trainer)
-        for region in find_regions(pl_module).values():
-            region.set_state("quantize" if quantize else "off", self.scale_updates(trainer))
-        self._freeze_batch_norm(trainer, pl_module)
+        """Lightning flips modes around validation, and other callbacks may switch: say it at every stage."""
+        regions = find_regions(pl_module)
+        self._regions = tuple(regions.values())
+        self._batch_norms = tuple(m for r in self._regions for m in r.target.modules() if isinstance(m, _BATCH_NORMS))
+        for region in self._regions:
+            region.set_state(*self._wanted_state(trainer))
+        self._freeze_batch_norm(trainer)
 
-    def _freeze_batch_norm(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _wanted_state(self, trainer: pl.Trainer) -> tuple[State, frozenset[Updates]]:
+        return "quantize" if self.should_quantize(trainer) else "off", frozenset(self.scale_updates(trainer))
+
+    def _freeze_batch_norm(self, trainer: pl.Trainer) -> None:
         if self.freeze_batch_norm_after is None or trainer.current_epoch < self.freeze_batch_norm_after:
             return
-        for region in find_regions(pl_module).values():
-            for module in region.target.modules():
-                if isinstance(module, _BATCH_NORMS) and module.training:
-                    module.eval()
+        for module in self._batch_norms:
+            if module.training:
+                module.eval()
 
-    # -- checks
-
-    def _check_trainer(self, trainer: pl.Trainer) -> None:
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            raise MisconfigurationException(
-                f"QuantizationAwareTraining does not work with {type(trainer.strategy).__name__} yet: it shards the "
-                'parameters that fake-quant has to see whole. Use Trainer(strategy="ddp") or a single device.'
-            )
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        same = [c for c in callbacks if isinstance(c, QuantizationAwareTraining)]
-        if len(same) > 1:
-            raise MisconfigurationException(
-                "there are several QuantizationAwareTraining callbacks: use one, with target: [a, b] and overrides."
-            )
-        for callback in callbacks[: callbacks.index(self)]:
-            if type(callback).__name__ in ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"):
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} is listed before QuantizationAwareTraining: it copies the model before "
-                    "fake-quant is inserted. List QuantizationAwareTraining first."
-                )
-
-    def _require_inserted(self) -> None:
-        if self._hooks is not None:
-            self._hooks.raise_pending_error()
-
-    def _require_scales(self, pl_module: pl.LightningModule) -> None:
-        for path, region in find_regions(pl_module).items():
+    def _require_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule, at_once: bool = False) -> None:
+        if not at_once and not self.should_quantize(trainer):
+            return
+        regions = find_regions(pl_module)
+        if not all(region.is_calibrated for region in regions.values()):
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, Calibration):  # listed later, or a schedule that starts within an epoch
+                    callback.calibrate_if_needed(trainer, pl_module)
+        for path, region in regions.items():
             if not region.is_calibrated:
                 raise MisconfigurationException(
-                    f"the fake-quants of {path or type(pl_module).__name__} have no scales: add Calibration(batches=32) to "
-                    "the Trainer's callbacks, or pass the checkpoint of a calibrated model as ckpt_path."
+                    f"the fake-quants of {path or type(pl_module).__name__} have no scales: add "
+                    "Calibration(batches=32) to the Trainer's callbacks, or pass the checkpoint of a calibrated model "
+                    "as ckpt_path."
                 )

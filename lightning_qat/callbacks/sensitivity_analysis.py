@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.analysis.captured_calls import RepeatableForward, capture_calls
@@ -16,6 +17,7 @@ from lightning_qat.analysis.sensitivity import SensitivityResult, sensitivity
 from lightning_qat.callbacks.analysis_pass import (
     AnalysisOutputs,
     analysis_pass,
+    is_calibrated,
     require_positive,
     require_quantization,
     sampled_steps,
@@ -32,7 +34,8 @@ class SensitivityAnalysis(Callback):
     One forward per point and batch, on the inputs that the quantized region gets in a validation step (the same batches
     each time). With more points than ``max_points`` the points take turns, in a fixed random order: after
     ``ceil(points / max_points)`` analyses all of them were measured. The analysis at the end of training measures
-    ``final_max_points``. Training is not changed by it, bit for bit.
+    ``final_max_points``. Nothing is analysed before the scales are calibrated (``start_epoch``). Training is not
+    changed, bit for bit.
 
     Goes to: ``sensitivity_epochN.csv|txt|json`` per epoch and ``sensitivity.csv|txt|json`` at the end of training, in
     the run's ``lightning_qat`` directory; to the loggers ``sensitivity/<metric>/<point>``; through ``self.log``, to be
@@ -122,7 +125,7 @@ class SensitivityAnalysis(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.should_analyse(trainer):
+        if not self.should_analyse(trainer) or not is_calibrated(pl_module):
             return
         result = self._analyse(trainer, pl_module, self.max_points)
         self._turn += 1
@@ -135,6 +138,9 @@ class SensitivityAnalysis(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not is_calibrated(pl_module):
+            rank_zero_warn("SensitivityAnalysis: training ended before there were scales; there is no sensitivity.csv.")
+            return
         latest = self.result
         if latest is not None and not latest.left_out and self._analysed_at == trainer.global_step:
             self._outputs.write(trainer, latest)  # of these very weights
@@ -177,8 +183,8 @@ class SensitivityAnalysis(Callback):
     def _log(self, trainer: pl.Trainer, result: SensitivityResult) -> None:
         if self.log_points:
             scalars = point_scalars(result, "sensitivity", (self.metric,))
-            histograms = {self.metric: [row.value for row in result.rows]}
-            self._outputs.log(trainer, result, scalars, result.columns()[:5], histograms)
+            values = {str(self.metric): [row.value for row in result.rows]}
+            self._outputs.log(trainer, result, scalars, result.columns()[:5], values)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_debug  # type: ignore[attr-defined]
-from torch import nn
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_warn  # type: ignore[attr-defined]
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_qat.callbacks import _compat
@@ -45,71 +46,113 @@ def captured_calls(
             hint = f" Near names: {', '.join(near)}." if near else ""
             raise MisconfigurationException(f"target: {type(pl_module).__name__} has no submodule {path!r}.{hint}")
     _check_disjoint(wanted or [])
-    recorder = _CallRecorder(modules, wanted)
-    problems: list[str] = []
-    with undisturbed(trainer, pl_module), recorder.recording():
-        for stage in ("validate", "train"):
-            problems += _run_steps(trainer, pl_module, stage, batches, recorder)
+    seen = _run_all_steps(trainer, pl_module, batches, _CallRecorder(modules, wanted))
+    if wanted is None:
+        wanted = seen.recorder.common_targets()
+        if set(seen.recorder.calls) - set(wanted):  # some were called inside of others
+            seen = _run_all_steps(trainer, pl_module, batches, _CallRecorder(modules, wanted))
+    recorder = seen.recorder
+    calls = {path: recorder.calls[path] for path in wanted if path in recorder.calls}
+    missing = [path for path in wanted if path not in calls]
+    if calls and not missing:
+        recorder.warn_about_float_stages(pl_module, wanted)
+        return calls
+    if seen.batches and missing and not seen.problems:
+        called = ", ".join(repr(p) for paths in recorder.outermost.values() for p in paths) or "nothing"
+        raise MisconfigurationException(
+            f"target: {missing[0]!r} is not called by the steps of {type(pl_module).__name__} (they call {called}). "
+            "Write one of these, or auto."
+        )
+    if seen.problems:
+        why = "; ".join(seen.problems)
+    elif seen.batches:
+        why = "its steps call no submodule that has parameters and takes tensors"
+    else:
+        why = "the data loaders gave no batch (empty, or limit_*_batches leaves nothing of them)"
+    raise TracingError(
+        f"the ops of {type(pl_module).__name__} could not be traced: {why}. Set target: to the submodule to quantize, "
+        "or define example_input_array."
+    )
+
+
+@dataclass
+class _Seen:
+    """What running the steps showed."""
+
+    recorder: _CallRecorder
+    batches: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def _run_all_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int, recorder: _CallRecorder) -> _Seen:
+    """Run the steps of this run; in a fit those of training too, before predictions those that calibration will run."""
+    seen = _Seen(recorder)
+    running = _compat.running_function(trainer)
+    stages = {"train": ("validate", "train"), "predict": ("calibration", "predict")}.get(running, (running,))
+    with undisturbed(trainer, pl_module, trains=True), recorder.recording():
+        for stage in stages:
+            recorder.stage = stage
+            count, problems = _run_steps(trainer, pl_module, stage, batches, recorder)
+            seen.batches += count
+            seen.problems += problems
     if not recorder.calls and pl_module.example_input_array is not None:
+        recorder.stage = "example"
         with undisturbed(trainer, pl_module), recorder.recording(), torch.no_grad():
             example = Call.of(pl_module._apply_batch_transfer_handler(pl_module.example_input_array))
             pl_module.eval()
             pl_module(*example.args, **example.kwargs)
-    chosen = recorder.outermost() if wanted is None else wanted
-    calls = {path: recorder.calls[path] for path in chosen if path in recorder.calls}
-    missing = [path for path in chosen if path not in calls]
-    if calls and not missing:
-        return calls
-    if missing and not problems:
-        called = ", ".join(repr(path) for path in recorder.outermost()) or "nothing"
-        raise MisconfigurationException(
-            f"target {missing[0]!r} is not called by the steps of {type(pl_module).__name__} (they call {called}); set "
-            "target: to one of these."
-        )
-    why = "; ".join(problems) if problems else "its steps call no submodule with parameters"
-    raise TracingError(
-        f"the ops of {type(pl_module).__name__} could not be traced: {why}. Set target: to the submodule to quantize, or "
-        "define example_input_array."
-    )
+    return seen
 
 
 def _run_steps(
     trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, batches: int, recorder: _CallRecorder
-) -> list[str]:
-    """Run one kind of step; it may fail once the targets were called (there are no optimizers yet, for example)."""
-    if not _compat.is_overridden("validation_step" if stage == "validate" else "training_step", pl_module):
-        return []
+) -> tuple[int, list[str]]:
+    """Run one kind of step; it may fail once the targets were called (losses may need what is not there yet).
+
+    Returns:
+        The number of batches there were, and what went wrong.
+    """
+    if stage == "train" and not _compat.is_overridden("training_step", pl_module):
+        return 0, []
     before = recorder.total
+    taken = 0
     try:
         for extra in _batches(trainer, pl_module, stage, batches):
+            taken += 1
             pl_module.train(stage == "train")
             with torch.no_grad():
-                run_step(trainer, pl_module, extra, "validate" if stage == "validate" else "train")
+                run_step(trainer, pl_module, extra, "validate" if stage == "calibration" else stage)
     except MisconfigurationException as error:
-        return [str(error)]
+        return taken, [str(error)]
     except Exception as error:
         if recorder.total > before:
             rank_zero_debug(f"{stage} step stopped after its forward while tracing: {error!r}")
-            return []
-        return [f"its {stage} step failed before any submodule was called ({type(error).__name__}: {error})"]
-    return []
+            return taken, []
+        return taken, [f"its {stage} step failed with {type(error).__name__}: {error}"]
+    return taken, []
 
 
 def _batches(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, batches: int) -> Iterator[ExtraBatch]:
-    """Batches of a stage; a run that has no loader for it (validate alone) uses what it has."""
-    if _compat.attached_loader(trainer, stage) is not None:
-        return analysis_batches(trainer, pl_module, batches, stage)  # type: ignore[arg-type]
-    return analysis_batches(trainer, pl_module, batches, "calibration")
+    """Batches of a stage; a run that has no loader for it uses what it calibrates with."""
+    try:
+        attached = stage != "calibration" and _compat.attached_loader(trainer, stage) is not None
+    except Exception:  # a hook that needs a setup() of another stage
+        attached = False
+    return analysis_batches(trainer, pl_module, batches, stage if attached else "calibration")  # type: ignore[arg-type]
 
 
 class _CallRecorder:
-    """Wraps the forward of every module while steps run, and keeps the arguments of outermost calls."""
+    """Wraps the forward of every module while steps run, and keeps the arguments of outermost (or wanted) calls."""
 
     def __init__(self, modules: dict[str, nn.Module], wanted: list[str] | None) -> None:
         self._modules = modules
         self._wanted = wanted
         self._depth = 0
+        self.stage = ""
         self.calls: dict[str, list[Call]] = {}
+        self.outermost: dict[str, list[str]] = {}
+        self._stages: dict[str, set[str]] = {}
+        self._models: set[str] = set()
         self.total = 0
 
     @contextmanager
@@ -135,27 +178,51 @@ class _CallRecorder:
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             outermost = self._depth == 0
-            if (outermost and self._wanted is None) or (self._wanted is not None and path in self._wanted):
-                self.calls.setdefault(path, []).append(Call(args, kwargs))
-                self.total += 1
             self._depth += 1
             try:
-                return forward(*args, **kwargs)
+                result = forward(*args, **kwargs)
             finally:
                 self._depth -= 1
+            self._note(path, Call(args, kwargs), outermost, result)
+            return result
 
         return recorded
 
-    def outermost(self) -> list[str]:
-        """The module itself if a step called it, else the outermost submodules that hold parameters and take tensors."""
-        if "" in self.calls:
+    def _note(self, path: str, call: Call, outermost: bool, result: Any) -> None:
+        takes_part = path == "" or (
+            any(True for _ in self._modules[path].parameters()) and bool(leaves((call.args, call.kwargs)))
+        )
+        if outermost and takes_part and path not in self.outermost.setdefault(self.stage, []):
+            self.outermost[self.stage].append(path)
+        if (outermost and takes_part) if self._wanted is None else path in self._wanted:
+            self.calls.setdefault(path, []).append(call)
+            self._stages.setdefault(path, set()).add(self.stage)
+            self.total += 1
+        if not (isinstance(result, Tensor) and result.dim() == 0):
+            self._models.add(path)
+
+    def common_targets(self) -> list[str]:
+        """The module itself if every step calls it, else the outermost submodules with parameters that take tensors.
+
+        A step may call ``self(x)`` where another calls ``self.net(x)``: then ``net`` is what both run through, and
+        with the module as target the other step would stay float. Modules that only return single numbers are losses.
+        """
+        stages = [[p for p in paths if p in self._models] or paths for paths in self.outermost.values()]
+        if any("" in paths for paths in stages) and all("" in paths or not paths for paths in stages):
             return [""]
-        return [
-            path
-            for path, calls in self.calls.items()
-            if any(True for _ in self._modules[path].parameters())
-            and any(leaves((call.args, call.kwargs)) for call in calls)
-        ]
+        found = list(dict.fromkeys(path for paths in stages for path in paths if path))
+        return [path for path in found if not any(other.startswith(path + ".") for other in found)]
+
+    def warn_about_float_stages(self, pl_module: pl.LightningModule, wanted: list[str]) -> None:
+        """Say which step does not run through a target: it stays float."""
+        for path in wanted:
+            for stage in self.outermost:
+                if self.outermost[stage] and stage not in self._stages[path]:
+                    rank_zero_warn(
+                        f"target {path or type(pl_module).__name__!r} is not called by the {stage} step, which stays "
+                        f"float (it calls {', '.join(repr(p) for p in self.outermost[stage])}). If that is not intended, "
+                        "set target: to a submodule that all steps call."
+                    )
 
 
 def _check_disjoint(paths: list[str]) -> None:

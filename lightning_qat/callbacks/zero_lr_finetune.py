@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
+from typing_extensions import override
 
-from lightning_qat.analysis.pipeline import Measurement, PipelineResult, judge_zero_lr
+from lightning_qat.analysis.pipeline import PipelineResult, judge_zero_lr
+from lightning_qat.analysis.pipeline_rows import Finetune
 from lightning_qat.callbacks.calibration import progress
 from lightning_qat.callbacks.extra_pass import require_regions
-from lightning_qat.callbacks.finetune_copy import finetune_copy
+from lightning_qat.callbacks.finetune_copy import finetune_copy, moves_batch_norm
 from lightning_qat.callbacks.pipeline_rung import PipelineRung
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat.quantization.region import Updates
+from lightning_qat.quantization.region import State, Updates
 
 
 class ZeroLRFinetune(PipelineRung):
@@ -19,7 +21,11 @@ class ZeroLRFinetune(PipelineRung):
 
     If accuracy falls all the same, the training code is not aligned with the float code and quantization is innocent.
     Three variants run, each changing one thing: fake-quant off with batch norm in eval mode; fake-quant off with batch
-    norm as in training; quantized as in QAT. Works on a deep copy with fresh loaders; the run is not disturbed.
+    norm as in training (if any moves there); quantized as in QAT. The module's hooks run on a deep copy with fresh
+    loaders; the run is not disturbed. In manual optimization the calls that optimize do nothing, which is the same.
+
+    Without batch norm the accuracy cannot show that the *training data* are wrong: only the training loss can. Give
+    that of the float run as ``reference: {train_loss: ...}``.
 
     Args:
         batches: training batches per variant and rank.
@@ -46,47 +52,36 @@ class ZeroLRFinetune(PipelineRung):
         super().__init__(batches, eval_batches, at_epoch, stop)
         self.reference = reference
 
+    @override
     def measure_rungs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineResult:
-        """Run the rungs; every one starts from the same state."""
+        """Run the rungs; every one starts from the same state and sees the same batches."""
         regions = require_regions(pl_module, "ZeroLRFinetune")
         calibrated = all(region.is_calibrated for region in regions.values())
-        float_model = self.measured_as(trainer, pl_module, "off")
-        quantized_model: Measurement | None = None
-        if calibrated:
-            quantized_model = self.measured_as(trainer, pl_module, "quantize")
-        total = self.batches * (3 if calibrated else 2)
-        with progress(trainer, "lr = 0 finetune", total) as advance:
-            frozen, moving = (
-                finetune_copy(
+        moving = moves_batch_norm(pl_module)
+        before = self.measured_as(trainer, pl_module, "off")
+        quantized_before = self.measured_as(trainer, pl_module, "quantize") if calibrated else None
+        with progress(trainer, "lr = 0 finetune", self.batches * (1 + moving + calibrated)) as advance:
+
+            def finetune(state: State, freeze: bool, updates: tuple[Updates, ...] = ()) -> Finetune:
+                return finetune_copy(
                     trainer,
                     pl_module,
                     batches=self.batches,
                     eval_batches=self.eval_limit,
-                    state="off",
+                    state=state,
                     zero_lr=True,
                     freeze_batch_norm=freeze,
-                    advance=advance,
-                )
-                for freeze in (True, False)
-            )
-            quantized = None
-            if calibrated:
-                qat = _quantization_callback(trainer)
-                updates: tuple[Updates, ...] = qat.scale_updates(trainer) if qat is not None else ("weight",)
-                quantized = finetune_copy(
-                    trainer,
-                    pl_module,
-                    batches=self.batches,
-                    eval_batches=self.eval_limit,
-                    state="quantize",
-                    zero_lr=True,
-                    freeze_batch_norm=qat is not None and qat.freeze_batch_norm_after == 0,
                     updates=updates,
                     advance=advance,
                 )
-        return judge_zero_lr(float_model, frozen, moving, quantized_model, quantized, self.reference)
+
+            frozen = finetune("off", freeze=True)
+            moved = finetune("off", freeze=False) if moving else None
+            quantized = finetune("quantize", freeze=False, updates=_scale_updates(trainer)) if calibrated else None
+        return judge_zero_lr(before, frozen, moved, quantized_before, quantized, self.reference)
 
 
-def _quantization_callback(trainer: pl.Trainer) -> QuantizationAwareTraining | None:
+def _scale_updates(trainer: pl.Trainer) -> tuple[Updates, ...]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
+    qat = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
+    return qat.scale_updates(trainer) if qat is not None else ("weight",)

@@ -42,7 +42,7 @@ class RunningRegion:
             if cls._entries == 0:
                 cls._undo = ExitStack()
                 cls._undo.enter_context(_patched_checkpoint())
-                cls._undo.enter_context(torch.compiler.set_stance("force_eager"))  # type: ignore[no-untyped-call]
+                cls._undo.enter_context(torch.compiler.set_stance("force_eager"))
             cls._entries += 1
 
     def __exit__(self, *_: object) -> None:
@@ -77,6 +77,8 @@ class _Reentrant:
         node = mode.calls.inner_node(sys._getframe(1), _NAME) if mode is not None else None
         if mode is not None and node is not None:
             function = _Resumable(function, mode, node)
+            if not torch.is_grad_enabled():  # nothing to recompute; torch would warn about that while tracing
+                return function(*args[1:])
         return self._original.apply(function, *args)
 
     def __getattr__(self, name: str) -> Any:
@@ -115,5 +117,8 @@ class _Resumable:
         resumed = self._mode.resumed(frame, self._node)
         if resumed is None:
             return self._function(*args, **kwargs)
-        with RunningRegion(), resumed:
-            return self._function(*args, **kwargs)
+        try:
+            with RunningRegion(), resumed:
+                return self._function(*args, **kwargs)
+        finally:
+            resumed.calls.clear()

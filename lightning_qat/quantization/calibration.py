@@ -183,13 +183,13 @@ def calibrate(region: Region, batches: Iterable[Any]) -> CalibrationResult:
         ()
     """
     target = region.target
-    with CalibrationPass({"": region}) as calibration:
-        with preserved(target), torch.inference_mode(False), torch.no_grad():
-            target.eval()
-            for batch in batches:
-                call = Call.of(batch)
-                target(*call.args, **call.kwargs)
-                calibration.batch_done()
+    calibration = CalibrationPass({"": region})
+    with calibration, preserved(target), torch.inference_mode(False), torch.no_grad():
+        target.eval()
+        for batch in batches:
+            call = Call.of(batch)
+            target(*call.args, **call.kwargs)
+            calibration.batch_done()
     result = calibration.finish()
     region.set_state("quantize")
     return result

@@ -55,15 +55,27 @@ class ScopeNode:
         display: name for people, unique per node (``decoder.sine_embed@1``).
         module_path: path of the module from the target (inherited from the parent for labelled blocks).
         module_type: its class name.
+        is_module: whether it is a module call rather than a block inside one.
+        is_dynamic: whether it is a dynamic block, or inside one.
     """
 
-    __slots__ = ("children", "display", "key", "module_path", "module_type", "ops")
+    __slots__ = ("children", "display", "is_dynamic", "is_module", "key", "module_path", "module_type", "ops")
 
-    def __init__(self, key: str, display: str, module_path: str, module_type: str) -> None:
+    def __init__(
+        self,
+        key: str,
+        display: str,
+        module_path: str,
+        module_type: str,
+        is_module: bool = False,
+        is_dynamic: bool = False,
+    ) -> None:
         self.key = key
         self.display = display
         self.module_path = module_path
         self.module_type = module_type
+        self.is_module = is_module
+        self.is_dynamic = is_dynamic
         self.children: dict[Hashable, ScopeNode] = {}
         self.ops: dict[tuple[Path, str], list[Any]] = {}
 
@@ -138,7 +150,7 @@ class CallPaths:
         node = parent.children.get(lookup)
         if node is None:
             key = _digest(parent.key, self.describe(path), name, str(hit))
-            node = self._new(parent, lookup, key, _below(parent, name), name, type(module).__name__)
+            node = self._new(parent, lookup, key, _below(parent, name), name, module, is_label=False)
         return node
 
     def labelled(self, module: nn.Module, label: str) -> ScopeNode:
@@ -148,7 +160,7 @@ class CallPaths:
         if node is None:
             display = f"{name}.{label}" if name else label
             key = _digest("dynamic_block", name, label)
-            node = self._new(self.root, (name, label), key, display, name, type(module).__name__)
+            node = self._new(self.root, (name, label), key, display, name, module, is_label=True)
         return node
 
     def inner(self, parent: ScopeNode, path: Path, name: str, hit: int) -> ScopeNode:
@@ -157,7 +169,7 @@ class CallPaths:
         node = parent.children.get(lookup)
         if node is None:
             key = _digest(parent.key, self.describe(path), name, str(hit))
-            node = ScopeNode(key, parent.display, parent.module_path, parent.module_type)
+            node = ScopeNode(key, parent.display, parent.module_path, parent.module_type, is_dynamic=parent.is_dynamic)
             node = parent.children.setdefault(lookup, node)
         return node
 
@@ -175,7 +187,14 @@ class CallPaths:
         return "/".join(self._names_of_sites[site] for site in path)
 
     def _new(
-        self, parent: ScopeNode, lookup: Hashable, key: str, display: str, module_path: str, module_type: str
+        self,
+        parent: ScopeNode,
+        lookup: Hashable,
+        key: str,
+        display: str,
+        module_path: str,
+        module: nn.Module,
+        is_label: bool,
     ) -> ScopeNode:
         with self._lock:
             node = parent.children.get(lookup)
@@ -183,7 +202,9 @@ class CallPaths:
                 count = self._displays.get(display, 0)
                 self._displays[display] = count + 1
                 unique = f"{display}@{count}" if count else display
-                node = parent.children[lookup] = ScopeNode(key, unique, module_path, module_type)
+                dynamic = is_label or parent.is_dynamic
+                node = ScopeNode(key, unique, module_path, type(module).__name__, not is_label, dynamic)
+                parent.children[lookup] = node
             return node
 
 
@@ -217,7 +238,7 @@ def _describe(code: CodeType) -> str:
     name = getattr(code, "co_qualname", code.co_name)
     if code.co_name == "<lambda>":  # these have nothing but their place to tell them apart
         columns = [p[2] for p in code.co_positions() if p[2] is not None] if hasattr(code, "co_positions") else []
-        name += f"@{code.co_firstlineno}:{min(columns, default=0)}"
+        name += f"@{code.co_firstlineno}:{max(columns, default=0)}"
     return f"{file}:{name}#{hashlib.blake2b(code.co_code, digest_size=4).hexdigest()}"
 
 

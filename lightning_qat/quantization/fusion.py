@@ -114,7 +114,7 @@ class _Finder:
     def _obstacle(self, last: Op, follower: Op, consumers: tuple[Op, ...]) -> str | None:
         if last.name in self.graph.leaving:
             return "the intermediate result also leaves the region"
-        if len(consumers) > 1 and all(c.location == follower.location for c in consumers):
+        if len(consumers) > 1 and self._varies(last, consumers):
             return f"dynamic code: the place of {follower.name} varies from forward to forward; {_ADVICE}"
         if len(consumers) > 1:
             others = ", ".join(c.name for c in consumers if c is not follower)
@@ -124,6 +124,14 @@ class _Finder:
         if len(self._twins(last, follower)) + 1 != len(self._fed_by(last, follower).sources):
             return f"dynamic code: {follower.name} reads another tensor in other forwards; {_ADVICE}"
         return None
+
+    def _varies(self, last: Op, consumers: tuple[Op, ...]) -> bool:
+        """Whether the consumers are one place in the code that sees the result in one round of a loop or another."""
+        one_place = len({c.location for c in consumers}) == 1
+        return one_place and any(len(self._fed_by(last, c).sources) > 1 for c in consumers if self._reads(last, c))
+
+    def _reads(self, last: Op, follower: Op) -> bool:
+        return any(s.kind == "op" and s.name == last.name for o in follower.operands for s in o.sources)
 
     def _fed_by(self, last: Op, follower: Op) -> Operand:
         return next(o for o in follower.operands if any(s.kind == "op" and s.name == last.name for s in o.sources))

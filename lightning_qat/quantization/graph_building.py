@@ -130,7 +130,7 @@ class GraphBuilder:
 
     def leaving(self, path: str, tensor: Tensor, source: Source) -> None:
         """Note a tensor that leaves the region."""
-        dtype, sources = self._outputs.setdefault(path, (dtype_name(tensor.dtype), {}))
+        _, sources = self._outputs.setdefault(path, (dtype_name(tensor.dtype), {}))
         sources[source] = None
 
     def end(self) -> None:
@@ -209,12 +209,13 @@ class GraphBuilder:
         return OpGraph(self.target_type, tuple(ops), outputs, self.forwards, self._varying())
 
     def _varying(self) -> tuple[str, ...]:
-        """Locations of ops that ran in some forwards of a mode and not in others (dynamic code)."""
+        """Locations of ops that ran in some forwards of a mode and not in others (and are in no dynamic block)."""
         some: set[str] = set()
         for forwards in self._seen_by_mode.values():
             if forwards:
                 some |= forwards[0].union(*forwards) - forwards[0].intersection(*forwards)
-        return tuple(dict.fromkeys(r.location for r in self._order if r.key in some and is_interceptable(r.spec)))
+        varying = (r for r in self._order if r.key in some and not r.node.is_dynamic and is_interceptable(r.spec))
+        return tuple(dict.fromkeys(r.location for r in varying))
 
 
 def _parameter_names(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, str]:
@@ -273,7 +274,7 @@ def _display_names(order: list[OpRecord]) -> dict[str, str]:
     taken = {record.node.display for record in order}
     for record in order:
         node, kind = record.node, record.spec.kind
-        alone = substantial[node.key] == 1 and not node.children and node.display != ""
+        alone = substantial[node.key] == 1 and not node.children and node.is_module
         if alone and _is_substantial(record):
             names[record.key] = node.display
             continue

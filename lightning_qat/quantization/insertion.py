@@ -10,7 +10,7 @@ from torch import nn
 from lightning_qat.quantization.op_graph import OpGraph
 from lightning_qat.quantization.plan import QuantPlan, make_plan
 from lightning_qat.quantization.qconfig import Override, QConfig
-from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.region import Region, check_target
 from lightning_qat.quantization.tracing import Call, trace
 
 
@@ -34,7 +34,8 @@ def insert(
         batches: more example batches, for forwards whose ops depend on the data.
 
     Returns:
-        The region: ``region.graph``, ``region.plan``, ``region.points``; ``region.remove()`` gives the float module back.
+        The region: ``region.graph``, ``region.plan``, ``region.points``; ``region.remove()`` gives the float module
+        back.
 
     Raises:
         TracingError: the module does not run on the example.
@@ -47,6 +48,7 @@ def insert(
         >>> sorted(region.points)
         ['0.input0', '0.weight', '1.output', '2.weight']
     """
+    check_target(module)
     calls = [Call.of(batch) for batch in batches or ()]
     if example_args or example_kwargs or not calls:
         calls.insert(0, Call(tuple(example_args), dict(example_kwargs or {})))

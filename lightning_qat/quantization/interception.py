@@ -118,7 +118,7 @@ class Intercepted:
 
     @property
     def __code__(self) -> CodeType:  # Lightning compares code objects to see whether forward is overridden
-        function: types.FunctionType = inspect.unwrap(type(self.target).forward)  # type: ignore[assignment]
+        function: types.FunctionType = inspect.unwrap(type(self.target).forward)
         return function.__code__
 
     @property
@@ -134,10 +134,10 @@ class Intercepted:
         return type(self.target).forward.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():  # type: ignore[no-untyped-call]
+        if torch.compiler.is_dynamo_compiling():
             if self.opener.is_off:
                 return self.forward(*args, **kwargs)
-            return self._outside_of_the_graph(args, kwargs)
+            return self._quantized_region_runs_eagerly(args, kwargs)
         self._refuse_replica(sys._getframe(1))
         if self.opener.is_off:
             return self.forward(*args, **kwargs)
@@ -149,10 +149,9 @@ class Intercepted:
             return self.forward(*args, **kwargs)
         return self.opener.run(mode, self.forward, args, kwargs)
 
-    @torch.compiler.disable(  # type: ignore[untyped-decorator]
-        reason="call paths cannot be captured: run the region without torch.compile, or set its state to 'off'"
-    )
-    def _outside_of_the_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _quantized_region_runs_eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call paths cannot be captured; the name is what the error of ``fullgraph=True`` shows."""
         return self._enter(args, kwargs)
 
     def _refuse_replica(self, caller: FrameType) -> None:
@@ -162,8 +161,9 @@ class Intercepted:
         module = caller.f_locals.get("self")
         if module is not None and module is not self.target and isinstance(module, type(self.target)):
             raise RuntimeError(
-                f"this {type(module).__name__} is a shallow copy of a module with fake-quants (copy.copy, DataParallel): "
-                "it would run the weights of the original. Use copy.deepcopy, or DistributedDataParallel."
+                f"this {type(module).__name__} is a shallow copy of a module with fake-quants (copy.copy, "
+                "DataParallel): it would run the weights of the original. Use copy.deepcopy, or "
+                "DistributedDataParallel."
             )
 
 

@@ -18,8 +18,9 @@ OperandRole = Literal["data", "weight", "parameter", "index"]
 class Source:
     """Where a tensor comes from.
 
-    ``op``: the result of the op ``name``. ``mutated``: a tensor that op ``name`` wrote into while its result was not used
-    (``y.mul_(2)``). ``input``: a leaf of the region's arguments. ``parameter``, ``buffer``: a tensor of the target.
+    ``op``: the result of the op ``name``. ``mutated``: a tensor that op ``name`` wrote into while its result was not
+    used (``y.mul_(2)``), or its result, written by somebody through a view.
+    ``input``: a leaf of the region's arguments. ``parameter``, ``buffer``: a tensor of the target.
     ``constant``: any other tensor that stays the same. ``opaque``: a tensor whose producer was not seen, or that was
     made in another forward.
     """

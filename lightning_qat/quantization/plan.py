@@ -160,9 +160,35 @@ def make_plan(
         >>> [point.name for point in plan.points]
         ['0.input0', '0.weight', '1.output', '2.weight']
     """
+    return make_plans({"": graph}, qconfig, overrides)[""]
+
+
+def make_plans(
+    graphs: Mapping[str, OpGraph],
+    qconfig: QConfig | Mapping[str, Any] | None = None,
+    overrides: Iterable[Override | Mapping[str, Any]] = (),
+) -> dict[str, QuantPlan]:
+    """Plan several targets with one configuration; a rule has to match in at least one of them.
+
+    Args:
+        graphs: the traced ops of each target, by its path.
+        qconfig: as for :func:`make_plan`.
+        overrides: as for :func:`make_plan`.
+
+    Raises:
+        ConfigurationError: unknown names, or a rule that matches nothing in any target.
+    """
     from lightning_qat.quantization.planning import Planner
 
-    return Planner(graph, QConfig.of(qconfig), Override.list_of(overrides)).plan()
+    defaults, rules = QConfig.of(qconfig), Override.list_of(overrides)
+    planners = {path: Planner(graph, defaults, rules) for path, graph in graphs.items()}
+    plans = {path: planner.plan() for path, planner in planners.items()}
+    unused = [planner.unused_overrides() for planner in planners.values()]
+    for index in range(len(rules)):
+        errors = [found[index] for found in unused if index in found]
+        if len(errors) == len(planners):
+            raise max(errors, key=lambda error: len(str(error)))  # the one that says most
+    return plans
 
 
 def _plain(value: Any) -> Any:

@@ -10,9 +10,10 @@ from lightning_qat.quantization.torch_functions import OpSpec, is_interceptable
 
 
 def rebound(saved: OpGraph, traced: OpGraph) -> OpGraph:
-    """Return the saved graph with the run-time identities of the traced one, matched by op name.
+    """Return the saved graph with the run-time identities of the traced one.
 
-    The identities differ when lines moved inside a function or the Python version changed; the names do not.
+    Ops of unchanged code are matched by identity. Where a function was edited, or Python or torch was updated, the
+    identities differ; those ops are matched by name, and only if all their names and kinds are the same as before.
 
     Raises:
         PlanMismatchError: ops were added, removed or changed their kind.
@@ -26,26 +27,40 @@ def rebound(saved: OpGraph, traced: OpGraph) -> OpGraph:
             "Restore the code the checkpoint was made with, or start from a float checkpoint "
             '(QuantizationAwareTraining(init_from="float.ckpt")) and calibrate anew.'
         )
-    keys = {op.name: op.key for op in traced.ops}
+    gone, new = _unmatched(saved, traced), _unmatched(traced, saved)
+    keys = {name: new[name].key for name in gone if name in new}
     ops = tuple(dataclasses.replace(op, key=keys.get(op.name, op.key)) for op in saved.ops)
     return dataclasses.replace(saved, ops=ops)
 
 
 def plan_differences(saved: OpGraph, traced: OpGraph) -> list[str]:
-    """Describe the ops that differ; ops that run only in some forwards are not expected to match."""
-    varies = bool(saved.varying or traced.varying)
+    """Describe the ops that differ.
+
+    Ops that are only missing on one side are no difference if they do not run in every forward: other batches may have
+    been traced, or only one of the two modes.
+    """
+    gone, new = _unmatched(saved, traced), _unmatched(traced, saved)
+    if not (gone and new):
+        varies = bool(saved.varying or traced.varying)
+        gone = {name: op for name, op in gone.items() if not varies and op.forwards == saved.forwards}
+        new = {name: op for name, op in new.items() if not varies and op.forwards == traced.forwards}
     lines = []
-    for op in saved.ops:
-        now = traced.by_name.get(op.name)
-        if now is not None and now.kind != op.kind:
-            lines.append(f"{op.name}: was {op.kind}, is {now.kind} ({now.location})")
-        elif now is None and not varies and _counts(op) and op.forwards == saved.forwards:
-            lines.append(f"{op.name}: {op.kind} is in the checkpoint, not in the code")
-    for op in traced.ops:
-        if op.name not in saved.by_name and not varies and _counts(op) and op.forwards == traced.forwards:
-            lines.append(f"{op.name}: {op.kind} is in the code ({op.location}), not in the checkpoint")
+    for name, op in gone.items():
+        if name not in new:
+            lines.append(f"{name}: {op.kind} is in the checkpoint, not in the code")
+        elif new[name].kind != op.kind:
+            lines.append(f"{name}: was {op.kind}, is {new[name].kind} ({new[name].location})")
+    for name, op in new.items():
+        if name not in gone:
+            lines.append(f"{name}: {op.kind} is in the code ({op.location}), not in the checkpoint")
     return lines
 
 
-def _counts(op: Op) -> bool:
+def _unmatched(graph: OpGraph, other: OpGraph) -> dict[str, Op]:
+    """Ops that matter to the plan and are not, under the same identity, in the other graph."""
+    keys = {op.key for op in other.ops}
+    return {op.name: op for op in graph.ops if op.key not in keys and _matters(op)}
+
+
+def _matters(op: Op) -> bool:
     return op.data_dependent and is_interceptable(OpSpec(op.kind, op.role))

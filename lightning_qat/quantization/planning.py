@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from typing import Any
 
 from lightning_qat.quantization.dtypes import quant_dtype
@@ -51,14 +52,16 @@ class Planner:
         self._weights: dict[tuple[Any, ...], str] = {}
 
     def plan(self) -> QuantPlan:
-        """Decide outputs first: whether an operand needs a quantizer depends on its producer."""
+        """Decide outputs first: whether an operand needs a quantizer depends on its producer.
+
+        Whether every rule matched is asked afterwards, with :meth:`unused_overrides`.
+        """
         high_precision = self._high_precision()
         for op in self.graph.ops:
             self._decide_output(op, high_precision)
         for op in self.graph.ops:
             if self.status[op.name].status in ("quantized", "fused") and op.role == "quantize":
                 self._decide_operands(op)
-        self._check_overrides()
         order = {op.name: i for i, op in enumerate(self.graph.ops)}
         rank = {"input": 0, "weight": 1, "output": 2}
         points = sorted(self.points.values(), key=lambda p: (order[p.op], rank[p.role], p.operand))
@@ -160,7 +163,7 @@ class Planner:
         elif self._is_constant(operand) and _size(operand.shape) == 1:
             self.float_points[name] = "a single constant is folded into the op"
         else:
-            why = next((self._why(o) for o in origins if not self._is_quantized(o)), "")
+            why = " or ".join(dict.fromkeys(self._why(o) for o in origins if not self._is_quantized(o)))
             self._add_point(op, name, "input", operand.index, why)
 
     def _decide_weight(self, op: Op, operand: Operand) -> None:
@@ -230,13 +233,13 @@ class Planner:
             return op.operands[output].sources
         return floats[0].sources if floats else ()
 
-    def _origins(self, sources: tuple[Source, ...]) -> set[Source]:
+    def _origins(self, sources: tuple[Source, ...]) -> list[Source]:
         """Follow data movement back to where the values were made."""
-        origins: set[Source] = set()
+        origins: dict[Source, None] = {}  # a set with the order of the program, so that plans are reproducible
         seen: set[Source] = set()
-        pending = list(sources)
+        pending = deque(sources)
         while pending:
-            source = pending.pop()
+            source = pending.popleft()
             if source in seen:
                 continue
             seen.add(source)
@@ -249,8 +252,8 @@ class Planner:
                     pending.extend(s for operand in op.operands if operand.is_float for s in operand.sources)
                     continue
                 source = Source("op", op.name)
-            origins.add(source)
-        return origins
+            origins[source] = None
+        return list(origins)
 
     def _is_quantized(self, source: Source) -> bool:
         return source.kind == "op" and source.name in self.quantized_outputs
@@ -270,7 +273,9 @@ class Planner:
             return "produced by code that cannot be traced" if source.name == "unknown" else source.name
         if source.kind == "mutated":
             op = self.graph.by_name[source.name]
-            return f"written in place by {op.name}" if op.inplace or not op.outputs else f"{op.name} is written in place"
+            return (
+                f"written in place by {op.name}" if op.inplace or not op.outputs else f"{op.name} is written in place"
+            )
         if source.kind == "op":
             constant = not self.graph.by_name[source.name].data_dependent
             return f"{source.name} is {'a constant' if constant else 'not quantized'}"
@@ -319,32 +324,35 @@ class Planner:
             rule=rule,
         )
 
-    def _check_overrides(self) -> None:
-        for override, used in zip(self.overrides, self._used, strict=True):
-            if used:
-                continue
-            names = [*self.points, *self.float_points]
-            matching = [n for n in self.float_points if override.selects(n, self._kind_of(n))]
-            if matching:
-                raise ConfigurationError(
-                    f"override ({override.label}) matches only points that stay float: "
-                    + "; ".join(f"{n}: {self.float_points[n]}" for n in matching[:3])
-                )
-            floats = [o for o in self.status.values() if override.selects(o.name, self.graph.by_name[o.name].kind)]
-            if floats:
-                op = floats[0]
-                raise ConfigurationError(
-                    f"override ({override.label}) matches ops without quantization points, such as {op.name} "
-                    f"({op.status}{': ' + op.reason if op.reason else ''}), or changes only "
-                    f"{'weights' if override.weight else 'activations'} where there are none."
-                )
-            scopes = {op.scope for op in self.graph.ops if op.scope}
-            choices = {*names, *self.status, *scopes}
-            if override.match is None:
-                choices = {op.kind for op in self.graph.ops if op.role in ("quantize", "join")}
-            near = near_names(override.match or override.op_type, sorted(choices))
-            hint = f" Near names: {', '.join(near)}." if near else ""
-            raise ConfigurationError(f"override ({override.label}) matches no quantization point.{hint}")
+    def unused_overrides(self) -> dict[int, ConfigurationError]:
+        """The rules that matched no point, by number, each with the error that says why."""
+        return {
+            i: self._unused(o) for i, (o, used) in enumerate(zip(self.overrides, self._used, strict=True)) if not used
+        }
+
+    def _unused(self, override: Override) -> ConfigurationError:
+        names = [*self.points, *self.float_points]
+        matching = [n for n in self.float_points if override.selects(n, self._kind_of(n))]
+        if matching:
+            return ConfigurationError(
+                f"override ({override.label}) matches only points that stay float: "
+                + "; ".join(f"{n}: {self.float_points[n]}" for n in matching[:3])
+            )
+        floats = [o for o in self.status.values() if override.selects(f"{o.name}.output", self._kind_of(f"{o.name}."))]
+        if floats:
+            op = floats[0]
+            return ConfigurationError(
+                f"override ({override.label}) matches ops without quantization points, such as {op.name} "
+                f"({op.status}{': ' + op.reason if op.reason else ''}), or changes only "
+                f"{'weights' if override.weight else 'activations'} where there are none."
+            )
+        scopes = {op.scope for op in self.graph.ops if op.scope}
+        choices = {*names, *self.status, *scopes}
+        if override.match is None:
+            choices = {op.kind for op in self.graph.ops if op.role in ("quantize", "join")}
+        near = near_names(override.match or override.op_type, sorted(choices))
+        hint = f" Near names: {', '.join(near)}." if near else ""
+        return ConfigurationError(f"override ({override.label}) matches no quantization point.{hint}")
 
     def _kind_of(self, point: str) -> str:
         return self.graph.by_name[point.rpartition(".")[0]].kind

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -53,6 +53,19 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
                 if buffer is not None and content is not None and not torch.equal(buffer, content):
                     buffer.copy_(content)
                 owner._buffers[name] = buffer
+
+
+@contextmanager
+def preserved_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Put back the contents of tensors that are written in the block (inputs of a forward that works in place)."""
+    saved = [(t, t.detach().clone(), t._version) for t in tensors if not t.is_inference()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, content, version in saved:
+                if tensor._version != version:
+                    tensor.copy_(content)
 
 
 @contextmanager

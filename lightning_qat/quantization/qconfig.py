@@ -1,7 +1,7 @@
 """What the user asks for: one default for activations and weights, and overrides from general to specific.
 
-Plain dataclasses, so that LightningCLI shows and validates them. Wrong values raise :class:`ConfigurationError` when the
-object is built, with a sentence that says what to write.
+Plain dataclasses, so that LightningCLI shows and validates them. Wrong values raise :class:`ConfigurationError` when
+the object is built, with a sentence that says what to write.
 """
 
 from __future__ import annotations

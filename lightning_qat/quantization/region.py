@@ -82,11 +82,14 @@ class Region(nn.Module):
         self._quantizers: dict[str, OpQuantizers] = {op.key: OpQuantizers() for op in self.graph.ops}
         points = self.points
         by_name = self.graph.by_name
+        operands = (operand for op in self.graph.ops for operand in op.operands if operand.written)
+        written = {s.name for operand in operands for s in operand.sources if s.kind == "op"}
+        written_again = {name for name in written if by_name[name].inplace}
         for point in self.plan.points:
             op, fake_quant = by_name[point.op], points[point.name]
             quantizers = self._quantizers[op.key]
             if point.role == "output":
-                quantizers.output = BoundPoint(point.name, fake_quant)
+                quantizers.output = BoundPoint(point.name, fake_quant, written=op.name in written_again)
             else:
                 operand = next(o for o in op.operands if o.index == point.operand)
                 quantizers.inputs[point.operand] = BoundPoint(
@@ -100,14 +103,7 @@ class Region(nn.Module):
 
     def attach(self) -> Region:
         """Become a child of the target and take over its forward (which stays float until the state changes)."""
-        if REGION_NAME in self.target._modules:
-            raise ConfigurationError(f"{type(self.target).__name__} already has fake-quants; remove() them first.")
-        inside = ", ".join(find_regions(self.target))
-        if inside:
-            raise ConfigurationError(
-                f"{type(self.target).__name__} contains quantized regions ({inside}): an op must not be quantized twice. "
-                "Remove them first, or leave this target out."
-            )
+        check_target(self.target)
         self.target.add_module(REGION_NAME, self)
         self._intercepted = Intercepted.install(self.target, self)
         return self
@@ -283,12 +279,12 @@ class Region(nn.Module):
             return
         if self._traced_graph is None and not self.graph.varying:
             raise PlanMismatchError(
-                f"the restored plan of {self.graph.target_type} does not know {location}: the code differs from the one "
-                "the checkpoint was made with. Restore the code, or insert fake-quant anew and calibrate."
+                f"the restored plan of {self.graph.target_type} does not know {location}: the code differs from the "
+                "one the checkpoint was made with. Restore the code, or insert fake-quant anew and calibrate."
             )
         warnings.warn(
-            f"{location} was not seen while tracing {self.graph.target_type}; it runs in float. Trace batches that reach "
-            "it, or, if its repetition varies, put the code into `with dynamic_block(self, ...)`.",
+            f"{location} was not seen while tracing {self.graph.target_type}; it runs in float. Trace batches that "
+            "reach it, or, if its repetition varies, put the code into `with dynamic_block(self, ...)`.",
             UserWarning,
             stacklevel=2,
         )
@@ -350,6 +346,27 @@ def read_extra_state(state: dict[str, Any]) -> tuple[OpGraph, QuantPlan]:
             f"{PLAN_VERSION}: use the release it was made with."
         )
     return OpGraph.from_dict(state["graph"]), QuantPlan.from_dict(state["plan"])
+
+
+def check_target(module: nn.Module) -> None:
+    """Refuse a module that is quantized already, or whose forward cannot be taken over.
+
+    Raises:
+        ConfigurationError: it has, or contains, a region; or it is a script module.
+    """
+    name = type(module).__name__
+    regions = find_regions(module)
+    if "" in regions:
+        raise ConfigurationError(f"{name} already has fake-quants; remove() them first.")
+    if regions:
+        raise ConfigurationError(
+            f"{name} contains quantized regions ({', '.join(regions)}): an op must not be quantized twice. Remove them "
+            "first, or leave this target out."
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ConfigurationError(
+            f"{name} is a script module, whose ops cannot be seen: pass the module it was made of."
+        )
 
 
 def find_regions(module: nn.Module) -> dict[str, Region]:

@@ -25,7 +25,8 @@ class BoundPoint:
         name: name of the point.
         fake_quant: the quantizer.
         is_weight: it quantizes a weight.
-        written: the op writes into the operand, which therefore must stay the same tensor.
+        written: the op writes into the operand, or the result of an in-place op is written once more: it must stay
+            the same tensor, which others may know under another name.
         rewritten: the operand is written later, so that backward must not rely on its values.
     """
 
@@ -72,7 +73,7 @@ class RegionMode(CallPathMode):
     ) -> None:
         super().__init__(region.call_paths, frame, node, recomputing=repeats is not None)
         self.region = region
-        self.state = region.current_state if repeats is None else repeats.state
+        self.state: str = region.current_state if repeats is None else repeats.state
         self._functions = region.functions
         self._updates: frozenset[str] = region.updates if repeats is None else frozenset()
         self._taps = region.taps if repeats is None else ()
@@ -94,19 +95,20 @@ class RegionMode(CallPathMode):
         if quantizers is None:  # inside a custom autograd.Function: one opaque op
             return func(*args, **kwargs)
         if quantizers is UNPLANNED:
+            result = func(*args, **kwargs)
             self.region.note_unplanned(spec.kind, frame)
-            return func(*args, **kwargs)
+            return result
         inputs = quantizers.inputs
         if inputs:
             args, kwargs = map_call_leaves(
-                args, kwargs, lambda index, tensor: self._input(inputs[index], tensor) if index in inputs else tensor
+                args, kwargs, lambda index, tensor: self._quantize(inputs[index], tensor) if index in inputs else tensor
             )
         result = func(*args, **kwargs)
         if quantizers.output is not None and isinstance(result, Tensor):
-            return self._apply(quantizers.output, result)
+            return self._quantize(quantizers.output, result)
         return result
 
-    def _input(self, point: BoundPoint, tensor: Tensor) -> Tensor:
+    def _quantize(self, point: BoundPoint, tensor: Tensor) -> Tensor:
         if self.state == "observe" or not (point.written or point.rewritten):
             return self._apply(point, tensor)
         quantized = self._apply(point, tensor.clone())

@@ -93,9 +93,8 @@ def specialise(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> O
         return OpSpec(spec.kind, "pass")
     if spec.kind == "grid_sample" and _argument(args, kwargs, 2, "mode", "bilinear") == "nearest":
         return OpSpec(spec.kind, "pass")
-    if spec.kind == "pad":
-        if _is_plain_fill(_argument(args, kwargs, 3, "value", 0)):
-            return OpSpec(spec.kind, "quantize")
+    if spec.kind == "pad" and _is_plain_fill(_argument(args, kwargs, 3, "value", 0)):
+        return OpSpec(spec.kind, "quantize")
     if spec.kind in ("max", "min") and isinstance(_argument(args, kwargs, 1, "other", None), Tensor):
         return OpSpec(f"{spec.kind}imum", "quantize")
     if spec.kind == "where" and any(_is_plain_fill(_argument(args, kwargs, i, n, 0)) for i, n in _WHERE_VALUES):

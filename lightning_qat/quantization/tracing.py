@@ -25,7 +25,7 @@ from lightning_qat.quantization.errors import TracingError
 from lightning_qat.quantization.graph_building import GraphBuilder, OperandRecord, OpRecord
 from lightning_qat.quantization.interception import CallPathMode, Intercepted, active_mode
 from lightning_qat.quantization.op_graph import OpGraph, Source
-from lightning_qat.quantization.preservation import preserved
+from lightning_qat.quantization.preservation import preserved, preserved_tensors
 from lightning_qat.quantization.tensor_leaves import call_leaves, is_float, leaves, named_leaves
 from lightning_qat.quantization.torch_functions import (
     MASK_FILL,
@@ -60,7 +60,7 @@ class Call:
 
 
 def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) -> OpGraph:
-    """Trace a module on a few batches and return its ops. The module is left exactly as it was.
+    """Trace a module on a few batches and return its ops. Module and batches are left exactly as they were.
 
     Args:
         target: the module whose forward is the region.
@@ -83,7 +83,8 @@ def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) ->
             for training in (False, True) if train_mode else (False, False):
                 target.train(training)
                 try:
-                    target(*call.args, **call.kwargs)
+                    with preserved_tensors(leaves((call.args, call.kwargs))):
+                        target(*call.args, **call.kwargs)
                 except Exception as error:
                     mode = "train" if training else "eval"
                     raise TracingError(
@@ -142,6 +143,7 @@ class Tracer:
                 output = forward(*args, **kwargs)
         finally:
             mode.calls.clear()
+            self.values.end()
         for path, tensor in named_leaves(output):
             self.builder.leaving(path, tensor, self.values.source(tensor))
         self.builder.end()
@@ -209,7 +211,7 @@ class _Values:
         self._named |= {id(b): Source("buffer", name) for name, b in target.named_buffers()}
         self._produced: dict[int, _Produced] = {}
         self._unknown: dict[int, tuple[Tensor, int]] = {}  # keeps them alive: a tensor met again is a constant
-        self._readers: dict[int, list[OperandRecord]] = {}
+        self._readers: dict[int, tuple[Any, list[OperandRecord]]] = {}
         self._forward = 0
         self.constants: set[str] = set()
         self.carried: dict[str, str] = {}
@@ -218,7 +220,6 @@ class _Values:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start a forward: what earlier ones made is a constant or a state by now."""
         self._forward += 1
-        self._readers.clear()
         self._produced = {key: entry for key, entry in self._produced.items() if entry.tensor() is not None}
         for path, tensor in named_leaves({**{str(i): a for i, a in enumerate(args)}, **kwargs}):
             if id(tensor) not in self._named:
@@ -259,7 +260,8 @@ class _Values:
         The alias tells a use of the result (``y = y.mul_(2)``) from a use of the written tensor (``y.mul_(2)`` alone).
         """
         for tensor in written:
-            for operand in self._readers.pop(_storage(tensor), ()):
+            _, readers = self._readers.pop(_address(tensor), (None, ()))
+            for operand in readers:
                 operand.rewritten = True
             named = self._named.get(id(tensor))
             if named is None:
@@ -279,9 +281,15 @@ class _Values:
         return result
 
     def read(self, inputs: list[Tensor], operands: list[OperandRecord]) -> None:
-        """Remember who read which memory, to know which of it is written afterwards."""
+        """Remember who read which memory, to know which of it is written afterwards. Keeps the memory until the end."""
         for tensor, operand in zip(inputs, operands, strict=True):
-            self._readers.setdefault(_storage(tensor), []).append(operand)
+            address = _address(tensor)
+            if address:
+                self._readers.setdefault(address, (tensor.untyped_storage(), []))[1].append(operand)
+
+    def end(self) -> None:
+        """Let the memory of a forward go."""
+        self._readers.clear()
 
     def _remember(self, tensor: Tensor, source: Source) -> None:
         self._produced[id(tensor)] = _Produced(weakref.ref(tensor), source, _version(tensor), self._forward)
@@ -300,8 +308,8 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _storage(tensor: Tensor) -> int:
-    """Identify the memory of a tensor; 0 where it has none of its own."""
+def _address(tensor: Tensor) -> int:
+    """Address of the memory of a tensor; 0 where it has none of its own."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # sparse, fake and wrapped tensors
@@ -321,10 +329,12 @@ def _makes_mask(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
 
 def has_mask_values(tensor: Tensor) -> bool:
-    """Whether a tensor holds huge negative fills and otherwise moderate values, with nothing in between."""
+    """Whether a tensor holds a few huge negative fills and otherwise moderate values, with nothing in between."""
     if not is_float(tensor) or tensor.numel() < 2 or tensor.is_meta or is_functorch_wrapped_tensor(tensor):
         return False
     lowest, highest = (float(v) for v in tensor.detach().aminmax())
     if not is_mask_fill(lowest) or highest > -MASK_FILL / 10:
         return False
-    return not bool(((tensor > MASK_FILL) & (tensor < MASK_FILL / 10)).any())
+    if bool(((tensor > MASK_FILL) & (tensor < MASK_FILL / 10)).any()):
+        return False
+    return tensor[tensor <= MASK_FILL].unique().numel() <= 4

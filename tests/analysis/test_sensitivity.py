@@ -291,7 +291,7 @@ def test_infinite_elements_of_the_float_output_are_left_out() -> None:
 
 def test_what_cannot_work_is_said(net: tuple[Net, Region, Tensor]) -> None:
     _, region, x = net
-    with pytest.raises(ConfigurationError, match="unknown metric 'sqnr'.*Choices: L1, MSE"):
+    with pytest.raises(ConfigurationError, match=r"unknown metric 'sqnr'.*Choices: L1, MSE"):
         sensitivity(region, [x], metric="sqnr")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="unknown method 'guess'"):
         sensitivity(region, [x], method="guess")  # type: ignore[arg-type]

@@ -50,7 +50,34 @@ class CalibrationRow:
 
 
 def insertion(ops: int) -> InsertionRow:
-    """Insert into a fresh chain and time every stage once."""
+    """Insert into a fresh chain and time every stage once, on one thread: its tensors are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _insertion(ops)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def calibration(float_model: nn.Module, quantized_model: nn.Module, rounds: int) -> CalibrationRow:
+    """Time a calibration pass over one batch, and the derivation of the scales.
+
+    Args:
+        float_model: the reference.
+        quantized_model: a copy, into which fake-quant is inserted.
+        rounds: number of turns of each.
+    """
+    x = torch.randn(BATCH)
+    region = ours_calibrated(quantized_model, x)
+    region.set_state("observe")
+    models = {"float": float_model.eval(), "observe": quantized_model.eval()}
+    with torch.no_grad():
+        timings = interleaved({n: lambda m=m: m(x) for n, m in models.items()}, "float", rounds, 3)
+    seconds = {name: once(lambda n=name: region.compute_scales(n)) for name in ("minmax", "percentile", "mse", "kl")}
+    return CalibrationRow(len(region.fake_quants), timings["observe"], seconds)
+
+
+def _insertion(ops: int) -> InsertionRow:
     model, x = Chain(ops).eval(), torch.randn(2, Chain.WIDTH)
     found: dict[str, object] = {}
     with torch.no_grad():
@@ -79,21 +106,3 @@ def insertion(ops: int) -> InsertionRow:
         computed,
         quantized,
     )
-
-
-def calibration(float_model: nn.Module, quantized_model: nn.Module, rounds: int) -> CalibrationRow:
-    """Time a calibration pass over one batch, and the derivation of the scales.
-
-    Args:
-        float_model: the reference.
-        quantized_model: a copy, into which fake-quant is inserted.
-        rounds: number of turns of each.
-    """
-    x = torch.randn(BATCH)
-    region = ours_calibrated(quantized_model, x)
-    region.set_state("observe")
-    models = {"float": float_model.eval(), "observe": quantized_model.eval()}
-    with torch.no_grad():
-        timings = interleaved({n: lambda m=m: m(x) for n, m in models.items()}, "float", rounds, 3)
-    seconds = {name: once(lambda n=name: region.compute_scales(n)) for name in ("minmax", "percentile", "mse", "kl")}
-    return CalibrationRow(len(region.fake_quants), timings["observe"], seconds)

@@ -183,5 +183,5 @@ VARIANTS = (
     Variant("NNCF", nncf, "none", "nncf"),
     Variant("Brevitas", brevitas, "weights; learned activations", "brevitas"),
     Variant("Brevitas, layerwise", brevitas_layerwise, "weights; learned activations", "brevitas"),
-    Variant("ModelOpt", modelopt, "none", "nvidia-modelopt requests"),
+    Variant("ModelOpt", modelopt, "none", "nvidia-modelopt requests huggingface_hub"),
 )

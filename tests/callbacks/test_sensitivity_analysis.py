@@ -1,0 +1,205 @@
+"""SensitivityAnalysis: what it writes and logs, and that training does not notice it (B1, B2, E)."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_qat.analysis.sensitivity import sensitivity
+from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
+from lightning_qat.quantization.region import find_regions
+from tests.callbacks.analysed_run import Classifier, RandomNumbers, assert_same_run, run, trainer_of
+
+POINTS = {"conv.input0", "conv.weight", "relu_0.output", "mean_0.output", "head.weight"}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"quantization": None, "accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}]
+)
+def test_training_ends_bit_for_bit_as_without_it(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    """Foundation: leaves no trace in weights, optimizer, random numbers, metrics."""
+    callback = SensitivityAnalysis(batches=2, output="logits", max_points=2)
+    assert_same_run(tmp_path, callback, own_metrics="sensitivity/", **kwargs)
+
+
+def test_files_per_epoch_within_the_budget_and_complete_at_the_end(tmp_path: Path) -> None:
+    """B2: sensitivity_epochN.csv and sensitivity.csv."""
+    run(tmp_path, SensitivityAnalysis(max_points=2, metric="SQNR"), max_epochs=3)
+    directory = tmp_path / "lightning_qat"
+    stems = {"sensitivity", *(f"sensitivity_epoch{n}" for n in range(3))}
+    assert {p.name for p in directory.iterdir()} == {f"{s}.{e}" for s in stems for e in ("csv", "txt", "json")}
+    measured = [{row["point"] for row in rows_of(directory / f"sensitivity_epoch{n}.csv")} for n in range(3)]
+    assert [len(points) for points in measured] == [2, 2, 2]
+    assert set().union(*measured) == POINTS  # they take turns
+    final = rows_of(directory / "sensitivity.csv")
+    assert {row["point"] for row in final} == POINTS
+    assert list(final[0])[:5] == ["op_name", "sensitive_type", "op_type", "SQNR", "quant_dtype"]
+    values = [float(row["SQNR"]) for row in final]
+    assert values == sorted(values)
+
+
+def test_result_is_that_of_the_function_on_the_same_inputs(tmp_path: Path) -> None:
+    """B2: at the end of training, against sensitivity() on what the region received."""
+    callback = SensitivityAnalysis(output="logits", batches=3)
+    inputs: list[torch.Tensor] = []
+
+    class Inputs(SensitivityAnalysis):
+        def _captured(self, *args: Any, **kwargs: Any) -> Any:
+            calls = super()._captured(*args, **kwargs)
+            inputs[:] = [call.args[0].clone() for call in calls[""]]
+            return calls
+
+    callback = Inputs(output="logits", batches=3)
+    model, _ = run(tmp_path, callback)
+    assert [len(x) for x in inputs] == [8, 8, 8]
+    expected = sensitivity(find_regions(model)[""], inputs, output="logits")
+    assert callback.result is not None
+    assert [r.point for r in callback.result.rows] == [r.point for r in expected.rows]
+    assert [r.value for r in callback.result.rows] == pytest.approx([r.value for r in expected.rows], rel=1e-9)
+
+
+def test_epochs_are_compared_on_the_same_batches(tmp_path: Path) -> None:
+    """B9: otherwise a change could be that of the data."""
+    seen: list[torch.Tensor] = []
+
+    class Inputs(SensitivityAnalysis):
+        def _captured(self, *args: Any, **kwargs: Any) -> Any:
+            calls = super()._captured(*args, **kwargs)
+            seen.append(calls[""][0].args[0].clone())
+            return calls
+
+    run(tmp_path, Inputs(max_points=2), max_epochs=2)
+    assert len(seen) == 3
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_scalars_and_tables_reach_tensorboard(tmp_path: Path) -> None:
+    """Foundation 8: read back with tensorboard's reader."""
+    callback = SensitivityAnalysis()
+    _, trainer = run(tmp_path, callback, logger=TensorBoardLogger(tmp_path))
+    events = EventAccumulator(str(trainer.log_dir)).Reload()
+    for point in POINTS:
+        assert [event.step for event in events.Scalars(f"sensitivity/MSE/{point}")] == [3, 6]
+    assert "sensitivity/text_summary" in events.Tags()["tensors"]
+    assert "sensitivity/MSE" in events.Tags()["histograms"]
+    assert callback.result is not None
+    assert events.Scalars("sensitivity/max")[-1].value == pytest.approx(callback.result.rows[0].value, rel=1e-6)
+
+
+def test_csv_logger_and_no_logger_work(tmp_path: Path) -> None:
+    """Foundation 8."""
+    with pytest.warns(UserWarning, match="CSVLogger shows no tables"):
+        _, trainer = run(tmp_path, SensitivityAnalysis(metric="Cosine"), logger=CSVLogger(tmp_path))
+    header = (Path(str(trainer.log_dir)) / "metrics.csv").read_text().splitlines()[0]
+    assert "sensitivity/Cosine/head.weight" in header
+    assert "sensitivity/min" in header
+    assert rows_of(Path(str(trainer.log_dir)) / "lightning_qat" / "sensitivity.csv")
+
+
+def test_aggregate_can_be_monitored(tmp_path: Path) -> None:
+    """E: EarlyStopping."""
+    stopping = EarlyStopping("sensitivity/max", check_on_train_epoch_end=True)
+    run(tmp_path, SensitivityAnalysis(), stopping)
+    assert stopping.best_score.isfinite()
+
+
+def test_target_inside_the_module_is_analysed_by_its_own_names(tmp_path: Path) -> None:
+    callback = SensitivityAnalysis()
+    run(tmp_path, callback, quantization=QuantizationAwareTraining(target=["conv", "head"]))
+    assert callback.result is not None
+    assert {row.region for row in callback.result.rows} == {"conv", "head"}
+    assert callback.result.points == len(callback.result.rows)
+
+
+def test_turns_go_on_after_a_resume(tmp_path: Path) -> None:
+    """Foundation 7."""
+    _, trainer = run(tmp_path, SensitivityAnalysis(max_points=2), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    resumed = SensitivityAnalysis(max_points=2)
+    trainer_of(tmp_path, resumed, max_epochs=2).fit(Classifier(), ckpt_path=tmp_path / "one.ckpt")
+    directory = tmp_path / "lightning_qat"
+    points = [{row["point"] for row in rows_of(directory / f"sensitivity_epoch{n}.csv")} for n in (0, 1)]
+    assert not points[0] & points[1]
+
+
+def test_unknown_output_is_an_error_before_the_first_training_step(tmp_path: Path) -> None:
+    """B1, bad input."""
+    steps = RandomNumbers()
+    with pytest.raises(MisconfigurationException, match=r"no output 'logit'. Did you mean 'logits'.*features"):
+        run(tmp_path, SensitivityAnalysis(output="logit"), steps)
+    assert not steps.drawn
+
+
+def test_post_processing_is_applied(tmp_path: Path) -> None:
+    """B1."""
+    callback = SensitivityAnalysis(output="logits", post_process=torch.sigmoid)
+    run(tmp_path, callback, max_epochs=1)
+    assert callback.result is not None
+    assert callback.result.output == "output 'logits' after sigmoid"
+
+
+def test_schedule_can_be_overridden(tmp_path: Path) -> None:
+    class Second(SensitivityAnalysis):
+        def should_analyse(self, trainer: Trainer) -> bool:
+            return trainer.current_epoch == 1
+
+    run(tmp_path, Second(), max_epochs=3)
+    assert {p.stem for p in (tmp_path / "lightning_qat").iterdir()} == {"sensitivity", "sensitivity_epoch1"}
+
+
+def test_step_that_fails_in_the_analysis_leaves_the_module_as_it_was(tmp_path: Path) -> None:
+    class Failing(SensitivityAnalysis):
+        def _captured(self, *args: Any, **kwargs: Any) -> Any:
+            super()._captured(*args, **kwargs)
+            raise ZeroDivisionError
+
+    state: dict[str, Any] = {}
+
+    class Watching(Failing):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            modes, rng = [m.training for m in pl_module.modules()], torch.get_rng_state()
+            with pytest.raises(ZeroDivisionError):
+                super().on_train_epoch_end(trainer, pl_module)
+            state["same"] = modes == [m.training for m in pl_module.modules()] and torch.equal(
+                rng, torch.get_rng_state()
+            )
+            state["log"] = "log" in pl_module.__dict__
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        run(tmp_path, Watching())
+    assert state == {"same": True, "log": False}
+
+
+def test_bad_arguments_and_a_missing_callback_are_refused(tmp_path: Path) -> None:
+    """Bad input: one clear error before training."""
+    with pytest.raises(MisconfigurationException, match=r"unknown metric 'SQRN'.*'SQNR'"):
+        SensitivityAnalysis(metric="SQRN")  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match=r"max_points=0\): must be at least 1"):
+        SensitivityAnalysis(max_points=0)
+    trainer = Trainer(
+        accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[SensitivityAnalysis()], fast_dev_run=True
+    )
+    with pytest.raises(MisconfigurationException, match="SensitivityAnalysis needs fake-quants"):
+        trainer.fit(Classifier())
+
+
+def test_run_that_is_never_quantized_is_said_to_have_no_analysis(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="ended before there were scales"):
+        run(tmp_path, SensitivityAnalysis(), quantization=QuantizationAwareTraining(start_epoch=5))
+    assert not (tmp_path / "lightning_qat").exists()

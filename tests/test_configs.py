@@ -1,0 +1,82 @@
+"""Every file in configs/ runs (foundation 8), and the YAML block of the README is one of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from examples.digits import main
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+# what each addition to somebody's own config needs before it
+ADDITIONS = {
+    "quantization_aware_training": ["quantization_aware_training", "calibration"],
+    "calibration": ["quantization_aware_training", "calibration"],
+    "zero_lr_finetune": ["quantization_aware_training", "calibration", "zero_lr_finetune"],
+    "float_finetune": ["quantization_aware_training", "calibration", "float_finetune"],
+    "layer_statistics": ["quantization_aware_training", "calibration", "layer_statistics"],
+    "sensitivity_analysis": ["quantization_aware_training", "calibration", "sensitivity_analysis"],
+    "accuracy_table": ["quantization_aware_training", "calibration", "accuracy_table"],
+    "all_callbacks": ["all_callbacks"],
+}
+RUNS = {"digits_float": "fit", "digits_int8": "fit", "digits_int16": "validate"}
+
+
+def run(subcommand: str, configs: list[Path], root: Path, *extra: str) -> None:
+    """Run the example on a few batches, with everything it writes below ``root``."""
+    args = [subcommand, *(f"--config={path}" for path in configs), f"--trainer.default_root_dir={root}"]
+    args += ["--trainer.limit_val_batches=1", "--trainer.limit_train_batches=2", "--trainer.enable_progress_bar=false"]
+    if subcommand == "fit":
+        args += ["--trainer.max_epochs=1"]
+    main([*args, *extra])
+
+
+@pytest.mark.parametrize("name", sorted(ADDITIONS))
+def test_config_works_after_a_project_of_its_own(name: str, tmp_path: Path) -> None:
+    """E: a callback is added to a LightningCLI project by one more --config."""
+    project = tmp_path / "project.yaml"
+    project.write_text(
+        yaml.safe_dump({"trainer": {"accelerator": "cpu", "logger": False, "callbacks": [{"class_path": "Timer"}]}})
+    )
+    run("fit", [project, *(CONFIGS / f"{n}.yaml" for n in ADDITIONS[name])], tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(RUNS))
+def test_digits_config_runs(name: str, tmp_path: Path, digits_float_checkpoint: Path) -> None:
+    """Foundation 8: the digits runs work from YAML alone; paths below logs/ are moved to a temporary directory."""
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    text = text.replace("logs/digits/float/float.ckpt", str(digits_float_checkpoint)).replace(
+        "logs/digits", str(tmp_path)
+    )
+    config = tmp_path / f"{name}.yaml"
+    config.write_text(text)
+    run(RUNS[name], [config], tmp_path)
+    if name != "digits_float":
+        assert (tmp_path / "lightning_qat" / "result_table.json").is_file()
+
+
+def test_every_config_is_in_this_test() -> None:
+    """A new config has to be run too."""
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*ADDITIONS, *RUNS}
+
+
+def test_yaml_block_of_the_readme_works_as_it_is(tmp_path: Path, digits_float_checkpoint: Path) -> None:
+    """The block is pasted into a project that has never heard of this package but for the import."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    block = next(b for b in blocks if "QuantizationAwareTraining" in b)
+    config = tmp_path / "readme.yaml"
+    config.write_text(block.replace("float.ckpt", str(digits_float_checkpoint)))
+    run("fit", [config], tmp_path, "--trainer.accelerator=cpu", "--trainer.logger=false")
+
+
+def test_config_with_a_missing_float_checkpoint_says_so(tmp_path: Path) -> None:
+    """Bad input: init_from names a file that does not exist."""
+    config = tmp_path / "c.yaml"
+    config.write_text((CONFIGS / "digits_int16.yaml").read_text().replace("logs/digits/float", str(tmp_path)))
+    with pytest.raises(MisconfigurationException, match=r"there is no file .*float\.ckpt"):
+        run("validate", [config], tmp_path)
