@@ -11,6 +11,8 @@ ordinary LightningCLI project; quantization-aware training comes from the YAML f
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -173,6 +175,7 @@ class DigitsClassifier(LightningModule):
 
 def main(args: ArgsType = None) -> None:
     """Run LightningCLI on the command line, or on ``args``."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.13, at every data loader
     LightningCLI(DigitsClassifier, DigitsDataModule, seed_everything_default=0, args=args)
 
 

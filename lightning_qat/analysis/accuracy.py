@@ -167,13 +167,12 @@ class ResultTable:
             wanted = target.get(metric) if isinstance(target, Mapping) else target if metric in scores else None
             value = None if wanted is None else target_value(metric, baseline, wanted)
             reached = [columns[_column(run, s)][metric] for s in own if metric in columns[_column(run, s)]]
-            passed = None
-            if value is not None and reached:
-                passed = reached[-1] <= value if is_worse_when_larger(metric) else reached[-1] >= value
             values = {name: stage[metric] for name, stage in columns.items() if metric in stage}
+            passed = _reaches(metric, reached[-1], value) if value is not None and reached else None
             rows.append(AccuracyRow(metric, baseline, value, values, passed))
         stage = f"{run} {own[-1]}" if own else run
-        return AccuracyResult(tuple(rows), tuple(columns), run, own, _sentence(rows, stage, target))
+        calibrated = self.runs.get(run, {}).get("calibrated", {}) if own and own[-1] != "calibrated" else {}
+        return AccuracyResult(tuple(rows), tuple(columns), run, own, _sentence(rows, stage, target, calibrated))
 
 
 def target_value(metric: str, float_value: float | None, target: Target) -> float | None:
@@ -218,16 +217,25 @@ def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name} ({number})"
 
 
-def _sentence(rows: list[AccuracyRow], stage: str, target: Target | Mapping[str, Target] | None) -> str:
+def _sentence(
+    rows: list[AccuracyRow],
+    stage: str,
+    target: Target | Mapping[str, Target] | None,
+    calibrated: Mapping[str, float],
+) -> str:
     judged = [row for row in rows if row.passed is not None]
     failed = [row for row in judged if not row.passed]
     parts = []
     if failed:
         missed = ", ".join(f"{row.metric} (needs {row.target:.5g})" for row in failed)
-        parts.append(
-            f"{stage}: target missed for {missed}. Next: SensitivityAnalysis, and overrides that raise its first "
-            "points to int16."
+        parts.append(f"{stage}: target missed for {missed}.")
+        by_training = all(
+            row.target is not None
+            and row.metric in calibrated
+            and _reaches(row.metric, calibrated[row.metric], row.target)
+            for row in failed
         )
+        parts.append(_TRAINING_LOST_IT if by_training else _QUANTIZATION_LOST_IT)
     elif judged:
         parts.append(f"{stage}: target reached for {', '.join(row.metric for row in judged)}.")
     unknown = [row.metric for row in rows if row.float_value is None]
@@ -239,3 +247,14 @@ def _sentence(rows: list[AccuracyRow], stage: str, target: Target | Mapping[str,
             "Write the value to reach (target: 0.97), or evaluate the calibrated model before it is trained."
         )
     return " ".join(parts) or f"{stage}: none of these metrics has a target."
+
+
+_TRAINING_LOST_IT = (
+    "Calibration alone reaches it, so training has lost it and not quantization: list ZeroLRFinetune() and "
+    "FloatFinetune() before you change learning rate or dtypes."
+)
+_QUANTIZATION_LOST_IT = "Next: list SensitivityAnalysis(), and raise its first points to int16 with overrides."
+
+
+def _reaches(metric: str, value: float, target: float) -> bool:
+    return value <= target if is_worse_when_larger(metric) else value >= target

@@ -160,7 +160,10 @@ def cannot_tell(reason: str) -> PipelineResult:
     return PipelineResult((), "cannot tell", f"cannot tell: {reason}")
 
 
-_NO_METRIC = "the evaluation logs no finite number to judge by. Log one in validation_step: self.log('val_acc', ...)."
+_NO_METRIC = (
+    "the evaluation logs no finite number to judge by. Log one in validation_step, self.log('val_acc', ...), and give "
+    "it batches (limit_val_batches)."
+)
 
 
 def _float_model(float_model: Measurement, reference: Mapping[str, float]) -> tuple[list[PipelineRow], list[_Finding]]:

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.data_connector import (
     _DataLoaderSource,
     _parse_num_batches,
@@ -145,6 +146,11 @@ def optimizer_counts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tupl
         return len(trainer.optimizers), len(trainer.lr_scheduler_configs)
     optimizers, schedulers = _init_optimizers_and_lr_schedulers(pl_module)
     return len(optimizers), len(schedulers)
+
+
+def runs_in_child_processes(trainer: pl.Trainer) -> bool:
+    """Whether the strategy trains a copy of the module in other processes (spawn, fork, notebook)."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:

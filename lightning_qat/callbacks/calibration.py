@@ -105,7 +105,7 @@ class Calibration(Callback):
         )
 
     def calibrate_if_needed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrate unless there are scales. QuantizationAwareTraining calls this if it is about to quantize without."""
+        """Calibrate unless there are scales. QuantizationAwareTraining calls this if it would quantize without."""
         if not self.should_calibrate(trainer, pl_module):
             return
         with misconfiguration():

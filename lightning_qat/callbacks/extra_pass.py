@@ -101,7 +101,8 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, *, trains: b
     """Run a block that may call the module's steps: no logging, and nothing of the run is changed by it.
 
     Put back exactly: random state, train/eval flag of every submodule, buffers, attributes (lists a step appends to,
-    torchmetrics), ``log``, the trainer's stage, gradients. Not known are objects of other classes that a step changes.
+    torchmetrics), ``log``, the trainer's stage, gradients. No scale follows the data meanwhile. Not known are objects
+    of other classes that a step changes.
 
     Args:
         trainer: the running trainer.
@@ -118,6 +119,8 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, *, trains: b
         stack.enter_context(preserved(pl_module))
         stack.enter_context(preserved_parameters(pl_module) if trains else nullcontext())
         stack.enter_context(muted_logging(pl_module))
+        for region in find_regions(pl_module).values():
+            stack.enter_context(region.state(region.current_state, updates=()))
         for parameter, _ in gradients:
             parameter.grad = None
         try:
@@ -170,13 +173,31 @@ def analysis_batches(
 
 
 def run_step(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBatch, stage: str = "validate") -> Any:
-    """Run the step of a stage on one batch; without that step, another one that the module has.
+    """Run the step of a stage on one batch; without that step, or if it cannot read the batch, another one.
 
     The module's hooks around evaluation steps run too, as steps depend on what they prepare (callbacks' hooks do not).
     Autocast is as in the run; gradients are not tracked unless ``stage`` is ``train``. Calls that only manual
     optimization makes (``self.optimizers()``, ``self.manual_backward()``) do nothing.
     """
     name = _step_name(pl_module, extra, stage)
+    if name != "validation_step" or extra.source != "train" or not _compat.is_overridden("training_step", pl_module):
+        return _run(trainer, pl_module, extra, stage, name)
+    try:
+        return _run(trainer, pl_module, extra, stage, name)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        try:  # batches of training that evaluation cannot read, such as those of several loaders
+            return _run(trainer, pl_module, extra, stage, "training_step")
+        except Exception as second:
+            raise MisconfigurationException(
+                f"training batches do not fit the validation step of {type(pl_module).__name__} ({error!r}), and its "
+                f"training step fails outside of training ({second!r}): give the datamodule (or the module) a "
+                "calibration_dataloader() whose batches look like those of validation."
+            ) from error
+
+
+def _run(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBatch, stage: str, name: str) -> Any:
     start_hooks, before, after = _HOOKS[name]
     plugin = trainer.precision_plugin
     tracked = torch.enable_grad() if stage == "train" else torch.no_grad()

@@ -49,7 +49,7 @@ def inert_optimization(trainer: pl.Trainer, pl_module: pl.LightningModule) -> It
 
 
 class _Inert:
-    """Stands for an optimizer or a scheduler: every method does nothing, ``with`` works, a closure still runs."""
+    """Stands for an optimizer or a scheduler: everything on it does nothing, ``with`` works, a closure still runs."""
 
     param_groups: tuple[dict[str, Any], ...] = ()
 
@@ -59,7 +59,10 @@ class _Inert:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return lambda *args, **kwargs: self
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
 
     def __enter__(self) -> _Inert:
         return self

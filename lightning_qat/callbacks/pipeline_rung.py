@@ -96,7 +96,6 @@ class PipelineRung(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._done:
-            self._done = True
             rank_zero_warn(
                 f"{type(self).__name__}(at_epoch={self.at_epoch}) did not run: this training had no start of that "
                 "epoch. Write an at_epoch that is still to come."
@@ -133,7 +132,7 @@ class PipelineRung(Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_result(result, directory, self.name, formats=("txt", "json"))
         log_table(trainer.loggers, self.name, result, steps_taken(trainer))
-        show(result, console_of(trainer))
+        show(result, console_of(trainer), note=result.verdict == "healthy")  # else it is a warning
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -256,6 +256,11 @@ class QuantizationAwareTraining(Callback):
                 if isinstance(callback, Calibration):  # listed later, or a schedule that starts within an epoch
                     callback.calibrate_if_needed(trainer, pl_module)
         for path, region in regions.items():
+            if not region.is_calibrated and any(r.is_calibrated for r in regions.values()):
+                raise MisconfigurationException(
+                    f"the calibration data never reached target {path!r}, so it has no scales: leave it out of target "
+                    "(if only training calls it), or give the datamodule a calibration_dataloader() that reaches it."
+                )
             if not region.is_calibrated:
                 raise MisconfigurationException(
                     f"the fake-quants of {path or type(pl_module).__name__} have no scales: add "

@@ -151,7 +151,7 @@ class _CallRecorder:
         self.stage = ""
         self.calls: dict[str, list[Call]] = {}
         self.outermost: dict[str, list[str]] = {}
-        self._stages: dict[str, set[str]] = {}
+        self._called: dict[str, set[str]] = {}
         self._models: set[str] = set()
         self.total = 0
 
@@ -192,11 +192,11 @@ class _CallRecorder:
         takes_part = path == "" or (
             any(True for _ in self._modules[path].parameters()) and bool(leaves((call.args, call.kwargs)))
         )
+        self._called.setdefault(self.stage, set()).add(path)
         if outermost and takes_part and path not in self.outermost.setdefault(self.stage, []):
             self.outermost[self.stage].append(path)
         if (outermost and takes_part) if self._wanted is None else path in self._wanted:
             self.calls.setdefault(path, []).append(call)
-            self._stages.setdefault(path, set()).add(self.stage)
             self.total += 1
         if not (isinstance(result, Tensor) and result.dim() == 0):
             self._models.add(path)
@@ -205,23 +205,28 @@ class _CallRecorder:
         """The module itself if every step calls it, else the outermost submodules with parameters that take tensors.
 
         A step may call ``self(x)`` where another calls ``self.net(x)``: then ``net`` is what both run through, and
-        with the module as target the other step would stay float. Modules that only return single numbers are losses.
+        with the module as target the other step would stay float. What only training calls is not deployed, and modules
+        that only return single numbers are losses: no targets.
         """
-        stages = [[p for p in paths if p in self._models] or paths for paths in self.outermost.values()]
-        if any("" in paths for paths in stages) and all("" in paths or not paths for paths in stages):
+        stages = {
+            stage: [path for path in paths if path in self._models] or paths for stage, paths in self.outermost.items()
+        }
+        if any("" in paths for paths in stages.values()) and all("" in paths for paths in stages.values()):
             return [""]
-        found = list(dict.fromkeys(path for paths in stages for path in paths if path))
+        found = list(dict.fromkeys(path for paths in stages.values() for path in paths if path))
+        evaluated = [self._called[stage] for stage in stages if stage != "train"]
+        found = [path for path in found if all(path in called for called in evaluated)]
         return [path for path in found if not any(other.startswith(path + ".") for other in found)]
 
     def warn_about_float_stages(self, pl_module: pl.LightningModule, wanted: list[str]) -> None:
         """Say which step does not run through a target: it stays float."""
         for path in wanted:
             for stage in self.outermost:
-                if self.outermost[stage] and stage not in self._stages[path]:
+                if self.outermost[stage] and path not in self._called[stage]:
                     rank_zero_warn(
                         f"target {path or type(pl_module).__name__!r} is not called by the {stage} step, which stays "
-                        f"float (it calls {', '.join(repr(p) for p in self.outermost[stage])}). If that is not intended, "
-                        "set target: to a submodule that all steps call."
+                        f"float (it calls {', '.join(repr(p) for p in self.outermost[stage])}). If that is not "
+                        "intended, set target: to a submodule that all steps call."
                     )
 
 

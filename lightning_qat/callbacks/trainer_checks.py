@@ -25,6 +25,8 @@ def check_trainer(trainer: pl.Trainer, callback: QuantizationAwareTraining, stag
     Raises:
         MisconfigurationException: they cannot work.
     """
+    from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+
     if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
         raise MisconfigurationException(
             f"QuantizationAwareTraining does not work with {type(trainer.strategy).__name__} yet: it shards the "
@@ -36,8 +38,14 @@ def check_trainer(trainer: pl.Trainer, callback: QuantizationAwareTraining, stag
             "sync_batchnorm=False; if the batches of one rank are too small for their own statistics, also "
             "QuantizationAwareTraining(freeze_batch_norm_after=0), which keeps those of the float model."
         )
+    if stage == "fit" and _compat.runs_in_child_processes(trainer):
+        rank_zero_warn(
+            "this strategy trains in child processes: afterwards the module of this process has the new weights, but "
+            "no fake-quants. Add ModelCheckpoint, and go on with ckpt_path= or lightning_qat.load_quantized.",
+            category=PossibleUserWarning,
+        )
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    if sum(hasattr(other, "should_quantize") for other in callbacks) > 1:
+    if sum(isinstance(other, QuantizationAwareTraining) for other in callbacks) > 1:
         raise MisconfigurationException(
             "there are several QuantizationAwareTraining callbacks: use one, with target: [a, b] and overrides."
         )

@@ -44,10 +44,10 @@ class TrainingCopy:
     ) -> None:
         self._trainer = trainer
         self._original = pl_module
-        optimizers = [_bare(optimizer) for optimizer in trainer.optimizers]
-        self.module, self._optimizers, self._schedulers = copy.deepcopy(
-            (pl_module, optimizers, list(trainer.lr_scheduler_configs))
-        )
+        memo: dict[int, Any] = {}  # one for all, so that the copies refer to each other
+        self.module = copy.deepcopy(pl_module, memo)
+        self._optimizers = [_copied_optimizer(_bare(optimizer), memo) for optimizer in trainer.optimizers]
+        self._schedulers = copy.deepcopy(list(trainer.lr_scheduler_configs), memo)
         self.module.trainer = trainer
         # a step may ask for the optimizers, to log their learning rate: never give it those of the run
         schedulers = [config.scheduler for config in self._schedulers]
@@ -220,6 +220,15 @@ class TrainingCopy:
 def _bare(optimizer: Any) -> Optimizer:
     """The torch optimizer inside Lightning's wrapper, whose step would go through the strategy."""
     return cast(Optimizer, getattr(optimizer, "_optimizer", optimizer))
+
+
+def _copied_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
+    """Copy an optimizer with the attributes that ``Optimizer.__getstate__`` forgets (those of LBFGS, SAM ...)."""
+    copied = copy.deepcopy(optimizer, memo)
+    for name, value in vars(optimizer).items():
+        if name not in vars(copied) and name != "step":  # a scheduler has put its own step there, bound to the original
+            setattr(copied, name, copy.deepcopy(value, memo))
+    return copied
 
 
 def _one_or_all(values: list[Any]) -> Any:

@@ -32,7 +32,7 @@ def unknown_choice(what: str, value: object, choices: Iterable[str]) -> Configur
 
     Example:
         >>> str(unknown_choice("dtype", "int18", ["int8", "int16"]))
-        "unknown dtype 'int18': did you mean 'int16', 'int8'? Choices: int8, int16."
+        "unknown dtype 'int18': did you mean 'int8', 'int16'? Choices: int8, int16."
     """
     names = list(choices)
     near = near_names(value, names)

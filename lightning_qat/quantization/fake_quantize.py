@@ -195,6 +195,15 @@ class FakeQuantize(torch.nn.Module):
         ratio = ratio.to(low.device)
         self._write_range(low * ratio[0], high * ratio[1])
 
+    @torch.no_grad()
+    @torch.inference_mode(False)
+    def set_averages(self, averages: Tensor) -> None:
+        """Replace the moving averages of the range, ``(2, channels)``, and take the scale from them (over ranks)."""
+        self.statistics.averages = averages
+        low, high = self.statistics.ema_range
+        ratio = self._ema_ratio.to(low.device)
+        self._write_range(low * ratio[0], high * ratio[1])
+
     def reset_statistics(self) -> None:
         """Forget what was observed, to calibrate anew; the scale stays."""
         self.statistics.reset()

@@ -86,6 +86,16 @@ class Statistics:
         self._ema = torch.where(batch.isfinite(), moved, self._ema)
         return self._ema[0], self._ema[1]
 
+    @property
+    def averages(self) -> Tensor:
+        """The moving averages in one tensor, ``(2, channels)``: smallest values, largest values."""
+        return self._ema
+
+    @averages.setter
+    def averages(self, value: Tensor) -> None:
+        with torch.inference_mode(False):
+            self._ema = value.to(self._ema.device, torch.float64, copy=True)
+
     def merge(self, other: Statistics) -> None:
         """Add what ``other`` has observed; moving averages are averaged by their number of batches.
 

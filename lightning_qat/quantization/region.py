@@ -12,16 +12,19 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lightning_qat.quantization.activation_checkpointing import RunningRegion
 from lightning_qat.quantization.call_path import CallPaths, ScopeNode, user_location
 from lightning_qat.quantization.errors import ConfigurationError, PlanMismatchError, unknown_choice
+from lightning_qat.quantization.fake_quant_dict import FakeQuantDict
 from lightning_qat.quantization.fake_quantize import FakeQuantize
+from lightning_qat.quantization.histogram import reduce_device
 from lightning_qat.quantization.interception import CallPathMode, FunctionTable, Intercepted, active_mode
 from lightning_qat.quantization.op_graph import OpGraph
-from lightning_qat.quantization.plan import PLAN_VERSION, PointPlan, QuantPlan
+from lightning_qat.quantization.plan import PLAN_VERSION, QuantPlan
 from lightning_qat.quantization.plan_compatibility import rebound
-from lightning_qat.quantization.region_mode import UNPLANNED, BoundPoint, OpQuantizers, RegionMode
+from lightning_qat.quantization.region_mode import UNPLANNED, OpQuantizers, RegionMode, bind
 
 State = Literal["off", "observe", "quantize"]
 Updates = Literal["weight", "activation"]
@@ -63,38 +66,21 @@ class Region(nn.Module):
         self.graph = graph
         self.plan = plan
         self.unplanned.clear()
+        self._stored: dict[str, Any] | None = None
         tensors = itertools.chain(self.target.parameters(), self.target.buffers())
         device = next((t.device for t in tensors), torch.device("cpu"))
-        self.fake_quants = nn.ModuleDict(
-            {_escape(p.name): _fake_quant(p) for p in plan.points if p.same_as is None}
-        ).to(device)
+        self.fake_quants = FakeQuantDict(plan).to(device)
         self.fake_quants.train(self.target.training)
         self._bind()
 
     @property
     def points(self) -> dict[str, FakeQuantize]:
         """The fake-quant of every point; weights that are used twice share one."""
-        modules = dict(self.fake_quants.items())
-        return {p.name: modules[_escape(p.same_as or p.name)] for p in self.plan.points}  # type: ignore[misc]
+        return self.fake_quants.by_point(self.plan)
 
     def _bind(self) -> None:
         self.call_paths = CallPaths(self.target, self._find)
-        self._quantizers: dict[str, OpQuantizers] = {op.key: OpQuantizers() for op in self.graph.ops}
-        points = self.points
-        by_name = self.graph.by_name
-        operands = (operand for op in self.graph.ops for operand in op.operands if operand.written)
-        written = {s.name for operand in operands for s in operand.sources if s.kind == "op"}
-        written_again = {name for name in written if by_name[name].inplace}
-        for point in self.plan.points:
-            op, fake_quant = by_name[point.op], points[point.name]
-            quantizers = self._quantizers[op.key]
-            if point.role == "output":
-                quantizers.output = BoundPoint(point.name, fake_quant, written=op.name in written_again)
-            else:
-                operand = next(o for o in op.operands if o.index == point.operand)
-                quantizers.inputs[point.operand] = BoundPoint(
-                    point.name, fake_quant, point.is_weight, operand.written, operand.rewritten
-                )
+        self._quantizers = bind(self.graph, self.plan, self.points)
 
     def _find(self, digest: str, node: ScopeNode, kind: str) -> OpQuantizers:
         return self._quantizers.get(digest, UNPLANNED)
@@ -214,22 +200,22 @@ class Region(nn.Module):
         return tuple(without_data)
 
     def synchronize_scales(self) -> None:
-        """Give all ranks the same activation scales: their mean. For scales that follow each rank's own batches."""
+        """Give all ranks the same activation scales, for scales that follow each rank's own batches.
+
+        The moving averages themselves are averaged, in one reduction, so that a checkpoint of any rank is that of all.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
         points = self.points
         moving = [points[p.name] for p in self.plan.points if not p.is_weight]
         moving = [f for f in moving if f.scale_source not in (None, "fixed")]
-        if not moving or not (dist.is_available() and dist.is_initialized()):
+        if not moving:
             return
-        values = torch.cat([t.reshape(-1).float() for f in moving for t in (f.scale, f.zero_point)])
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-        position = 0
-        with torch.no_grad(), torch.inference_mode(False):
-            for fake_quant in moving:
-                for buffer in (fake_quant.scale, fake_quant.zero_point):
-                    mean = values[position : position + buffer.numel()].reshape(buffer.shape)
-                    buffer.copy_(mean if buffer.dtype.is_floating_point else mean.round())
-                    position += buffer.numel()
+        averages = torch.stack([f.statistics.averages for f in moving]).to(reduce_device(None), torch.float32)
+        dist.all_reduce(averages)
+        averages /= dist.get_world_size()
+        for fake_quant, average in zip(moving, averages, strict=True):
+            fake_quant.set_averages(average)
 
     @property
     def is_calibrated(self) -> bool:
@@ -271,7 +257,13 @@ class Region(nn.Module):
             mode.calls.clear()
 
     def note_unplanned(self, kind: str, frame: FrameType) -> None:
-        """Count an op that was not seen while tracing; it runs in float and is reported once per place."""
+        """Count an op that was not seen while tracing; it runs in float and is reported once per place.
+
+        Not reported is what pruning computes from a parameter, and started to compute after tracing: the product is
+        quantized where it is used, by the weight's own fake-quant.
+        """
+        if frame.f_code.co_filename == prune.__file__:
+            return
         location = f"{kind} at {user_location(frame)}"
         count = self.unplanned.get(location, 0)
         self.unplanned[location] = count + 1
@@ -293,14 +285,13 @@ class Region(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Plan, graph and statistics as primitives and tensors."""
-        modules = dict(self.fake_quants.items())
+        if self._stored is None:
+            self._stored = {"version": PLAN_VERSION, "graph": self.graph.to_dict(), "plan": self.plan.to_dict()}
         return {
-            "version": PLAN_VERSION,
-            "graph": self.graph.to_dict(),
-            "plan": self.plan.to_dict(),
+            **self._stored,
             "statistics": {
-                p.name: modules[_escape(p.name)].get_statistics_state()  # type: ignore[operator]
-                for p in self.plan.points
+                p.name: fake_quant.get_statistics_state()
+                for p, fake_quant in zip(self.plan.points, self.points.values(), strict=True)
                 if p.same_as is None
             },
         }
@@ -315,15 +306,15 @@ class Region(nn.Module):
         if plan != self.plan:
             graph = rebound(graph, self._traced_graph) if self._traced_graph is not None else graph
             self.set_plan(graph, plan)
-        modules = dict(self.fake_quants.items())
+        points = self.points
         for name, statistics in state["statistics"].items():
-            modules[_escape(name)].load_statistics_state(statistics)  # type: ignore[operator]
+            points[name].load_statistics_state(statistics)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         for cache in ("call_paths", "functions", "_quantizers"):  # rebuilt on the other side; hold code objects
             state.pop(cache, None)
-        return {**state, "taps": ()}
+        return {**state, "taps": (), "_stored": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -376,21 +367,3 @@ def find_regions(module: nn.Module) -> dict[str, Region]:
         for name, child in module.named_modules()
         if isinstance(child, Region)
     }
-
-
-def _fake_quant(point: PointPlan) -> FakeQuantize:
-    return FakeQuantize(
-        point.dtype,
-        scheme=point.scheme,  # type: ignore[arg-type]
-        axis=point.axis,
-        channels=point.channels,
-        observer=point.observer,  # type: ignore[arg-type]
-        percentile=point.percentile,
-        fixed_scale=point.fixed_scale,
-        narrow_range=point.narrow_range,
-    )
-
-
-def _escape(name: str) -> str:
-    """Module names cannot contain dots; slashes keep them readable."""
-    return name.replace(".", "/")

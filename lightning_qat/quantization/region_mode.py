@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_qat.quantization.call_path import ScopeNode
 from lightning_qat.quantization.fake_quantize import FakeQuantize
 from lightning_qat.quantization.interception import CallPathMode
+from lightning_qat.quantization.op_graph import OpGraph
+from lightning_qat.quantization.plan import QuantPlan
 from lightning_qat.quantization.tensor_leaves import map_call_leaves
 
 if TYPE_CHECKING:
@@ -60,6 +62,24 @@ class OpQuantizers:
 
 UNPLANNED = OpQuantizers()
 """Stands for an op the plan does not know."""
+
+
+def bind(graph: OpGraph, plan: QuantPlan, points: Mapping[str, FakeQuantize]) -> dict[str, OpQuantizers]:
+    """Return the fake-quants of every op of the graph by its run-time identity."""
+    bound = {op.key: OpQuantizers() for op in graph.ops}
+    operands = (operand for op in graph.ops for operand in op.operands if operand.written)
+    written = {s.name for operand in operands for s in operand.sources if s.kind == "op"}
+    for point in plan.points:
+        op, fake_quant = graph.by_name[point.op], points[point.name]
+        if point.role == "output":
+            written_again = op.inplace and op.name in written
+            bound[op.key].output = BoundPoint(point.name, fake_quant, written=written_again)
+        else:
+            operand = next(o for o in op.operands if o.index == point.operand)
+            bound[op.key].inputs[point.operand] = BoundPoint(
+                point.name, fake_quant, point.is_weight, operand.written, operand.rewritten
+            )
+    return bound
 
 
 class RegionMode(CallPathMode):

@@ -30,7 +30,6 @@ from lightning_qat.quantization.tensor_leaves import call_leaves, is_float, leav
 from lightning_qat.quantization.torch_functions import (
     MASK_FILL,
     STATISTICS,
-    OpSpec,
     is_interceptable,
     is_mask_fill,
     spec_of,
@@ -197,7 +196,7 @@ class _TracingMode(CallPathMode):
             refined = specialise(spec, args, kwargs)
             location = user_location(frame)
             known = record.observe(refined, location, args, kwargs, operands, outputs, written)
-            record.mask = record.mask or _makes_mask(spec, args, kwargs, outputs)
+            record.mask = record.mask or _makes_mask(args, kwargs, outputs)
             result = values.produced(record, result, outputs, written)
             values.read(inputs, known)
         return iter(result) if spec.kind == "iter" else result
@@ -266,7 +265,7 @@ class _Values:
             named = self._named.get(id(tensor))
             if named is None:
                 self._remember(tensor, Source("mutated", record.key))
-            elif record.spec.kind not in STATISTICS:
+            elif record.spec.kind not in STATISTICS and is_float(tensor):
                 self.changing.add(named.name)
         if isinstance(result, Tensor) and any(result is tensor for tensor in written):
             record.inplace = True
@@ -316,25 +315,30 @@ def _address(tensor: Tensor) -> int:
         return 0
 
 
-def _makes_mask(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> bool:
-    """Whether an op fills with huge negative numbers, or turns a huge factor into such fills (``(m - 1) * 1e9``)."""
+def _makes_mask(args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> bool:
+    """Whether an op fills with huge negative numbers, or turns a large scalar into such fills (``(m - 1) * 1e9``)."""
     scalars = [v for v in (*args, *kwargs.values()) if isinstance(v, (int, float))]
     if any(map(is_mask_fill, scalars)):
         return True
-    return (
-        spec.kind in ("mul", "div")
-        and any(abs(v) >= -MASK_FILL for v in scalars)
-        and any(map(has_mask_values, outputs))
-    )
+    return any(abs(v) >= -_SMALL_FILL for v in scalars) and any(map(has_mask_values, outputs))
+
+
+_SMALL_FILL = -50.0  # exp(-50) is nothing; Swin masks with -100
 
 
 def has_mask_values(tensor: Tensor) -> bool:
-    """Whether a tensor holds a few huge negative fills and otherwise moderate values, with nothing in between."""
+    """Whether a tensor looks like an additive mask.
+
+    Either a few huge negative fills and otherwise moderate values, with nothing in between; or nothing but zeros and
+    one negative number that is large for an exponent.
+    """
     if not is_float(tensor) or tensor.numel() < 2 or tensor.is_meta or is_functorch_wrapped_tensor(tensor):
         return False
     lowest, highest = (float(v) for v in tensor.detach().aminmax())
+    if lowest <= _SMALL_FILL and highest == 0.0 and bool(((tensor == 0.0) | (tensor == lowest)).all()):
+        return True
     if not is_mask_fill(lowest) or highest > -MASK_FILL / 10:
         return False
     if bool(((tensor > MASK_FILL) & (tensor < MASK_FILL / 10)).any()):
         return False
-    return tensor[tensor <= MASK_FILL].unique().numel() <= 4
+    return int(tensor[tensor <= MASK_FILL].unique().numel()) <= 4

@@ -54,6 +54,17 @@ def test_pass_and_fail_of_the_newest_stage_of_the_run() -> None:
     assert "SensitivityAnalysis" in bad.note
 
 
+def test_training_that_loses_what_calibration_had_is_told_apart() -> None:
+    """C2, C6: 73.4 calibrated and 0 after QAT is not a matter of dtypes."""
+    table = source_table()
+    table.record("first", "float", {"dynamic": 73.6})
+    table.record("first", "calibrated", {"dynamic": 73.4})
+    table.record("first", "QAT", {"dynamic": 0.0})
+    note = table.result("first", ["dynamic"], "1%").note
+    assert "training has lost it and not quantization: list ZeroLRFinetune()" in note
+    assert "SensitivityAnalysis" not in note
+
+
 def test_every_metric_can_have_a_target_of_its_own() -> None:
     """D7: tasks."""
     result = source_table().result("int16", ["dynamic", "static"], {"dynamic": 74.2, "static": "0.5%"})

@@ -91,7 +91,7 @@ def _insertion(ops: int) -> InsertionRow:
         region.set_state("observe")
         model(x)  # a first pass fills the caches of the call tree
         observed = once(lambda: model(x))
-        computed = once(lambda: region.compute_scales())
+        computed = once(lambda: region.compute_scales("minmax"))
         region.set_state("quantize")
         model(x)
         quantized = once(lambda: model(x))

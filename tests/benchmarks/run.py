@@ -25,29 +25,28 @@ PACKAGES = ("lightning-qat", "torch", "torchao", "nncf", "brevitas", "nvidia-mod
 
 
 def main() -> None:
-    """Run everything and print it at the end, as markdown."""
+    """Measure everything; each table is printed, as markdown, when it is complete."""
     arguments = _parser().parse_args()
     warnings.simplefilter("ignore")  # the other packages' deprecations
     torch.set_num_threads(arguments.threads)
-    report = [environment(arguments.threads)]
+    _section("Measured with", environment(arguments.threads))
     variants = [v for v in VARIANTS if v is FLOAT or any(word in v.name for word in arguments.only or [""])]
     for name, model_class in MODELS.items():
         torch.manual_seed(0)
         rows = compare(model_class(), variants, arguments.rounds, arguments.repeats)
-        report.append(f"### Training step: {name}\n\n" + step_table(rows))
-    report.append("### Insertion\n\n" + insertion_table([insertion(ops) for ops in arguments.ops]))
+        _section(f"Training step: {name}", step_table(rows))
+    _section("Insertion", insertion_table([insertion(ops) for ops in arguments.ops]))
     rows_by_model = {}
     for name, model_class in MODELS.items():
         torch.manual_seed(0)
         model = model_class()
         rows_by_model[name] = calibration(model, copy.deepcopy(model), arguments.rounds)
-    report.append("### Calibration\n\n" + calibration_table(rows_by_model))
-    report.append(f"Load average at the end: {_load()}.")
-    print("\n" + "\n\n".join(report))
+    _section("Calibration", calibration_table(rows_by_model))
+    print(f"Load average at the end: {_load()}.")
 
 
 def environment(threads: int) -> str:
-    """Describe where the numbers come from; called first, so that the load is that before the run."""
+    """Describe where the numbers come from, with the load before the run if called first."""
     versions = []
     for package in PACKAGES:
         try:
@@ -84,7 +83,7 @@ def insertion_table(rows: Sequence[InsertionRow]) -> str:
     """One row per number of ops; milliseconds, and microseconds per op."""
     lines = [
         "| ops | points | trace ms | plan ms | attach ms | together, us per op | float forward, us per op "
-        "| observing forward, us per op | scales, us per point | quantizing forward, us per op |",
+        "| observing forward, us per op | minmax scales, us per point | quantizing forward, us per op |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines.extend(
@@ -112,6 +111,10 @@ def calibration_table(rows: dict[str, CalibrationRow]) -> str:
             f"| {row.timing.extra / row.points * 1e6:.0f} | {seconds} |"
         )
     return "\n".join(lines)
+
+
+def _section(title: str, text: str) -> None:
+    print(f"\n### {title}\n\n{text}\n", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

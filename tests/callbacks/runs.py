@@ -42,8 +42,9 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Any]:
         first, self.start = self.start, 0
-        for self.position in range(first + 1, len(self.batches) + 1):
-            yield self.batches[self.position - 1]
+        for index in range(first, len(self.batches)):
+            self.position = index + 1
+            yield self.batches[index]
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}

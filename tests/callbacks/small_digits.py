@@ -52,7 +52,7 @@ class Digits(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         logits = self((batch[0] - MEAN) / STD)
         self.val_acc(logits, batch[1])
-        self.log("val_loss", F.cross_entropy(logits, batch[1]))
+        self.log("val_loss", F.cross_entropy(logits, batch[1]), sync_dist=True)
         self.log("val_acc", self.val_acc)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

@@ -1,4 +1,4 @@
-"""The issue's "Bad input": one clear MisconfigurationException before any training step, saying what to write instead."""
+"""The issue's "Bad input": one clear MisconfigurationException before any training step, with what to write instead."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refused(run: Trainer, message: str, module: LightningModule | None = None, *
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"qconfig": {"activation": {"dtype": "int18"}}}, r"unknown dtype 'int18': did you mean 'int16'"),
+        ({"qconfig": {"activation": {"dtype": "int18"}}}, r"unknown dtype 'int18': did you mean .*'int16'.*Choices"),
         ({"qconfig": {"activation": {"observer": "msse"}}}, r"unknown observer 'msse': did you mean 'mse'.*minmax"),
         ({"qconfig": {"activations": {}}}, r"unknown key in qconfig: 'activations': did you mean 'activation'"),
         ({"qconfig": {"weight": {"axis": 0}}}, r"unknown key in qconfig.weight: 'axis'.*granularity"),
@@ -178,9 +178,44 @@ def test_sync_batchnorm(tmp_path: Path) -> None:
         run.callbacks[0].setup(run, Classifier(), "fit")
 
 
+class OnlyInTraining(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Linear(4, 4)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.auxiliary(self.net(batch[0])).mean()
+
+
+@pytest.mark.filterwarnings("ignore:target 'auxiliary' is not called by the validate step")
+@pytest.mark.filterwarnings("ignore:Calibration. ")
+def test_a_target_that_calibration_does_not_reach(tmp_path: Path) -> None:
+    message = r"calibration data never reached target 'auxiliary'.*leave it out of target \(if only training calls it"
+    refused(qat_trainer(tmp_path, qat={"target": ["net", "auxiliary"]}), message, OnlyInTraining())
+
+
 class Broken(Classifier):
     def loss(self, batch: Any) -> Any:
         raise RuntimeError("no such thing")
+
+
+def test_batches_that_fit_no_step(tmp_path: Path) -> None:
+    class Picky(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if not self.trainer.training:
+                raise RuntimeError("not training")
+            return self.loss((batch["images"], batch["labels"]))
+
+        def train_dataloader(self) -> Any:
+            return [{"images": images, "labels": labels} for images, labels in loader()]
+
+    message = r"training batches do not fit the validation step of Picky \(.*calibration_dataloader\(\) whose batches"
+    refused(
+        qat_trainer(tmp_path),
+        message,
+        Picky(),
+        train_dataloaders=DataLoader(Picky().train_dataloader(), batch_size=None),
+    )
 
 
 def test_steps_that_fail_say_why_and_what_helps(tmp_path: Path) -> None:
@@ -195,11 +230,11 @@ def test_the_tracing_error_is_the_one_that_is_raised(tmp_path: Path, first: str)
     refused(trainer(tmp_path, *callbacks), "could not be traced", Broken())
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero")
 def test_loaders_without_data(tmp_path: Path) -> None:
     message = r"could not be traced: the data loaders gave no batch \(empty, or limit_\*_batches leaves nothing"
     empty = DataLoader(torch.utils.data.Subset(loader().dataset, []), batch_size=8)
-    with pytest.raises(MisconfigurationException, match=message):
-        qat_trainer(tmp_path).validate(Classifier(), dataloaders=empty)
+    refused(qat_trainer(tmp_path, limit_val_batches=0), message, train_dataloaders=empty)
 
 
 def test_a_module_that_calls_no_submodule(tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ def test_it_can_go_on_training(tmp_path: Path) -> None:
     before = state_of(loaded)
     qat_trainer(tmp_path).fit(loaded)
     assert not torch.equal(before["net.conv1.weight"], loaded.net.conv1.weight)
-    assert torch.equal(before["net._quantization.fake_quants.conv1/input0.scale"], only_region(loaded).points["conv1.input0"].scale)
+    assert torch.equal(
+        before["net._quantization.fake_quants.conv1/input0.scale"], only_region(loaded).points["conv1.input0"].scale
+    )
 
 
 def test_constructor_arguments_come_from_the_checkpoint_or_the_call(tmp_path: Path) -> None:

@@ -263,7 +263,9 @@ def test_a_checkpoint_brings_a_plan_where_tracing_is_impossible(tmp_path: Path) 
     checkpoint = quantized_checkpoint(tmp_path)
     module = NeedsOptimizer()
     run = trainer(tmp_path, QuantizationAwareTraining())
-    expected = trainer(tmp_path, QuantizationAwareTraining()).test(Classifier(), ckpt_path=str(checkpoint), verbose=False)
+    expected = trainer(tmp_path, QuantizationAwareTraining()).test(
+        Classifier(), ckpt_path=str(checkpoint), verbose=False
+    )
     assert run.test(module, ckpt_path=str(checkpoint), verbose=False) == expected
 
 

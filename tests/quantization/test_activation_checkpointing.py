@@ -173,7 +173,12 @@ def test_checkpointing_in_other_threads_is_left_alone() -> None:
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
-    handle = module.first.register_forward_hook(lambda *_: (entered.set(), done.wait(10)) and None)
+
+    def wait(*_: object) -> None:
+        entered.set()
+        done.wait(10)
+
+    handle = module.first.register_forward_hook(wait)
     step(module, x)
     handle.remove()
     thread.join()

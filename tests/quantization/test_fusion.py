@@ -71,7 +71,11 @@ def test_patterns_longest_first(function: Callable[[Any, Tensor], Any], expected
     [
         (lambda m, x: [y := m.conv(x), m.relu(y)], "conv2d+relu", "also leaves the region"),
         (lambda m, x: m.relu(y := m.conv(x)) * torch.tanh(y), "conv2d+relu", "of conv has another consumer: tanh_0"),
-        (lambda m, x: m.relu(y := m.bn(m.conv(x))) * torch.tanh(y), "conv2d+batch_norm+relu", "another consumer: tanh_0"),
+        (
+            lambda m, x: m.relu(y := m.bn(m.conv(x))) * torch.tanh(y),
+            "conv2d+batch_norm+relu",
+            "another consumer: tanh_0",
+        ),
     ],
 )
 def test_near_misses_name_the_cause(function: Callable[[Any, Tensor], Any], kinds: str, cause: str) -> None:

@@ -59,7 +59,8 @@ BINARY: dict[str, list[Callable[[Tensor, Any], Tensor]]] = {
         iop("sub"), lambda x, y: torch.subtract(x, y, alpha=3),
     ],
     "mul": [
-        lambda x, y: x * y, lambda x, y: torch.mul(x, y), lambda x, y: x.multiply(y), lambda x, y: x.mul_(y), iop("mul"),
+        lambda x, y: x * y, lambda x, y: torch.mul(x, y), lambda x, y: x.multiply(y), lambda x, y: x.mul_(y),
+        iop("mul"),
     ],
     "div": [
         lambda x, y: x / y, lambda x, y: torch.div(x, y), lambda x, y: torch.true_divide(x, y), lambda x, y: x.div_(y),
@@ -88,7 +89,6 @@ def test_arithmetic_with_a_scalar(kind: str, number: int, function: Callable[[Te
         ("rpow", lambda x: 2**x), ("rsub", lambda x: torch.rsub(x, 1)), ("neg", lambda x: -x), ("pow", lambda x: x**2),
         ("abs", abs),
     ],
-    ids=str,
 )  # fmt: skip
 def test_reflected_and_unary_operators(kind: str, function: Callable[[Tensor], Tensor]) -> None:
     assert kind in points(lambda self, x: function(x), X).values()
@@ -146,8 +146,7 @@ def test_layers_have_a_per_channel_weight(kind: str, layer: nn.Module, x: Tensor
 
 
 def test_grouped_transposed_convolution_has_one_scale_for_all_groups() -> None:
-    """Output channel c of each group shares a column of the weight; per-channel scales there cannot be folded per group,
-    but quantizing along axis 1 stays correct for every group."""
+    """Output channel c of every group reads column c of the weight: one scale per column is right for all groups."""
     layer = nn.ConvTranspose2d(6, 4, 2, groups=2)
     region = calibrated(Calls(lambda self, x: self.layer(x), layer=layer), IMAGE)
     assert region.plan.by_name["layer.weight"].channels == 2
@@ -156,8 +155,8 @@ def test_grouped_transposed_convolution_has_one_scale_for_all_groups() -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        F.relu, torch.relu, Tensor.relu, F.relu6, F.gelu, F.silu, F.mish, F.elu, F.leaky_relu, F.hardswish, F.hardsigmoid,
-        torch.sigmoid, F.sigmoid, Tensor.sigmoid, torch.tanh, F.softplus, lambda x: F.softmax(x, -1),
+        F.relu, torch.relu, Tensor.relu, F.relu6, F.gelu, F.silu, F.mish, F.elu, F.leaky_relu, F.hardswish,
+        F.hardsigmoid, torch.sigmoid, F.sigmoid, Tensor.sigmoid, torch.tanh, F.softplus, lambda x: F.softmax(x, -1),
         lambda x: x.softmax(-1), lambda x: torch.softmax(x, 1), lambda x: F.log_softmax(x, -1), F.hardtanh, F.selu,
         lambda x: F.glu(x, -1), torch.exp, torch.sin, torch.cos, lambda x: x.mean(1), lambda x: torch.sum(x, (1, 2)),
         lambda x: x.sum(), torch.square, lambda x: x.clamp(-0.5, 0.5), lambda x: F.normalize(x, dim=-1),
@@ -165,7 +164,6 @@ def test_grouped_transposed_convolution_has_one_scale_for_all_groups() -> None:
         lambda x: F.avg_pool1d(x, 2), lambda x: F.adaptive_avg_pool1d(x, 2), lambda x: F.rms_norm(x, (4,)),
         lambda x: F.prelu(x, torch.tensor(0.1)), lambda x: torch.lerp(x, x * 2, 0.5),
     ],
-    ids=str,
 )  # fmt: skip
 def test_unary_functions(function: Callable[[Tensor], Tensor]) -> None:
     found = points(lambda self, x: function(x), X)
@@ -179,7 +177,8 @@ def test_unary_functions(function: Callable[[Tensor], Tensor]) -> None:
         lambda x: x.view(2, -1), lambda x: x.reshape(-1), lambda x: x.permute(2, 0, 1), lambda x: x.transpose(0, 1),
         lambda x: x.flatten(1), lambda x: x[:, 1:], lambda x: x[..., None], lambda x: x[:, torch.tensor([0, 2])],
         lambda x: x.expand(2, 3, 4), lambda x: F.pad(x, (1, 1)), lambda x: torch.roll(x, 1, 0), lambda x: x.squeeze(),
-        lambda x: x.unsqueeze(0), lambda x: x.repeat(2, 1, 1), lambda x: x.flip(0), lambda x: x.to(torch.float64).float(),
+        lambda x: x.unsqueeze(0), lambda x: x.repeat(2, 1, 1), lambda x: x.flip(0),
+        lambda x: x.to(torch.float64).float(),
         lambda x: F.dropout(x, 0.5, training=True), lambda x: F.max_pool1d(x, 2), lambda x: x.max(-1).values,
         lambda x: x.topk(2).values, lambda x: x.chunk(2, -1)[1], lambda x: x.unbind(0)[0], lambda x: x.split(1)[1],
         lambda x: torch.split(x, [1, 2], 1)[1], lambda x: next(iter(x)), lambda x: torch.stack(list(x)), lambda x: x.mT,
@@ -187,7 +186,8 @@ def test_unary_functions(function: Callable[[Tensor], Tensor]) -> None:
         lambda x: F.interpolate(x, scale_factor=2), lambda x: F.interpolate(x, size=8, mode="nearest-exact"),
         lambda x: x.masked_fill(x > 0, 0.0), lambda x: torch.where(x > 0, x, 0.0), lambda x: torch.cat([x, x], 1),
         lambda x: torch.tril(x), lambda x: x.index_select(0, torch.tensor([1])), lambda x: x.unflatten(2, (2, 2)),
-        lambda x: F.pixel_shuffle(x.reshape(1, 6, 2, 2)[:, :4], 2), lambda x: x.movedim(0, 1), lambda x: x.swapaxes(0, 1),
+        lambda x: F.pixel_shuffle(x.reshape(1, 6, 2, 2)[:, :4], 2), lambda x: x.movedim(0, 1),
+        lambda x: x.swapaxes(0, 1),
     ],
     ids=[f"{n}" for n in range(40)],
 )  # fmt: skip
@@ -200,7 +200,8 @@ def test_data_movement_passes_quantization_through(function: Callable[[Tensor], 
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: F.pad(x, (1, 1), value=3.0), lambda x: x.masked_fill(x > 0, 5.0), lambda x: torch.where(x > 0, x, 7.0),
+        lambda x: F.pad(x, (1, 1), value=3.0), lambda x: x.masked_fill(x > 0, 5.0),
+        lambda x: torch.where(x > 0, x, 7.0),
         lambda x: F.interpolate(x, scale_factor=2, mode="linear"), lambda x: torch.maximum(x, x * 2),
         lambda x: F.interpolate(x[None], scale_factor=2, mode="bicubic"),
     ],
@@ -248,5 +249,8 @@ def test_batch_norm_alone_is_an_op_whose_statistics_are_no_data() -> None:
 def test_functions_without_a_row_are_float_with_a_reason() -> None:
     region = insert(Calls(lambda self, x: torch.tanh(torch.special.i0(x)) + (x > 0).float()), (X,))
     reasons = {op.name: op.reason for op in region.plan.ops if op.status == "float"}
-    assert reasons == {"special_i0_0": "special_i0 has no quantized form here", "gt_0": "returns no floating-point tensor"}
+    assert reasons == {
+        "special_i0_0": "special_i0 has no quantized form here",
+        "gt_0": "returns no floating-point tensor",
+    }
     assert region.plan.by_name["tanh_0.input0"].reason == "default; special_i0_0 is not quantized"

@@ -52,7 +52,7 @@ def test_nothing_stays_float_silently(example: Example) -> None:
 
 @EXAMPLES
 def test_quantized_ops_read_only_quantized_tensors(example: Example) -> None:
-    """A12: each float operand of a quantized op is quantized at its producer or here, or left out for a stated reason."""
+    """A12: a float operand of a quantized op is quantized at its producer or here, or left out for a stated reason."""
     graph = graph_of(example)
     plan = make_plan(graph)
     groups = {name: set(f.ops) for f in plan.fusions for name in f.ops}
@@ -76,7 +76,9 @@ def test_quantized_ops_read_only_quantized_tensors(example: Example) -> None:
             name = f"{op.name}.input{operand.index}"
             checked += operand.role == "data"
             if operand.role == "data" and name not in plan.float_points and name not in plan.by_name:
-                weight = f"{op.name}.weight" in plan.by_name and plan.by_name[f"{op.name}.weight"].operand == operand.index
+                weight = (
+                    f"{op.name}.weight" in plan.by_name and plan.by_name[f"{op.name}.weight"].operand == operand.index
+                )
                 assert weight or all(on_grid(op.name, s) for s in operand.sources), name
     assert checked
 
@@ -206,14 +208,15 @@ def test_last_match_wins_field_by_field(resnet: OpGraph) -> None:
     assert found["layers.1.down.1.output"] == ("int16", "kl", 99.0)
     assert found["layers.1.relu@1.output"] == ("int12", "kl", 99.0)
     assert found["layers.1.conv1.weight"][:2] == ("int4", "minmax")
-    assert plan.by_name["layers.1.relu.output"].reason == (
-        "override 3 (match 'layers.1.*', op_type 'relu')"
-    )
+    assert plan.by_name["layers.1.relu.output"].reason == ("override 3 (match 'layers.1.*', op_type 'relu')")
 
 
 def test_later_general_rule_wins_over_an_earlier_specific_one(resnet: OpGraph) -> None:
     """A13: the rule that won is named."""
-    rules = [{"match": "mean_0.output", "activation": {"dtype": "int16"}}, {"match": "*", "activation": {"dtype": "int4"}}]
+    rules = [
+        {"match": "mean_0.output", "activation": {"dtype": "int16"}},
+        {"match": "*", "activation": {"dtype": "int4"}},
+    ]
     point = make_plan(resnet, overrides=rules).by_name["mean_0.output"]
     assert (point.dtype, point.reason) == ("int4", "override 2 (match '*')")
 
@@ -268,7 +271,9 @@ def test_later_threshold_replaces_an_earlier_fixed_scale(resnet: OpGraph) -> Non
 
 
 def test_float32_takes_points_out_with_the_rule_as_the_reason(resnet: OpGraph) -> None:
-    rules: list[dict[str, Any]] = [{"match": "layers.1", "activation": {"dtype": "float32"}, "weight": {"dtype": "float32"}}]
+    rules: list[dict[str, Any]] = [
+        {"match": "layers.1", "activation": {"dtype": "float32"}, "weight": {"dtype": "float32"}}
+    ]
     plan = make_plan(resnet, overrides=rules)
     assert not [name for name in plan.by_name if name.startswith("layers.1") and "input" not in name]
     assert plan.float_points["layers.1.conv1.weight"] == "float32 by override 1 (match 'layers.1')"
@@ -285,9 +290,15 @@ def test_consumer_of_an_excluded_op_gets_an_input_quantizer(resnet: OpGraph) -> 
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"match": "layers.0.conv3", "activation": {"dtype": "int16"}}, "matches no quantization point. Near names: .*conv1"),
+        (
+            {"match": "layers.0.conv3", "activation": {"dtype": "int16"}},
+            "matches no quantization point. Near names: .*conv1",
+        ),
         ({"op_type": "sofmax", "activation": {"dtype": "int16"}}, "op_type 'sofmax'.* matches no quantization point"),
-        ({"match": "fc.output", "activation": {"observer": "kl"}}, "only points that stay float: fc.output: high-precision"),
+        (
+            {"match": "fc.output", "activation": {"observer": "kl"}},
+            "only points that stay float: fc.output: high-precision",
+        ),
         ({"match": "layers.0.conv1.output", "activation": {"dtype": "int16"}}, "layers.0.conv1 .fused: fused into"),
         ({"match": "mean_0", "weight": {"dtype": "int16"}}, "changes only weights where there are none"),
         ({"match": "stem", "activation": {"dtype": "int18"}}, "unknown dtype 'int18': did you mean"),

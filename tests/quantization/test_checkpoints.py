@@ -1,0 +1,254 @@
+"""Plans and scales in checkpoints: the stored plan wins, and what does not fit is said (foundation 1, Bad input)."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.quantization.errors import PlanMismatchError
+from lightning_qat.quantization.insertion import attach, insert
+from lightning_qat.quantization.plan import PLAN_VERSION
+from lightning_qat.quantization.plan_compatibility import plan_differences, rebound
+from lightning_qat.quantization.region import read_extra_state
+from lightning_qat.quantization.tracing import trace
+from tests.quantization.models import MINMAX, ZOO, ResNet, calibrated
+
+IMAGE = torch.randn(4, 1, 8, 8)
+KEY = "_quantization._extra_state"
+
+SOURCE = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def helper(self, x):
+        return x * 2
+
+    def forward(self, x, flag=False):
+        x = self.helper(self.a(x)) + 1
+        return self.b(torch.tanh(x))
+"""
+
+
+def model(source: str = SOURCE) -> nn.Module:
+    namespace: dict[str, Any] = {"torch": torch, "nn": nn, "__name__": "net"}
+    exec(compile(source, "net.py", "exec"), namespace)
+    torch.manual_seed(0)
+    return namespace["Net"]()  # type: ignore[no-any-return]
+
+
+def edited(*changes: tuple[str, str]) -> nn.Module:
+    source = SOURCE
+    for old, new in changes:
+        assert old in source
+        source = source.replace(old, new)
+    return model(source)
+
+
+X = torch.linspace(-1, 1, 12).reshape(3, 4)
+
+
+def test_plan_of_the_checkpoint_wins() -> None:
+    """foundation: restored into a module that was inserted with another configuration."""
+    module = ResNet().eval()
+    overrides = [{"match": "layers.1", "activation": {"dtype": "int16"}}, {"match": "fc", "weight": {"dtype": "int4"}}]
+    region = calibrated(module, IMAGE, overrides=overrides)
+    fresh = ResNet().eval()
+    other = insert(fresh, (IMAGE,), qconfig={"activation": {"dtype": "int4"}, "weight": {"granularity": "per_tensor"}})
+    fresh.load_state_dict(module.state_dict())
+    assert other.plan == region.plan
+    assert other.points["layers.1.relu.output"].dtype == "int16"
+    assert other.points["fc.weight"].dtype == "int4"
+    other.set_state("quantize")
+    assert torch.equal(fresh(IMAGE), module(IMAGE))
+    # and it can be calibrated and saved once more
+    assert other.compute_scales() == ()
+    assert torch.equal(fresh(IMAGE), module(IMAGE))
+    assert read_extra_state(fresh.state_dict()[KEY])[1] == region.plan
+
+
+def test_statistics_come_with_the_checkpoint() -> None:
+    """foundation: scales can be derived with another method or dtype without recalibrating."""
+    module, fresh = ResNet().eval(), ResNet().eval()
+    region = calibrated(module, IMAGE)
+    other = insert(fresh, (IMAGE,))
+    fresh.load_state_dict(module.state_dict())
+    for r in (region, other):
+        r.compute_scales("mse", "int4")
+    for name, point in region.points.items():
+        assert torch.equal(point.scale, other.points[name].scale)
+        assert other.points[name].dtype == "int4"
+
+
+def test_checkpoint_can_be_attached_without_tracing() -> None:
+    """foundation: a module that is rebuilt from its checkpoint alone."""
+    module = ResNet().eval()
+    calibrated(module, IMAGE)
+    state = module.state_dict()
+    fresh = ResNet().eval()
+    region = attach(fresh, *read_extra_state(state[KEY]), traced=False)
+    fresh.load_state_dict(state)
+    region.set_state("quantize")
+    assert torch.equal(fresh(IMAGE), module(IMAGE))
+    assert region.unplanned == {}
+
+
+@pytest.mark.parametrize("name", ["vit", "transformer_padding", "shared", "cameras_annotated", "unet"])
+def test_models_of_the_zoo_can_be_attached_without_tracing(name: str) -> None:
+    module, args = ZOO[name].make()
+    calibrated(module, *args)
+    fresh, _ = ZOO[name].make(seed=3)
+    region = attach(fresh, *read_extra_state(module.state_dict()[KEY]), traced=False)
+    fresh.load_state_dict(module.state_dict())
+    region.set_state("quantize")
+    with torch.no_grad():
+        a, b = module.eval()(*args), fresh.eval()(*args)
+    assert torch.equal(a["map"] if name == "unet" else a, b["map"] if name == "unet" else b)
+
+
+def test_attached_without_tracing_to_other_code_is_an_error_at_the_op() -> None:
+    """Bad input: a plan that does not fit the code must not run half in float."""
+    module = model()
+    calibrated(module, X)
+    fresh = edited(("x * 2", "x * 2 - 1"))
+    region = attach(fresh, *read_extra_state(module.state_dict()[KEY]), traced=False)
+    fresh.load_state_dict(module.state_dict())
+    region.set_state("quantize")
+    with pytest.raises(
+        PlanMismatchError, match=r"restored plan of Net does not know (mul|sub|rsub) at .*net\.py:\d+.*"
+    ):
+        fresh(X)
+
+
+def test_edited_code_with_the_same_ops_is_matched_by_name() -> None:
+    """foundation: a print, an assertion, another torch version move the identities, not the ops."""
+    module = model()
+    calibrated(module, X)
+    fresh = edited(
+        ("x = self.helper(self.a(x)) + 1", "assert not flag\n        y = self.a(x)\n        x = self.helper(y) + 1")
+    )
+    region = insert(fresh, (X,), qconfig={"activation": {"dtype": "int4"}})
+    fresh.load_state_dict(module.state_dict())
+    region.set_state("quantize")
+    assert torch.equal(fresh(X), module(X))
+    assert region.unplanned == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("x * 2", "x * 2 - 1"), r"helper|sub_0: sub is in the code \(net\.py:\d+\), not in the checkpoint"),
+        (("torch.tanh(x)", "x"), r"tanh_0: tanh is in the checkpoint, not in the code"),
+        (("torch.tanh(x)", "torch.sigmoid(x)"), r"tanh_0: tanh is in the checkpoint"),
+        (("x * 2", "x / 2"), r"div_0: div is in the code"),
+    ],
+)
+def test_code_with_other_ops_is_an_error_that_names_them(change: tuple[str, str], message: str) -> None:
+    """Bad input: a checkpoint whose plan does not fit the code says which ops differ."""
+    module = model()
+    calibrated(module, X)
+    fresh = edited(change)
+    region = insert(fresh, (X,), qconfig={"activation": {"dtype": "int4"}})
+    before = region.plan
+    with pytest.raises(PlanMismatchError, match=message) as error:
+        fresh.load_state_dict(module.state_dict())
+    assert "init_from" in str(error.value)
+    assert region.plan is before
+
+
+def test_other_code_is_an_error_even_if_the_plan_would_be_the_same() -> None:
+    """Bad input: equal point names do not make equal code."""
+    module = model()
+    calibrated(module, X)
+    region = insert(model(), (X,), qconfig=MINMAX)
+    region.target.load_state_dict(module.state_dict())
+
+
+def test_long_lists_of_differences_are_cut() -> None:
+    saved = trace(ResNet(), [IMAGE])
+    traced = trace(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), [IMAGE])
+    assert len(plan_differences(saved, traced)) > 11
+    with pytest.raises(PlanMismatchError, match=r"and \d+ more"):
+        rebound(saved, traced)
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor, extra: bool) -> Tensor:
+        x = x + 1
+        if extra:
+            x = x + 10
+        return x + 100
+
+
+def test_branch_that_only_one_side_has_traced_is_matched_by_identity() -> None:
+    """foundation 3: names count from what was traced, so they must not be used here."""
+    module = Branch()
+    region = insert(module, batches=[(X, True), (X, False)], qconfig=MINMAX)
+    with region.state("observe"):
+        module(X, True)
+    region.compute_scales()
+    region.set_state("quantize")
+    fresh = Branch()
+    other = insert(fresh, (X, False), qconfig={"activation": {"dtype": "int4"}})
+    assert sorted(other.points) == ["add_0.input0", "add_0.output", "add_1.output"]
+    fresh.load_state_dict(module.state_dict())
+    other.set_state("quantize")
+    for extra in (True, False):
+        assert torch.equal(fresh(X, extra), module(X, extra))
+    assert other.unplanned == {}
+
+
+def test_checkpoint_of_another_release_is_refused() -> None:
+    module = model()
+    calibrated(module, X)
+    state = module.state_dict()
+    state[KEY] = {**state[KEY], "version": PLAN_VERSION + 1}
+    fresh = model()
+    insert(fresh, (X,))
+    with pytest.raises(PlanMismatchError, match="this release reads version"):
+        fresh.load_state_dict(state)
+
+
+def test_float_checkpoint_says_which_keys_are_missing() -> None:
+    module = ResNet()
+    insert(module, (IMAGE,))
+    with pytest.raises(RuntimeError, match=re.escape("_quantization.fake_quants.stem/input0.scale")):
+        module.load_state_dict(ResNet().state_dict())
+    module.load_state_dict(ResNet().state_dict(), strict=False)
+
+
+def test_extra_state_is_plain_data() -> None:
+    """foundation 1: what the default, restricted unpickler accepts."""
+    module = ResNet()
+    calibrated(module, IMAGE)
+    allowed = (str, int, float, bool, type(None), Tensor)
+
+    def check(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                assert type(key) is str
+                check(item)
+        elif type(value) in (list, tuple):
+            for item in value:
+                check(item)
+        else:
+            assert isinstance(value, allowed), value
+            assert type(value) in (str, int, float, bool, type(None)) or isinstance(value, Tensor)
+
+    check(module.state_dict()[KEY])
+
+
+def test_copies_can_be_saved_and_restored() -> None:
+    module = ResNet().eval()
+    calibrated(module, IMAGE)
+    clone = copy.deepcopy(module)
+    fresh = ResNet().eval()
+    insert(fresh, (IMAGE,)).set_state("quantize")
+    fresh.load_state_dict(clone.state_dict())
+    assert torch.equal(fresh(IMAGE), module(IMAGE))
