@@ -16,7 +16,7 @@ import warnings
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -173,10 +173,9 @@ class DigitsClassifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def main(args: ArgsType = None) -> None:
-    """Run LightningCLI on the command line, or on ``args``."""
+def main() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.13, at every data loader
-    LightningCLI(DigitsClassifier, DigitsDataModule, seed_everything_default=0, args=args)
+    LightningCLI(DigitsClassifier, DigitsDataModule, seed_everything_default=0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,17 +34,26 @@ def run(subcommand: str, configs: list[Path], root: Path, *extra: str) -> None:
     args += ["--trainer.limit_val_batches=1", "--trainer.limit_train_batches=2", "--trainer.enable_progress_bar=false"]
     if subcommand == "fit":
         args += ["--trainer.max_epochs=1"]
-    main([*args, *extra])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["digits.py", *args, *extra])
+        main()
 
 
 @pytest.mark.parametrize("name", sorted(ADDITIONS))
-def test_config_works_after_a_project_of_its_own(name: str, tmp_path: Path) -> None:
-    """E: a callback is added to a LightningCLI project by one more --config."""
+def test_config_works_after_a_project_of_its_own(name: str, tmp_path: Path, digits_float_checkpoint: Path) -> None:
+    """E: a callback is added to a LightningCLI project by one more --config, with the project's float checkpoint."""
     project = tmp_path / "project.yaml"
     project.write_text(
-        yaml.safe_dump({"trainer": {"accelerator": "cpu", "logger": False, "callbacks": [{"class_path": "Timer"}]}})
+        yaml.safe_dump({"trainer": {"accelerator": "cpu", "logger": False, "callbacks": [{"class_path": "ModelSummary"}]}})
     )
-    run("fit", [project, *(CONFIGS / f"{n}.yaml" for n in ADDITIONS[name])], tmp_path)
+    additions = []
+    for addition in ADDITIONS[name]:
+        text = (CONFIGS / f"{addition}.yaml").read_text()
+        text = text.replace("init_from: null", f"init_from: {digits_float_checkpoint}")
+        text = text.replace("# init_from: float.ckpt", f"init_from: {digits_float_checkpoint}")
+        additions.append(tmp_path / f"{addition}.yaml")
+        additions[-1].write_text(text)
+    run("fit", [project, *additions], tmp_path)
 
 
 @pytest.mark.parametrize("name", sorted(RUNS))

@@ -33,6 +33,7 @@ def scale_for(
         ConfigurationError: If there is no such observer, or it is ``fixed``, which derives nothing.
 
     Example:
+        >>> import torch
         >>> statistics = RangeStatistics()
         >>> statistics.observe(torch.tensor([-2.54, 1.0]))
         >>> [t.tolist() for t in scale_for(statistics, "minmax", -128, 127)]

@@ -340,7 +340,7 @@ class Planner:
             )
         floats = [o for o in self.status.values() if override.selects(f"{o.name}.output", self._kind_of(f"{o.name}."))]
         if floats:
-            op = floats[0]
+            op = min(floats, key=lambda o: ("fused", "float", "passes", "quantized", "constant").index(o.status))
             return ConfigurationError(
                 f"override ({override.label}) matches ops without quantization points, such as {op.name} "
                 f"({op.status}{': ' + op.reason if op.reason else ''}), or changes only "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_qat.quantization.call_path import ScopeNode
 from lightning_qat.quantization.fake_quantize import FakeQuantize
@@ -15,6 +15,8 @@ from lightning_qat.quantization.interception import CallPathMode
 from lightning_qat.quantization.op_graph import OpGraph
 from lightning_qat.quantization.plan import QuantPlan
 from lightning_qat.quantization.tensor_leaves import map_call_leaves
+
+_FLAT = {Tensor, nn.Parameter, int, float, bool, str, type(None)}
 
 if TYPE_CHECKING:
     from lightning_qat.quantization.region import Region
@@ -120,13 +122,27 @@ class RegionMode(CallPathMode):
             return result
         inputs = quantizers.inputs
         if inputs:
-            args, kwargs = map_call_leaves(
-                args, kwargs, lambda index, tensor: self._quantize(inputs[index], tensor) if index in inputs else tensor
-            )
+            args, kwargs = self._quantize_operands(inputs, args, kwargs)
         result = func(*args, **kwargs)
         if quantizers.output is not None and isinstance(result, Tensor):
             return self._quantize(quantizers.output, result)
         return result
+
+    def _quantize_operands(
+        self, inputs: dict[int, BoundPoint], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if kwargs or not _FLAT.issuperset(map(type, args)):
+            return map_call_leaves(
+                args, kwargs, lambda index, tensor: self._quantize(inputs[index], tensor) if index in inputs else tensor
+            )
+        operands = list(args)  # the same, quicker: leaves are the tensors among the arguments
+        leaf = 0
+        for position, operand in enumerate(args):
+            if isinstance(operand, Tensor):
+                if leaf in inputs:
+                    operands[position] = self._quantize(inputs[leaf], operand)
+                leaf += 1
+        return tuple(operands), kwargs
 
     def _quantize(self, point: BoundPoint, tensor: Tensor) -> Tensor:
         if self.state == "observe" or not (point.written or point.rewritten):

@@ -162,14 +162,6 @@ def test_code_with_other_ops_is_an_error_that_names_them(change: tuple[str, str]
     assert region.plan is before
 
 
-def test_other_code_is_an_error_even_if_the_plan_would_be_the_same() -> None:
-    """Bad input: equal point names do not make equal code."""
-    module = model()
-    calibrated(module, X)
-    region = insert(model(), (X,), qconfig=MINMAX)
-    region.target.load_state_dict(module.state_dict())
-
-
 def test_long_lists_of_differences_are_cut() -> None:
     saved = trace(ResNet(), [IMAGE])
     traced = trace(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), [IMAGE])

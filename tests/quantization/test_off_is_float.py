@@ -57,8 +57,7 @@ def test_eval_without_gradients_is_bit_identical(example: Example) -> None:
         before = module(*args)
         region = insert(module, args)
         assert_identical(module(*args), before)
-    calibrated_again = region.remove()
-    assert calibrated_again is module
+    assert region.remove() is module
 
 
 @EXAMPLES
