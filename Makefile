@@ -16,9 +16,11 @@ COVERAGE := --cov --cov-report=term
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.examples ## train the digits example in float, then in int8: about two minutes
+demo: $(VENV)/.examples ## digits in float, in int16 without training, in int8 with QAT: about two minutes
 	$(DIGITS) fit --config configs/digits_float.yaml
+	$(DIGITS) validate --config configs/digits_int16.yaml
 	$(DIGITS) fit --config configs/digits_int8.yaml
+	$(DIGITS) test --config configs/digits_int8.yaml --ckpt_path logs/digits/int8/int8.ckpt
 
 test: lint types layers unit ## everything a change must pass
 

@@ -44,7 +44,9 @@ def test_config_works_after_a_project_of_its_own(name: str, tmp_path: Path, digi
     """E: a callback is added to a LightningCLI project by one more --config, with the project's float checkpoint."""
     project = tmp_path / "project.yaml"
     project.write_text(
-        yaml.safe_dump({"trainer": {"accelerator": "cpu", "logger": False, "callbacks": [{"class_path": "ModelSummary"}]}})
+        yaml.safe_dump(
+            {"trainer": {"accelerator": "cpu", "logger": False, "callbacks": [{"class_path": "ModelSummary"}]}}
+        )
     )
     additions = []
     for addition in ADDITIONS[name]:

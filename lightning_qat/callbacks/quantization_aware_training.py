@@ -14,10 +14,12 @@ from typing_extensions import override
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.extra_pass import misconfiguration
 from lightning_qat.callbacks.insertion_hooks import InsertionHooks
+from lightning_qat.callbacks.output_directory import run_directory
 from lightning_qat.callbacks.trainer_checks import check_averaged_copies, check_trainer, warn_about_precision
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.qconfig import Override, QConfig
 from lightning_qat.quantization.region import Region, State, Updates, find_regions
+from lightning_qat.reporting.plan_files import write_plan
 
 ActivationScales = Literal["fixed", "ema"]
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -166,6 +168,16 @@ class QuantizationAwareTraining(Callback):
         if not any(isinstance(callback, Calibration) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             self._require_scales(trainer, pl_module, at_once=True)  # rather now than at start_epoch
         self._apply(trainer, pl_module)
+        self._write_plan(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write_plan(trainer, pl_module)
+
+    def _write_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        directory = run_directory(trainer)  # broadcasts: on all ranks
+        if trainer.is_global_zero:
+            write_plan(find_regions(pl_module), directory)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
