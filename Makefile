@@ -18,7 +18,7 @@ help: ## what can be made
 
 demo: $(VENV)/.examples ## digits in float, in int16 without training, in int8 with QAT: about two minutes
 	$(DIGITS) fit --config configs/digits_float.yaml
-	$(DIGITS) validate --config configs/digits_int16.yaml
+	$(DIGITS) test --config configs/digits_int16.yaml
 	$(DIGITS) fit --config configs/digits_int8.yaml
 	$(DIGITS) test --config configs/digits_int8.yaml --ckpt_path logs/digits/int8/int8.ckpt
 

@@ -4,7 +4,7 @@ The data are the 1,797 real 8x8 scans that ship with scikit-learn: nothing is do
 ordinary LightningCLI project; quantization-aware training comes from the YAML file alone::
 
     python examples/digits.py fit --config configs/digits_float.yaml
-    python examples/digits.py validate --config configs/digits_int16.yaml
+    python examples/digits.py test --config configs/digits_int16.yaml
     python examples/digits.py fit --config configs/digits_int8.yaml
     python examples/digits.py test --config configs/digits_int8.yaml --ckpt_path logs/digits/int8/int8.ckpt
 """

@@ -25,13 +25,18 @@ ADDITIONS = {
     "accuracy_table": ["quantization_aware_training", "calibration", "accuracy_table"],
     "all_callbacks": ["all_callbacks"],
 }
-RUNS = {"digits_float": "fit", "digits_int8": "fit", "digits_int16": "validate"}
+RUNS = {"digits_float": "fit", "digits_int8": "fit", "digits_int16": "test"}
 
 
 def run(subcommand: str, configs: list[Path], root: Path, *extra: str) -> None:
     """Run the example on a few batches, with everything it writes below ``root``."""
     args = [subcommand, *(f"--config={path}" for path in configs), f"--trainer.default_root_dir={root}"]
-    args += ["--trainer.limit_val_batches=1", "--trainer.limit_train_batches=2", "--trainer.enable_progress_bar=false"]
+    args += [
+        "--trainer.limit_val_batches=2",
+        "--trainer.limit_test_batches=1",
+        "--trainer.limit_train_batches=2",
+        "--trainer.enable_progress_bar=false",
+    ]
     if subcommand == "fit":
         args += ["--trainer.max_epochs=1"]
     with pytest.MonkeyPatch.context() as patch:
@@ -91,4 +96,4 @@ def test_config_with_a_missing_float_checkpoint_says_so(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text((CONFIGS / "digits_int16.yaml").read_text().replace("logs/digits/float", str(tmp_path)))
     with pytest.raises(MisconfigurationException, match=r"there is no file .*float\.ckpt"):
-        run("validate", [config], tmp_path)
+        run("test", [config], tmp_path)

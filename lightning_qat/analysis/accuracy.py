@@ -144,6 +144,11 @@ class ResultTable:
         candidates = [self.runs.get(run, {}), *reversed(self.runs.values())]
         return next((c["float"][metric] for c in candidates if metric in c.get("float", {})), None)
 
+    def metrics(self) -> list[str]:
+        """Names of all metrics of all runs, in the order they were first noted."""
+        names = (name for stages in self.runs.values() for values in stages.values() for name in values)
+        return list(dict.fromkeys(names))
+
     def result(self, run: str, metrics: list[str], target: Target | Mapping[str, Target] | None) -> AccuracyResult:
         """Build the table as seen from ``run`` (whose newest stage passes or fails).
 

@@ -196,8 +196,10 @@ class AccuracyTable(Callback):
             return
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = self._path(trainer)
-            self.result.to_csv(path.with_suffix(".csv"))
-            text = markdown(self.result.columns(), self.result.to_dicts())
+            table = ResultTable.read(path)
+            whole = table.result(self.result.run, table.metrics(), self.target)  # the run's own metrics and all others
+            whole.to_csv(path.with_suffix(".csv"))
+            text = markdown(whole.columns(), whole.to_dicts())
             write_atomically(path.with_suffix(".md"), f"{text}\n\n{self.result.note}\n")
         log_table(trainer.loggers, "result_table", self.result, steps_taken(trainer))
         show(self.result, console_of(trainer))

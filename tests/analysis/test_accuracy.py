@@ -150,3 +150,14 @@ def test_file_that_is_no_table_is_refused_and_left_alone(tmp_path: Path, text: s
 
 def test_missing_file_is_an_empty_table(tmp_path: Path) -> None:
     assert ResultTable.read(tmp_path / "none.json") == ResultTable()
+
+
+def test_the_whole_table_has_the_metrics_of_every_stage() -> None:
+    """D7: a test after validation adds its rows to the table instead of replacing it."""
+    table = ResultTable()
+    table.record("int8", "float", {"val_acc": 0.98})
+    table.record("int8", "QAT", {"val_acc": 0.97})
+    table.record("int8", "QAT (test)", {"test_acc": 0.96})
+    assert table.metrics() == ["val_acc", "test_acc"]
+    rows = table.result("int8", table.metrics(), "2%").rows
+    assert [(row.metric, row.passed) for row in rows] == [("val_acc", True), ("test_acc", None)]

@@ -1,17 +1,19 @@
-"""What insertion and calibration cost, and how that grows with the number of ops."""
+"""What insertion and calibration cost, and how that grows with the number of ops: processor time on one thread."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_qat.quantization.insertion import attach
 from lightning_qat.quantization.plan import make_plan
+from lightning_qat.quantization.region import Region
 from lightning_qat.quantization.tracing import trace
 from tests.benchmarks.models import BATCH, Chain
-from tests.benchmarks.timing import Timing, interleaved, once
+from tests.benchmarks.timing import Timing, cpu_once, interleaved, one_thread
 from tests.benchmarks.variants import ours_calibrated
 
 
@@ -49,14 +51,10 @@ class CalibrationRow:
     seconds_by_observer: dict[str, float]
 
 
-def insertion(ops: int) -> InsertionRow:
-    """Insert into a fresh chain and time every stage once, on one thread: its tensors are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _insertion(ops)
-    finally:
-        torch.set_num_threads(threads)
+def insertion(ops: int, repeats: int = 3) -> InsertionRow:
+    """Insert into a fresh chain several times and return the fastest."""
+    with one_thread(), torch.no_grad():  # the tensors are too small for more threads
+        return min((_insertion(ops) for _ in range(repeats)), key=lambda row: row.insertion)
 
 
 def calibration(float_model: nn.Module, quantized_model: nn.Module, rounds: int) -> CalibrationRow:
@@ -71,38 +69,27 @@ def calibration(float_model: nn.Module, quantized_model: nn.Module, rounds: int)
     region = ours_calibrated(quantized_model, x)
     region.set_state("observe")
     models = {"float": float_model.eval(), "observe": quantized_model.eval()}
-    with torch.no_grad():
-        timings = interleaved({n: lambda m=m: m(x) for n, m in models.items()}, "float", rounds, 3)
-    seconds = {name: once(lambda n=name: region.compute_scales(n)) for name in ("minmax", "percentile", "mse", "kl")}
+    observers = ("minmax", "percentile", "mse", "kl")
+    with one_thread(), torch.no_grad():
+        timings = interleaved({n: lambda m=m: m(x) for n, m in models.items()}, "float", rounds, 3, cpu_once)
+        seconds = {name: cpu_once(lambda n=name: region.compute_scales(n)) for name in observers}
     return CalibrationRow(len(region.fake_quants), timings["observe"], seconds)
 
 
 def _insertion(ops: int) -> InsertionRow:
     model, x = Chain(ops).eval(), torch.randn(2, Chain.WIDTH)
-    found: dict[str, object] = {}
-    with torch.no_grad():
-        model(x)
-        float_forward = once(lambda: model(x))
-        traced = once(lambda: found.update(graph=trace(model, [x])))
-        graph = found["graph"]
-        planned = once(lambda: found.update(plan=make_plan(graph)))
-        attached = once(lambda: found.update(region=attach(model, graph, found["plan"])))
-        region = found["region"]
-        region.set_state("observe")
-        model(x)  # a first pass fills the caches of the call tree
-        observed = once(lambda: model(x))
-        computed = once(lambda: region.compute_scales("minmax"))
-        region.set_state("quantize")
-        model(x)
-        quantized = once(lambda: model(x))
-    return InsertionRow(
-        len(graph.ops),
-        len(region.points),
-        float_forward,
-        traced,
-        planned,
-        attached,
-        observed,
-        computed,
-        quantized,
-    )
+    found: dict[str, Any] = {}
+    model(x)
+    seconds = {"float_forward": cpu_once(lambda: model(x))}
+    seconds["trace"] = cpu_once(lambda: found.update(graph=trace(model, [x])))
+    seconds["plan"] = cpu_once(lambda: found.update(plan=make_plan(found["graph"])))
+    seconds["attach"] = cpu_once(lambda: found.update(region=attach(model, found["graph"], found["plan"])))
+    region: Region = found["region"]
+    region.set_state("observe")
+    model(x)  # a first pass fills the caches of the call tree
+    seconds["observe"] = cpu_once(lambda: model(x))
+    seconds["compute_scales"] = cpu_once(lambda: region.compute_scales("minmax"))
+    region.set_state("quantize")
+    model(x)
+    seconds["quantized_forward"] = cpu_once(lambda: model(x))
+    return InsertionRow(len(region.graph.ops), len(region.points), **seconds)

@@ -31,17 +31,17 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     _section("Measured with", environment(arguments.threads))
     variants = [v for v in VARIANTS if v is FLOAT or any(word in v.name for word in arguments.only or [""])]
-    for name, model_class in MODELS.items():
+    for name, model_class in {} if arguments.no_steps else MODELS.items():
         torch.manual_seed(0)
         rows = compare(model_class(), variants, arguments.rounds, arguments.repeats)
         _section(f"Training step: {name}", step_table(rows))
-    _section("Insertion", insertion_table([insertion(ops) for ops in arguments.ops]))
+    _section("Insertion (processor time, one thread)", insertion_table([insertion(ops) for ops in arguments.ops]))
     rows_by_model = {}
     for name, model_class in MODELS.items():
         torch.manual_seed(0)
         model = model_class()
         rows_by_model[name] = calibration(model, copy.deepcopy(model), arguments.rounds)
-    _section("Calibration", calibration_table(rows_by_model))
+    _section("Calibration (processor time, one thread)", calibration_table(rows_by_model))
     print(f"Load average at the end: {_load()}.")
 
 
@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3, help="training steps per turn (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
     parser.add_argument("--only", nargs="*", help="words: only variants with one of them in their name")
+    parser.add_argument("--no-steps", action="store_true", help="insertion and calibration only")
     parser.add_argument("--ops", type=int, nargs="*", default=[100, 1_000, 10_000], help="sizes of the insertion test")
     return parser
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,30 @@ def once(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def cpu_once(function: Callable[[], object]) -> float:
+    """Seconds of processor time of one call: for work on one thread, this does not depend on the load."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread in the block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], reference: str, rounds: int, repeats: int
+    functions: Mapping[str, Callable[[], object]],
+    reference: str,
+    rounds: int,
+    repeats: int,
+    clock: Callable[[Callable[[], object]], float] = once,
 ) -> dict[str, Timing]:
     """Time functions in turns: ABC, BCA, CAB, ... with one untimed call before each turn.
 
@@ -45,6 +70,7 @@ def interleaved(
         reference: the name of the one that the ratios refer to.
         rounds: number of turns of each.
         repeats: timed calls per turn; their mean is the time of the turn.
+        clock: how to time a function.
     """
     names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -57,7 +83,7 @@ def interleaved(
                 function = functions[name]
                 function()
                 gc.collect()
-                times[name].append(once(lambda call=function: [call() for _ in range(repeats)]) / repeats)
+                times[name].append(clock(lambda call=function: [call() for _ in range(repeats)]) / repeats)
     finally:
         gc.unfreeze()
     return {name: _timing(times[name], times[reference]) for name in names}
