@@ -176,7 +176,7 @@ class QuantizationAwareTraining(Callback):
 
     def _write_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         directory = run_directory(trainer)  # broadcasts: on all ranks
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_plan(find_regions(pl_module), directory)
 
     @override

@@ -40,7 +40,8 @@ def test_files_of_every_epoch_and_the_latest(tmp_path: Path) -> None:
     run(tmp_path, callback, max_epochs=3)
     names = {path.name for path in (tmp_path / "lightning_qat").iterdir()}
     stems = {"layer_statistics", "layer_statistics_epoch1"}
-    assert names == {f"{stem}.{ending}" for stem in stems for ending in ("csv", "txt", "json")}
+    expected = {f"{stem}.{ending}" for stem in stems for ending in ("csv", "txt", "json")}
+    assert names == expected | {"quant_plan.json"}
     latest = table(tmp_path / "lightning_qat" / "layer_statistics.csv")
     assert set(latest) == POINTS
     assert latest != table(tmp_path / "lightning_qat" / "layer_statistics_epoch1.csv")  # it is of the end of training
@@ -162,7 +163,11 @@ def test_schedule_can_be_overridden(tmp_path: Path) -> None:
             return trainer.current_epoch == 1
 
     run(tmp_path, Second(), max_epochs=3)
-    assert {p.stem for p in (tmp_path / "lightning_qat").iterdir()} == {"layer_statistics", "layer_statistics_epoch1"}
+    assert {p.stem for p in (tmp_path / "lightning_qat").iterdir()} == {
+        "layer_statistics",
+        "layer_statistics_epoch1",
+        "quant_plan",
+    }
 
 
 def test_bad_arguments_and_a_missing_callback_are_refused(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def test_files_per_epoch_within_the_budget_and_complete_at_the_end(tmp_path: Pat
     run(tmp_path, SensitivityAnalysis(max_points=2, metric="SQNR"), max_epochs=3)
     directory = tmp_path / "lightning_qat"
     stems = {"sensitivity", *(f"sensitivity_epoch{n}" for n in range(3))}
-    assert {p.name for p in directory.iterdir()} == {f"{s}.{e}" for s in stems for e in ("csv", "txt", "json")}
+    assert {p.name for p in directory.iterdir()} == {f"{s}.{e}" for s in stems for e in ("csv", "txt", "json")} | {
+        "quant_plan.json"
+    }
     measured = [{row["point"] for row in rows_of(directory / f"sensitivity_epoch{n}.csv")} for n in range(3)]
     assert [len(points) for points in measured] == [2, 2, 2]
     assert set().union(*measured) == POINTS  # they take turns
@@ -159,7 +161,11 @@ def test_schedule_can_be_overridden(tmp_path: Path) -> None:
             return trainer.current_epoch == 1
 
     run(tmp_path, Second(), max_epochs=3)
-    assert {p.stem for p in (tmp_path / "lightning_qat").iterdir()} == {"sensitivity", "sensitivity_epoch1"}
+    assert {p.stem for p in (tmp_path / "lightning_qat").iterdir()} == {
+        "sensitivity",
+        "sensitivity_epoch1",
+        "quant_plan",
+    }
 
 
 def test_step_that_fails_in_the_analysis_leaves_the_module_as_it_was(tmp_path: Path) -> None:
@@ -202,4 +208,4 @@ def test_bad_arguments_and_a_missing_callback_are_refused(tmp_path: Path) -> Non
 def test_run_that_is_never_quantized_is_said_to_have_no_analysis(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="ended before there were scales"):
         run(tmp_path, SensitivityAnalysis(), quantization=QuantizationAwareTraining(start_epoch=5))
-    assert not (tmp_path / "lightning_qat").exists()
+    assert {path.name for path in (tmp_path / "lightning_qat").iterdir()} == {"quant_plan.json"}

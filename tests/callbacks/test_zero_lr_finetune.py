@@ -448,7 +448,11 @@ def test_files_and_tensorboard_hold_evidence_and_verdict(tmp_path: Path) -> None
     check = ZeroLRFinetune(batches=2)
     _, trainer = run(tmp_path, check, max_epochs=1, logger=TensorBoardLogger(tmp_path))
     directory = Path(str(trainer.log_dir)) / "lightning_qat"
-    assert {p.name for p in directory.iterdir()} == {"zero_lr_finetune.txt", "zero_lr_finetune.json"}
+    assert {p.name for p in directory.iterdir()} == {
+        "zero_lr_finetune.txt",
+        "zero_lr_finetune.json",
+        "quant_plan.json",
+    }
     data = json.loads((directory / "zero_lr_finetune.json").read_text())
     assert check.result is not None
     assert (data["verdict"], data["note"]) == (check.result.verdict, check.result.note)
