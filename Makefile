@@ -16,7 +16,7 @@ COVERAGE := --cov --cov-report=term
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.examples ## digits in float, in int16 without training, in int8 with QAT: about two minutes
+demo: $(VENV)/.examples ## digits in float, in int16 without training, in int8 with QAT: about a minute
 	$(DIGITS) fit --config configs/digits_float.yaml
 	$(DIGITS) test --config configs/digits_int16.yaml
 	$(DIGITS) fit --config configs/digits_int8.yaml
