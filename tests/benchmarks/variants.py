@@ -180,7 +180,7 @@ VARIANTS = (
     Variant("torch.ao FX", torch_ao_fx, "all"),
     Variant("torch.ao FX, observers off", torch_ao_fx_fixed, "none"),
     Variant("torchao pt2e", torchao_pt2e, "all", "torchao"),
-    Variant("NNCF", nncf, "none", "nncf"),
+    Variant("NNCF", nncf, "learned", "nncf"),
     Variant("Brevitas", brevitas, "weights; learned activations", "brevitas"),
     Variant("Brevitas, layerwise", brevitas_layerwise, "weights; learned activations", "brevitas"),
     Variant("ModelOpt", modelopt, "none", "nvidia-modelopt requests huggingface_hub"),
