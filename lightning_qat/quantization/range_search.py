@@ -11,6 +11,9 @@ from lightning_qat.quantization.histogram import Histogram
 from lightning_qat.quantization.range_statistics import Statistics
 from lightning_qat.quantization.scales import scale_from_range
 
+VALUES_AT_ONCE = 32768
+"""How many float64 the error search works on at once: few enough to stay in a processor's cache."""
+
 
 def percentile_range(statistics: Statistics, scheme: str, percentile: float) -> tuple[Tensor, Tensor]:
     histogram = statistics.histogram
@@ -136,18 +139,23 @@ def expected_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, quan
     middle, at_points = (edges[:, 1:] + edges[:, :-1]) / 2, torch.where(is_point, counts, 0.0)
     has_points = bool(at_points.any())
     results = []
-    for step, zero in zip((scale.double() / width).unbind(1), zero_point.double().unbind(1), strict=True):
-        step, bottom, top = step[:, None], quant_min - zero[:, None], quant_max - zero[:, None]
+    steps, zeros = (scale.double() / width).T[:, :, None], zero_point.double().T[:, :, None]
+    at_once = max(1, VALUES_AT_ONCE // edges.numel())
+    for step, zero in zip(steps.split(at_once), zeros.split(at_once), strict=True):
+        bottom, top = quant_min - zero, quant_max - zero
         clipped = torch.minimum(torch.maximum(edges, bottom * step), top * step)
+        beyond = edges - clipped
         codes = (clipped / step).round_()
-        rest, beyond = clipped - codes * step, edges - clipped
-        integral = codes * (step**3 / 12) + (rest * rest * rest + beyond * beyond * beyond) / 3
-        error = (integral * weight).sum(1)
+        rest = clipped.sub_(codes * step)
+        integral = (rest * rest).mul_(rest)
+        integral += (beyond * beyond).mul_(beyond)
+        integral = integral.div_(3).add_(codes.mul_(step**3 / 12))
+        error = integral.mul_(weight).sum(2)
         if has_points:
             codes = torch.minimum(torch.maximum((middle / step).round_(), bottom), top)
-            error = error + (at_points * (middle - codes * step) ** 2).sum(1)
+            error = error + (at_points * (middle - codes * step) ** 2).sum(2)
         results.append(error)
-    return torch.stack(results, dim=1)
+    return torch.cat(results).T
 
 
 def kl_range(statistics: Statistics, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
