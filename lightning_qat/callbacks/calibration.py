@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
 from lightning_qat.callbacks import _compat
@@ -23,6 +20,7 @@ from lightning_qat.callbacks.extra_pass import (
     run_step,
     undisturbed,
 )
+from lightning_qat.callbacks.progress import progress
 from lightning_qat.quantization.calibration import CalibrationPass, CalibrationResult
 from lightning_qat.quantization.region import find_regions
 
@@ -142,24 +140,3 @@ def _quantization(trainer: pl.Trainer) -> QuantizationAwareTraining | None:
 
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
-
-
-@contextmanager
-def progress(trainer: pl.Trainer, what: str, total: int | None) -> Iterator[Any]:
-    """Show a progress bar for an extra pass on rank 0, unless the trainer shows none; yields ``advance()``."""
-    bar = trainer.progress_bar_callback
-    if not trainer.is_global_zero or not isinstance(bar, ProgressBar) or getattr(bar, "is_disabled", False):
-        yield lambda: None
-        return
-    live = getattr(bar, "progress", None)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    shown = live if live is not None else Progress(*columns, transient=True)
-    if live is None:
-        shown.start()
-    task = shown.add_task(what, total=total)
-    try:
-        yield lambda: shown.advance(task)
-    finally:
-        shown.remove_task(task)
-        if live is None:
-            shown.stop()

@@ -6,10 +6,10 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_qat.analysis.pipeline import PipelineResult, Verdict, cannot_tell, judge_float_finetune
-from lightning_qat.callbacks.calibration import progress
 from lightning_qat.callbacks.extra_pass import require_regions
 from lightning_qat.callbacks.finetune_copy import finetune_copy
 from lightning_qat.callbacks.pipeline_rung import PipelineRung
+from lightning_qat.callbacks.progress import progress
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 
 

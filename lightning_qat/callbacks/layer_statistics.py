@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_qat.analysis.statistics import (
@@ -20,13 +19,12 @@ from lightning_qat.analysis.statistics import (
     scale_snapshot,
 )
 from lightning_qat.callbacks.analysis_pass import (
-    AnalysisOutputs,
     analysis_pass,
     is_calibrated,
     require_positive,
-    require_quantization,
     sampled_steps,
 )
+from lightning_qat.callbacks.epoch_end_analysis import EpochEndAnalysis
 from lightning_qat.quantization.region import find_regions
 from lightning_qat.reporting.loggers import point_scalars
 
@@ -37,7 +35,7 @@ NUMBERS = (
 TABLE = ("point", "dtype", "scale", "min", "max", "clipped_share", "used_share", "sqnr", "scale_drift", "flip_rate")
 
 
-class LayerStatistics(Callback):
+class LayerStatistics(EpochEndAnalysis):
     """Measure, at the end of an epoch, what every quantization point receives and what quantization makes of it.
 
     Runs the validation step on a few batches (the same ones each time) in eval mode with quantization on. Before the
@@ -67,7 +65,7 @@ class LayerStatistics(Callback):
     Example::
 
         class LateStatistics(LayerStatistics):
-            def should_measure(self, trainer):
+            def should_analyse(self, trainer):
                 return trainer.current_epoch >= 10
 
         trainer = Trainer(callbacks=[QuantizationAwareTraining(), Calibration(), LateStatistics()])
@@ -87,26 +85,20 @@ class LayerStatistics(Callback):
                 raise MisconfigurationException(
                     f"LayerStatistics(columns=...): there is no column {column!r}. Choices: {', '.join(NUMBERS)}."
                 )
-        self.every_n_epochs = every_n_epochs
+        super().__init__(every_n_epochs, "layer_statistics")
         self.batches = batches
         self.log_points = log
         self.columns = tuple(columns) if columns is not None else NUMBERS
         self.seed = seed
         self.result: LayerStatisticsResult | None = None
-        self._outputs = AnalysisOutputs("layer_statistics")
         self._calibrated: dict[str, ScaleSnapshot] = {}
         self._codes: dict[str, WeightCodes] = {}
-        self._measured_at = -1
-
-    def should_measure(self, trainer: pl.Trainer) -> bool:
-        """Whether to measure at the end of this epoch. Override for another schedule."""
-        return (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        require_quantization(trainer, "LayerStatistics")
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._calibrated, self._codes, self._measured_at = {}, {}, -1
+            self._calibrated, self._codes = {}, {}
 
     @override
     def on_train_batch_start(
@@ -119,19 +111,19 @@ class LayerStatistics(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.should_measure(trainer):
+        if self.should_analyse(trainer):
             self._report(trainer, pl_module, trainer.current_epoch)
             for name, value in _aggregates(self.result.rows if self.result else ()).items():
                 pl_module.log(f"layer_statistics/{name}", value, sync_dist=trainer.world_size > 1)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._measured_at != trainer.global_step:
+        if not self.is_analysed(trainer):
             self._report(trainer, pl_module)
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int | None = None) -> None:
         self.result = result = self._measure(trainer, pl_module, self.batches)
-        self._measured_at = trainer.global_step
+        self.note_analysed(trainer)
         if epoch is not None:
             self._outputs.write(trainer, result, epoch)
         self._outputs.write(trainer, result)

@@ -32,12 +32,8 @@ def preserved_attributes(module: nn.Module) -> Iterator[None]:
     """
     inside = {id(m) for r in module.modules() if isinstance(r, Region) for m in r.modules()}
     modules = [m for m in module.modules() if id(m) not in inside]
-    restores = [_attributes_of(m, _OF_MODULES, contents=True) for m in modules]
-    try:
+    with _restored(_attributes_of(m, _OF_MODULES, contents=True) for m in modules):
         yield
-    finally:
-        for restore in restores:
-            restore()
 
 
 @contextmanager
@@ -51,12 +47,8 @@ def preserved_loader_state(loaders: Iterable[Any]) -> Iterator[None]:
             continue
         found[id(owner)] = owner
         pending += [owner.__dict__.get(name) for name in ("sampler", "batch_sampler", "dataset")]
-    restores = [_attributes_of(owner, frozenset({"_iterator"}), contents=False) for owner in found.values()]
-    try:
+    with _restored(_attributes_of(owner, frozenset({"_iterator"}), contents=False) for owner in found.values()):
         yield
-    finally:
-        for restore in restores:
-            restore()
 
 
 @contextmanager
@@ -72,6 +64,17 @@ def preserved_parameters(module: nn.Module) -> Iterator[None]:
                     parameter.data = data
                 if not torch.equal(parameter, content):
                     parameter.copy_(content)
+
+
+@contextmanager
+def _restored(restores: Iterable[Restore]) -> Iterator[None]:
+    """Collect what to put back, and put it back on exit."""
+    collected = list(restores)
+    try:
+        yield
+    finally:
+        for restore in collected:
+            restore()
 
 
 def _attributes_of(owner: Any, skip: frozenset[str], contents: bool) -> Restore:

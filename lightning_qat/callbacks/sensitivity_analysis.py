@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
@@ -15,20 +14,19 @@ from lightning_qat.analysis.metrics import MetricName, check_metric, higher_is_b
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.sensitivity import SensitivityResult, sensitivity
 from lightning_qat.callbacks.analysis_pass import (
-    AnalysisOutputs,
     analysis_pass,
     is_calibrated,
     require_positive,
-    require_quantization,
     sampled_steps,
 )
+from lightning_qat.callbacks.epoch_end_analysis import EpochEndAnalysis
 from lightning_qat.callbacks.extra_pass import misconfiguration
 from lightning_qat.quantization.region import Region
 from lightning_qat.quantization.tracing import Call
 from lightning_qat.reporting.loggers import point_scalars
 
 
-class SensitivityAnalysis(Callback):
+class SensitivityAnalysis(EpochEndAnalysis):
     """Quantize one point at a time in the float model, at the end of an epoch, and measure the change of the output.
 
     One forward per point and batch, on the inputs that the quantized region gets in a validation step (the same batches
@@ -90,7 +88,7 @@ class SensitivityAnalysis(Callback):
         )
         with misconfiguration():
             check_metric(metric)
-        self.every_n_epochs = every_n_epochs
+        super().__init__(every_n_epochs, "sensitivity")
         self.batches = batches
         self.metric: MetricName = metric
         self.output = output
@@ -100,18 +98,7 @@ class SensitivityAnalysis(Callback):
         self.log_points = log
         self.seed = seed
         self.result: SensitivityResult | None = None
-        self._outputs = AnalysisOutputs("sensitivity")
         self._turn = 0
-        self._analysed_at = -1
-
-    def should_analyse(self, trainer: pl.Trainer) -> bool:
-        """Whether to analyse at the end of this epoch. Override for another schedule."""
-        return (trainer.current_epoch + 1) % self.every_n_epochs == 0
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        require_quantization(trainer, "SensitivityAnalysis")
-        self._analysed_at = -1
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -129,7 +116,7 @@ class SensitivityAnalysis(Callback):
             return
         result = self._analyse(trainer, pl_module, self.max_points)
         self._turn += 1
-        self._analysed_at = trainer.global_step
+        self.note_analysed(trainer)
         self._outputs.write(trainer, result, trainer.current_epoch)
         self._log(trainer, result)
         if result.rows:
@@ -142,7 +129,7 @@ class SensitivityAnalysis(Callback):
             rank_zero_warn("SensitivityAnalysis: training ended before there were scales; there is no sensitivity.csv.")
             return
         latest = self.result
-        if latest is not None and not latest.left_out and self._analysed_at == trainer.global_step:
+        if latest is not None and not latest.left_out and self.is_analysed(trainer):
             self._outputs.write(trainer, latest)  # of these very weights
             return
         result = self._analyse(trainer, pl_module, self.final_max_points)

@@ -7,10 +7,10 @@ from typing_extensions import override
 
 from lightning_qat.analysis.pipeline import PipelineResult, judge_zero_lr
 from lightning_qat.analysis.pipeline_rows import Finetune
-from lightning_qat.callbacks.calibration import progress
 from lightning_qat.callbacks.extra_pass import require_regions
 from lightning_qat.callbacks.finetune_copy import finetune_copy, moves_batch_norm
 from lightning_qat.callbacks.pipeline_rung import PipelineRung
+from lightning_qat.callbacks.progress import progress
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.quantization.region import State, Updates
 

@@ -6,30 +6,16 @@ import dataclasses
 from collections import deque
 from typing import Any
 
-from lightning_qat.quantization.dtypes import quant_dtype
 from lightning_qat.quantization.errors import ConfigurationError, near_names
 from lightning_qat.quantization.fusion import find_fusions
 from lightning_qat.quantization.op_graph import Op, Operand, OpGraph, Source
 from lightning_qat.quantization.plan import OpPlan, PointPlan, PointRole, QuantPlan
+from lightning_qat.quantization.point_config import PointConfigs
 from lightning_qat.quantization.qconfig import Override, QConfig
 from lightning_qat.quantization.torch_functions import PARALLEL
 
-_DEFAULT = "default"
 _WITH_ADDEND = frozenset(["addmm", "baddbmm", "addbmm", "addmv"])
 _MATRIX_PRODUCTS = frozenset(["matmul", "rmatmul", "bmm", "addmm", "baddbmm", "addbmm"])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Resolved:
-    """The configuration of one point after all rules."""
-
-    dtype: str
-    scheme: str
-    observer: str
-    percentile: float
-    per_channel: bool
-    fixed_scale: float | None
-    rule: str
 
 
 class Planner:
@@ -39,6 +25,7 @@ class Planner:
         self.graph = graph
         self.qconfig = qconfig
         self.overrides = overrides
+        self.configs = PointConfigs(qconfig, overrides)
         self.groups, self.misses = find_fusions(graph)
         self.group = {name: group for group in self.groups for name in group.ops}
         self.used = {s for op in graph.ops for o in op.operands for s in o.sources}
@@ -48,7 +35,6 @@ class Planner:
         self.status: dict[str, OpPlan] = {}
         self.quantized_outputs: set[str] = set()
         self.passing_joins: set[str] = set()
-        self._used = [False] * len(overrides)
         self._weights: dict[tuple[Any, ...], str] = {}
 
     def plan(self) -> QuantPlan:
@@ -192,7 +178,7 @@ class Planner:
         axis: int | None = None,
         operand: Operand | None = None,
     ) -> None:
-        resolved = self._resolve(name, op.kind, role)
+        resolved = self.configs.resolve(name, op.kind, role)
         if resolved.dtype == "float32":
             self.float_points[name] = f"float32 by {resolved.rule}"
             return
@@ -281,54 +267,11 @@ class Planner:
             return f"{source.name} is {'a constant' if constant else 'not quantized'}"
         return f"{source.kind} {source.name}"
 
-    # -- configuration
-
-    def _resolve(self, point: str, op_type: str, role: PointRole) -> _Resolved:
-        activation, weight = self.qconfig.activation, self.qconfig.weight
-        values: dict[str, Any] = {
-            "scheme": "symmetric",
-            "percentile": activation.percentile,
-            "granularity": "per_tensor",
-        }
-        values |= {"threshold": None, "fixed_scale": None}
-        values |= dataclasses.asdict(weight if role == "weight" else activation)
-        rule = _DEFAULT
-        for index, override in enumerate(self.overrides):
-            change = override.weight if role == "weight" else override.activation
-            if not override.selects(point, op_type) or change is None:
-                continue
-            self._used[index] = True
-            given = {key: value for key, value in dataclasses.asdict(change).items() if value is not None}
-            if "threshold" in given or "fixed_scale" in given:
-                values |= {"threshold": None, "fixed_scale": None}
-            values |= given
-            rule = f"override {index + 1} ({override.label})"
-        return self._finish(point, values, rule)
-
-    def _finish(self, point: str, values: dict[str, Any], rule: str) -> _Resolved:
-        fixed = values["fixed_scale"]
-        if values["threshold"] is not None and values["dtype"] != "float32":
-            dtype = quant_dtype(values["dtype"])
-            fixed = values["threshold"] / (2 ** (dtype.bits - 1) if dtype.signed else 2**dtype.bits - 1)
-        if values["observer"] == "fixed" and fixed is None and values["dtype"] != "float32":
-            raise ConfigurationError(
-                f"{point}: observer fixed needs a scale: write threshold: 100 or fixed_scale: 100/32768 beside it."
-            )
-        return _Resolved(
-            dtype=values["dtype"],
-            scheme=values["scheme"],
-            observer=values["observer"],
-            percentile=values["percentile"],
-            per_channel=values["granularity"] == "per_channel",
-            fixed_scale=fixed,
-            rule=rule,
-        )
+    # -- rules that matched nothing
 
     def unused_overrides(self) -> dict[int, ConfigurationError]:
         """The rules that matched no point, by number, each with the error that says why."""
-        return {
-            i: self._unused(o) for i, (o, used) in enumerate(zip(self.overrides, self._used, strict=True)) if not used
-        }
+        return {i: self._unused(rule) for i, rule in enumerate(self.overrides) if i not in self.configs.used_overrides}
 
     def _unused(self, override: Override) -> ConfigurationError:
         names = [*self.points, *self.float_points]

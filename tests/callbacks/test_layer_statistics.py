@@ -159,7 +159,7 @@ def test_fast_dev_run_leaves_no_files(tmp_path: Path) -> None:
 
 def test_schedule_can_be_overridden(tmp_path: Path) -> None:
     class Second(LayerStatistics):
-        def should_measure(self, trainer: Trainer) -> bool:
+        def should_analyse(self, trainer: Trainer) -> bool:
             return trainer.current_epoch == 1
 
     run(tmp_path, Second(), max_epochs=3)
