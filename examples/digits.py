@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-import lightning_qat  # noqa: F401  (makes the callbacks' short names known to the YAML files)
+import lightning_qat  # also makes the callbacks' short names known to the YAML files
 
 Batch = tuple[Tensor, Tensor]
 
@@ -122,12 +122,20 @@ class DigitsClassifier(LightningModule):
         blocks: Residual blocks per stage.
         lr: Learning rate at the start; a cosine takes it to zero at the last step.
         weight_decay: Of AdamW.
+        scale_lr_factor: Learning rate of learned scales, relative to ``lr``.
     """
 
-    def __init__(self, width: int = 16, blocks: int = 1, lr: float = 4e-3, weight_decay: float = 0.05) -> None:
+    def __init__(
+        self,
+        width: int = 16,
+        blocks: int = 1,
+        lr: float = 4e-3,
+        weight_decay: float = 0.05,
+        scale_lr_factor: float = 0.1,
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.lr, self.weight_decay = lr, weight_decay
+        self.lr, self.weight_decay, self.scale_lr_factor = lr, weight_decay, scale_lr_factor
         self.conv1 = nn.Conv2d(1, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.layers = nn.Sequential()
@@ -167,7 +175,9 @@ class DigitsClassifier(LightningModule):
         self.log("test_acc", self.test_acc)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        # the same as self.parameters(), but for learned scales: those have their own group, without weight decay
+        groups = lightning_qat.parameter_groups(self, self.lr, self.scale_lr_factor)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -59,6 +59,8 @@ def _fake_quant(point: PointPlan) -> FakeQuantize:
         scheme=point.scheme,  # type: ignore[arg-type]
         axis=point.axis,
         channels=point.channels,
+        split_sizes=point.split_sizes,
+        batch_axis=None if point.is_weight else 0,
         observer=point.observer,  # type: ignore[arg-type]
         percentile=point.percentile,
         fixed_scale=point.fixed_scale,

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
-from lightning_qat.quantization.dtypes import quant_dtype
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.fake_quantize_function import fake_quantize
+from lightning_qat.quantization.learned_scale import fake_quantize_learned, gradient_scale
 from lightning_qat.quantization.observers import ObserverName, clip_range
+from lightning_qat.quantization.quantization_parameters import QuantizationParameters, Scheme
 from lightning_qat.quantization.range_statistics import PerChannelRange, RangeStatistics
-from lightning_qat.quantization.scales import ZERO_RANGE_SCALE, scale_from_range
+from lightning_qat.quantization.scales import MIN_SCALE, greatest_scale
+from lightning_qat.quantization.split_statistics import SplitStatistics, repeat_groups
 
-Scheme = Literal["symmetric", "affine"]
 
-
-class FakeQuantize(torch.nn.Module):
+class FakeQuantize(QuantizationParameters):
     """A quantization point: it records what flows through, derives a scale from that and fake-quantizes.
 
     These are three separate steps: :meth:`observe` only records, :meth:`compute_scale` only derives (again and again,
@@ -31,6 +29,8 @@ class FakeQuantize(torch.nn.Module):
         scheme: ``symmetric`` (zero point 0) or ``affine`` (the range of the data, extended to contain zero).
         axis: Channel axis for one scale per channel; ``None`` for one scale.
         channels: Number of channels; needed with ``axis`` and only then.
+        split_sizes: Lengths of groups of neighbouring channels, for one scale per group instead of per channel.
+        batch_axis: The axis of the samples, ``None`` for a weight; only the gradient of a learned scale looks at it.
         observer: The method that derives the scale, see :func:`~lightning_qat.quantization.observers.clip_range`.
         percentile: For the ``percentile`` observer: share of the values inside the range, in percent.
         ema_momentum: Weight of a new batch in moving averages.
@@ -39,10 +39,12 @@ class FakeQuantize(torch.nn.Module):
             127).
 
     Attributes:
-        scale: Buffer, float32 whatever the type of the model, ``()`` or ``(channels,)``.
+        scale: float32 whatever the type of the model, ``()``, ``(channels,)`` or ``(groups,)``. A buffer, or once
+            :meth:`learn_scale` was called a parameter.
         zero_point: Buffer, int32, of the same shape.
         scale_source: The method the scale came from, ``None`` before calibration.
         enabled: Set to false to switch this point off.
+        frozen: Set to true to keep the scale as it is, once there is one; see :meth:`Region.freeze`.
         statistics: What was observed.
 
     Raises:
@@ -56,9 +58,6 @@ class FakeQuantize(torch.nn.Module):
         (0.02, tensor([0.0400, 2.5400]))
     """
 
-    scale: Tensor
-    zero_point: Tensor
-
     def __init__(
         self,
         dtype: str,
@@ -66,46 +65,48 @@ class FakeQuantize(torch.nn.Module):
         scheme: Scheme = "symmetric",
         axis: int | None = None,
         channels: int | None = None,
+        split_sizes: tuple[int, ...] | None = None,
+        batch_axis: int | None = None,
         observer: ObserverName = "mse",
         percentile: float = 99.99,
         ema_momentum: float = 0.01,
         fixed_scale: float | None = None,
         narrow_range: bool = False,
     ) -> None:
-        super().__init__()
         if scheme not in get_args(Scheme):
             raise unknown_choice("scheme", scheme, get_args(Scheme))
         _check_observer(observer, fixed_scale)
         if (axis is None) != (channels is None):
             raise ConfigurationError(f"axis and channels belong together, got axis={axis} and channels={channels}.")
+        if split_sizes is not None and (channels != sum(split_sizes) or min(split_sizes) < 1):
+            raise ConfigurationError(
+                f"split_sizes must be positive and add up to the {channels} channels, not {list(split_sizes)}."
+            )
         if not 0.0 < percentile <= 100.0:
             raise ConfigurationError(f"percentile must be above 0 and at most 100, such as 99.99, not {percentile}.")
         if not 0.0 < ema_momentum <= 1.0:
             raise ConfigurationError(f"ema_momentum must be above 0 and at most 1, such as 0.01, not {ema_momentum}.")
         if fixed_scale is not None and not 2.0**-126 <= fixed_scale <= 2.0**126:
             raise ConfigurationError(f"fixed_scale must be a positive float32, such as 100/32768, not {fixed_scale}.")
-        self.scheme: Scheme = scheme
+        scales = channels if split_sizes is None else len(split_sizes)
+        super().__init__(dtype, scheme, scales, split_sizes, fixed_scale, narrow_range)
         self.axis = axis
+        self.batch_axis = batch_axis
         self.observer: ObserverName = observer
         self.percentile = percentile
-        self.fixed_scale = fixed_scale
-        self.narrow_range = narrow_range
         self.enabled = True
-        self.scale_source: str | None = None
-        self._set_dtype(dtype)
-        self.statistics: RangeStatistics | PerChannelRange = (
-            RangeStatistics(ema_momentum)
-            if axis is None or channels is None
-            else PerChannelRange(axis, channels, ema_momentum)
-        )
-        shape = () if channels is None else (channels,)
-        # A buffer born under inference_mode would break the next backward.
+        self.frozen = False
+        self.statistics: RangeStatistics | PerChannelRange | SplitStatistics
+        if axis is None or channels is None:
+            self.statistics = RangeStatistics(ema_momentum)
+        elif split_sizes is None:
+            self.statistics = PerChannelRange(axis, channels, ema_momentum)
+        else:
+            self.statistics = SplitStatistics(axis, split_sizes, ema_momentum)
         with torch.inference_mode(False):
-            self.register_buffer("scale", torch.ones(shape, dtype=torch.float32))
-            self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
             # Clip range relative to the whole and to the averaged range of the data: row 0 for the lower end, 1 for
             # the upper.
-            self._ratio = torch.ones(2, channels or 1, dtype=torch.float64, device="cpu")
+            self._ratio = torch.ones(2, scales or 1, dtype=torch.float64, device="cpu")
             self._ema_ratio = self._ratio.clone()
         if fixed_scale is not None:
             self.compute_scale("fixed")
@@ -114,22 +115,39 @@ class FakeQuantize(torch.nn.Module):
         """Fake-quantize ``x`` with the present scale; return ``x`` itself when not calibrated or not enabled."""
         if self.scale_source is None or not self.enabled:
             return x
-        zero_point = self.zero_point if self.scheme == "affine" else 0
-        return fake_quantize(x, self.scale, zero_point, self.quant_min, self.quant_max, self.axis)
+        if self._parameters:
+            return self._forward_learned(x)
+        scale, zero_point = self.scale, self.zero_point if self.scheme == "affine" else 0
+        if self.split_sizes is not None:
+            scale, zero_point = self.channel_scale, self.channel_zero_point
+        return fake_quantize(x, scale, zero_point, self.quant_min, self.quant_max, self.axis)
+
+    def _forward_learned(self, x: Tensor) -> Tensor:
+        scale = self.scale
+        if not torch.compiler.is_exporting():  # an optimizer may have stepped across zero; the gradient is not cut
+            scale.detach().clamp_(MIN_SCALE, greatest_scale(self.quant_max - self.quant_min))
+        zero_point = self.channel_zero_point if self.scheme == "affine" else 0
+        arguments = (x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self.axis)
+        if self.frozen or not (scale.requires_grad and torch.is_grad_enabled()):
+            return fake_quantize(*arguments)
+        factors = gradient_scale(tuple(x.shape), self.quant_max, self.axis, self.batch_axis, self.split_sizes)
+        if self.split_sizes is None:
+            return fake_quantize_learned(*arguments, factors[0])
+        return fake_quantize_learned(*arguments, repeat_groups(scale.new_tensor(factors), self.split_sizes))
 
     def observe(self, x: Tensor) -> None:
         """Record the statistics of ``x``; the scale stays."""
         self.statistics.observe(x)
 
     @property
-    def degenerate(self) -> bool:
-        """Whether a scale was derived from data that were all zero: it is a stand-in that fits no other data."""
-        return self.scale_source is not None and bool((self.scale == ZERO_RANGE_SCALE).any())
+    def keeps_scale(self) -> bool:
+        """Whether the point is frozen with a scale: neither training nor a new calibration changes it."""
+        return self.frozen and self.scale_source is not None
 
     @torch.no_grad()
     @torch.inference_mode(False)
     def compute_scale(self, observer: str | None = None, dtype: str | None = None) -> None:
-        """Derive scale and zero point from the kept statistics, in place.
+        """Derive scale and zero point from the kept statistics, in place. What was learned is lost.
 
         Args:
             observer: The method, by default the one given at construction (``fixed`` if there is a fixed scale).
@@ -147,7 +165,7 @@ class FakeQuantize(torch.nn.Module):
                 "that reach it, give it a fixed_scale, or leave it in float32."
             )
         if dtype is not None:
-            self._set_dtype(dtype)
+            self.set_dtype(dtype)
         if source == "fixed":
             self.scale.fill_(self.fixed_scale or 1.0)
             self.zero_point.zero_()
@@ -167,7 +185,7 @@ class FakeQuantize(torch.nn.Module):
             ConfigurationError: If there is no such quantized type.
         """
         if self.scale_source is None:
-            self._set_dtype(dtype)
+            self.set_dtype(dtype)
         else:
             self.compute_scale(self.scale_source, dtype)
 
@@ -178,31 +196,42 @@ class FakeQuantize(torch.nn.Module):
 
         The new scale is that of the range of ``x`` (a weight), or of its moving average over batches (an activation),
         times the ratio of the calibrated range to the same kind of range at calibration. Cheap: it looks at minimum
-        and maximum only; a tensor with NaN or infinities changes nothing. A fixed or uncalibrated scale stays.
+        and maximum only; a tensor with NaN or infinities changes nothing. A fixed, learned or uncalibrated scale stays.
 
         Args:
             x: The present weight, or this batch's activation.
             ema: Whether to average over batches; by default if the observer is ``ema``.
         """
-        if self.scale_source is None or self.scale_source == "fixed" or x.numel() == 0:
+        if self.scale_source is None or self.scale_source == "fixed" or x.numel() == 0 or self._parameters:
             return
-        low, high = self.statistics.extremes(x)
-        if self.observer == "ema" if ema is None else ema:
-            low, high = self.statistics.update_ema(low, high)
-            ratio = self._ema_ratio
+        ema = self.observer == "ema" if ema is None else ema
+        if not ema and self.axis is None and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = torch.aminmax(x.detach())
+            (low_ratio,), (high_ratio,) = self._ratio.tolist()
+            self._write_number(low.item() * low_ratio, high.item() * high_ratio)
+        elif (
+            not ema
+            and isinstance(self.statistics, PerChannelRange)
+            and self.scheme == "symmetric"
+            and self.quant_min < 0
+        ):
+            rows = self.statistics.rows(x.detach())
+            bounds = torch.maximum(rows.amin(dim=1).neg_(), rows.amax(dim=1)).double()  # NaN is handed on
+            self._write_bounds(bounds * self._ratio[1].to(bounds.device))
+        elif ema:
+            self._write_ema_range(*self.statistics.update_ema(*self.statistics.extremes(x)))
         else:
-            ratio = self._ratio
-        ratio = ratio.to(low.device)
-        self._write_range(low * ratio[0], high * ratio[1])
+            low, high = self.statistics.extremes(x)
+            ratio = self._ratio.to(low.device)
+            self._write_range(low * ratio[0], high * ratio[1])
 
     @torch.no_grad()
     @torch.inference_mode(False)
     def set_averages(self, averages: Tensor) -> None:
         """Replace the moving averages of the range, ``(2, channels)``, and take the scale from them (over ranks)."""
         self.statistics.averages = averages
-        low, high = self.statistics.ema_range
-        ratio = self._ema_ratio.to(low.device)
-        self._write_range(low * ratio[0], high * ratio[1])
+        if not self.learned:
+            self._write_ema_range(*self.statistics.ema_range)
 
     def reset_statistics(self) -> None:
         """Forget what was observed, to calibrate anew; the scale stays."""
@@ -213,6 +242,7 @@ class FakeQuantize(torch.nn.Module):
         return {
             "dtype": self.dtype,
             "scale_source": self.scale_source,
+            "learned": self.learned,
             "ratio": self._ratio.to("cpu", copy=True),
             "ema_ratio": self._ema_ratio.to("cpu", copy=True),
             "statistics": self.statistics.state_dict(),
@@ -225,8 +255,9 @@ class FakeQuantize(torch.nn.Module):
             ConfigurationError: If the state belongs to a point with other channels.
         """
         self.statistics.load_state_dict(state["statistics"])
-        self._set_dtype(state["dtype"])
+        self.set_dtype(state["dtype"])
         self.scale_source = state["scale_source"]
+        self.learn_scale(state["learned"])
         with torch.inference_mode(False):
             self._ratio = state["ratio"].cpu().clone()
             self._ema_ratio = state["ema_ratio"].cpu().clone()
@@ -234,21 +265,13 @@ class FakeQuantize(torch.nn.Module):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         axis = "" if self.axis is None else f", axis={self.axis}"
-        return f"{self.dtype}, {self.scheme}{axis}, observer={self.observer}, scale_source={self.scale_source}"
+        axis += "" if self.split_sizes is None else f", split_sizes={list(self.split_sizes)}"
+        source = f"{self.scale_source}, learned" if self.learned else self.scale_source
+        return f"{self.dtype}, {self.scheme}{axis}, observer={self.observer}, scale_source={source}"
 
-    def _set_dtype(self, dtype: str) -> None:
-        found = quant_dtype(dtype)
-        self.dtype = found.name
-        self.quant_max = found.quant_max
-        self.quant_min = -found.quant_max if self.narrow_range and found.signed else found.quant_min
-
-    def _write_range(self, low: Tensor, high: Tensor) -> None:
-        scale, zero_point = scale_from_range(low, high, self.quant_min, self.quant_max, self.scheme)
-        usable = (low.isfinite() & high.isfinite()).reshape(self.scale.shape).to(self.scale.device)
-        self.scale.copy_(torch.where(usable, scale.reshape(self.scale.shape).to(self.scale.device), self.scale))
-        if self.scheme == "affine":
-            zero_point = zero_point.reshape(self.zero_point.shape).to(self.scale.device)
-            self.zero_point.copy_(torch.where(usable, zero_point, self.zero_point))
+    def _write_ema_range(self, low: Tensor, high: Tensor) -> None:
+        ratio = self._ema_ratio.to(low.device)
+        self._write_range(low * ratio[0], high * ratio[1])
 
     def _relative(self, low: Tensor, high: Tensor, whole_low: Tensor, whole_high: Tensor) -> Tensor:
         """The given range relative to another; 1 where an end of that other is zero."""
@@ -258,17 +281,6 @@ class FakeQuantize(torch.nn.Module):
             whole_low = whole_high = torch.maximum(-whole_low, whole_high) if signed else whole_high
         ratios = [a / b for a, b in ((low, whole_low), (high, whole_high))]
         return torch.stack([torch.where(r.isfinite() & (r > 0), r, 1.0) for r in ratios])
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move to another device, but keep the types: a scale rounded to bfloat16 would be another scale."""
-        scale, zero_point = self.scale, self.zero_point
-        with torch.inference_mode(False):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            if self.scale.dtype != torch.float32:
-                self.scale = scale.to(self.scale.device)
-            if self.zero_point.dtype != torch.int32:
-                self.zero_point = zero_point.to(self.zero_point.device)
-        return self
 
 
 def _check_observer(observer: str, fixed_scale: float | None) -> None:

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from lightning_qat.quantization.errors import ConfigurationError
 
+NATIVE = (torch.float32, torch.float64)
+"""Types that are computed in themselves; the others in float32."""
+
 
 def fake_quantize(
     x: Tensor,
@@ -58,8 +61,7 @@ def fake_quantize(
         >>> fake_quantize(torch.tensor([0.24, 0.25, 0.75, 100.0]), torch.tensor(0.5), 0, -8, 7)
         tensor([0.0000, 0.0000, 1.0000, 3.5000])
     """
-    if not x.is_floating_point():
-        raise ConfigurationError(f"only floating-point tensors can be quantized, not {x.dtype}: leave this point out.")
+    check_floating_point(x)
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     compiling = torch.compiler.is_compiling()
     if axis is None and x.device.type == "cpu" and not compiling:
@@ -74,20 +76,62 @@ def fake_quantize(
         return _scalar_forward(x, s, quant_min - z, quant_max - z)
     scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
     if axis is not None:
-        if x.dim() == 0 or x.shape[axis] != scale.numel():
-            raise ConfigurationError(
-                f"a tensor of shape {tuple(x.shape)} does not have {scale.numel()} channels at axis {axis}."
-            )
-        shape = [1] * x.dim()
-        shape[axis] = -1
-        scale = scale.reshape(shape)
-        zero_point = zero_point.reshape(shape) if isinstance(zero_point, Tensor) else zero_point
+        scale = broadcast_to_axis(x, scale, axis)
+        zero_point = broadcast_to_axis(x, zero_point, axis) if isinstance(zero_point, Tensor) else zero_point
     if needs_grad:
         return cast(
             Tensor,
             _TensorFakeQuantize.apply(x, scale, zero_point, quant_min, quant_max),  # type: ignore[no-untyped-call]
         )
-    return _tensor_forward(x, scale, zero_point, quant_min, quant_max)
+    return tensor_forward(x, scale, zero_point, quant_min, quant_max)
+
+
+def check_floating_point(x: Tensor) -> None:
+    """Refuse a tensor that has no fractions to round.
+
+    Raises:
+        ConfigurationError: If ``x`` is not floating-point.
+    """
+    if not x.is_floating_point():
+        raise ConfigurationError(f"only floating-point tensors can be quantized, not {x.dtype}: leave this point out.")
+
+
+def broadcast_to_axis(x: Tensor, values: Tensor, axis: int | None) -> Tensor:
+    """View ``(channels,)`` values so that they broadcast along an axis of ``x``; as they are without an axis.
+
+    Raises:
+        ConfigurationError: If the axis does not have as many channels.
+    """
+    if axis is None:
+        return values
+    if x.dim() == 0 or x.shape[axis] != values.numel():
+        raise ConfigurationError(
+            f"a tensor of shape {tuple(x.shape)} does not have {values.numel()} channels at axis {axis}."
+        )
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def tensor_forward(x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min: int, quant_max: int) -> Tensor:
+    """Quantize and dequantize by primitives; scale and zero point broadcast against ``x``."""
+    zero = zero_point.to(torch.float32) if isinstance(zero_point, Tensor) else (zero_point or None)
+    work = x if x.dtype in NATIVE else x.float()
+    codes = _codes(work, scale.reciprocal(), zero).clamp_(quant_min, quant_max)
+    if zero is not None:
+        codes = codes.sub_(zero)
+    return codes.mul_(scale).add_(0.0).to(x.dtype)
+
+
+def straight_through(grad: Tensor, codes: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Hand the gradient through where the code before clipping is in range; zero elsewhere and at NaN.
+
+    ``codes`` is overwritten.
+    """
+    codes = codes.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    # Codes are whole numbers, and the bounds of hardtanh_backward are exclusive. (`where` and a product with a bool
+    # mask are several times slower on the CPU.)
+    return cast(Tensor, torch.ops.aten.hardtanh_backward(grad, codes, quant_min - 1, quant_max + 1))
 
 
 class _ScalarFakeQuantize(torch.autograd.Function):
@@ -104,7 +148,7 @@ class _ScalarFakeQuantize(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         inverse, low, high = ctx.range
         x, dtype = x.detach(), grad.dtype
-        if dtype not in _NATIVE:
+        if dtype not in NATIVE:
             x, grad = x.float(), grad.float()
         lower, upper = _gradient_bounds(inverse, low, high, x.dtype is torch.float64)
         result = torch.ops.aten.hardtanh_backward(grad, x, lower, upper)
@@ -123,41 +167,28 @@ class _TensorFakeQuantize(torch.autograd.Function):
         zero = zero_point.to(torch.float32, copy=True) if isinstance(zero_point, Tensor) else None
         ctx.save_for_backward(x, inverse, zero)
         ctx.range = (quant_min, quant_max)
-        return _tensor_forward(x, scale, zero_point, quant_min, quant_max)
+        return tensor_forward(x, scale, zero_point, quant_min, quant_max)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, inverse, zero = ctx.saved_tensors
         quant_min, quant_max = ctx.range
         x, dtype = x.detach(), grad.dtype
-        if dtype not in _NATIVE:
+        if dtype not in NATIVE:
             x, grad = x.float(), grad.float()
-        codes = _codes(x, inverse, zero).nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
-        # Codes are whole numbers, and the bounds of hardtanh_backward are exclusive. (`where` and a product with a
-        # bool mask are several times slower on the CPU.)
-        result = torch.ops.aten.hardtanh_backward(grad, codes, quant_min - 1, quant_max + 1)
+        result = straight_through(grad, _codes(x, inverse, zero), quant_min, quant_max)
         return result.to(dtype), None, None, None, None
 
 
-_NATIVE = (torch.float32, torch.float64)
 _ZERO = torch.zeros((), device="cpu")  # whatever the default device is
 
 
 def _scalar_forward(x: Tensor, scale: float, low: int, high: int) -> Tensor:
     # Clamping to the range less the zero point spares adding and subtracting it; whole numbers below 2**24 are exact.
-    work = x if x.dtype in _NATIVE else x.float()
+    work = x if x.dtype in NATIVE else x.float()
     codes = work.mul(_float32(1.0 / scale)).round_().clamp_(low, high)
     # 0 + scale * codes instead of codes * scale: the result for -0.1 is 0.0 as in torch, not -0.0.
     return torch.add(_ZERO, codes, alpha=scale, out=codes).to(x.dtype)
-
-
-def _tensor_forward(x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min: int, quant_max: int) -> Tensor:
-    zero = zero_point.to(torch.float32) if isinstance(zero_point, Tensor) else (zero_point or None)
-    work = x if x.dtype in _NATIVE else x.float()
-    codes = _codes(work, scale.reciprocal(), zero).clamp_(quant_min, quant_max)
-    if zero is not None:
-        codes = codes.sub_(zero)
-    return codes.mul_(scale).add_(0.0).to(x.dtype)
 
 
 def _codes(x: Tensor, inverse: Tensor, zero: Tensor | int | None) -> Tensor:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.range_search import kl_range, mse_range, percentile_range
 from lightning_qat.quantization.range_statistics import PerChannelRange, RangeStatistics
 from lightning_qat.quantization.scales import scale_from_range
+from lightning_qat.quantization.split_statistics import SplitStatistics
 
 ObserverName = Literal["minmax", "ema", "percentile", "mse", "kl", "fixed"]
 
 
 def scale_for(
-    statistics: RangeStatistics | PerChannelRange,
+    statistics: RangeStatistics | PerChannelRange | SplitStatistics,
     observer: str,
     quant_min: int,
     quant_max: int,
@@ -44,7 +46,7 @@ def scale_for(
 
 
 def clip_range(
-    statistics: RangeStatistics | PerChannelRange,
+    statistics: RangeStatistics | PerChannelRange | SplitStatistics,
     observer: str,
     quant_min: int,
     quant_max: int,
@@ -71,11 +73,15 @@ def clip_range(
         percentile: In percent, for the method of that name.
 
     Returns:
-        Lower and upper ends, float64 ``(channels,)``, within what was observed.
+        Lower and upper ends, float64 ``(channels,)`` or ``(groups,)``, within what was observed.
 
     Raises:
         ConfigurationError: If there is no such observer, or it is ``fixed``, which derives nothing.
     """
+    if isinstance(statistics, SplitStatistics):
+        groups = statistics.groups
+        ends = [clip_range(group, observer, quant_min, quant_max, scheme, percentile) for group in groups]
+        return torch.cat([low for low, _ in ends]), torch.cat([high for _, high in ends])
     if observer == "minmax":
         return statistics.range
     if observer == "ema":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_qat.quantization.dtypes import quant_dtype
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.plan import PointRole
-from lightning_qat.quantization.qconfig import Override, QConfig
+from lightning_qat.quantization.qconfig import Override, QConfig, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class PointConfig:
         percentile: for the percentile observer.
         per_channel: one scale per channel, where there is a channel axis.
         fixed_scale: scale given by the user.
+        split: one scale for each of these groups along an axis.
         rule: the rule that changed it last, in words.
     """
 
@@ -31,7 +33,32 @@ class PointConfig:
     percentile: float
     per_channel: bool
     fixed_scale: float | None
+    split: Split | None
     rule: str
+
+    def split_sizes(self, point: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Return the lengths of the groups along ``split.axis`` that have a scale each, if there are any.
+
+        Args:
+            point: name of the point, for the message.
+            shape: of the tensor, as traced.
+
+        Raises:
+            ConfigurationError: the tensor has no such axis, or the groups do not add up to its length.
+        """
+        if self.split is None:
+            return None
+        axis, sizes = self.split.axis, self.split.sizes
+        if not -len(shape) <= axis < len(shape):
+            problem = f"has no axis {axis}: write one from {-len(shape)} to {len(shape) - 1}"
+        elif sum(sizes) != shape[axis]:
+            problem = (
+                f"has {shape[axis]} channels along axis {axis}, and the sizes {sizes} add up to {sum(sizes)}: write "
+                f"sizes that add up to {shape[axis]}"
+            )
+        else:
+            return tuple(sizes)
+        raise ConfigurationError(f"split of {point} ({self.rule}): its tensor of shape {shape} {problem}.")
 
 
 class PointConfigs:
@@ -47,13 +74,16 @@ class PointConfigs:
         self.overrides = overrides
         self.used_overrides: set[int] = set()
 
-    def resolve(self, point: str, op_type: str, role: PointRole) -> PointConfig:
+    def resolve(
+        self, point: str, op_type: str, role: PointRole, required: Mapping[str, Any] | None = None
+    ) -> PointConfig:
         """Return the configuration of a point.
 
         Args:
             point: its name.
             op_type: canonical kind of its op.
             role: what it quantizes.
+            required: fields that the hardware decides.
 
         Raises:
             ConfigurationError: the rules leave it without what it needs.
@@ -64,7 +94,7 @@ class PointConfigs:
             "percentile": activation.percentile,
             "granularity": "per_tensor",
         }
-        values |= {"threshold": None, "fixed_scale": None}
+        values |= {"threshold": None, "fixed_scale": None, "split": None}
         values |= dataclasses.asdict(weight if role == "weight" else activation)
         rule = "default"
         for index, override in enumerate(self.overrides):
@@ -74,10 +104,21 @@ class PointConfigs:
             self.used_overrides.add(index)
             given = {key: value for key, value in dataclasses.asdict(change).items() if value is not None}
             if "threshold" in given or "fixed_scale" in given:
+                values |= {"threshold": None, "fixed_scale": None, "split": None}
+            if "split" in given:
                 values |= {"threshold": None, "fixed_scale": None}
             values |= given
             rule = f"override {index + 1} ({override.label})"
-        return _checked(point, values, rule)
+        return _checked(point, values | dict(required or {}), rule)
+
+    def explicit_rule(self, field: str, point: str, op_type: str, role: PointRole) -> str | None:
+        """Return the override that decides a field of a point, in words; None if the default does."""
+        found = None
+        for index, override in enumerate(self.overrides):
+            change = override.weight if role == "weight" else override.activation
+            if override.selects(point, op_type) and change is not None and getattr(change, field) is not None:
+                found = f"override {index + 1} ({override.label})"
+        return found
 
 
 def _checked(point: str, values: dict[str, Any], rule: str) -> PointConfig:
@@ -96,5 +137,6 @@ def _checked(point: str, values: dict[str, Any], rule: str) -> PointConfig:
         percentile=values["percentile"],
         per_channel=values["granularity"] == "per_channel",
         fixed_scale=fixed,
+        split=Split(**values["split"]) if values["split"] is not None else None,
         rule=rule,
     )

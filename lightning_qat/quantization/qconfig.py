@@ -91,6 +91,35 @@ class QConfig:
 
 
 @dataclass
+class Split:
+    """Groups along an axis that get a scale each (B8): for data whose small values one scale would round away.
+
+    Args:
+        axis: the axis, negative ones count from the end.
+        sizes: lengths of the groups, in order; they add up to the length of the axis.
+
+    Raises:
+        ConfigurationError: there are not two groups, or one is empty.
+
+    Example:
+        >>> Split(axis=0, sizes=[32, 96]).sizes
+        [32, 96]
+    """
+
+    axis: int
+    sizes: list[int]
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.sizes, (list, tuple)) and all(type(size) is int and size > 0 for size in self.sizes)
+        if type(self.axis) is not int or not whole or len(self.sizes) < 2:
+            raise ConfigurationError(
+                "split needs an axis and the lengths of at least two groups along it, such as split: {axis: 0, sizes: "
+                f"[32, 96]}}, got axis {self.axis!r} and sizes {self.sizes!r}."
+            )
+        self.sizes = list(self.sizes)
+
+
+@dataclass
 class ActivationOverride:
     """Fields to change for the activations an override matches; None means inherit.
 
@@ -99,6 +128,7 @@ class ActivationOverride:
         threshold: largest magnitude to represent: the scale becomes ``threshold / 2**(bits-1)`` for signed types
             (``100`` gives ``100/32768`` for int16) and ``threshold / (2**bits - 1)`` for unsigned ones.
         fixed_scale: the scale itself, a number or an expression such as ``100/32768``.
+        split: one scale for each of several groups along an axis: ``{axis: 0, sizes: [32, 96]}``.
     """
 
     dtype: DtypeName | None = None
@@ -107,6 +137,7 @@ class ActivationOverride:
     percentile: float | None = None
     threshold: float | str | None = None
     fixed_scale: float | str | None = None
+    split: Split | None = None
 
     def __post_init__(self) -> None:
         _check_common(self.dtype, self.observer)
@@ -115,6 +146,10 @@ class ActivationOverride:
             _check_percentile(self.percentile)
         if self.threshold is not None and self.fixed_scale is not None:
             raise ConfigurationError("give threshold or fixed_scale, not both: threshold is divided by the code range.")
+        if self.split is not None and (self.threshold is not None or self.fixed_scale is not None):
+            raise ConfigurationError(
+                "split finds a scale for each group, threshold and fixed_scale give one scale: write one of the two."
+            )
         for name in ("threshold", "fixed_scale"):
             value = getattr(self, name)
             if value is not None:
@@ -140,7 +175,9 @@ class Override:
 
     Args:
         match: glob over point names, where only ``*`` and ``?`` are special; a pattern that names an op or a scope
-            covers all its points (``decoder.*``, ``layers.0.conv1``, ``*.ref_point*.input0``).
+            covers all its points (``decoder.*``, ``layers.0.conv1``, ``*.ref_point*.input0``). Names are relative to
+            the target. Spelled with the target's path in front (``backbone.layers.0.*`` for target ``backbone``), the
+            pattern is about that target alone; if it matches nothing there, it is read as relative after all.
         op_type: canonical torch function (``softmax``); with ``match``, both must hold.
         activation: what changes for ``output`` and ``inputN`` points.
         weight: what changes for ``weight`` points.
@@ -256,6 +293,7 @@ _T = TypeVar("_T")
 _NESTED: dict[str, dict[str, type]] = {
     "QConfig": {"activation": ActivationConfig, "weight": WeightConfig},
     "Override": {"activation": ActivationOverride, "weight": WeightOverride},
+    "ActivationOverride": {"split": Split},
 }
 
 

@@ -61,13 +61,13 @@ class Statistics:
         Raises:
             ConfigurationError: If ``x`` does not have the expected number of channels.
         """
-        low, high = self.histogram.observe(self._rows(x))
+        low, high = self.histogram.observe(self.rows(x))
         if bool((low <= high).all()):  # else a channel is empty or has no finite value
             self.update_ema(low, high)
 
     def extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of ``x``, float64 ``(channels,)``; nothing is recorded, and NaN is handed on."""
-        rows = self._rows(x.detach())
+        rows = self.rows(x.detach())
         if len(rows) == 1:
             low, high = torch.aminmax(rows)
             return low.reshape(1).double(), high.reshape(1).double()
@@ -142,8 +142,12 @@ class Statistics:
             self._ema = state["ema"].cpu().clone()
         self.batches = state["batches"]
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """``x`` as ``(channels, values)``."""
+    def rows(self, x: Tensor) -> Tensor:
+        """View or copy ``x`` as ``(channels, values)``.
+
+        Raises:
+            ConfigurationError: If ``x`` does not have the expected number of channels.
+        """
         if self.axis is None:
             # In the order of memory, so that channels-last data are not copied.
             strides = x.stride()

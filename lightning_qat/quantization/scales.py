@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
 MIN_SCALE = 2.0**-126
 """The smallest scale: below it, float32 is no longer normal and the inverse overflows."""
 
@@ -18,10 +21,9 @@ def scale_from_range(
     """Turn ranges of values into scales and zero points.
 
     Symmetric: ``scale = max(-low, high) / quant_max`` (for an unsigned type ``high / quant_max``), zero point 0.
-        Affine: the range is
-    extended to contain zero, ``scale = (high - low) / (quant_max - quant_min)`` and ``zero_point = quant_min -
-    round(low / scale)``, so zero is represented exactly. Scales are kept normal and small enough that every code times
-    the scale is finite; an empty range gives :data:`ZERO_RANGE_SCALE`.
+    Affine: the range is extended to contain zero, ``scale = (high - low) / (quant_max - quant_min)`` and ``zero_point
+    = quant_min - round(low / scale)``, so zero is represented exactly. Scales are kept normal and small enough that
+    every code times the scale is finite; an empty range gives :data:`ZERO_RANGE_SCALE`.
 
     Args:
         low: Lower ends, ``(channels,)``.
@@ -45,12 +47,60 @@ def scale_from_range(
     else:
         extent = (torch.maximum(-low, high) if quant_min < 0 else high).clamp(min=0.0)
         steps, largest = quant_max, max(quant_max, -quant_min)
-    greatest = min(2.0**126, torch.finfo(torch.float32).max / largest)
-    # Rounding to float32 might exceed the greatest scale by half a unit: take one unit off.
-    greatest *= 1 - 2.0**-23
-    scale = (extent / steps).clamp(MIN_SCALE, greatest).float()
+    scale = (extent / steps).clamp(MIN_SCALE, greatest_scale(largest)).float()
     scale = torch.where(extent == 0, ZERO_RANGE_SCALE, scale)
     if scheme != "affine":
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     zero_point = (quant_min - (low / scale.double()).round()).clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int32)
+
+
+def scale_from_numbers(
+    low: float, high: float, quant_min: int, quant_max: int, scheme: str = "symmetric"
+) -> tuple[float, int]:
+    """:func:`scale_from_range` of a single finite range, without tensors: a fifth of the time.
+
+    Returns:
+        The scale, which still has to be rounded to float32, and the zero point.
+
+    Example:
+        >>> scale_from_numbers(-1.0, 3.0, 0, 255, "affine") == (4 / 255, 64)
+        True
+    """
+    if scheme == "affine":
+        low, high = min(low, 0.0), max(high, 0.0)
+        extent, steps, largest = high - low, quant_max - quant_min, quant_max - quant_min
+    else:
+        extent = max(-low, high, 0.0) if quant_min < 0 else max(high, 0.0)
+        steps, largest = quant_max, max(quant_max, -quant_min)
+    scale = min(max(extent / steps, MIN_SCALE), greatest_scale(largest)) if extent else ZERO_RANGE_SCALE
+    if scheme != "affine":
+        return scale, 0
+    rounded = ctypes.c_float(scale).value
+    return scale, min(max(quant_min - round(low / rounded), quant_min), quant_max)
+
+
+def scale_from_bounds(bounds: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """:func:`scale_from_range` of the symmetric signed ranges ``-bounds ... bounds``, in fewer operations.
+
+    Args:
+        bounds: Largest magnitudes, float64 ``(channels,)``; it is overwritten.
+        quant_min: Smallest code, negative.
+        quant_max: Largest code.
+
+    Returns:
+        float32 ``(channels,)``; of a bound that is not finite, anything.
+
+    Example:
+        >>> scale_from_bounds(torch.tensor([2.54, 1.27]).double(), -127, 127)
+        tensor([0.0200, 0.0100])
+    """
+    empty = bounds == 0
+    scale = bounds.div_(quant_max).clamp_(MIN_SCALE, greatest_scale(max(quant_max, -quant_min)))
+    return scale.masked_fill_(empty, ZERO_RANGE_SCALE).float()
+
+
+def greatest_scale(largest: int) -> float:
+    """The greatest scale whose product with the code ``largest`` is finite."""
+    # Rounding to float32 might exceed it by half a unit: take one unit off.
+    return min(2.0**126, FLOAT32_MAX / largest) * (1 - 2.0**-23)
