@@ -11,9 +11,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from lightning_qat.quantization.call_ranges import repeating_points
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.preservation import preserved
 from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.tensor_origins import TensorOrigins
 from lightning_qat.quantization.tracing import Call
 
 FindingKind = Literal["nan", "inf", "constant", "no data", "unplanned"]
@@ -81,6 +83,7 @@ class CalibrationPass:
         for region in self.regions.values():
             region.reset_statistics()
             region.unplanned.clear()
+            region.call_ranges.reset()
             self._stack.enter_context(region.state("observe"))
         return self
 
@@ -119,7 +122,7 @@ class CalibrationPass:
                 findings.append(self._finding("no data", _qualified(path, point), None))
             for point, fake_quant in region.points.items():
                 calibrated += fake_quant.scale_source is not None
-                if fake_quant.degenerate:
+                if fake_quant.degenerate and _depends_on_data(region, point):
                     findings.append(self._finding("constant", _qualified(path, point), None))
             for place in region.unplanned:
                 findings.append(self._finding("unplanned", _qualified(path, place), None))
@@ -135,9 +138,12 @@ class CalibrationPass:
             return self.batches
         done: set[int] = set()
         for _, fake_quant in self._points():
-            if id(fake_quant) not in done:  # shared weights once: sums must not be summed twice
+            # shared weights once: sums must not be summed twice
+            if id(fake_quant) not in done and not fake_quant.keeps_scale:
                 done.add(id(fake_quant))
                 fake_quant.statistics.all_reduce()
+        for region in self.regions.values():
+            region.call_ranges.all_reduce(repeating_points(region.graph, region.plan))
         device = next((f.scale.device for _, f in self._points()), torch.device("cpu"))
         total = torch.tensor([self.batches], device=device)
         dist.all_reduce(total)
@@ -187,12 +193,21 @@ def calibrate(region: Region, batches: Iterable[Any]) -> CalibrationResult:
     with calibration, preserved(target), torch.inference_mode(False), torch.no_grad():
         target.eval()
         for batch in batches:
-            call = Call.of(batch)
+            call = Call.of(batch).copied()
             target(*call.args, **call.kwargs)
             calibration.batch_done()
     result = calibration.finish()
     region.set_state("quantize")
     return result
+
+
+def _depends_on_data(region: Region, name: str) -> bool:
+    """Whether a point quantizes data. Zeros in weights and constants are exact, and no sign of missing data."""
+    point = region.plan.by_name[name]
+    if point.role != "input":
+        return not point.is_weight
+    operand = next(o for o in region.graph.by_name[point.op].operands if o.index == point.operand)
+    return not TensorOrigins(region.graph, ()).is_constant(operand)
 
 
 def _qualified(path: str, name: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lightning_qat.quantization.hardware_profile import HardwareProfile
 from lightning_qat.quantization.op_graph import OpGraph
 from lightning_qat.quantization.plan import QuantPlan, make_plan
 from lightning_qat.quantization.qconfig import Override, QConfig
@@ -21,9 +23,13 @@ def insert(
     *,
     qconfig: QConfig | Mapping[str, Any] | None = None,
     overrides: Iterable[Override | Mapping[str, Any]] = (),
+    profile: HardwareProfile | str | Path | None = None,
     batches: Iterable[Any] | None = None,
 ) -> Region:
     """Insert fake-quant into a module, in place. It stays float until calibrated.
+
+    Several parts of a model may be regions of their own, as long as none contains another: ``insert(model.backbone,
+    ...)`` and ``insert(model.head, ...)``. What lies between them stays float.
 
     Args:
         module: any module; its forward becomes the quantized region.
@@ -31,6 +37,7 @@ def insert(
         example_kwargs: keyword arguments of one forward.
         qconfig: defaults, or their dictionary; int8 if not given.
         overrides: rules for single points, from general to specific.
+        profile: the hardware the plan is for, such as ``generic_int8_int16`` or the path of a YAML file.
         batches: more example batches, for forwards whose ops depend on the data.
 
     Returns:
@@ -53,7 +60,7 @@ def insert(
     if example_args or example_kwargs or not calls:
         calls.insert(0, Call(tuple(example_args), dict(example_kwargs or {})))
     graph = trace(module, calls)
-    return attach(module, graph, make_plan(graph, qconfig, overrides))
+    return attach(module, graph, make_plan(graph, qconfig, overrides, profile))
 
 
 def attach(module: nn.Module, graph: OpGraph, plan: QuantPlan, traced: bool = True) -> Region:

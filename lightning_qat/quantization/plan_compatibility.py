@@ -1,12 +1,25 @@
-"""Whether a stored plan fits the code it is loaded into."""
+"""Reading a stored plan, and whether it fits the code it is loaded into."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from lightning_qat.quantization.errors import PlanMismatchError
 from lightning_qat.quantization.op_graph import Op, OpGraph
-from lightning_qat.quantization.torch_functions import OpSpec, is_interceptable
+from lightning_qat.quantization.op_spec import OpSpec
+from lightning_qat.quantization.plan import PLAN_VERSION, QuantPlan
+from lightning_qat.quantization.torch_functions import is_interceptable
+
+
+def read_extra_state(state: dict[str, Any]) -> tuple[OpGraph, QuantPlan]:
+    """Read graph and plan from a region's extra state in a checkpoint."""
+    if state.get("version") != PLAN_VERSION:
+        raise PlanMismatchError(
+            f"the checkpoint holds a plan of version {state.get('version')!r}, this release reads version "
+            f"{PLAN_VERSION}: use the release it was made with."
+        )
+    return OpGraph.from_dict(state["graph"]), QuantPlan.from_dict(state["plan"])
 
 
 def rebound(saved: OpGraph, traced: OpGraph) -> OpGraph:
@@ -28,8 +41,9 @@ def rebound(saved: OpGraph, traced: OpGraph) -> OpGraph:
             '(QuantizationAwareTraining(init_from="float.ckpt")) and calibrate anew.'
         )
     gone, new = _unmatched(saved, traced), _unmatched(traced, saved)
-    keys = {name: new[name].key for name in gone if name in new}
-    ops = tuple(dataclasses.replace(op, key=keys.get(op.name, op.key)) for op in saved.ops)
+    found = {op.key: op for op in traced.ops} | {op.key: new[name] for name, op in gone.items() if name in new}
+    pairs = ((op, found.get(op.key, op)) for op in saved.ops)
+    ops = tuple(dataclasses.replace(op, key=now.key, twins=now.twins) for op, now in pairs)
     return dataclasses.replace(saved, ops=ops)
 
 

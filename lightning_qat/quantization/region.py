@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import prune
 
 from lightning_qat.quantization.activation_checkpointing import RunningRegion
 from lightning_qat.quantization.call_path import CallPaths, ScopeNode, user_location
-from lightning_qat.quantization.errors import ConfigurationError, PlanMismatchError, unknown_choice
+from lightning_qat.quantization.call_ranges import CallRanges
+from lightning_qat.quantization.errors import ConfigurationError, PlanMismatchError
 from lightning_qat.quantization.fake_quant_dict import FakeQuantDict
 from lightning_qat.quantization.fake_quantize import FakeQuantize
-from lightning_qat.quantization.histogram import reduce_device
+from lightning_qat.quantization.freezing import Freezing, freeze
 from lightning_qat.quantization.interception import CallPathMode, FunctionTable, Intercepted, active_mode
 from lightning_qat.quantization.op_graph import OpGraph
 from lightning_qat.quantization.plan import PLAN_VERSION, QuantPlan
-from lightning_qat.quantization.plan_compatibility import rebound
+from lightning_qat.quantization.plan_compatibility import read_extra_state, rebound
 from lightning_qat.quantization.region_mode import UNPLANNED, OpQuantizers, RegionMode, bind
+from lightning_qat.quantization.region_scales import RegionScales
 
-State = Literal["off", "observe", "quantize"]
-Updates = Literal["weight", "activation"]
-Tap = Callable[[str, Tensor, Tensor], None]
 REGION_NAME = "_quantization"
 
 
-class Region(nn.Module):
+class Region(RegionScales):
     """The quantized region of a model: child module ``_quantization`` of the target.
 
     Everything it adds to the model lives here: the fake-quants, the plan and the graph (as extra state of the
@@ -50,13 +47,12 @@ class Region(nn.Module):
     def __init__(self, target: nn.Module, graph: OpGraph, plan: QuantPlan, traced: bool = True) -> None:
         super().__init__()
         self.__dict__["target"] = target  # not registered: the region is a child of the target
-        self._state: State = "off"
-        self._updates: frozenset[str] = frozenset({"weight"})
-        self.taps: tuple[Tap, ...] = ()
         self._traced_graph = graph if traced else None
         self.unplanned: dict[str, int] = {}
+        self.call_ranges = CallRanges()
         self.functions = FunctionTable()
         self._intercepted: Intercepted | None = None
+        self.freezing = Freezing()
         self.set_plan(graph, plan)
 
     # -- what is where
@@ -66,11 +62,14 @@ class Region(nn.Module):
         self.graph = graph
         self.plan = plan
         self.unplanned.clear()
+        self.call_ranges.reset()
         self._stored: dict[str, Any] | None = None
         tensors = itertools.chain(self.target.parameters(), self.target.buffers())
         device = next((t.device for t in tensors), torch.device("cpu"))
         self.fake_quants = FakeQuantDict(plan).to(device)
         self.fake_quants.train(self.target.training)
+        if self.freezing:
+            self.freezing.apply(self)
         self._bind()
 
     @property
@@ -80,7 +79,7 @@ class Region(nn.Module):
 
     def _bind(self) -> None:
         self.call_paths = CallPaths(self.target, self._find)
-        self._quantizers = bind(self.graph, self.plan, self.points)
+        self._quantizers = bind(self.graph, self.plan, self.points, self.target)
 
     def _find(self, digest: str, node: ScopeNode, kind: str) -> OpQuantizers:
         return self._quantizers.get(digest, UNPLANNED)
@@ -98,137 +97,47 @@ class Region(nn.Module):
         """Take everything off again and return the float module."""
         if self._intercepted is None:
             raise ConfigurationError("this region is not attached to a module (removed twice?).")
+        self.unfreeze()
         self._intercepted.uninstall()
         self._intercepted = None
         del self.target._modules[REGION_NAME]
         return self.target
 
-    # -- state
+    # -- frozen parts
 
-    @property
-    def current_state(self) -> State:
-        """``off``, ``observe`` or ``quantize``."""
-        return self._state
+    def freeze(self, patterns: str | Iterable[str]) -> None:
+        """Keep parts of the target at their quantized state while the rest trains.
 
-    @property
-    def updates(self) -> frozenset[str]:
-        """Which scales follow the data while quantizing in train mode."""
-        return self._updates
-
-    def set_state(self, state: State, updates: Iterable[Updates] | None = None) -> None:
-        """Switch the whole region.
+        The parameters of a frozen sub-tree get no gradient, so that optimizers skip them, weight decay and momentum
+        included; its modules stay in eval mode whatever ``train()`` is called above them (batch norm keeps its
+        statistics, dropout does nothing: as when deployed); its scales do not move, nor does a new calibration change
+        them. A parameter that is used outside the sub-tree too is frozen there as well. Not part of checkpoints. Under
+        ``DistributedDataParallel``, freeze before the module is wrapped.
 
         Args:
-            state: ``off``: the float module, exactly and at its speed. ``observe``: float results, statistics are
-                collected. ``quantize``: fake-quantized.
-            updates: which scales follow the data while quantizing *in train mode*: ``weight`` (the default) and
-                ``activation`` (EMA). Unchanged if not given.
+            patterns: globs over names of modules (their whole sub-tree), parameters and points, relative to the target.
+
+        Raises:
+            ConfigurationError: a pattern matches nothing; then nothing is frozen.
+
+        Example:
+            >>> from lightning_qat.quantization.insertion import insert
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+            >>> region = insert(model, (torch.randn(16, 4),))
+            >>> region.freeze(["0", "1"])
+            >>> [name for name, p in model.named_parameters() if p.requires_grad], model[1].training
+            (['3.weight', '3.bias'], False)
+            >>> region.unfreeze()
+            >>> model[1].training
+            True
         """
-        if state not in get_args(State):
-            raise unknown_choice("state", state, get_args(State))
-        if updates is not None:
-            updates = frozenset(updates)
-            for update in updates:
-                if update not in get_args(Updates):
-                    raise unknown_choice("update", update, get_args(Updates))
-            self._updates = updates
-        self._state = state
+        freeze({"": self}, patterns)
 
-    @contextmanager
-    def state(self, state: State, updates: Iterable[Updates] | None = None) -> Iterator[Region]:
-        """Switch the region for the duration of a block; restores exactly, also after an exception."""
-        before = self._state, self._updates
-        self.set_state(state, updates)
-        try:
-            yield self
-        finally:
-            self._state, self._updates = before
-
-    @contextmanager
-    def only(self, names: Iterable[str]) -> Iterator[Region]:
-        """Quantize only the named points for the duration of a block."""
-        points = self.points
-        chosen = set(names)
-        for name in chosen:
-            if name not in points:
-                raise unknown_choice("point", name, points)
-        before = [(fake_quant, fake_quant.enabled) for fake_quant in points.values()]
-        enabled = {id(points[name]) for name in chosen}
-        try:
-            for fake_quant, _ in before:
-                fake_quant.enabled = id(fake_quant) in enabled
-            yield self
-        finally:
-            for fake_quant, flag in before:
-                fake_quant.enabled = flag
-
-    @contextmanager
-    def tap(self, tap: Tap) -> Iterator[None]:
-        """Call ``tap(point, float_value, quantized_value)`` at every quantization in the block."""
-        before = self.taps
-        self.taps = (*before, tap)
-        try:
-            yield
-        finally:
-            self.taps = before
-
-    # -- scales
-
-    def reset_statistics(self) -> None:
-        """Forget what was observed, before a new calibration; the scales stay."""
-        for fake_quant in self.points.values():
-            fake_quant.reset_statistics()
-
-    def compute_scales(self, observer: str | None = None, dtype: str | None = None) -> tuple[str, ...]:
-        """Derive all scales from the statistics that calibration kept.
-
-        Args:
-            observer: another method than planned, for every point without a fixed scale.
-            dtype: another dtype than planned.
-
-        Returns:
-            Names of the points that never saw a finite value; they have no scale and stay float.
-        """
-        without_data = []
-        for name, fake_quant in self.points.items():
-            if fake_quant.fixed_scale is not None:
-                fake_quant.compute_scale(None, dtype)
-            elif fake_quant.statistics.count:
-                fake_quant.compute_scale(observer, dtype)
-            else:
-                without_data.append(name)
-        return tuple(without_data)
-
-    def synchronize_scales(self) -> None:
-        """Give all ranks the same activation scales, for scales that follow each rank's own batches.
-
-        The moving averages themselves are averaged, in one reduction, so that a checkpoint of any rank is that of all.
-        """
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        points = self.points
-        moving = [points[p.name] for p in self.plan.points if not p.is_weight]
-        moving = [f for f in moving if f.scale_source not in (None, "fixed")]
-        if not moving:
-            return
-        averages = torch.stack([f.statistics.averages for f in moving]).to(reduce_device(None), torch.float32)
-        dist.all_reduce(averages)
-        averages /= dist.get_world_size()
-        for fake_quant, average in zip(moving, averages, strict=True):
-            fake_quant.set_averages(average)
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether scales were computed or restored: at least one that is not merely fixed by the configuration."""
-        sources = {f.scale_source for f in self.points.values()}
-        return bool(sources - {None, "fixed"}) or None not in sources
+    def unfreeze(self) -> None:
+        """Undo :meth:`freeze`: gradients, modes and scales are as free as they were before."""
+        self.freezing.undo(self)
 
     # -- running
-
-    @property
-    def is_off(self) -> bool:
-        """Whether the plain forward runs."""
-        return self._state == "off"
 
     def open(self, frame: FrameType) -> CallPathMode | None:
         """Decide about one entry of the forward; a recursive entry is part of the running one.
@@ -238,6 +147,7 @@ class Region(nn.Module):
         """
         outer = active_mode()
         if outer is None:
+            self.freezing.hold()
             return RegionMode(self, frame)
         if active_mode(self.call_paths) is not None:
             return None
@@ -294,6 +204,7 @@ class Region(nn.Module):
                 for p, fake_quant in zip(self.plan.points, self.points.values(), strict=True)
                 if p.same_as is None
             },
+            "call_ranges": self.call_ranges.state_dict(),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -309,6 +220,7 @@ class Region(nn.Module):
         points = self.points
         for name, statistics in state["statistics"].items():
             points[name].load_statistics_state(statistics)
+        self.call_ranges.load_state_dict(state["call_ranges"])
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -327,16 +239,6 @@ class Region(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.plan.points)} points, state={self._state}"
-
-
-def read_extra_state(state: dict[str, Any]) -> tuple[OpGraph, QuantPlan]:
-    """Read graph and plan from a region's extra state in a checkpoint."""
-    if state.get("version") != PLAN_VERSION:
-        raise PlanMismatchError(
-            f"the checkpoint holds a plan of version {state.get('version')!r}, this release reads version "
-            f"{PLAN_VERSION}: use the release it was made with."
-        )
-    return OpGraph.from_dict(state["graph"]), QuantPlan.from_dict(state["plan"])
 
 
 def check_target(module: nn.Module) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from lightning_qat.quantization.call_path import ScopeNode
 from lightning_qat.quantization.fake_quantize import FakeQuantize
+from lightning_qat.quantization.folded_batch_norm import FoldedBatchNorm
 from lightning_qat.quantization.interception import CallPathMode
 from lightning_qat.quantization.op_graph import OpGraph
 from lightning_qat.quantization.plan import QuantPlan
-from lightning_qat.quantization.tensor_leaves import map_call_leaves
+from lightning_qat.quantization.tensor_leaves import is_float, leaves, map_call_leaves
 
 _FLAT = {Tensor, nn.Parameter, int, float, bool, str, type(None)}
 
@@ -32,9 +33,11 @@ class BoundPoint:
         written: the op writes into the operand, or the result of an in-place op is written once more: it must stay
             the same tensor, which others may know under another name.
         rewritten: the operand is written later, so that backward must not rely on its values.
+        batch_norm: the batch norm that is folded into the weight before it is quantized.
+        repeats: several calls within one forward share it.
     """
 
-    __slots__ = ("fake_quant", "is_weight", "name", "rewritten", "role", "written")
+    __slots__ = ("batch_norm", "fake_quant", "is_weight", "name", "repeats", "rewritten", "role", "written")
 
     def __init__(
         self,
@@ -43,6 +46,8 @@ class BoundPoint:
         is_weight: bool = False,
         written: bool = False,
         rewritten: bool = False,
+        batch_norm: FoldedBatchNorm | None = None,
+        repeats: bool = False,
     ) -> None:
         self.name = name
         self.fake_quant = fake_quant
@@ -50,14 +55,17 @@ class BoundPoint:
         self.role = "weight" if is_weight else "activation"
         self.written = written
         self.rewritten = rewritten
+        self.batch_norm = batch_norm
+        self.repeats = repeats and not is_weight
 
 
 class OpQuantizers:
-    """The fake-quants of one op, in the form interception needs."""
+    """The fake-quants of one op, in the form interception needs; ``op`` is its name."""
 
-    __slots__ = ("inputs", "output")
+    __slots__ = ("inputs", "op", "output")
 
-    def __init__(self) -> None:
+    def __init__(self, op: str = "") -> None:
+        self.op = op
         self.inputs: dict[int, BoundPoint] = {}
         self.output: BoundPoint | None = None
 
@@ -66,20 +74,24 @@ UNPLANNED = OpQuantizers()
 """Stands for an op the plan does not know."""
 
 
-def bind(graph: OpGraph, plan: QuantPlan, points: Mapping[str, FakeQuantize]) -> dict[str, OpQuantizers]:
+def bind(
+    graph: OpGraph, plan: QuantPlan, points: Mapping[str, FakeQuantize], target: nn.Module
+) -> dict[str, OpQuantizers]:
     """Return the fake-quants of every op of the graph by its run-time identity."""
-    bound = {op.key: OpQuantizers() for op in graph.ops}
+    bound = {op.key: OpQuantizers(op.name) for op in graph.ops}
+    bound |= {twin: bound[op.key] for op in graph.ops for twin in op.twins}
     operands = (operand for op in graph.ops for operand in op.operands if operand.written)
     written = {s.name for operand in operands for s in operand.sources if s.kind == "op"}
     for point in plan.points:
         op, fake_quant = graph.by_name[point.op], points[point.name]
         if point.role == "output":
             written_again = op.inplace and op.name in written
-            bound[op.key].output = BoundPoint(point.name, fake_quant, written=written_again)
+            bound[op.key].output = BoundPoint(point.name, fake_quant, written=written_again, repeats=op.calls > 1)
         else:
             operand = next(o for o in op.operands if o.index == point.operand)
+            norm = FoldedBatchNorm.of(graph, point, target)
             bound[op.key].inputs[point.operand] = BoundPoint(
-                point.name, fake_quant, point.is_weight, operand.written, operand.rewritten
+                point.name, fake_quant, point.is_weight, operand.written, operand.rewritten, norm, op.calls > 1
             )
     return bound
 
@@ -99,6 +111,9 @@ class RegionMode(CallPathMode):
         self._functions = region.functions
         self._updates: frozenset[str] = region.updates if repeats is None else frozenset()
         self._taps = region.taps if repeats is None else ()
+        self._calls_of_points: dict[str, int] = {}
+        # by point: the running variance moves between a forward and its repetition
+        self._factors: dict[str, Tensor] = {} if repeats is None else repeats._factors
 
     def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
         return RegionMode(self.region, frame, node, repeats=self)
@@ -118,14 +133,19 @@ class RegionMode(CallPathMode):
             return func(*args, **kwargs)
         if quantizers is UNPLANNED:
             result = func(*args, **kwargs)
-            self.region.note_unplanned(spec.kind, frame)
+            if any(map(is_float, leaves(result))):  # counting and comparing is never quantized
+                self.region.note_unplanned(spec.kind, frame)
             return result
         inputs = quantizers.inputs
         if inputs:
             args, kwargs = self._quantize_operands(inputs, args, kwargs)
         result = func(*args, **kwargs)
-        if quantizers.output is not None and isinstance(result, Tensor):
+        if quantizers.output is None:
+            return result
+        if isinstance(result, Tensor):
             return self._quantize(quantizers.output, result)
+        if type(result) is tuple and isinstance(result[0], Tensor):  # lstm: the point is that of the first result
+            return (self._quantize(quantizers.output, result[0]), *result[1:])
         return result
 
     def _quantize_operands(
@@ -145,21 +165,36 @@ class RegionMode(CallPathMode):
         return tuple(operands), kwargs
 
     def _quantize(self, point: BoundPoint, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        if point.batch_norm is not None:
+            return self._quantize_folded(point, point.batch_norm, tensor)
         if self.state == "observe" or not (point.written or point.rewritten):
             return self._apply(point, tensor)
         quantized = self._apply(point, tensor.clone())
         return tensor.copy_(quantized) if point.written else quantized
 
+    def _quantize_folded(self, point: BoundPoint, batch_norm: FoldedBatchNorm, weight: Tensor) -> Tensor:
+        factor = self._factors.get(point.name)
+        if factor is None:
+            self._factors[point.name] = factor = batch_norm.factor(weight)
+        folded = batch_norm.fold(weight, factor)
+        quantized = self._apply(point, folded)
+        return weight if quantized is folded else batch_norm.unfold(quantized, factor, weight)
+
     def _apply(self, point: BoundPoint, tensor: Tensor) -> Tensor:
         fake_quant = point.fake_quant
-        if not tensor.is_floating_point():
-            return tensor
         if self.state == "observe":
             # a weight does not change while observing: once is enough
-            if not self.recomputing and not (point.is_weight and fake_quant.statistics.batches):
+            once = point.is_weight and fake_quant.statistics.batches
+            if not (self.recomputing or once or fake_quant.keeps_scale):
                 fake_quant.observe(tensor)
+            if point.repeats and not self.recomputing:
+                number = self._calls_of_points.get(point.name, 0)
+                self._calls_of_points[point.name] = number + 1
+                self.region.call_ranges.observe(point.name, number, tensor)
             return tensor
-        if self._updates and fake_quant.training and point.role in self._updates:
+        if self._updates and fake_quant.training and not fake_quant.frozen and point.role in self._updates:
             fake_quant.update_scale(tensor, ema=not point.is_weight)
         quantized = fake_quant.forward(tensor)
         for tap in self._taps:

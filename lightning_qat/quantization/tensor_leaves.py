@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -57,25 +58,52 @@ def call_leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor
 def map_call_leaves(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], replace: Callable[[int, Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Rebuild the arguments of a call with ``replace(index, tensor)`` for each leaf, numbered as in call_leaves."""
+    """Rebuild the arguments of a call with ``replace(index, tensor)`` for each leaf, numbered as in call_leaves.
+
+    What holds no replaced tensor stays the same object. Mappings and dataclasses are copied without their constructor.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(1)
+        >>> map_call_leaves((x, [x]), {"out": x}, lambda index, tensor: tensor + index)
+        ((tensor([1.]), [tensor([2.])]), {'out': tensor([3.])})
+    """
     counter = iter(range(1 << 30))
 
     def visit(value: Any) -> Any:
         if isinstance(value, Tensor):
             return replace(next(counter), value)
-        if isinstance(value, tuple):
+        if isinstance(value, (tuple, list)):
             items = [visit(item) for item in value]
+            if all(new is old for new, old in zip(items, value, strict=True)):
+                return value
+            if isinstance(value, list):
+                return items
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-        if isinstance(value, list):
-            return [visit(item) for item in value]
         if isinstance(value, Mapping):
-            return {key: visit(item) for key, item in value.items()}
+            return rebuilt(value, {key: visit(item) for key, item in value.items()})
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+            return rebuilt(value, {name: visit(getattr(value, name)) for name in names})
         if isinstance(value, slice):
-            return slice(visit(value.start), visit(value.stop), visit(value.step))
-        if dataclasses.is_dataclass(value):
-            for _ in leaves(value):  # cannot be rebuilt in general, but counts
-                next(counter)
+            before = (value.start, value.stop, value.step)
+            return value if (after := visit(before)) is before else slice(*after)
         return value
+
+    def rebuilt(value: Any, items: dict[Any, Any]) -> Any:
+        is_mapping = isinstance(value, Mapping)
+        changed = {k: new for k, new in items.items() if new is not (value[k] if is_mapping else getattr(value, k))}
+        if not changed:
+            return value
+        if is_mapping and not isinstance(value, MutableMapping):
+            return items
+        new = copy.copy(value)
+        for key, item in changed.items():
+            if is_mapping:
+                new[key] = item
+            else:
+                object.__setattr__(new, key, item)  # frozen dataclasses too
+        return new
 
     new_args = tuple(visit(argument) for argument in args)
     new_kwargs = dict(kwargs)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from lightning_qat.quantization.errors import PlanMismatchError
 from lightning_qat.quantization.insertion import attach, insert
 from lightning_qat.quantization.plan import PLAN_VERSION
-from lightning_qat.quantization.plan_compatibility import plan_differences, rebound
-from lightning_qat.quantization.region import read_extra_state
+from lightning_qat.quantization.plan_compatibility import plan_differences, read_extra_state, rebound
 from lightning_qat.quantization.tracing import trace
 from tests.quantization.models import MINMAX, ZOO, ResNet, calibrated
 
