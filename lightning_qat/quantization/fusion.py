@@ -1,20 +1,16 @@
 """Which ops the accelerator runs as one, so that only the last of them needs an output quantizer.
 
-Patterns, longest first: a GEMM layer, then optionally batch_norm, then add, then a relu; batch_norm + relu; add + relu.
+Of the patterns that fit, the longest is taken; see :mod:`lightning_qat.quantization.fusion_patterns`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_qat.quantization.fusion_patterns import DEFAULT_PATTERNS, FusionPatterns
 from lightning_qat.quantization.op_graph import Op, Operand, OpGraph
 
-GEMM_LAYERS = frozenset(
-    ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"]
-)
-HEADS = GEMM_LAYERS | {"batch_norm", "add"}
 _ADVICE = "put it into `with dynamic_block(self, ...)`"
-_STAGES = ({"batch_norm"}, {"add"}, {"relu", "relu6", "hardtanh"})
 
 
 @dataclass(frozen=True)
@@ -23,6 +19,11 @@ class FusionGroup:
 
     ops: tuple[str, ...]
     kinds: tuple[str, ...]
+
+    @property
+    def sequence(self) -> tuple[str, ...]:
+        """The kinds that follow each other; modules picked in a dynamic block count once."""
+        return tuple(kind for i, kind in enumerate(self.kinds) if i == 0 or self.kinds[i - 1] != kind)
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,24 @@ class FusionMiss:
     location: str
 
 
-def find_fusions(graph: OpGraph) -> tuple[tuple[FusionGroup, ...], tuple[FusionMiss, ...]]:
+def find_fusions(
+    graph: OpGraph, patterns: FusionPatterns = DEFAULT_PATTERNS
+) -> tuple[tuple[FusionGroup, ...], tuple[FusionMiss, ...]]:
     """Find the groups to fuse, and the near misses with their cause.
 
     Args:
         graph: the traced ops.
+        patterns: what the hardware computes as one.
 
     Returns:
         Groups in execution order, and misses in execution order.
     """
-    finder = _Finder(graph)
+    finder = _Finder(graph, patterns)
     groups: list[FusionGroup] = []
     misses: list[FusionMiss] = []
     taken: set[str] = set()
     for op in graph.ops:
-        if op.kind not in HEADS or op.name in taken or not op.data_dependent:
+        if not patterns.next_kinds((op.kind,)) or op.name in taken or not op.data_dependent:
             continue
         chain, miss = finder.chain(op, taken)
         if miss is not None:
@@ -61,46 +65,44 @@ def find_fusions(graph: OpGraph) -> tuple[tuple[FusionGroup, ...], tuple[FusionM
 
 
 class _Finder:
-    def __init__(self, graph: OpGraph) -> None:
+    def __init__(self, graph: OpGraph, patterns: FusionPatterns) -> None:
         self.graph = graph
+        self.patterns = patterns
         self.position = {op.name: i for i, op in enumerate(graph.ops)}
 
     def chain(self, head: Op, taken: set[str]) -> tuple[list[Op], FusionMiss | None]:
-        chain = [head]
-        stage = next((i + 1 for i, kinds in enumerate(_STAGES) if head.kind in kinds), 0)
-        while stage < len(_STAGES):
+        chain = complete = [head]
+        kinds: tuple[str, ...] = (head.kind,)
+        while following := self.patterns.next_kinds(kinds):
             last = chain[-1]
             consumers = self.graph.consumers.get(last.name, ())
-            fitting = [c for c in consumers if self._stage(c) >= stage]
+            fitting = [c for c in consumers if c.kind in following]
             if not fitting:
-                return chain, None
+                break
             follower = fitting[0]
             if self._is_residual(last, follower, taken):
-                return chain, None
+                break
             cause = self._obstacle(last, follower, consumers)
             if cause is not None:
                 ops = (*chain, follower)
                 miss = FusionMiss(tuple(o.name for o in ops), tuple(o.kind for o in ops), cause, follower.location)
-                return chain, miss
+                return complete, miss
             if follower.name in taken:
-                return chain, None
-            chain = [*chain, *self._twins(last, follower), follower]
-            stage = self._stage(follower) + 1
-        return chain, None
-
-    def _stage(self, op: Op) -> int:
-        return next((i for i, kinds in enumerate(_STAGES) if op.kind in kinds), -1)
+                break
+            chain, kinds = [*chain, *self._twins(last, follower), follower], (*kinds, follower.kind)
+            if kinds in self.patterns.sequences:
+                complete = chain
+        return complete, None
 
     def _is_residual(self, last: Op, follower: Op, taken: set[str]) -> bool:
         """Of two operands of an add that could both fuse, the one computed last does; the other is the residual."""
-        if follower.kind != "add":
-            return False
+        heads = self.patterns.before(follower.kind) - {follower.kind}
         for name in self._producers(follower, exclude=last):
             other = self.graph.by_name[name]
             later = self.position[name] > self.position[last.name]
             same_operand = self._share_operand(last, other, follower)
             alone = len(self.graph.consumers.get(name, ())) == 1
-            if later and not same_operand and alone and other.kind in HEADS - {"add"}:
+            if later and not same_operand and alone and other.kind in heads:
                 return True
         return False
 

@@ -7,11 +7,15 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
+from lightning_qat.quantization.deployed_part import DeployedPart, deployed_part
 from lightning_qat.quantization.fusion import FusionGroup, FusionMiss
-from lightning_qat.quantization.op_graph import OpGraph
+from lightning_qat.quantization.hardware_profile import HardwareProfile
+from lightning_qat.quantization.op_graph import Op, OpGraph
 from lightning_qat.quantization.qconfig import Override, QConfig
+from lightning_qat.quantization.target_paths import local_rules
 
 PointRole = Literal["output", "weight", "input"]
 OpStatus = Literal["quantized", "fused", "passes", "float", "constant"]
@@ -36,7 +40,11 @@ class PointPlan:
         fixed_scale: scale given by the user.
         narrow_range: symmetric codes (-127..127), the default for weights.
         reason: the rule that decided the configuration, and why the point exists where that is not obvious.
+        split_sizes: lengths of groups along the axis that share a scale; None for one scale per channel.
         same_as: for a weight that is used twice: the point whose quantizer it shares.
+        batch_norm: for a weight whose scale is shared by channels that a fused batch norm multiplies by different
+            factors: that op. It is folded into the weight before quantization, as it is when deployed; statistics and
+            sensitivities of the point are those of the folded weight.
     """
 
     name: str
@@ -53,6 +61,8 @@ class PointPlan:
     narrow_range: bool = False
     reason: str = ""
     same_as: str | None = None
+    split_sizes: tuple[int, ...] | None = None
+    batch_norm: str | None = None
 
     @property
     def is_weight(self) -> bool:
@@ -81,6 +91,7 @@ class QuantPlan:
         misses: groups that match a pattern and are not fused.
         qconfig: the defaults it was made from.
         overrides: the rules it was made from.
+        profile: ``name``, ``version`` and ``sha256`` of the hardware profile it was made under, None without one.
     """
 
     points: tuple[PointPlan, ...]
@@ -90,6 +101,7 @@ class QuantPlan:
     misses: tuple[FusionMiss, ...]
     qconfig: dict[str, Any]
     overrides: tuple[dict[str, Any], ...]
+    profile: dict[str, str] | None = None
 
     @cached_property
     def by_name(self) -> dict[str, PointPlan]:
@@ -114,14 +126,14 @@ class QuantPlan:
         data: dict[str, Any] = {"version": PLAN_VERSION}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            data[field.name] = [_plain(v) for v in value] if isinstance(value, tuple) else dict(value)
+            data[field.name] = dict(value) if isinstance(value, dict) else _plain(value)
         return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantPlan:
         """Rebuild a plan from :meth:`to_dict`."""
         return cls(
-            points=tuple(PointPlan(**p) for p in data["points"]),
+            points=tuple(_point(p) for p in data["points"]),
             ops=tuple(OpPlan(**o) for o in data["ops"]),
             float_points=dict(data["float_points"]),
             fusions=tuple(FusionGroup(tuple(f["ops"]), tuple(f["kinds"])) for f in data["fusions"]),
@@ -130,6 +142,7 @@ class QuantPlan:
             ),
             qconfig=dict(data["qconfig"]),
             overrides=tuple(dict(o) for o in data["overrides"]),
+            profile=data["profile"],
         )
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -141,6 +154,7 @@ def make_plan(
     graph: OpGraph,
     qconfig: QConfig | Mapping[str, Any] | None = None,
     overrides: Iterable[Override | Mapping[str, Any]] = (),
+    profile: HardwareProfile | str | Path | None = None,
 ) -> QuantPlan:
     """Decide for every op of a graph what is quantized, how, and why.
 
@@ -148,9 +162,11 @@ def make_plan(
         graph: the traced ops.
         qconfig: defaults, or their dictionary.
         overrides: rules from general to specific; the last one that matches wins, field by field.
+        profile: the hardware the plan is for: a shipped profile's name, the path of a YAML file, or a profile. Where
+            the defaults ask for what it has not, the nearest type is taken; ops it does not compute stay float.
 
     Raises:
-        ConfigurationError: unknown names, or a rule that matches nothing.
+        ConfigurationError: unknown names, a rule that matches nothing, or one that asks for what the hardware has not.
 
     Example:
         >>> import torch
@@ -160,35 +176,60 @@ def make_plan(
         >>> [point.name for point in plan.points]
         ['0.input0', '0.weight', '1.output', '2.weight']
     """
-    return make_plans({"": graph}, qconfig, overrides)[""]
+    return make_plans({"": graph}, qconfig, overrides, profile)[""]
 
 
 def make_plans(
     graphs: Mapping[str, OpGraph],
     qconfig: QConfig | Mapping[str, Any] | None = None,
     overrides: Iterable[Override | Mapping[str, Any]] = (),
+    profile: HardwareProfile | str | Path | None = None,
 ) -> dict[str, QuantPlan]:
     """Plan several targets with one configuration; a rule has to match in at least one of them.
+
+    A rule's pattern may begin with the path of a target (``backbone.layers.0.*``): then it is about that target alone.
 
     Args:
         graphs: the traced ops of each target, by its path.
         qconfig: as for :func:`make_plan`.
         overrides: as for :func:`make_plan`.
+        profile: as for :func:`make_plan`.
 
     Raises:
-        ConfigurationError: unknown names, or a rule that matches nothing in any target.
+        ConfigurationError: unknown names, a rule that matches nothing in any target, or one that asks for what the
+            hardware has not.
     """
     from lightning_qat.quantization.planning import Planner
 
-    defaults, rules = QConfig.of(qconfig), Override.list_of(overrides)
-    planners = {path: Planner(graph, defaults, rules) for path, graph in graphs.items()}
-    plans = {path: planner.plan() for path, planner in planners.items()}
+    defaults, rules, hardware = QConfig.of(qconfig), Override.list_of(overrides), HardwareProfile.of(profile)
+    parts = {path: deployed_part(graph) for path, graph in graphs.items()}
+    local = local_rules(rules, graphs)
+    planners = {path: Planner(part.graph, defaults, local[path], hardware) for path, part in parts.items()}
+    plans = {path: _completed(planner.plan(), graphs[path], parts[path]) for path, planner in planners.items()}
+    written = tuple(dataclasses.asdict(rule) for rule in rules)
+    plans = {path: dataclasses.replace(plan, overrides=written) for path, plan in plans.items()}
     unused = [planner.unused_overrides() for planner in planners.values()]
     for index in range(len(rules)):
         errors = [found[index] for found in unused if index in found]
         if len(errors) == len(planners):
             raise max(errors, key=lambda error: len(str(error)))  # the one that says most
     return plans
+
+
+def _completed(plan: QuantPlan, graph: OpGraph, part: DeployedPart) -> QuantPlan:
+    """Add the ops that are not part of the deployed model, in their places."""
+
+    def status(op: Op) -> OpPlan:
+        if op.name not in part.left_out:
+            return plan.status[op.name]
+        return OpPlan(op.name, "passes" if op.role in ("pass", "create") else "float", part.left_out[op.name])
+
+    return dataclasses.replace(plan, ops=tuple(map(status, graph.ops)))
+
+
+def _point(item: Mapping[str, Any]) -> PointPlan:
+    sizes = item.get("split_sizes")
+    return PointPlan(**{**item, "split_sizes": None if sizes is None else tuple(sizes)})
 
 
 def _plain(value: Any) -> Any:
