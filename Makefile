@@ -11,7 +11,7 @@ COVERAGE := --cov --cov-report=term
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full bench lint types layers unit format clean distclean
+.PHONY: help demo test test-full bench lint types layers unit tables zoo format clean distclean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,6 +42,12 @@ test-full: $(VENV)/.dev ## the same with the long suites
 
 bench: $(VENV)/.dev ## measure training steps and insertion time
 	$(BIN)/python tests/benchmarks/run.py
+
+tables: $(VENV)/.dev ## write the table of torch functions into the docs
+	$(BIN)/python -m tests.function_table
+
+zoo: $(VENV)/.dev ## quantize the models of tests/zoo and write the table
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.table
 
 format: $(VENV)/.dev ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .

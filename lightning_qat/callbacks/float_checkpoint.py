@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lightning_qat.callbacks.extra_pass import misconfiguration
 from lightning_qat.quantization.insertion import attach
-from lightning_qat.quantization.region import REGION_NAME, read_extra_state
+from lightning_qat.quantization.plan_compatibility import read_extra_state
+from lightning_qat.quantization.region import REGION_NAME
 
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
 _EXTRA_STATE = "_extra_state"

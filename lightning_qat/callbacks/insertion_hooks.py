@@ -22,12 +22,14 @@ from torch import nn
 from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.extra_pass import misconfiguration
 from lightning_qat.callbacks.float_checkpoint import load_float_weights, stored_regions, stored_target
+from lightning_qat.callbacks.learned_scales import hide_from_ddp, show_to_ddp
 from lightning_qat.callbacks.target_discovery import AUTO, captured_calls
 from lightning_qat.quantization.errors import TracingError
 from lightning_qat.quantization.insertion import attach
 from lightning_qat.quantization.op_graph import OpGraph
 from lightning_qat.quantization.plan import QuantPlan, make_plans
-from lightning_qat.quantization.region import Region, find_regions, read_extra_state
+from lightning_qat.quantization.plan_compatibility import read_extra_state
+from lightning_qat.quantization.region import Region, find_regions
 from lightning_qat.quantization.tracing import trace
 
 if TYPE_CHECKING:
@@ -58,10 +60,14 @@ class InsertionHooks:
         def configure_model() -> None:
             original_configure()
             self.insert()
+            self.callback.frozen_parts.apply(self.pl_module, self.trainer.current_epoch)
+            self._hide_learned_scales()
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             original_load(checkpoint)
             self.check_checkpoint(checkpoint)
+            self.callback.frozen_parts.apply(self.pl_module, self.trainer.current_epoch)
+            self._hide_learned_scales()
 
         for hook in (configure_model, on_load_checkpoint):
             self._before[hook.__name__] = self.pl_module.__dict__.get(hook.__name__)
@@ -69,6 +75,7 @@ class InsertionHooks:
 
     def uninstall(self) -> None:
         """Take the hooks off."""
+        show_to_ddp(self.pl_module)
         for name, previous in self._before.items():
             if previous is None:
                 self.pl_module.__dict__.pop(name, None)
@@ -104,9 +111,11 @@ class InsertionHooks:
             return
         graphs = self._agreed(graphs)
         with misconfiguration():
-            plans = make_plans(graphs, self.callback.qconfig, self.callback.overrides)
+            plans = make_plans(graphs, self.callback.qconfig, self.callback.overrides, self.callback.profile)
             for path, graph in graphs.items():
                 attach(_submodule(self.pl_module, path), graph, plans[path])
+        for region in find_regions(self.pl_module).values():
+            region.learn_scales(self.callback.learned_scales)
         self._inserted = True
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -135,6 +144,7 @@ class InsertionHooks:
                 )
             for path, region in find_regions(self.pl_module).items():
                 region.set_extra_state(stored[path])
+            self._warn_about_learned_scales()
         self._inserted = True
         if self.callback.init_from is not None:
             rank_zero_info(
@@ -158,6 +168,9 @@ class InsertionHooks:
     def _keep(self, regions: dict[str, Region]) -> None:
         """The module was quantized by an earlier run (or insert()): that goes on."""
         self._inserted = True
+        if self.trainer.state.fn == "fit":
+            for region in regions.values():
+                region.learn_scales(self.callback.learned_scales)
         if self.callback.init_from is not None and not self.callback.was_initialized(self.pl_module):
             rank_zero_warn(
                 f"{type(self.pl_module).__name__} has calibrated fake-quants already, so init_from is not used: to "
@@ -173,6 +186,9 @@ class InsertionHooks:
         wanted = [dataclasses.asdict(override) for override in self.callback.overrides]
         if list(plan.overrides) != wanted:
             lines.append(f"overrides: {list(map(_short, plan.overrides))} there, {list(map(_short, wanted))} here")
+        profile = self.callback.profile.identity() if self.callback.profile is not None else None
+        if plan.profile != profile:
+            lines.append(f"profile: {_profile_name(plan.profile)} there, {_profile_name(profile)} here")
         if lines:
             rank_zero_warn(
                 f"{what} another configuration than this run's, and keeps it ({'; '.join(lines)}). To apply this "
@@ -180,6 +196,28 @@ class InsertionHooks:
                 'start from the float checkpoint: QuantizationAwareTraining(init_from="float.ckpt") without ckpt_path, '
                 "and calibrate anew."
             )
+
+    def _warn_about_learned_scales(self) -> None:
+        """Say that a run which is resumed learns the scales that it learned before: its optimizer state holds them."""
+        learned: dict[str, set[bool]] = {}
+        for region in find_regions(self.pl_module).values():
+            points = region.points
+            for point in region.plan.points:
+                if point.fixed_scale is None:
+                    role = "weight" if point.is_weight else "activation"
+                    learned.setdefault(role, set()).add(points[point.name].learned)
+        found = {role for role, kinds in learned.items() if True in kinds}
+        wanted = set(self.callback.learned_scales) & set(learned)
+        if self.trainer.state.fn == "fit" and found != wanted:
+            rank_zero_warn(
+                f"the checkpoint was made with learned scales for {sorted(found) or 'nothing'}, this run asks for "
+                f"{sorted(wanted) or 'nothing'}; it goes on as it was. To change it, fit without ckpt_path: "
+                "trainer.fit(lightning_qat.load_quantized(MyModule, path))."
+            )
+
+    def _hide_learned_scales(self) -> None:
+        if self.trainer.world_size > 1:
+            hide_from_ddp(self.pl_module)
 
     def _traced(self) -> dict[str, OpGraph]:
         """Trace the target(s) on what a few steps pass to them."""
@@ -217,6 +255,10 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
         for name, value in values.items()
         if there.get(group, {}).get(name) != value
     ]
+
+
+def _profile_name(identity: dict[str, str] | None) -> str:
+    return f"{identity['name']} ({identity['sha256'][:8]})" if identity is not None else "none"
 
 
 def _short(value: Any) -> Any:

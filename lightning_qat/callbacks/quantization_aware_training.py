@@ -13,15 +13,25 @@ from typing_extensions import override
 
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.extra_pass import misconfiguration
+from lightning_qat.callbacks.frozen_parts import FrozenParts
 from lightning_qat.callbacks.insertion_hooks import InsertionHooks
+from lightning_qat.callbacks.learned_scales import (
+    average_gradients,
+    check_optimizers,
+    freeze_learned,
+    warn_about_step_size,
+)
 from lightning_qat.callbacks.output_directory import run_directory
 from lightning_qat.callbacks.trainer_checks import check_averaged_copies, check_trainer, warn_about_precision
 from lightning_qat.quantization.errors import unknown_choice
+from lightning_qat.quantization.hardware_profile import HardwareProfile
 from lightning_qat.quantization.qconfig import Override, QConfig
-from lightning_qat.quantization.region import Region, State, Updates, find_regions
+from lightning_qat.quantization.region import Region, find_regions
+from lightning_qat.quantization.region_state import State, Updates
 from lightning_qat.reporting.plan_files import write_plan
 
-ActivationScales = Literal["fixed", "ema"]
+ActivationScales = Literal["fixed", "ema", "learned"]
+WeightScales = Literal["updated", "fixed", "learned"]
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -42,9 +52,20 @@ class QuantizationAwareTraining(Callback):
         init_from: a float checkpoint whose weights are loaded, strictly, before insertion. Loops and optimizer start
             fresh: the normal way in. The checkpoint is never written to. Not used when ``ckpt_path`` is given.
         activation_scales: ``fixed``: as calibrated. ``ema``: they follow a moving average of the batches' ranges.
+            ``learned``: trained by gradient (LSQ, arXiv:1902.08153), from the calibrated values on. Learned scales are
+            parameters and must be in an optimizer, without weight decay: write ``lightning_qat.parameter_groups(self,
+            lr=self.lr)`` in the place of ``self.parameters()``.
+        weight_scales: ``updated``: those of the present weights, at every step. ``fixed`` and ``learned`` as above. A
+            run resumed with ``ckpt_path`` learns what it learned before.
         start_epoch: train in float before this epoch; :class:`Calibration` then runs at its start.
-        freeze_observers_after: from this epoch on, no scale moves (weights' and ``ema`` scales).
+        freeze_observers_after: from this epoch on, no scale moves, however it moved before.
         freeze_batch_norm_after: from this epoch on, batch norm uses and keeps its running statistics.
+        profile: the hardware the plan is for: the name of a shipped profile (``generic_int8_int16``) or the path of a
+            YAML file. Types that it has not give way to the nearest one, ops that it does not compute stay float.
+        freeze: parts that stay at their quantized state while the rest trains: globs over modules, parameters and
+            points (``["backbone.*"]``), or with the epoch from which on (``{"backbone.*": 3}``); relative to the target
+            or beginning with its path. Frozen weights get no gradient, modules stay in eval mode (no dropout, batch
+            norm keeps its statistics), scales do not move. Undone at the end of the run, not part of the checkpoint.
         trace_batches: how many batches are looked at to learn the ops of the model.
 
     Raises:
@@ -69,16 +90,22 @@ class QuantizationAwareTraining(Callback):
         target: str | list[str] = "auto",
         init_from: str | None = None,
         activation_scales: ActivationScales = "fixed",
+        weight_scales: WeightScales = "updated",
         start_epoch: int = 0,
         freeze_observers_after: int | None = None,
         freeze_batch_norm_after: int | None = None,
+        freeze: list[str] | dict[str, int] | None = None,
         trace_batches: int = 2,
+        profile: str | None = None,
     ) -> None:
         with misconfiguration():
             self.qconfig = QConfig.of(qconfig)
             self.overrides = Override.list_of(overrides)
+            self.profile = HardwareProfile.of(profile)
             if activation_scales not in get_args(ActivationScales):
                 raise unknown_choice("activation_scales", activation_scales, get_args(ActivationScales))
+            if weight_scales not in get_args(WeightScales):
+                raise unknown_choice("weight_scales", weight_scales, get_args(WeightScales))
         epochs = {"freeze_observers_after": freeze_observers_after, "freeze_batch_norm_after": freeze_batch_norm_after}
         for name, value in {"start_epoch": start_epoch, **epochs}.items():
             if value is not None and value < 0:
@@ -87,13 +114,15 @@ class QuantizationAwareTraining(Callback):
             raise MisconfigurationException(f"trace_batches={trace_batches}: must be at least 1.")
         if not target:
             raise MisconfigurationException('target is empty: write the path of a submodule, several, or "auto".')
-        self.is_configured = qconfig is not None or bool(overrides)
+        self.is_configured = qconfig is not None or bool(overrides) or profile is not None
         self.target = target
         self.init_from = init_from
         self.activation_scales = activation_scales
+        self.weight_scales = weight_scales
         self.start_epoch = start_epoch
         self.freeze_observers_after = freeze_observers_after
         self.freeze_batch_norm_after = freeze_batch_norm_after
+        self.frozen_parts = FrozenParts(freeze)
         self.trace_batches = trace_batches
         self._hooks: InsertionHooks | None = None
         self._regions: tuple[Region, ...] = ()
@@ -105,6 +134,8 @@ class QuantizationAwareTraining(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         check_trainer(trainer, self, stage)
+        if stage == "fit":
+            self.frozen_parts.check(trainer)
         self._hooks = InsertionHooks(self, trainer, pl_module)
         self._hooks.install()
 
@@ -121,6 +152,7 @@ class QuantizationAwareTraining(Callback):
             self._hooks.uninstall()
             self._hooks = None
         self._regions, self._batch_norms = (), ()
+        self.frozen_parts.undo()
 
     def require_inserted(self) -> None:
         """Raise what kept fake-quant from being inserted, if anything did."""
@@ -146,16 +178,27 @@ class QuantizationAwareTraining(Callback):
 
     def scale_updates(self, trainer: pl.Trainer) -> tuple[Updates, ...]:
         """Which scales follow the data in training now. Override for another schedule."""
-        frozen = self.freeze_observers_after is not None and trainer.current_epoch >= self.freeze_observers_after
-        if frozen:
-            return ()
-        return ("weight", "activation") if self.activation_scales == "ema" else ("weight",)
+        moving: dict[Updates, bool] = {
+            "weight": self.weight_scales == "updated",
+            "activation": self.activation_scales == "ema",
+        }
+        return () if self._freezes_scales(trainer) else tuple(role for role, moves in moving.items() if moves)
+
+    @property
+    def learned_scales(self) -> tuple[Updates, ...]:
+        """The scales that training finds by gradient."""
+        learned: dict[Updates, str] = {"weight": self.weight_scales, "activation": self.activation_scales}
+        return tuple(role for role, how in learned.items() if how == "learned")
+
+    def _freezes_scales(self, trainer: pl.Trainer) -> bool:
+        return self.freeze_observers_after is not None and trainer.current_epoch >= self.freeze_observers_after
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.require_inserted()
         check_averaged_copies(trainer)
         warn_about_precision(trainer, pl_module)
+        check_optimizers(trainer, pl_module)
         self._apply(trainer, pl_module)
 
     @override
@@ -167,8 +210,10 @@ class QuantizationAwareTraining(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not any(isinstance(callback, Calibration) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             self._require_scales(trainer, pl_module, at_once=True)  # rather now than at start_epoch
+        self.frozen_parts.start(pl_module)
         self._apply(trainer, pl_module)
         self._write_plan(trainer, pl_module)
+        warn_about_step_size(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -192,6 +237,12 @@ class QuantizationAwareTraining(Callback):
             self._apply(trainer, pl_module)
             self._require_scales(trainer, pl_module)
         self._freeze_batch_norm(trainer)  # a module's own on_validation_model_train may have turned it on
+        self.frozen_parts.hold()
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.world_size > 1:
+            average_gradients(self._regions)
 
     @override
     def on_train_batch_end(
@@ -247,7 +298,10 @@ class QuantizationAwareTraining(Callback):
         self._batch_norms = tuple(m for r in self._regions for m in r.target.modules() if isinstance(m, _BATCH_NORMS))
         for region in self._regions:
             region.set_state(*self._wanted_state(trainer))
+        if self.freeze_observers_after is not None:
+            freeze_learned(self._regions, self._freezes_scales(trainer))
         self._freeze_batch_norm(trainer)
+        self.frozen_parts.apply(pl_module, trainer.current_epoch)
 
     def _wanted_state(self, trainer: pl.Trainer) -> tuple[State, frozenset[Updates]]:
         return "quantize" if self.should_quantize(trainer) else "off", frozenset(self.scale_updates(trainer))

@@ -77,7 +77,8 @@ class _Reentrant:
         node = mode.calls.inner_node(sys._getframe(1), _NAME) if mode is not None else None
         if mode is not None and node is not None:
             function = _Resumable(function, mode, node)
-            if not torch.is_grad_enabled():  # nothing to recompute; torch would warn about that while tracing
+            # nothing to recompute; torch would warn about that while tracing
+            if mode.keeps_activations or not torch.is_grad_enabled():
                 return function(*args[1:])
         return self._original.apply(function, *args)
 
@@ -95,6 +96,8 @@ def _non_reentrant(original: Callable[..., Any]) -> Callable[..., Any]:
             if node is not None:
                 mode.calls.enter(frame, node)
                 function = _Resumable(function, mode, node)
+            if mode.keeps_activations:
+                return iter((None,))  # torch's checkpoint() runs the function between two steps of the generator
         return original(function, *args, **kwargs)
 
     return generator

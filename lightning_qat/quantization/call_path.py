@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dis
 import hashlib
+import inspect
 import os
 import threading
 import weakref
@@ -42,6 +43,8 @@ _SKIPPED_CODES = (
 _FUNCTION_CODE = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _NOTEBOOK_MARKS = ("<", "ipykernel")
 _CACHE_OPCODE = dis.opmap.get("CACHE")
+_CALL_OPCODE = dis.opmap.get("CALL")
+_PRECALL_OPCODE = dis.opmap.get("PRECALL", -1)
 
 Path = tuple[int, ...]
 """Numbers of call sites, from the op outwards. The numbers hold for one :class:`CallPaths`; see ``describe``."""
@@ -57,9 +60,11 @@ class ScopeNode:
         module_type: its class name.
         is_module: whether it is a module call rather than a block inside one.
         is_dynamic: whether it is a dynamic block, or inside one.
+        body: code of the module's own forward, where decorators wrap it. Which way they take to it does not matter:
+            they may checkpoint it in training only.
     """
 
-    __slots__ = ("children", "display", "is_dynamic", "is_module", "key", "module_path", "module_type", "ops")
+    __slots__ = ("body", "children", "display", "is_dynamic", "is_module", "key", "module_path", "module_type", "ops")
 
     def __init__(
         self,
@@ -69,6 +74,7 @@ class ScopeNode:
         module_type: str,
         is_module: bool = False,
         is_dynamic: bool = False,
+        body: CodeType | None = None,
     ) -> None:
         self.key = key
         self.display = display
@@ -76,6 +82,7 @@ class ScopeNode:
         self.module_type = module_type
         self.is_module = is_module
         self.is_dynamic = is_dynamic
+        self.body = body
         self.children: dict[Hashable, ScopeNode] = {}
         self.ops: dict[tuple[Path, str], list[Any]] = {}
 
@@ -91,7 +98,7 @@ class CallPaths:
     def __init__(self, target: nn.Module, find: Callable[[str, ScopeNode, str], Any]) -> None:
         self.target = target
         self.find = find
-        self.root = ScopeNode("", "", "", type(target).__name__)
+        self.root = ScopeNode("", "", "", type(target).__name__, body=_wrapped_body(type(target)))
         self.sites: dict[int, int | list[int]] = {}
         self._codes: list[CodeType] = []  # keeps code objects alive, so that their ids stay unique
         self._names_of_sites: list[str] = []
@@ -122,13 +129,17 @@ class CallPaths:
 
         Whether ``f_lasti`` points at an instruction or at the inline caches behind it depends on whether the
         interpreter specialized the instruction by now, and whether ``torch.compile`` was ever used: caches count as
-        the instruction they belong to.
+        the instruction they belong to. Python 3.11 calls with two instructions, of which either can be the one that
+        runs the callee: a specialized ``PRECALL`` calls a builtin (``sum`` over ops) by itself.
         """
         name = _describe(code)
         numbers: list[int] = []
+        before = None
         for offset, opcode in enumerate(code.co_code[::2]):
-            if opcode != _CACHE_OPCODE or not numbers:
+            is_cache = opcode == _CACHE_OPCODE and bool(numbers)
+            if not is_cache and not (opcode == _CALL_OPCODE and before == _PRECALL_OPCODE):
                 self._names_of_sites.append(f"{name}+{2 * offset}")
+            before = before if is_cache else opcode
             numbers.append(len(self._names_of_sites) - 1)
         return numbers
 
@@ -203,9 +214,17 @@ class CallPaths:
                 self._displays[display] = count + 1
                 unique = f"{display}@{count}" if count else display
                 dynamic = is_label or parent.is_dynamic
-                node = ScopeNode(key, unique, module_path, type(module).__name__, not is_label, dynamic)
+                body = None if is_label else _wrapped_body(type(module))
+                node = ScopeNode(key, unique, module_path, type(module).__name__, not is_label, dynamic, body)
                 parent.children[lookup] = node
             return node
+
+
+def _wrapped_body(module_type: type[nn.Module]) -> CodeType | None:
+    """Return the code of the forward that decorators wrap; None for a forward without decorators."""
+    forward = module_type.forward
+    body = inspect.unwrap(forward)
+    return None if body is forward else getattr(body, "__code__", None)
 
 
 def user_location(frame: FrameType | None) -> str:

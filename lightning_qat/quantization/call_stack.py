@@ -18,12 +18,13 @@ from lightning_qat.quantization.call_path import FUNCTION, MODULE_CALL, CallPath
 class ScopeRun:
     """One run of a scope: counts how often each path was taken since it was entered."""
 
-    __slots__ = ("counts", "depth", "frame", "node", "uncounted")
+    __slots__ = ("body", "counts", "depth", "frame", "node", "uncounted")
 
     def __init__(self, node: ScopeNode, frame: FrameType, depth: int) -> None:
         self.node = node
         self.frame = frame
         self.depth = depth
+        self.body: FrameType | None = None
         self.counts: dict[Hashable, int] = {}
         self.uncounted: tuple[ScopeRun, Hashable] | None = None
 
@@ -43,7 +44,7 @@ class CallStack:
         node: the scope of that frame; the root by default.
     """
 
-    __slots__ = ("_labels", "_memo", "_sites", "_stack", "paths")
+    __slots__ = ("_bodies", "_labels", "_memo", "_sites", "_stack", "paths")
 
     def __init__(self, paths: CallPaths, frame: FrameType, node: ScopeNode | None = None) -> None:
         self.paths = paths
@@ -52,6 +53,7 @@ class CallStack:
         self._memo: dict[FrameType, ScopeRun] = {frame: run}
         self._stack: list[ScopeRun] = [run]
         self._labels: dict[FrameType, list[ScopeRun]] = {}
+        self._bodies: dict[FrameType, ScopeRun] = {}
 
     def op(self, frame: FrameType, kind: str) -> Any:
         """Identify the op of ``kind`` called in ``frame``; None inside a custom autograd.Function."""
@@ -78,7 +80,8 @@ class CallStack:
 
     def _locate(self, frame: FrameType | None, counting: bool = True) -> tuple[ScopeRun, Path] | None:
         """Return the run that ``frame`` belongs to and the call sites inside it."""
-        memo, sites, labels = self._memo, self._sites, self._labels
+        memo, sites, labels, bodies = self._memo, self._sites, self._labels, self._bodies
+        start = frame
         path: list[int] = []
         while frame is not None:
             run = memo.get(frame)
@@ -93,6 +96,9 @@ class CallStack:
                 if labels and labels.get(frame):
                     run = labels[frame][-1]
                     break
+                if bodies and frame in bodies:
+                    run = bodies[frame]
+                    break
             elif numbers == MODULE_CALL:
                 run = self._open(frame, counting)
                 if run is None:
@@ -103,11 +109,35 @@ class CallStack:
             frame = frame.f_back
         else:
             return None
+        if run.node.body is not None and run.frame is frame:
+            self._enter_body(run, start, path)
         if counting and run.uncounted is not None:
             self._count(run)
         if self._stack[-1] is not run:
             self._unwind(run)
         return run, tuple(path)
+
+    def _enter_body(self, run: ScopeRun, frame: FrameType | None, path: list[int]) -> None:
+        """Cut a path that goes through the body of a wrapped forward there, and remember the body.
+
+        Args:
+            run: the call of the module with the wrapped forward.
+            frame: where the path starts.
+            path: from there to the module call; cut in place.
+        """
+        length = found = 0
+        body: FrameType | None = None
+        while frame is not None and frame is not run.frame:
+            length += type(self._sites.get(id(frame.f_code))) is list
+            if frame.f_code is run.node.body:
+                body, found = frame, length
+            frame = frame.f_back
+        if body is not None:
+            if run.body is not None:
+                self._bodies.pop(run.body, None)
+            run.body = body
+            self._bodies[body] = run
+            del path[found:]
 
     def _open(self, frame: FrameType, counting: bool) -> ScopeRun | None:
         """Enter the module call that runs in ``frame``."""
@@ -149,6 +179,8 @@ class CallStack:
             ended = self._stack.pop()
             if self._memo.get(ended.frame) is ended:
                 del self._memo[ended.frame]
+            if ended.body is not None:
+                self._bodies.pop(ended.body, None)
 
     def enter_label(self, frame: FrameType, module: nn.Module, label: str) -> None:
         """Start a dynamic block in ``frame``."""
@@ -169,11 +201,16 @@ class CallStack:
             self._truncate(run.depth)
 
     def inner_node(self, frame: FrameType, name: str) -> ScopeNode | None:
-        """Return the node for a function that ``frame`` is about to call under another name (checkpointing)."""
+        """Return the node for a function that ``frame`` is about to call under another name (checkpointing).
+
+        What the decorators of a forward call that way is the forward, as without checkpointing.
+        """
         located = self._locate(frame)
         if located is None:
             return None
         run, path = located
+        if run.node.body is not None and run.body is None:
+            return run.node
         return self.paths.inner(run.node, path, name, run.hit((path, name)))
 
     def enter(self, frame: FrameType, node: ScopeNode) -> None:
@@ -185,3 +222,4 @@ class CallStack:
         self._memo.clear()
         self._stack.clear()
         self._labels.clear()
+        self._bodies.clear()

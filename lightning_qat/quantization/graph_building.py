@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -9,9 +10,12 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from lightning_qat.quantization.call_path import ScopeNode
+from lightning_qat.quantization.op_dependence import data_dependent, is_float_name, mask_ops
 from lightning_qat.quantization.op_graph import Op, Operand, OperandRole, OpGraph, RegionOutput, Source
-from lightning_qat.quantization.tensor_leaves import dtype_name, is_float
-from lightning_qat.quantization.torch_functions import OpSpec, is_interceptable
+from lightning_qat.quantization.op_options import call_options
+from lightning_qat.quantization.op_spec import OpSpec
+from lightning_qat.quantization.tensor_leaves import dtype_name, is_float, named_leaves
+from lightning_qat.quantization.torch_functions import is_interceptable
 
 _FUNCTORCH_REASON = "runs inside a function transform (vmap, grad), where values are wrapped"
 
@@ -30,6 +34,8 @@ class OpRecord:
         self.calls: dict[int, int] = {}
         self.inplace = False
         self.mask = False
+        self.twins: list[str] = []
+        self.options: dict[str, Any] = {}
         self._builder = builder
 
     def observe(
@@ -48,9 +54,10 @@ class OpRecord:
         if any(_is_wrapped(t) for t in outputs):
             self.spec = OpSpec(spec.kind, "float", reason=_FUNCTORCH_REASON)
             self.reason = _FUNCTORCH_REASON
+        self.options |= call_options(spec.kind, args, kwargs, self._builder._training)
         names = _parameter_names(spec, args, kwargs)
         for index, (tensor, source, mask) in enumerate(operands):
-            record = self.operands.setdefault(index, OperandRecord(names.get(id(tensor), "")))
+            record = self.operands.setdefault(index, OperandRecord(names[index]))
             record.dtype, record.shape = dtype_name(tensor.dtype), tuple(tensor.shape)
             record.sources[source] = None
             record.mask = record.mask or mask
@@ -59,15 +66,28 @@ class OpRecord:
             self.outputs = [(dtype_name(t.dtype), tuple(t.shape)) for t in outputs]
         return [self.operands[index] for index in range(len(operands))]
 
+    def absorb(self, twin: OpRecord) -> None:
+        """Take over what was observed of the same op on another way."""
+        self.twins.append(twin.key)
+        self.calls |= twin.calls
+        self.options |= twin.options
+        self.inplace, self.mask = self.inplace or twin.inplace, self.mask or twin.mask
+        for index, operand in twin.operands.items():
+            own = self.operands[index]
+            own.sources |= operand.sources
+            own.mask, own.written = own.mask or operand.mask, own.written or operand.written
+            own.rewritten = own.rewritten or operand.rewritten
+
     def role_of(self, operand: OperandRecord) -> OperandRole:
         """What an operand is to the op."""
         spec = self.spec
-        if not _is_float_name(operand.dtype):
+        if not is_float_name(operand.dtype):
             return "index"
-        if operand.name == "out":
+        parameter, _, in_list = operand.name.partition(".")
+        if parameter == "out":
             return "parameter"
-        if operand.name and operand.name == spec.weight:
-            return "weight"
+        if parameter and parameter in spec.weights:
+            return "parameter" if in_list and len(operand.shape) < 2 else "weight"
         if spec.operands is None or not spec.parameters:
             return "data"
         return "data" if operand.name in spec.operands else "parameter"
@@ -100,6 +120,7 @@ class GraphBuilder:
         self._seen_by_mode: dict[bool, list[set[str]]] = {False: [], True: []}
         self._forward = 0
         self._outputs: dict[str, tuple[str, dict[Source, None]]] = {}
+        self._not_scalar: set[str] = set()
 
     def record(self, digest: str, node: ScopeNode, kind: str) -> OpRecord:
         """Return the record of an op: one per digest, as there will be one set of quantizers per digest."""
@@ -132,6 +153,8 @@ class GraphBuilder:
         """Note a tensor that leaves the region."""
         _, sources = self._outputs.setdefault(path, (dtype_name(tensor.dtype), {}))
         sources[source] = None
+        if tensor.ndim:
+            self._not_scalar.add(path)
 
     def end(self) -> None:
         """Finish a forward."""
@@ -146,7 +169,11 @@ class GraphBuilder:
             carried: unknown tensors that an op made in an earlier forward, with the key of that op.
             changing: buffers that were written in a forward.
         """
-        dependent = _data_dependent(self._order, constants, carried, changing)
+        renamed = self._merge_modes()
+        carried = {name: renamed.get(key, key) for name, key in carried.items()}
+        dependent = data_dependent(self._order, constants, carried, changing)
+        computed = data_dependent(self._order, constants, carried, changing, integers=False)
+        train_only = self._train_only()
         names = _display_names(self._order)
 
         def resolve(sources: dict[Source, None]) -> tuple[Source, ...]:
@@ -167,7 +194,7 @@ class GraphBuilder:
                     resolved[source] = None
             return tuple(resolved)
 
-        masks = _masks(self._order)
+        masks = mask_ops(self._order)
         ops = []
         for record in self._order:
             operands = tuple(
@@ -203,10 +230,60 @@ class GraphBuilder:
                     inplace=record.inplace,
                     mask=record.key in masks,
                     data_dependent=record.key in dependent,
+                    options=record.options,
+                    index_only=record.key in dependent and record.key not in computed,
+                    train_only=record.key in train_only,
+                    twins=tuple(record.twins),
                 )
             )
-        outputs = tuple(RegionOutput(path, dtype, resolve(s)) for path, (dtype, s) in self._outputs.items())
+        outputs = tuple(
+            RegionOutput(path, dtype, resolve(s), path not in self._not_scalar)
+            for path, (dtype, s) in self._outputs.items()
+        )
         return OpGraph(self.target_type, tuple(ops), outputs, self.forwards, self._varying())
+
+    def _merge_modes(self) -> dict[str, str]:
+        """Make one op of two where eval and train mode reach the same place of a module on different ways.
+
+        ``checkpoint(self.block, x) if self.training else self.block(x)`` runs the same ops on two call paths. They are
+        the same where one ran in eval mode only and the other in train mode only, from the same line for the same
+        module, and there are as many of them.
+
+        Returns:
+            The keys that are gone, each with the one that took its place.
+        """
+        in_eval, in_train = (set().union(*self._seen_by_mode[mode]) for mode in (False, True))
+        places: dict[tuple[str, str, str], tuple[list[OpRecord], list[OpRecord]]] = {}
+        for record in self._order:
+            if (record.key in in_eval) != (record.key in in_train):
+                place = record.node.module_path, record.spec.kind, record.location
+                places.setdefault(place, ([], []))[record.key in in_train].append(record)
+        renamed: dict[str, str] = {}
+        for evals, trains in places.values():
+            if [record.operands.keys() for record in evals] == [record.operands.keys() for record in trains]:
+                for kept, twin in zip(evals, trains, strict=True):
+                    kept.absorb(twin)
+                    renamed[twin.key] = kept.key
+        if renamed:
+            self._rename(renamed)
+        return renamed
+
+    def _rename(self, renamed: dict[str, str]) -> None:
+        def new(sources: dict[Source, None]) -> dict[Source, None]:
+            return {dataclasses.replace(s, name=renamed.get(s.name, s.name)): None for s in sources}
+
+        self._order = [record for record in self._order if record.key not in renamed]
+        for record in self._order:
+            for operand in record.operands.values():
+                operand.sources = new(operand.sources)
+        self._outputs = {path: (dtype, new(sources)) for path, (dtype, sources) in self._outputs.items()}
+        for forwards in self._seen_by_mode.values():
+            forwards[:] = [{renamed.get(key, key) for key in met} for met in forwards]
+
+    def _train_only(self) -> set[str]:
+        """Keys of the ops that ran in train mode and never in eval mode; none if no forward ran in eval mode."""
+        in_eval, in_train = self._seen_by_mode[False], self._seen_by_mode[True]
+        return set().union(*in_train).difference(*in_eval) if in_eval else set()
 
     def _varying(self) -> tuple[str, ...]:
         """Locations of ops that ran in some forwards of a mode and not in others (and are in no dynamic block)."""
@@ -218,52 +295,11 @@ class GraphBuilder:
         return tuple(dict.fromkeys(r.location for r in varying))
 
 
-def _parameter_names(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, str]:
-    named = {id(a): name for name, a in zip(spec.parameters, args, strict=False) if isinstance(a, Tensor)}
-    return named | {id(a): name for name, a in kwargs.items() if isinstance(a, Tensor)}
-
-
-def _data_dependent(
-    order: list[OpRecord], constants: set[str], carried: dict[str, str], changing: set[str]
-) -> set[str]:
-    """Ops whose result depends on an input of the region (or on something unseen)."""
-
-    def depends(source: Source) -> bool:
-        if source.kind in ("op", "mutated"):
-            return source.name in found
-        if source.kind == "opaque":
-            return carried[source.name] in found if source.name in carried else source.name not in constants
-        return source.kind == "input" or (source.kind == "buffer" and source.name in changing)
-
-    found: set[str] = set()
-    changed = True
-    while changed:  # more than one pass only where a dynamic block or a kept tensor feeds earlier ops
-        before = len(found)
-        for record in order:
-            sources = (s for operand in record.operands.values() for s in operand.sources)
-            if record.key not in found and record.spec.role != "create" and any(map(depends, sources)):
-                found.add(record.key)
-        changed = len(found) != before
-    return found
-
-
-_MASK_MAKERS = {"masked_fill", "where", "full", "full_like", "new_full", "fill", "setitem", "mul", "tensor"}
-_MASK_CARRIERS = {"add", "sub", "baddbmm", "addmm", "mul", "maximum", "minimum", "clamp"}
-
-
-def _masks(order: list[OpRecord]) -> set[str]:
-    """Ops whose result holds "never attend here" fills: made by a huge negative scalar, carried on by adding."""
-    found: set[str] = set()
-    for record in order:
-        kind, role = record.spec.kind, record.spec.role
-        made = record.mask and kind in _MASK_MAKERS
-        incoming = any(
-            operand.mask or any(s.kind in ("op", "mutated") and s.name in found for s in operand.sources)
-            for operand in record.operands.values()
-        )
-        if made or (incoming and (role in ("pass", "join") or kind in _MASK_CARRIERS)):
-            found.add(record.key)
-    return found
+def _parameter_names(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Return the name of the parameter of each leaf of a call, empty where the row does not know it."""
+    names = (*spec.parameters[: len(args)], *[""] * (len(args) - len(spec.parameters)))
+    arguments = [*zip(names, args, strict=True), *((name, kwargs[name]) for name in sorted(kwargs))]
+    return [path if name else "" for name, value in arguments for path, _ in named_leaves(value, name)]
 
 
 def _display_names(order: list[OpRecord]) -> dict[str, str]:
@@ -290,11 +326,7 @@ def _display_names(order: list[OpRecord]) -> dict[str, str]:
 
 def _is_substantial(record: OpRecord) -> bool:
     """Whether an op computes floating-point values rather than moving them or counting."""
-    return record.spec.role not in ("pass", "create") and any(_is_float_name(dtype) for dtype, _ in record.outputs)
-
-
-def _is_float_name(dtype: str) -> bool:
-    return dtype.startswith(("float", "bfloat"))
+    return record.spec.role not in ("pass", "create") and any(is_float_name(dtype) for dtype, _ in record.outputs)
 
 
 def _is_wrapped(tensor: Tensor) -> bool:

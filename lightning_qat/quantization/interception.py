@@ -12,7 +12,7 @@ import sys
 import types
 from collections.abc import Callable
 from types import CodeType, FrameType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_qat.quantization.call_path import CallPaths, ScopeNode
 from lightning_qat.quantization.call_stack import CallStack
-from lightning_qat.quantization.torch_functions import OpSpec, is_interceptable, spec_of
+from lightning_qat.quantization.op_spec import OpSpec
+from lightning_qat.quantization.torch_functions import is_interceptable, spec_of
 
 
 class CallPathMode(TorchFunctionMode):
@@ -31,7 +32,12 @@ class CallPathMode(TorchFunctionMode):
         frame: the frame of the entry; the call path ends there.
         node: where in the tree the entry is; the root by default.
         recomputing: the entry repeats a forward for activation checkpointing.
+
+    Attributes:
+        keeps_activations: checkpointing inside is switched off.
     """
+
+    keeps_activations: ClassVar[bool] = False
 
     def __init__(
         self, paths: CallPaths, frame: FrameType, node: ScopeNode | None = None, recomputing: bool = False

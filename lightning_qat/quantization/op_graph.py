@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from lightning_qat.quantization.torch_functions import Role
+from lightning_qat.quantization.op_spec import Role
 
 SourceKind = Literal["op", "mutated", "input", "parameter", "buffer", "constant", "opaque"]
 OperandRole = Literal["data", "weight", "parameter", "index"]
@@ -84,6 +84,10 @@ class Op:
         inplace: it wrote into an argument.
         mask: its result is an additive mask.
         data_dependent: its result depends on an input of the region.
+        index_only: it depends on integer inputs of the region, and on no floating-point input or parameter (positions
+            and masks computed from token masks or lengths).
+        train_only: it ran in train mode and, though forwards in eval mode were traced, never in eval mode.
+        twins: more run-time identities: the op is reached on another way in train mode (activation checkpointing).
     """
 
     name: str
@@ -104,6 +108,9 @@ class Op:
     mask: bool
     data_dependent: bool
     options: dict[str, Any] = field(default_factory=dict)
+    index_only: bool = False
+    train_only: bool = False
+    twins: tuple[str, ...] = ()
 
     @property
     def has_float_output(self) -> bool:
@@ -113,11 +120,19 @@ class Op:
 
 @dataclass(frozen=True)
 class RegionOutput:
-    """A tensor that leaves the region."""
+    """A tensor that leaves the region.
+
+    Args:
+        path: where it is in the output.
+        dtype: name of its type.
+        sources: where it came from, over all forwards.
+        is_scalar: it had no dimensions in any forward (a loss).
+    """
 
     path: str
     dtype: str
     sources: tuple[Source, ...]
+    is_scalar: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,9 +196,7 @@ class OpGraph:
             forwards=data["forwards"],
             varying=tuple(data["varying"]),
             ops=tuple(_op(item) for item in data["ops"]),
-            outputs=tuple(
-                RegionOutput(item["path"], item["dtype"], _sources(item["sources"])) for item in data["outputs"]
-            ),
+            outputs=tuple(RegionOutput(**{**item, "sources": _sources(item["sources"])}) for item in data["outputs"]),
         )
 
 
@@ -207,4 +220,5 @@ def _op(item: dict[str, Any]) -> Op:
         Operand(**{**o, "shape": tuple(o["shape"]), "sources": _sources(o["sources"])}) for o in item["operands"]
     )
     outputs = tuple((dtype, tuple(shape)) for dtype, shape in item["outputs"])
-    return Op(**{**item, "operands": operands, "outputs": outputs})
+    twins = tuple(item.get("twins", ()))
+    return Op(**{**item, "operands": operands, "outputs": outputs, "twins": twins})

@@ -7,6 +7,7 @@ mode did not see (opaque).
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 import weakref
@@ -57,6 +58,27 @@ class Call:
             return cls(tuple(batch))
         return cls((batch,))
 
+    def copied(self) -> Call:
+        """Return a call with the same tensors and modules whose other arguments may be changed by the forward.
+
+        Objects that keep state between forwards, such as the key-value cache of a language model, are copied with
+        their tensors; so a call can run several times, and its owner's objects stay as they are.
+        """
+        return Call(_copied(self.args), _copied(self.kwargs))
+
+
+def _copied(value: Any) -> Any:
+    if type(value) in (tuple, list):
+        return type(value)(_copied(item) for item in value)
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, (Tensor, nn.Module)) or callable(value) or not hasattr(value, "__dict__"):
+        return value
+    try:
+        return copy.deepcopy(value, {id(tensor): tensor for tensor in leaves(value)})
+    except Exception:  # such as tensors with a gradient history: the original has to do
+        return value
+
 
 def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) -> OpGraph:
     """Trace a module on a few batches and return its ops. Module and batches are left exactly as they were.
@@ -83,7 +105,8 @@ def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) ->
                 target.train(training)
                 try:
                     with preserved_tensors(leaves((call.args, call.kwargs))):
-                        target(*call.args, **call.kwargs)
+                        own = call.copied()
+                        target(*own.args, **own.kwargs)
                 except Exception as error:
                     mode = "train" if training else "eval"
                     raise TracingError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -183,3 +184,89 @@ def test_checkpointing_in_other_threads_is_left_alone() -> None:
     handle.remove()
     thread.join()
     torch.testing.assert_close(gradients[0], 1 - torch.tanh(weight.detach()) ** 2)
+
+
+class TrainingOnly(nn.Module):
+    """Checkpoints in train mode only, through two branches of the code or through a decorated forward."""
+
+    def __init__(self, reentrant: bool, way: str) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.block = {"branch": Branch, "decorator": Decorated}[way](reentrant)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.block(torch.tanh(self.first(x))))  # type: ignore[no-any-return]
+
+
+class Branch(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+        self.reentrant = reentrant
+        self.checkpointing = True
+
+    def inner(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + F.gelu(layer(x) * 0.5)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.checkpointing:
+            return checkpoint(self.inner, x, use_reentrant=self.reentrant)  # type: ignore[no-any-return]
+        return self.inner(x)
+
+
+def checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def wrapper(self: Branch, *args: Tensor) -> Tensor:
+        if self.training and self.checkpointing:
+            function = functools.partial(forward, self)
+            return checkpoint(function, *args, use_reentrant=self.reentrant)  # type: ignore[no-any-return]
+        return forward(self, *args)
+
+    return wrapper
+
+
+class Decorated(Branch):
+    @checkpointed
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@KINDS
+@pytest.mark.parametrize("way", ["branch", "decorator"])
+def test_checkpointing_in_training_only_shares_the_quantizers_of_evaluation(way: str, reentrant: bool) -> None:
+    """foundation 4: calibrated in eval mode, where nothing is checkpointed."""
+    x = torch.randn(6, 4)
+    module = TrainingOnly(reentrant, way)
+    plain = copy.deepcopy(module)
+    plain.block.checkpointing = False
+    regions = [calibrated(m, x) for m in (module, plain)]
+    assert list(regions[0].points) == list(regions[1].points)
+    for m in (module, plain):
+        m.train()
+    out, gradients = step(module, x)
+    expected, expected_gradients = step(plain, x)
+    assert torch.equal(out, expected)
+    assert len(gradients) == len(expected_gradients) == 8
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert torch.equal(gradient, expected_gradient)
+    assert regions[0].unplanned == {}
+
+
+@KINDS
+def test_checkpointing_that_a_decorator_starts_after_insertion_changes_nothing(reentrant: bool) -> None:
+    """foundation 4: ``model.gradient_checkpointing_enable()`` long after the insertion."""
+    x = torch.randn(6, 4)
+    module = TrainingOnly(reentrant, "decorator")
+    module.block.checkpointing = False
+    region = calibrated(module, x)
+    module.train()
+    expected = step(module, x)
+    module.block.checkpointing = True
+    out, gradients = step(module, x)
+    assert torch.equal(out, expected[0])
+    for gradient, expected_gradient in zip(gradients, expected[1], strict=True):
+        assert torch.equal(gradient, expected_gradient)
+    assert region.unplanned == {}

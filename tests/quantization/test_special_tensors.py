@@ -257,16 +257,6 @@ def test_function_transforms_stay_float_with_a_reason() -> None:
     assert "linear.input0" in region.points
 
 
-def test_recurrent_layers_stay_float_with_a_reason_and_their_consumers_are_quantized() -> None:
-    def forward(self: Calls, x: Tensor) -> Tensor:
-        return self.last(self.gru(x[None])[0][0])
-
-    region = close_to_float(Calls(forward, gru=nn.GRU(4, 5, batch_first=True), last=nn.Linear(5, 2)), X)
-    assert region.plan.status["gru"].status == "float"
-    assert "recurrent" in region.plan.status["gru"].reason
-    assert "last.input0" in region.points
-
-
 # -- constants
 
 
@@ -403,6 +393,19 @@ def test_scores_filled_by_masked_fill_or_where_stay_on_their_grid() -> None:
     out = region.target(X, LENGTHS)
     assert (out[LENGTHS] == 0).all()
     assert all(float(f.scale.max()) < 0.1 for f in region.points.values())
+
+
+def test_product_that_a_mask_is_added_to_has_quantized_operands() -> None:
+    """nn.MultiheadAttention with weights and padding calls baddbmm(mask, q, k): only its result holds the mask."""
+
+    def forward(self: Calls, q: Tensor, k: Tensor) -> Tensor:
+        return torch.baddbmm(self.mask, q, k.mT).softmax(-1)
+
+    mask = torch.zeros(1, 3).masked_fill(torch.tensor([[False, False, True]]), float("-inf"))
+    region = close_to_float(Calls(forward, mask=mask), X[None], X[None].flip(1))
+    assert {"baddbmm_0.input1", "baddbmm_0.input2"} <= set(region.points)
+    assert region.plan.float_points["baddbmm_0.output"].startswith("mask")
+    assert region.plan.status["baddbmm_0"].status == "quantized"
 
 
 @pytest.mark.parametrize("causal", [False, True])
