@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lightning_qat.analysis.model_check_result import ModelCheckResult
 from lightning_qat.analysis.results import Result, write_atomically
 from lightning_qat.quantization.errors import unknown_choice
+from lightning_qat.reporting.model_check_report import text_report
 from lightning_qat.reporting.tables import fixed_width
 
 Format = Literal["csv", "txt", "json"]
@@ -47,8 +49,12 @@ def _write(result: Result[Any], path: Path, format: Format) -> Path:
         return result.to_csv(path)
     if format == "json":
         return result.to_json(path)
+    if format == "txt" and isinstance(result, ModelCheckResult):
+        return write_atomically(path, text_report(result))
     if format == "txt":
-        note = getattr(result, "note", "")
-        text = fixed_width(result.columns(), result.to_dicts(), title=result.title, note=note)
-        return write_atomically(path, text + "\n")
+        tables = (
+            fixed_width(part.columns(), part.to_dicts(), title=part.title, note=getattr(part, "note", ""))
+            for part in result.parts()
+        )
+        return write_atomically(path, "\n\n".join(tables) + "\n")
     raise unknown_choice("format", format, get_args(Format))

@@ -78,8 +78,25 @@ def log_table(
     text = markdown(columns or result.shown or result.columns(), shown)
     if len(result.rows) > rows:
         text += f"\n\n{len(result.rows) - rows} more rows are in the files."
+    for part in result.parts()[1:]:
+        more = markdown(part.shown or part.columns(), part.to_dicts()[:rows])
+        text += f"\n\n**{escape_markdown(part.title)}**\n\n{more}"
     note = getattr(result, "note", "")
-    text = f"{escape_markdown(note)}\n\n{text}" if note else text
+    return log_text(loggers, tag, f"{escape_markdown(note)}\n\n{text}" if note else text, step)
+
+
+def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> list[str]:
+    """Send Markdown to every logger that shows text.
+
+    Args:
+        loggers: ``trainer.loggers``.
+        tag: where the logger files it.
+        text: Markdown.
+        step: the x-axis.
+
+    Returns:
+        Class names of the loggers that cannot show text.
+    """
     without = []
     for logger in loggers:
         add_text = getattr(getattr(logger, "experiment", None), "add_text", None)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
-from lightning_qat.analysis.results import Result
+Row = Mapping[str, Any] | Sequence[Any]
+"""A row of a table: values by column, or in the order of the columns."""
 
-_MARKDOWN_SPECIAL = "\\`*_{}[]()<>#+!|~$"
+_MARKDOWN = str.maketrans(
+    {c: f"\\{c}" for c in "\\`*_{}[]()#+!|"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;", "~": "&#126;", "$": "&#36;"}
+)
+"""A backslash before ``<``, ``~`` or ``$`` would be shown by some renderers, TensorBoard's among them."""
 
 
-def fixed_width(columns: Sequence[str], rows: Sequence[dict[str, Any]], title: str = "", note: str = "") -> str:
+def fixed_width(columns: Sequence[str], rows: Sequence[Row], title: str = "", note: str = "") -> str:
     """Render a table as plain text. Every column is as wide as its widest cell: nothing is cut or wrapped.
 
     Args:
         columns: the columns to show, in order.
-        rows: their values.
+        rows: their values: by column, or one for each column.
         title: a line above the table.
         note: a line between title and table.
 
@@ -30,9 +34,10 @@ def fixed_width(columns: Sequence[str], rows: Sequence[dict[str, Any]], title: s
         fc.weight -0.25
         fc            1
     """
-    cells = [[_single_line(cell_text(row[column])) for column in columns] for row in rows]
+    values = [_values(row, columns) for row in rows]
+    cells = [[_single_line(cell_text(value)) for value in row] for row in values]
     widths = [max(len(text) for text in texts) for texts in zip(columns, *cells, strict=True)]
-    right = [_is_numeric(rows, column) for column in columns]
+    right = _numeric(values, len(columns))
 
     def line(texts: Sequence[str]) -> str:
         padded = (t.rjust(w) if r else t.ljust(w) for t, w, r in zip(texts, widths, right, strict=True))
@@ -43,7 +48,7 @@ def fixed_width(columns: Sequence[str], rows: Sequence[dict[str, Any]], title: s
     return "\n".join([*head, line(columns), rule, *(line(texts) for texts in cells)])
 
 
-def markdown(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+def markdown(columns: Sequence[str], rows: Sequence[Row]) -> str:
     """Render a table as Markdown (GitHub's dialect, which TensorBoard shows); names are escaped, numbers short.
 
     Example:
@@ -56,8 +61,9 @@ def markdown(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
     def line(texts: Sequence[str]) -> str:
         return f"| {' | '.join(texts)} |"
 
-    rules = "|".join("--:" if _is_numeric(rows, column) else ":--" for column in columns)
-    body = [line([escape_markdown(cell_text(row[column], digits=4)) for column in columns]) for row in rows]
+    values = [_values(row, columns) for row in rows]
+    rules = "|".join("--:" if right else ":--" for right in _numeric(values, len(columns)))
+    body = [line([escape_markdown(cell_text(value, digits=4)) for value in row]) for row in values]
     return "\n".join([line([escape_markdown(column) for column in columns]), f"|{rules}|", *body])
 
 
@@ -66,20 +72,20 @@ def escape_markdown(text: str) -> str:
 
     Example:
         >>> escape_markdown("layers_0*<b>")
-        'layers\\\\_0\\\\*\\\\<b\\\\>'
+        'layers\\\\_0\\\\*&lt;b&gt;'
     """
-    return "".join(f"\\{c}" if c in _MARKDOWN_SPECIAL else c for c in _single_line(text).replace("&", "&amp;"))
+    return _single_line(text).translate(_MARKDOWN)
 
 
-def console_text(result: Result[Any], width: int = 120) -> str:
-    """Render a result as the terminal shows it, without colours.
+def console_text(result: RenderableType, width: int = 120) -> str:
+    """Render a result, or anything else that rich can show, as the terminal does, without colours.
 
     Args:
         result: what to show.
         width: columns of the terminal; names fold, numbers are never cut.
     """
     console = Console(file=StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    console.print(result)
+    console.print(result, crop=False)
     file = console.file
     assert isinstance(file, StringIO)
     return file.getvalue()
@@ -101,8 +107,15 @@ def cell_text(value: Any, digits: int = 7) -> str:
     return str(value)
 
 
-def _is_numeric(rows: Sequence[dict[str, Any]], column: str) -> bool:
-    return any(isinstance(row[column], (int, float)) and not isinstance(row[column], bool) for row in rows)
+def _values(row: Row, columns: Sequence[str]) -> list[Any]:
+    return [row[column] for column in columns] if isinstance(row, Mapping) else list(row)
+
+
+def _numeric(rows: Sequence[list[Any]], columns: int) -> list[bool]:
+    """Whether each column holds numbers."""
+    return [
+        any(isinstance(row[i], (int, float)) and not isinstance(row[i], bool) for row in rows) for i in range(columns)
+    ]
 
 
 def _single_line(text: str) -> str:

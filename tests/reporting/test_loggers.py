@@ -15,7 +15,7 @@ from lightning_qat.reporting.loggers import log_histogram, log_scalars, log_tabl
 
 
 def row(name: str, value: float, region: str = "") -> SensitivityRow:
-    return SensitivityRow(name, "weight", "conv2d", value, "int8", f"{name}.weight", value, True, region)
+    return SensitivityRow(name, "weight", "conv2d", value, "int8", f"{name}.weight", value, True, region=region)
 
 
 RESULT = SensitivityResult((row("a_b", 2.0), row("c", 1.0, "backbone")), output="output 'x'", points=2)

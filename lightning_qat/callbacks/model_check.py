@@ -1,0 +1,163 @@
+"""The callback that says, before anything is trained, what is wrong with the quantized model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from typing_extensions import override
+
+from lightning_qat.analysis.model_check import check
+from lightning_qat.analysis.model_check_result import ModelCheckResult
+from lightning_qat.callbacks import _compat
+from lightning_qat.callbacks.analysis_pass import is_calibrated, require_quantization
+from lightning_qat.callbacks.calibration import Calibration
+from lightning_qat.callbacks.extra_pass import misconfiguration, require_regions
+from lightning_qat.callbacks.output_directory import console_of, run_directory
+from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.callbacks.trainer_findings import trainer_findings, training_batch_size
+from lightning_qat.quantization.errors import unknown_choice
+from lightning_qat.reporting.console import show
+from lightning_qat.reporting.files import write_result
+from lightning_qat.reporting.loggers import log_text
+from lightning_qat.reporting.model_check_report import FILE_NAME, markdown_report
+
+FailOn = Literal["error", "warning", "never"]
+
+
+class ModelCheck(Callback):
+    """Check the quantized model once, before training: what is not fused, not quantized, shared, or not as asked for.
+
+    Runs after calibration and before the sanity check, wherever it is listed; also ahead of ``trainer.validate``,
+    ``test`` and ``predict``. With QuantizationAwareTraining's ``start_epoch`` it runs twice: before training, without
+    the ranges that calibration will find, and again as soon as there are scales. The model is looked at, not run:
+    training is not changed, bit for bit.
+
+    Goes to: ``model_check_result.txt|json`` in the run's ``lightning_qat`` directory, a summary on the terminal, and as
+    text to the loggers that show text (``model_check``). What is in them: ``lightning_qat/reporting/README.md``.
+
+    Args:
+        fail_on: stop the run if there is a finding as severe as this; for continuous integration.
+        show: print the summary.
+        log: send the report to the loggers.
+
+    Raises:
+        MisconfigurationException: a value is not one of the choices, QuantizationAwareTraining is missing, or there is
+            a finding to fail on.
+
+    Attributes:
+        result: findings and tables, after it ran.
+
+    Example::
+
+        trainer = Trainer(callbacks=[QuantizationAwareTraining(), Calibration(), ModelCheck(fail_on="error")])
+    """
+
+    def __init__(self, fail_on: FailOn = "never", show: bool = True, log: bool = True) -> None:
+        if fail_on not in get_args(FailOn):
+            raise MisconfigurationException(str(unknown_choice("fail_on", fail_on, get_args(FailOn))))
+        self.fail_on = fail_on
+        self.show = show
+        self.log_text = log  # Lightning puts a method called log on every callback
+        self.result: ModelCheckResult | None = None
+        self._waits = True
+        self._waits_for_scales = False
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        require_quantization(trainer, "ModelCheck")
+        self._waits = True
+        self._waits_for_scales = False
+
+    @override
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_once(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_once(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._waits_for_scales and is_calibrated(pl_module):
+            self._report(trainer, pl_module)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_before_evaluation(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_before_evaluation(trainer, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_before_evaluation(trainer, pl_module)
+
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelCheckResult:
+        """Check the model as it is now; nothing is written or printed. All ranks get the result of rank zero."""
+        regions = require_regions(pl_module, "ModelCheck")
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        quantization = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
+        batch_size = training_batch_size(trainer, pl_module)
+        with misconfiguration(), torch.inference_mode(False), torch.no_grad():
+            result = check(
+                regions,
+                optimizers=trainer.optimizers,
+                precision=str(trainer.precision),
+                batch_size=batch_size,
+                profile=quantization.profile if quantization is not None else None,
+                extra_findings=trainer_findings(trainer, pl_module),
+            )
+        self.result = trainer.strategy.broadcast(result)
+        return self.result
+
+    def _check_before_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit":  # the validation of a fit
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Calibration):  # listed later
+                callback.calibrate_if_needed(trainer, pl_module)
+        self._check_once(trainer, pl_module)
+
+    def _check_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._waits:
+            self._waits = False
+            self._report(trainer, pl_module)
+
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._waits_for_scales = not is_calibrated(pl_module)
+        result = self.check(trainer, pl_module)
+        directory = run_directory(trainer)  # broadcasts: on all ranks
+        writes = not trainer.fast_dev_run  # type: ignore[attr-defined]
+        file = str(directory / f"{FILE_NAME}.txt") if writes else ""
+        if trainer.is_global_zero:
+            if writes:
+                write_result(result, directory, FILE_NAME, formats=("txt", "json"))
+            if self.show:
+                show(result, console_of(trainer), file=file)
+        if self.log_text:
+            without = log_text(trainer.loggers, "model_check", markdown_report(result), _compat.steps_taken(trainer))
+            if without:
+                rank_zero_warn(
+                    f"{', '.join(without)} shows no text: the model check is only in {FILE_NAME}.txt.",
+                    category=PossibleUserWarning,
+                )
+        self._stop_if_asked_to(result, file)
+
+    def _stop_if_asked_to(self, result: ModelCheckResult, file: str) -> None:
+        if self.fail_on == "never" or not (found := result.at_least(self.fail_on)):
+            return
+        first = found[0]
+        more = f" There are {len(found) - 1} more." if len(found) > 1 else ""
+        raise MisconfigurationException(
+            f"ModelCheck(fail_on={self.fail_on!r}): {first.severity}: {first.what} {first.action}{more}"
+            + (f" See {file}." if file else "")
+        )

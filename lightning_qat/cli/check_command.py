@@ -1,0 +1,56 @@
+"""``python -m lightning_qat check``: the model check without training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+import lightning.pytorch as pl
+
+from lightning_qat.analysis.model_check_result import ModelCheckResult
+from lightning_qat.callbacks.model_check import FailOn, ModelCheck
+from lightning_qat.callbacks.output_directory import shared_directory
+from lightning_qat.cli.command import Command, add_common_options
+from lightning_qat.cli.project import Project, run_project
+from lightning_qat.reporting.console import print_note, show
+from lightning_qat.reporting.files import write_result
+from lightning_qat.reporting.model_check_report import FILE_NAME
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fail-on",
+        choices=get_args(FailOn),
+        default="never",
+        help="exit with status 1 if there is a finding as severe as this (default: never)",
+    )
+    add_common_options(parser)
+
+
+def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) -> int:
+    def check(project: Project) -> tuple[ModelCheckResult, Path, list[str]]:
+        def work(trainer: pl.Trainer, module: pl.LightningModule) -> tuple[ModelCheckResult, Path]:
+            return ModelCheck().check(trainer, module), shared_directory(trainer)
+
+        return *project.before_training(work, options.calibration_batches), project.notes
+
+    result, directory, notes = run_project(script, arguments, check)
+    path, _ = write_result(result, options.output or directory, FILE_NAME, formats=("txt", "json"))
+    for note in notes:
+        print_note(note)
+    show(result, file=str(path))
+    return int(options.fail_on != "never" and bool(result.at_least(options.fail_on)))
+
+
+CHECK = Command(
+    name="check",
+    summary="what is wrong with the quantized model: unfused, unquantized, shared, not as configured",
+    description=f"""Insert fake-quant into your project's model as training would, calibrate, and say what is wrong.
+
+The findings are printed; {FILE_NAME}.txt and .json hold everything, with the tables.
+""",
+    example="",
+    add_options=_add_options,
+    run=_run,
+)

@@ -1,0 +1,49 @@
+"""``python -m lightning_qat compare-runs``: two runs side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lightning_qat.analysis.run_comparison import compare_runs
+from lightning_qat.cli.command import Command
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.reporting.console import print_text, show
+from lightning_qat.reporting.files import write_result
+
+FILE_NAME = "run_comparison"
+_USAGE = "python -m lightning_qat compare-runs BEFORE AFTER [--output DIR]"
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help=f"also write {FILE_NAME}.csv, .txt and .json there",
+    )
+
+
+def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) -> int:
+    if script is None or len(arguments) != 1:
+        raise ConfigurationError(f"compare-runs takes two runs, the earlier one first: {_USAGE}")
+    result = compare_runs(script, arguments[0])
+    for part in result.parts():
+        show(part)
+    if options.output is not None:
+        print_text("\n".join(map(str, write_result(result, options.output, FILE_NAME))))
+    return 0
+
+
+COMPARE_RUNS = Command(
+    name="compare-runs",
+    summary="two runs side by side: did what was changed become less sensitive, and what became of the accuracy",
+    description="""Compare the files of two runs: their accuracy and, point by point, configuration and sensitivity.
+
+BEFORE and AFTER are log directories (or lightning_qat in them), or a sensitivity or layer_comparison file each.
+""",
+    example="",
+    add_options=_add_options,
+    run=_run,
+    usage=_USAGE,
+)
