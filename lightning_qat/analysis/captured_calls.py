@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_qat.quantization.preservation import preserved
 from lightning_qat.quantization.region import Region
-from lightning_qat.quantization.tensor_leaves import leaves
+from lightning_qat.quantization.tensor_leaves import leaves, map_call_leaves
 from lightning_qat.quantization.tracing import Call
 
 
@@ -91,6 +91,7 @@ class RepeatableForward:
         target: the module.
         call: its arguments.
         seed: of the random numbers that the forward draws.
+        copies: give each run copies of the inputs and buffers, which may then become part of an autograd graph.
 
     Example:
         >>> with RepeatableForward(torch.nn.Dropout(), Call.of(torch.ones(100))) as forward:
@@ -98,10 +99,11 @@ class RepeatableForward:
         True
     """
 
-    def __init__(self, target: nn.Module, call: Call, seed: int = 0) -> None:
+    def __init__(self, target: nn.Module, call: Call, seed: int = 0, copies: bool = False) -> None:
         self.target = target
         self.call = call
         self.seed = seed
+        self.copies = copies
         self._buffers = [(m, name, b) for m in target.modules() for name, b in m._buffers.items()]
         self._contents = _Contents(
             [*leaves((call.args, call.kwargs)), *(b for _, _, b in self._buffers if b is not None)]
@@ -118,15 +120,36 @@ class RepeatableForward:
     def __call__(self) -> Any:
         """Run the forward. What it returns may change when the next one runs: copy what is kept."""
         self._restore()
-        random.seed(self.seed)
-        np.random.seed(self.seed % 2**32)
-        torch.manual_seed(self.seed)
-        return self.target(*self.call.args, **self.call.kwargs)
+        _seed_everything(self.seed)
+        if not self.copies:
+            own = self.call.copied()
+            return self.target(*own.args, **own.kwargs)
+        copied: dict[int, Tensor] = {}
+
+        def copy(tensor: Tensor) -> Tensor:
+            return copied.setdefault(id(tensor), tensor.detach().clone())
+
+        for module, name, buffer in self._buffers:
+            if buffer is not None:
+                module._buffers[name] = copy(buffer)
+        args, kwargs = map_call_leaves(self.call.args, self.call.kwargs, lambda _, tensor: copy(tensor))
+        return self.target(*args, **kwargs)
 
     def _restore(self) -> None:
         for module, name, buffer in self._buffers:
             module._buffers[name] = buffer
         self._contents.restore()
+
+
+def _seed_everything(seed: int) -> None:
+    """Seed the generators in use; ``torch.manual_seed`` takes a millisecond to note it for devices that are not."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
 
 
 class _Contents:

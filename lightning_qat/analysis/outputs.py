@@ -39,6 +39,14 @@ class OutputSelector:
         Raises:
             ConfigurationError: there is no such path, or no tensor at it.
         """
+        return [tensor.detach() for tensor in self.differentiable(region_output)]
+
+    def differentiable(self, region_output: Any) -> list[Tensor]:
+        """Return the same tensors with their autograd graph.
+
+        Raises:
+            ConfigurationError: there is no such path, or no tensor at it.
+        """
         chosen = region_output
         if callable(self.output):
             chosen = self.output(region_output)
@@ -46,7 +54,7 @@ class OutputSelector:
             chosen = _at(region_output, self.output, region_output, self.output)
         if self.post_process is not None:
             chosen = self.post_process(chosen)
-        tensors = [tensor.detach() for _, tensor in named_leaves(chosen)]
+        tensors = [tensor for _, tensor in named_leaves(chosen)]
         if not tensors:
             raise ConfigurationError(
                 f"{self.description} holds no tensor, but {type(chosen).__name__}. {_choices(region_output)}"

@@ -64,7 +64,7 @@ class PointStatistics:
     @classmethod
     def of(cls, fake_quant: FakeQuantize) -> PointStatistics:
         """Empty statistics that fit a point."""
-        return cls(fake_quant.scale.numel(), fake_quant.quant_max - fake_quant.quant_min + 1)
+        return cls(fake_quant.channel_scale.numel(), fake_quant.quant_max - fake_quant.quant_min + 1)
 
     @property
     def var(self) -> float | None:
@@ -172,8 +172,9 @@ _NUMBERS = tuple(n for n in PointStatistics.__dataclass_fields__ if n not in ("c
 def codes_before_clipping(rows: Tensor, fake_quant: FakeQuantize) -> Tensor:
     """Codes of ``(channels, n)`` values counted from the smallest of the type, by the arithmetic of fake_quantize."""
     work = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
-    zero = fake_quant.zero_point.reshape(-1, 1).to(rows.device) - fake_quant.quant_min
-    return work.mul(fake_quant.scale.to(rows.device).reciprocal().reshape(-1, 1)).round_().add_(zero)
+    zero = fake_quant.channel_zero_point.reshape(-1, 1).to(rows.device) - fake_quant.quant_min
+    inverse = fake_quant.channel_scale.detach().to(rows.device).reciprocal()
+    return work.mul(inverse.reshape(-1, 1)).round_().add_(zero)
 
 
 def weight_codes(weight: Tensor, fake_quant: FakeQuantize) -> Tensor:

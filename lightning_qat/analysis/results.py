@@ -35,6 +35,10 @@ class Result(Generic[RowT]):
         """Names of all columns; empty without rows."""
         return tuple(f.name for f in dataclasses.fields(self.rows[0])) if self.rows else ()  # type: ignore[arg-type]
 
+    def parts(self) -> tuple[Result[Any], ...]:
+        """The tables to show: this one, and those that belong to it."""
+        return (self,)
+
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return the rows as dictionaries of primitives."""
         return [dataclasses.asdict(row) for row in self.rows]  # type: ignore[call-overload]
@@ -96,14 +100,14 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a text file and move it into place, so that no reader ever sees half of it."""
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Write a file (text as UTF-8) and move it into place, so that no reader ever sees half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -2,120 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import random
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
 
-import torch
-import torch.distributed as dist
-from rich.table import Table
-from torch import Tensor
-
-from lightning_qat.analysis.captured_calls import RepeatableForward, analysis_mode
-from lightning_qat.analysis.metrics import MetricName, check_metric, error_sums, higher_is_better, metric_of_sums
+from lightning_qat.analysis.captured_calls import analysis_mode
+from lightning_qat.analysis.flops import op_flops
+from lightning_qat.analysis.influence import Influence, influence_on
+from lightning_qat.analysis.isolation import Isolation, choose_points
+from lightning_qat.analysis.metrics import metric_of_sums
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.analysis.results import Result, rich_table
+from lightning_qat.analysis.sensitivity_metric import MetricLike, SensitivityMetric
+from lightning_qat.analysis.sensitivity_result import SensitivityResult, SensitivityRow, most_sensitive_first
+from lightning_qat.analysis.sensitivity_sketch import Sketch
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
-from lightning_qat.quantization.histogram import reduce_device
 from lightning_qat.quantization.region import Region
 from lightning_qat.quantization.tracing import Call
 
-Method = Literal["auto", "isolation"]
+Method = Literal["auto", "sketch", "isolation"]
 
+TOP_SHARE = 0.1
+"""Share of the points that are reported as the most sensitive, if ``top_k`` does not say how many."""
 
-@dataclass(frozen=True)
-class SensitivityRow:
-    """What quantizing one point alone does to the chosen output.
-
-    Args:
-        op_name: name of the op.
-        sensitive_type: ``activation`` or ``weight``.
-        op_type: torch function of the op.
-        value: the metric; this column has the metric's name. nan: the output became NaN or changed its shape.
-        quant_dtype: quantized type of the point.
-        point: name of the point.
-        score: root mean square change of the chosen output.
-        exact: the metric was measured, not estimated.
-        region: path of the target in the model, ``""`` for the model itself.
-    """
-
-    op_name: str
-    sensitive_type: str
-    op_type: str
-    value: float
-    quant_dtype: str
-    point: str
-    score: float
-    exact: bool
-    region: str = ""
-
-
-@dataclass(frozen=True)
-class SensitivityResult(Result[SensitivityRow]):
-    """The points that were measured, the most sensitive first.
-
-    Args:
-        metric: what the rows are sorted by.
-        output: what was looked at, in words.
-        method: ``isolation``: each point quantized alone in the float model.
-        batches: number of batches, on all ranks that took part.
-        points: number of calibrated points there are; a weight that several ops share counts once.
-        left_out: points that were not measured because of ``max_points``.
-        not_reached: points that the batches never reached.
-        uncalibrated: points without a scale.
-    """
-
-    title: ClassVar[str] = "Sensitivity"
-
-    metric: MetricName = "MSE"
-    output: str = ""
-    method: str = "isolation"
-    batches: int = 0
-    points: int = 0
-    left_out: tuple[str, ...] = ()
-    not_reached: tuple[str, ...] = ()
-    uncalibrated: tuple[str, ...] = ()
-
-    def columns(self) -> tuple[str, ...]:
-        """Names of all columns; the fourth is the name of the metric."""
-        return tuple(self.metric if n == "value" else n for n in SensitivityRow.__dataclass_fields__)
-
-    def to_dicts(self) -> list[dict[str, Any]]:
-        """Return the rows as dictionaries of primitives."""
-        return [dict(zip(self.columns(), dataclasses.astuple(row), strict=True)) for row in self.rows]
-
-    @property
-    def note(self) -> str:
-        """Say what was looked at, and what was not."""
-        text = f"{self.metric} of {self.output}, {len(self.rows)} of {self.points} points by {self.method}"
-        missing = {"left out": self.left_out, "never reached": self.not_reached, "not calibrated": self.uncalibrated}
-        return text + "".join(f", {len(names)} {why}" for why, names in missing.items() if names)
-
-    def __rich__(self) -> Table:
-        table = rich_table(self.title, self.columns()[:5], self.to_dicts())
-        table.caption, table.caption_justify = self.note, "left"
-        return table
-
-    @classmethod
-    def merged(cls, results: Mapping[str, SensitivityResult]) -> SensitivityResult:
-        """Put the results of several regions together, by the paths of their targets; sorted anew."""
-        first = next(iter(results.values()))
-        rows = [dataclasses.replace(row, region=name) for name, result in results.items() for row in result.rows]
-
-        def named(field: str) -> tuple[str, ...]:
-            return tuple(f"{n}: {p}" if n else p for n, result in results.items() for p in getattr(result, field))
-
-        return dataclasses.replace(
-            first,
-            rows=most_sensitive_first(rows, first.metric),
-            points=sum(result.points for result in results.values()),
-            left_out=named("left_out"),
-            not_reached=named("not_reached"),
-            uncalibrated=named("uncalibrated"),
-        )
+CANDIDATES = 3
+"""So many times the points that matter are confirmed. Twice as many were enough for convolutional networks; int4
+estimates of attention logits are a third too low (the exponential is not linear there) and need more room."""
 
 
 def sensitivity(
@@ -123,36 +34,59 @@ def sensitivity(
     batches: Iterable[object],
     output: str | Callable[[Any], Any] | None = None,
     post_process: Callable[[Any], Any] | None = None,
-    metric: MetricName = "MSE",
+    metric: MetricLike = "MSE",
     *,
     method: Method = "auto",
+    probes: int = 4,
+    top_k: int | None = None,
+    confirm: int | None = None,
     max_points: int | None = None,
     turn: int = 0,
     seed: int = 0,
+    previous: SensitivityResult | None = None,
     across_ranks: bool = False,
 ) -> SensitivityResult:
-    """Quantize one point at a time in the float model and measure the change of the chosen output.
+    """Rank the points by what quantizing each of them alone, in the float model, does to the chosen output.
 
-    One float forward and one forward per measured point and batch, in evaluation mode, with the same inputs, buffers
-    and random numbers each time. Several batches, and several tensors of the output, are one long vector to the metric.
-    Elements that are not finite in the float output are left out. Nothing of the region or its target is changed.
+    ``sketch``: all points are estimated from one float forward and ``probes`` backward passes per batch (see
+    :mod:`~lightning_qat.analysis.sensitivity_sketch`), whatever their number; then the most sensitive are measured.
+    ``isolation``: every point is measured, one forward per point and batch. In evaluation mode, with the same inputs,
+    buffers and random numbers each time. Several batches, and several tensors of the output, are one long vector to
+    the metric. Elements that are infinite in the float output are left out. Nothing of the region or its target is
+    changed.
+
+    The estimate is the first-order change. ``detach``, ``.data`` and ``no_grad`` inside the model do not stop it.
+    Points that act on the output without a gradient (only through indices, rounding, opaque code) are measured by
+    isolation. Where a point acts both ways, the estimate leaves out what goes through indices and rounding (``held``
+    names the ops), while isolation shows everything: with near ties in a ``topk``, the two differ.
 
     Args:
         region: a calibrated region.
-        batches: see :meth:`~lightning_qat.quantization.tracing.Call.of`.
+        batches: see :meth:`~lightning_qat.quantization.tracing.Call.of`. A sketch keeps them until it has confirmed.
         output: path into the output such as ``map.layer_3``, or a callable on it; None: all its tensors.
         post_process: applied to the chosen output in float, such as ``torch.sigmoid``.
-        metric: ``L1``, ``MSE``, ``Cosine``, ``SQNR`` or ``KL``; see :mod:`lightning_qat.analysis.metrics`.
-        method: ``isolation`` as described; ``auto`` chooses (at present always isolation).
-        max_points: measure at most this many points; see :func:`choose_points`.
+        metric: ``L1``, ``MSE``, ``Cosine``, ``SQNR`` or ``KL`` (see :mod:`lightning_qat.analysis.metrics`), a function
+            ``(float_output, output) -> float`` or a torchmetrics Metric; see
+            :class:`~lightning_qat.analysis.sensitivity_metric.SensitivityMetric`.
+        method: ``sketch``, ``isolation``, or ``auto``: isolation where it is as quick (few points) and where there is
+            no gradient, else a sketch.
+        probes: backward passes per batch of a sketch.
+        top_k: how many of the most sensitive points matter; a tenth of all points if not given.
+        confirm: how many candidates, the highest estimated scores, a sketch measures by isolation with ``metric``;
+            three times ``top_k`` if not given, 0 for none.
+        max_points: by isolation, measure at most this many points; see
+            :func:`~lightning_qat.analysis.isolation.choose_points`.
         turn: which points, if not all can be measured: after ``ceil(points / max_points)`` turns in a row all were.
-        seed: of the order in which points take turns, and of the random numbers that the forward draws.
+        seed: of the probes, of the order in which points take turns, and of the random numbers that the forward draws.
+        previous: an earlier table to compare the ranks with.
         across_ranks: every rank calls this with its own batches; the result is that of all batches, on all ranks.
 
     Raises:
-        ConfigurationError: nothing is calibrated, there is no batch, or the output does not exist.
+        ConfigurationError: nothing is calibrated, there is no batch or it is empty, the output does not exist, it holds
+            NaN, or a sketch was asked for where it is impossible.
 
     Example:
+        >>> import torch
         >>> from lightning_qat.quantization.insertion import insert
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
         >>> region = insert(model, (torch.randn(8, 4),), qconfig={"weight": {"dtype": "int2"}})
@@ -163,135 +97,188 @@ def sensitivity(
         >>> result.columns()[:5], {row.sensitive_type for row in result.rows[:2]}
         (('op_name', 'sensitive_type', 'op_type', 'SQNR', 'quant_dtype'), {'weight'})
     """
-    check_metric(metric)
     if method not in get_args(Method):
         raise unknown_choice("method", method, get_args(Method))
-    if max_points is not None and max_points < 1:
-        raise ConfigurationError(f"max_points must be at least 1, or None for all, not {max_points}.")
-    owners = [point.name for point in region.plan.points if point.same_as is None]
-    points = region.points
-    calibrated = [name for name in owners if points[name].scale_source is not None]
-    if not calibrated:
-        raise ConfigurationError("no point has a scale: calibrate the region before measuring its sensitivity.")
-    chosen = choose_points(calibrated, max_points, seed, turn)
-    measurement = _Measurement(region, chosen, OutputSelector(output, post_process), metric == "KL", seed)
-    with analysis_mode(region):
-        for batch in batches:
-            measurement.run(Call.of(batch))
-    if across_ranks:
-        measurement.all_reduce()
-    if measurement.batches == 0:
-        raise ConfigurationError("there was no batch to measure the sensitivity on.")
-    rows = [_row(region, name, metric, measurement.sums[name]) for name in chosen if name in measurement.reached]
-    return SensitivityResult(
-        rows=most_sensitive_first(rows, metric),
-        metric=metric,
-        output=measurement.select.description,
-        batches=measurement.batches,
-        points=len(calibrated),
-        left_out=tuple(name for name in calibrated if name not in set(chosen)),
-        not_reached=tuple(name for name in chosen if name not in measurement.reached),
-        uncalibrated=tuple(name for name in owners if name not in set(calibrated)),
-    )
+    for name, value, least in (("max_points", max_points, 1), ("probes", probes, 1), ("top_k", top_k, 1)):
+        if value is not None and value < least:
+            raise ConfigurationError(f"{name} must be at least {least}, or None for all, not {value}.")
+    if confirm is not None and confirm < 0:
+        raise ConfigurationError(f"confirm must be a number of points, 0 for none, not {confirm}.")
+    analysis = _Analysis(region, OutputSelector(output, post_process), SensitivityMetric(metric), seed, across_ranks)
+    if confirm is None:
+        confirm = CANDIDATES * (top_k or max(1, math.ceil(TOP_SHARE * len(analysis.calibrated))))
+    few = len(analysis.calibrated) <= forwards_of_sketch(probes) + confirm
+    if method == "isolation" or (method == "auto" and few):
+        return analysis.isolation(batches, max_points, turn).compared_with(previous)
+    calls = [Call.of(batch) for batch in batches]
+    sketch, problem = analysis.sketch(calls, probes)
+    if sketch is None:
+        if method == "sketch":
+            raise ConfigurationError(f"a sketch is impossible: {problem}. Use method='isolation'.")
+        result = analysis.isolation(calls, max_points, turn, reason=f"isolation because {problem}")
+        return result.compared_with(previous)
+    influence = influence_on(region.graph, output if isinstance(output, str) else None)
+    return analysis.confirmed(sketch, influence, calls, confirm, max_points, turn).compared_with(previous)
 
 
-def choose_points(names: list[str], max_points: int | None, seed: int = 0, turn: int = 0) -> list[str]:
-    """Choose which points are measured: all, or the next ``max_points`` of a fixed random order.
-
-    The order depends on the seed only, and a turn continues where the one before ended, from the end on at the start.
-    So every point is measured equally often, and no part of the model (and no order in it) is preferred.
-
-    Args:
-        names: all points.
-        max_points: how many to choose; None for all.
-        seed: of the order.
-        turn: counts the choices.
-
-    Returns:
-        The chosen names, in the order of ``names``.
-
-    Example:
-        >>> [choose_points(["a", "b", "c"], 2, turn=turn) for turn in range(3)]
-        [['b', 'c'], ['a', 'b'], ['a', 'c']]
-    """
-    if max_points is None or max_points >= len(names):
-        return list(names)
-    order = random.Random(seed).sample(names, len(names))
-    chosen = {order[(turn * max_points + index) % len(order)] for index in range(max_points)}
-    return [name for name in names if name in chosen]
+def forwards_of_sketch(probes: int) -> int:
+    """About how many forwards a sketch takes: with so few points, measuring them is as quick, and exact."""
+    return 3 + 3 * probes
 
 
-def most_sensitive_first(rows: Iterable[SensitivityRow], metric: MetricName) -> tuple[SensitivityRow, ...]:
-    """Sort rows: an output that became NaN first, then by the metric, ties in execution order."""
-    sign = 1.0 if higher_is_better(metric) else -1.0
-    return tuple(sorted(rows, key=lambda row: -math.inf if math.isnan(row.value) else sign * row.value))
+class _Analysis:
+    """One call of :func:`sensitivity`: what both methods need, and how they make a table."""
 
-
-class _Measurement:
-    """The sums of every chosen point, batch by batch."""
-
-    def __init__(self, region: Region, names: list[str], select: OutputSelector, with_kl: bool, seed: int) -> None:
+    def __init__(
+        self, region: Region, select: OutputSelector, metric: SensitivityMetric, seed: int, across_ranks: bool
+    ) -> None:
         self.region = region
         self.select = select
-        self.with_kl = with_kl
+        self.metric = metric
         self.seed = seed
-        self.sums = {name: torch.zeros(7, dtype=torch.float64) for name in names}
-        self.reached: set[str] = set()
-        self.batches = 0
-        self._owner = {point.name: point.same_as or point.name for point in region.plan.points}
+        self.across_ranks = across_ranks
+        self.owners = [point.name for point in region.plan.points if point.same_as is None]
+        points = region.points
+        self.calibrated = [name for name in self.owners if points[name].scale_source is not None]
+        if not self.calibrated:
+            raise ConfigurationError("no point has a scale: calibrate the region before measuring its sensitivity.")
+        self._flops = _flops_shares(region)
 
-    def run(self, call: Call) -> None:
-        seen: set[str] = set()
-        with RepeatableForward(self.region.target, call, self.seed) as forward:
-            with self.region.only(()), self.region.tap(lambda name, *_: seen.add(self._owner[name])):
-                reference = [tensor.clone() for tensor in self.select(forward())]
-            unchanged = self._error(reference, reference)
-            for name, sums in self.sums.items():
-                if name not in seen:  # quantizing it changes nothing here
-                    sums += unchanged
-                    continue
-                with self.region.only((name,)):
-                    sums += self._error(reference, self.select(forward()))
-        self.reached |= seen
-        self.batches += 1
+    def isolation(
+        self, batches: Iterable[object], max_points: int | None, turn: int, reason: str = ""
+    ) -> SensitivityResult:
+        """Measure the points whose turn it is."""
+        chosen = choose_points(self.calibrated, max_points, self.seed, turn)
+        measured = self._measure(batches, chosen)
+        rows = [self._exact(name, measured) for name in chosen if name in measured.reached]
+        return self._result(
+            rows,
+            measured.batches,
+            reason=reason,
+            left_out=tuple(name for name in self.calibrated if name not in set(chosen)),
+            not_reached=tuple(name for name in chosen if name not in measured.reached),
+        )
 
-    def all_reduce(self) -> None:
-        """Add the sums of all ranks."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return
-        rows = [[*sums.tolist(), float(name in self.reached)] for name, sums in self.sums.items()]
-        rows.append([0.0] * 7 + [float(self.batches)])
-        table = torch.tensor(rows, dtype=torch.float64, device=reduce_device(None))
-        dist.all_reduce(table)
-        self.batches = int(table[-1, -1])
-        for (name, sums), row in zip(self.sums.items(), table.cpu(), strict=False):
-            sums.copy_(row[:7])
-            if row[7]:
-                self.reached.add(name)
+    def sketch(self, calls: list[Call], probes: int) -> tuple[Sketch | None, str]:
+        """Estimate all points; None, and why, if that is impossible."""
+        sketch = Sketch(self.region, self.calibrated, self.select, probes, self.seed)
+        problem = "a rank could not compute gradients"
+        with analysis_mode(self.region):
+            try:
+                for call in calls:
+                    sketch.run(call)
+            except ConfigurationError:
+                raise
+            except Exception as error:  # whatever an op without a derivative raises; isolation meets real errors again
+                text = str(error).strip().splitlines() or [""]
+                problem = f"gradients cannot be computed ({type(error).__name__}: {text[0]})"
+                sketch.failures += 1
+        if self.across_ranks:
+            sketch.all_reduce()
+        if sketch.failures:
+            return None, problem
+        if sketch.batches == 0:
+            raise ConfigurationError(_NO_BATCH)
+        reached = [e for e in sketch.estimates.values() if e.reached]
+        if sketch.elements and reached and not any(e.squared for e in reached):
+            return None, f"no gradient reaches a point from {self.select.description}"
+        return sketch, ""
 
-    def _error(self, reference: list[Tensor], analysed: list[Tensor]) -> Tensor:
-        if [t.shape for t in reference] != [t.shape for t in analysed]:
-            return torch.full((7,), torch.nan, dtype=torch.float64)
-        total = torch.zeros(7, dtype=torch.float64)
-        for base, analy in zip(reference, analysed, strict=True):
-            finite = base.isfinite()
-            if not bool(finite.all()):
-                base, analy = torch.where(finite, base, 0), torch.where(finite, analy, 0)
-            sums = error_sums(base, analy, self.with_kl).cpu()
-            sums[0] = finite.sum()
-            total += sums
-        return total
+    def confirmed(
+        self, sketch: Sketch, influence: Influence, calls: list[Call], confirm: int, max_points: int | None, turn: int
+    ) -> SensitivityResult:
+        """Make the table of a sketch: measure what has no estimate, and the candidates."""
+        scores = {name: math.sqrt(sketch.mse(name)[0]) for name in self.calibrated if sketch.estimates[name].reached}
+        known = influence.known and not sketch.left_torch
+        op_of = {point.name: point.op for point in self.region.plan.points}
+        without = [
+            name for name in scores if sketch.estimates[name].failed and (not known or influence.reaches(op_of[name]))
+        ]
+        now = choose_points(without, max_points, self.seed, turn)
+        estimated = [name for name in scores if name not in set(without)]
+        candidates = sorted(estimated, key=lambda name: -scores[name])[:confirm]
+        chosen = {*candidates, *now}
+        rows = []
+        if chosen or sketch.elements == 0:
+            measured = self._measure(calls, [name for name in self.calibrated if name in chosen])
+            rows = [self._exact(name, measured) for name in self.calibrated if name in measured.reached & chosen]
+        rows += [self._row(n, None, scores[n], False, _error(sketch, n)) for n in estimated if n not in chosen]
+        return self._result(
+            rows,
+            sketch.batches,
+            method="sketch",
+            probes=sketch.probes,
+            left_out=tuple(name for name in without if name not in chosen),
+            not_reached=tuple(name for name in self.calibrated if name not in scores),
+            without_gradient=tuple(without),
+            held=influence.picking,
+        )
+
+    def _measure(self, batches: Iterable[object], names: list[str]) -> Isolation:
+        isolation = Isolation(self.region, names, self.select, self.metric, self.seed)
+        with analysis_mode(self.region):
+            for batch in batches:
+                isolation.run(Call.of(batch))
+        if self.across_ranks:
+            isolation.all_reduce()
+        if isolation.batches == 0:
+            raise ConfigurationError(_NO_BATCH)
+        if names and not any(float(isolation.sums[name][0]) != 0 for name in names):
+            raise ConfigurationError(
+                f"{self.select.description} has no finite element in any batch: give batches that are not empty."
+            )
+        return isolation
+
+    def _exact(self, name: str, measured: Isolation) -> SensitivityRow:
+        score = math.sqrt(float(metric_of_sums("MSE", measured.sums[name])))
+        return self._row(name, measured.value(name), score, True, 0.0)
+
+    def _row(
+        self, name: str, value: float | None, score: float, exact: bool, standard_error: float | None
+    ) -> SensitivityRow:
+        point = self.region.plan.by_name[name]
+        return SensitivityRow(
+            op_name=point.op,
+            sensitive_type="weight" if point.is_weight else "activation",
+            op_type=self.region.graph.by_name[point.op].kind,
+            value=value,
+            quant_dtype=self.region.points[name].dtype,
+            point=name,
+            score=score,
+            exact=exact,
+            standard_error=standard_error,
+            flops_share=self._flops[point.op],
+        )
+
+    def _result(self, rows: list[SensitivityRow], batches: int, **fields: Any) -> SensitivityResult:
+        calibrated = set(self.calibrated)
+        return SensitivityResult(
+            rows=most_sensitive_first(rows, self.metric.name, self.metric.ascending),
+            metric=self.metric.name,
+            ascending=self.metric.ascending,
+            output=self.select.description,
+            batches=batches,
+            points=len(self.calibrated),
+            uncalibrated=tuple(name for name in self.owners if name not in calibrated),
+            **fields,
+        )
 
 
-def _row(region: Region, name: str, metric: MetricName, sums: Tensor) -> SensitivityRow:
-    point = region.plan.by_name[name]
-    return SensitivityRow(
-        op_name=point.op,
-        sensitive_type="weight" if point.is_weight else "activation",
-        op_type=region.graph.by_name[point.op].kind,
-        value=float(metric_of_sums(metric, sums)),
-        quant_dtype=region.points[name].dtype,
-        point=name,
-        score=math.sqrt(float(metric_of_sums("MSE", sums))),
-        exact=True,
-    )
+_NO_BATCH = "there was no batch to measure the sensitivity on."
+
+
+def _error(sketch: Sketch, name: str) -> float | None:
+    """Standard error of a score, from that of its square."""
+    mse, error = sketch.mse(name)
+    return None if math.isnan(error) else error / (2 * math.sqrt(mse)) if mse else 0.0
+
+
+def _flops_shares(region: Region) -> dict[str, float]:
+    """Share of each op, together with the ops it is fused with, of the operations of the region."""
+    flops = {op.name: op_flops(op) for op in region.graph.ops}
+    total = sum(flops.values()) or 1
+    shares = {name: count / total for name, count in flops.items()}
+    for group in region.plan.fusions:
+        together = sum(flops[name] for name in group.ops) / total
+        shares |= dict.fromkeys(group.ops, together)
+    return shares

@@ -240,7 +240,7 @@ class StatisticsCollector:
             op_type=op_type,
             role="weight" if plan.is_weight else "activation",
             dtype=fake_quant.dtype,
-            scale=float(fake_quant.scale.max()) if fake_quant.scale_source is not None else None,
+            scale=float(fake_quant.scale.detach().max()) if fake_quant.scale_source is not None else None,
             min=s.low if s.count else None,
             max=s.high if s.count else None,
             mean=s.mean if s.count else None,

@@ -22,7 +22,7 @@ from lightning_qat.callbacks.evaluation import evaluate
 from lightning_qat.callbacks.extra_pass import misconfiguration, require_regions
 from lightning_qat.callbacks.output_directory import console_of, shared_directory
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
-from lightning_qat.quantization.region import State
+from lightning_qat.quantization.region_state import State
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.loggers import log_table
 from lightning_qat.reporting.tables import markdown

@@ -26,7 +26,9 @@ from lightning_qat.callbacks.extra_pass import (
     undisturbed,
 )
 from lightning_qat.callbacks.output_directory import run_directory
-from lightning_qat.quantization.region import Region, State, find_regions
+from lightning_qat.quantization.preservation import preserved_random_state
+from lightning_qat.quantization.region import Region, find_regions
+from lightning_qat.quantization.region_state import State
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_histogram, log_scalars, log_table
 
@@ -58,11 +60,19 @@ def analysis_pass(
         stack.enter_context(torch.no_grad())
         for region in regions.values():
             stack.enter_context(region.state(state, updates=()))
-        random.seed(seed + trainer.global_rank)
-        np.random.seed((seed + trainer.global_rank) % 2**32)
-        torch.manual_seed(seed + trainer.global_rank)
+        stack.enter_context(seeded(seed + trainer.global_rank))
         pl_module.eval()
         yield regions
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed all random states in a block, so that it draws the same batches every time; put back on exit."""
+    with preserved_random_state():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        yield
 
 
 def sampled_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> Iterator[Callable[[], Any]]:

@@ -47,6 +47,15 @@ _HOOKS = {  # before the first batch, before and after every batch
     ),
 }
 
+_EVALUATION_HOOKS = (
+    "on_validation_start",
+    "on_validation_epoch_start",
+    "on_validation_batch_start",
+    "on_test_start",
+    "on_test_epoch_start",
+    "on_test_batch_start",
+)
+
 
 @dataclass(frozen=True)
 class ExtraBatch:
@@ -108,10 +117,12 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, *, trains: b
         trainer: the running trainer.
         pl_module: its module, or a copy of it.
         trains: put back the parameters too, because training steps run (they may update a momentum encoder). By
-            default only for modules that have no other step.
+            default only for modules that have no other step, or hooks that may swap weights in for evaluation.
     """
-    if trains is None:
-        trains = not any(_compat.is_overridden(name, pl_module) for name in ("validation_step", "test_step"))
+    if trains is None:  # hooks may swap averaged weights in, and those that swap them out do not run
+        trains = not any(_compat.is_overridden(name, pl_module) for name in ("validation_step", "test_step")) or any(
+            _compat.is_overridden(hook, pl_module) for hook in _EVALUATION_HOOKS
+        )
     gradients = [(p, p.grad) for p in pl_module.parameters()]
     stage = trainer.state.stage
     with torch.inference_mode(False), ExitStack() as stack:  # what is saved here outlives a test run
@@ -168,7 +179,7 @@ def analysis_batches(
         shown = "validate" if stage == "calibration" else stage
         # islice: a batch too many would be lost to a loader that cannot start again
         for batch, batch_idx, dataloader_idx in itertools.islice(combined, None if end == float("inf") else int(end)):
-            batch = _transferred(trainer, pl_module, batch, dataloader_idx, shown)
+            batch = transferred(trainer, pl_module, batch, dataloader_idx, shown)
             yield ExtraBatch(batch, batch_idx, dataloader_idx, several, source)
 
 
@@ -243,9 +254,8 @@ def _step_name(pl_module: pl.LightningModule, extra: ExtraBatch, stage: str) -> 
     return next((name for name in others if _compat.is_overridden(name, pl_module)), "predict_step")
 
 
-def _transferred(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, dataloader_idx: int, stage: str
-) -> Any:
+def transferred(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, dataloader_idx: int, stage: str) -> Any:
+    """Send a batch the way Lightning's loops do: precision, hooks, device."""
     with _compat.running_stage(trainer, stage):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)

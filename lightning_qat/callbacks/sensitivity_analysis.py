@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.analysis.captured_calls import RepeatableForward, capture_calls
-from lightning_qat.analysis.metrics import MetricName, check_metric, higher_is_better
+from lightning_qat.analysis.metrics import MetricName
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.analysis.sensitivity import SensitivityResult, sensitivity
+from lightning_qat.analysis.sensitivity import Method, sensitivity
+from lightning_qat.analysis.sensitivity_metric import SensitivityMetric
+from lightning_qat.analysis.sensitivity_result import SensitivityResult
 from lightning_qat.callbacks.analysis_pass import (
     analysis_pass,
     is_calibrated,
@@ -21,42 +23,51 @@ from lightning_qat.callbacks.analysis_pass import (
 )
 from lightning_qat.callbacks.epoch_end_analysis import EpochEndAnalysis
 from lightning_qat.callbacks.extra_pass import misconfiguration
+from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.region import Region
 from lightning_qat.quantization.tracing import Call
 from lightning_qat.reporting.loggers import point_scalars
 
 
 class SensitivityAnalysis(EpochEndAnalysis):
-    """Quantize one point at a time in the float model, at the end of an epoch, and measure the change of the output.
+    """Rank the quantization points, at the end of an epoch, by what each alone does to the float model's output.
 
-    One forward per point and batch, on the inputs that the quantized region gets in a validation step (the same batches
-    each time). With more points than ``max_points`` the points take turns, in a fixed random order: after
-    ``ceil(points / max_points)`` analyses all of them were measured. The analysis at the end of training measures
-    ``final_max_points``. Nothing is analysed before the scales are calibrated (``start_epoch``). Training is not
-    changed, bit for bit.
+    On the inputs that the quantized region gets in a validation step (the same batches each time). A small model is
+    measured point by point (isolation); a large one is estimated from gradients, all points at once (sketch), which
+    takes the time of a few forwards whatever their number. The analysis at the end of training is more careful: more
+    probes, and the points that matter most are confirmed by isolation. See :func:`lightning_qat.sensitivity`. Nothing
+    is analysed before the scales are calibrated (``start_epoch``). Training is not changed, bit for bit.
 
     Goes to: ``sensitivity_epochN.csv|txt|json`` per epoch and ``sensitivity.csv|txt|json`` at the end of training, in
-    the run's ``lightning_qat`` directory; to the loggers ``sensitivity/<metric>/<point>``; through ``self.log``, to be
-    monitored: ``sensitivity/max``, that of the most sensitive point measured (``sensitivity/min`` for Cosine and SQNR).
+    the run's ``lightning_qat`` directory; to the loggers ``sensitivity/<metric>/<point>`` and
+    ``sensitivity/score/<point>``; through ``self.log``, to be monitored: ``sensitivity/max_score``, and where the first
+    row was measured ``sensitivity/max`` (``sensitivity/min`` for Cosine and SQNR), its metric.
     Columns: ``lightning_qat/reporting/README.md``.
 
     Args:
         every_n_epochs: how often.
         batches: batches per rank. Changes on all ranks are added up.
-        metric: ``L1``, ``MSE``, ``Cosine``, ``SQNR`` or ``KL``.
+        metric: ``L1``, ``MSE``, ``Cosine``, ``SQNR`` or ``KL``, a function ``(float_output, output) -> float``, or a
+            torchmetrics Metric; of the points that are measured.
         output: path into the region's output such as ``map.layer_3``; all its tensors if not given.
         post_process: applied to that output in float, such as ``torch.sigmoid``.
-        max_points: points per analysis; None for all.
+        method: ``sketch``, ``isolation``, or ``auto``: isolation for few points and where there is no gradient.
+        probes: backward passes per batch of a sketch at the end of an epoch, which confirms nothing.
+        final_probes: the same at the end of training.
+        top_k: how many of the most sensitive points matter at the end of training: they are found among three times as
+            many that are measured by isolation. A tenth of all points if not given.
+        max_points: by isolation, points per analysis; None for all. With more, the points take turns, in a fixed random
+            order: after ``ceil(points / max_points)`` analyses all of them were measured.
         final_max_points: the same for the analysis at the end of training.
         log: also send the numbers of every point to the loggers; files and aggregates are written anyway.
-        seed: decides which batches are drawn from shuffled data, and the order in which points take turns.
+        seed: decides which batches are drawn from shuffled data, the probes, and the order in which points take turns.
 
     Raises:
         MisconfigurationException: a value is not one of the choices, QuantizationAwareTraining is missing, or (before
             the first training step) the region has no such output.
 
     Attributes:
-        result: the latest analysis.
+        result: the latest analysis; its ``rank_change`` is since the one before.
 
     Example::
 
@@ -71,9 +82,13 @@ class SensitivityAnalysis(EpochEndAnalysis):
         self,
         every_n_epochs: int = 1,
         batches: int = 1,
-        metric: MetricName = "MSE",
+        metric: MetricName | Callable[[Any, Any], Any] = "MSE",
         output: str | None = None,
         post_process: Callable[[Any], Any] | None = None,
+        method: Method = "auto",
+        probes: int = 1,
+        final_probes: int = 4,
+        top_k: int | None = None,
         max_points: int | None = 64,
         final_max_points: int | None = None,
         log: bool = True,
@@ -83,16 +98,26 @@ class SensitivityAnalysis(EpochEndAnalysis):
             "SensitivityAnalysis",
             every_n_epochs=every_n_epochs,
             batches=batches,
+            probes=probes,
+            final_probes=final_probes,
+            top_k=top_k,
             max_points=max_points,
             final_max_points=final_max_points,
         )
         with misconfiguration():
-            check_metric(metric)
+            checked = SensitivityMetric(metric)
+            if method not in get_args(Method):
+                raise unknown_choice("method", method, get_args(Method))
         super().__init__(every_n_epochs, "sensitivity")
         self.batches = batches
-        self.metric: MetricName = metric
+        self.metric = metric
+        self.metric_name = checked.name
         self.output = output
         self.post_process = post_process
+        self.method: Method = method
+        self.probes = probes
+        self.final_probes = final_probes
+        self.top_k = top_k
         self.max_points = max_points
         self.final_max_points = final_max_points
         self.log_points = log
@@ -114,14 +139,18 @@ class SensitivityAnalysis(EpochEndAnalysis):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.should_analyse(trainer) or not is_calibrated(pl_module):
             return
-        result = self._analyse(trainer, pl_module, self.max_points)
+        result = self._analyse(trainer, pl_module)
         self._turn += 1
         self.note_analysed(trainer)
         self._outputs.write(trainer, result, trainer.current_epoch)
         self._log(trainer, result)
-        if result.rows:
-            name = "min" if higher_is_better(self.metric) else "max"
-            pl_module.log(f"sensitivity/{name}", result.rows[0].value, sync_dist=trainer.world_size > 1)
+        if not result.rows:
+            return
+        together = trainer.world_size > 1
+        pl_module.log("sensitivity/max_score", max(row.score for row in result.rows), sync_dist=together)
+        worst = result.rows[0].value
+        if worst is not None:
+            pl_module.log(f"sensitivity/{'min' if result.ascending else 'max'}", worst, sync_dist=together)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -129,14 +158,15 @@ class SensitivityAnalysis(EpochEndAnalysis):
             rank_zero_warn("SensitivityAnalysis: training ended before there were scales; there is no sensitivity.csv.")
             return
         latest = self.result
-        if latest is not None and not latest.left_out and self.is_analysed(trainer):
+        complete = latest is not None and latest.method == "isolation" and not latest.left_out
+        if latest is not None and complete and self.is_analysed(trainer):
             self._outputs.write(trainer, latest)  # of these very weights
             return
-        result = self._analyse(trainer, pl_module, self.final_max_points)
+        result = self._analyse(trainer, pl_module, final=True)
         self._outputs.write(trainer, result)
         self._log(trainer, result)
 
-    def _analyse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, max_points: int | None) -> SensitivityResult:
+    def _analyse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, final: bool = False) -> SensitivityResult:
         with analysis_pass(trainer, pl_module, "SensitivityAnalysis", "off", self.seed) as regions:
             calls = self._captured(trainer, pl_module, regions, self.batches)
             with trainer.precision_plugin.forward_context():
@@ -147,14 +177,18 @@ class SensitivityAnalysis(EpochEndAnalysis):
                         self.output,
                         self.post_process,
                         self.metric,
-                        max_points=max_points,
+                        method=self.method,
+                        probes=self.final_probes if final else self.probes,
+                        top_k=self.top_k,
+                        confirm=None if final else 0,
+                        max_points=self.final_max_points if final else self.max_points,
                         turn=self._turn,
                         seed=self.seed,
                         across_ranks=trainer.world_size > 1,
                     )
                     for path, region in regions.items()
                 }
-        self.result = SensitivityResult.merged(results)
+        self.result = SensitivityResult.merged(results).compared_with(self.result)
         return self.result
 
     def _captured(
@@ -169,9 +203,9 @@ class SensitivityAnalysis(EpochEndAnalysis):
 
     def _log(self, trainer: pl.Trainer, result: SensitivityResult) -> None:
         if self.log_points:
-            scalars = point_scalars(result, "sensitivity", (self.metric,))
-            values = {str(self.metric): [row.value for row in result.rows]}
-            self._outputs.log(trainer, result, scalars, result.columns()[:5], values)
+            scalars = point_scalars(result, "sensitivity", (self.metric_name, "score"))
+            values: Any = {self.metric_name: [r.value for r in result.rows], "score": [r.score for r in result.rows]}
+            self._outputs.log(trainer, result, scalars, result.short_columns, values)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -15,13 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_qat.analysis import metrics
-from lightning_qat.analysis.sensitivity import (
-    SensitivityResult,
-    SensitivityRow,
-    choose_points,
-    most_sensitive_first,
-    sensitivity,
-)
+from lightning_qat.analysis.isolation import choose_points
+from lightning_qat.analysis.sensitivity import sensitivity
+from lightning_qat.analysis.sensitivity_result import SensitivityResult, SensitivityRow, most_sensitive_first
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.insertion import insert
 from lightning_qat.quantization.region import Region

@@ -307,7 +307,8 @@ def on_rank(rank: int, directory: str) -> None:
         model(share)
     collector.all_reduce()
     ranked = sensitivity(region, [share], metric="SQNR", across_ranks=True)
-    torch.save((collector.result().to_dicts(), ranked.to_dicts(), ranked.batches), f"{directory}/{rank}.pt")
+    sketched = sensitivity(region, [share], method="sketch", confirm=1, across_ranks=True).to_dicts()
+    torch.save((collector.result().to_dicts(), ranked.to_dicts(), ranked.batches, sketched), f"{directory}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -324,3 +325,5 @@ def test_two_ranks_give_the_result_of_one(tmp_path: Path) -> None:
     assert [row["point"] for row in first[1]] == [row.point for row in one.rows]
     assert [row["SQNR"] for row in first[1]] == pytest.approx([row.value for row in one.rows], rel=1e-9)
     assert first[2] == one.batches == 2
+    sketch = sensitivity(region, [x[0::2], x[1::2]], method="sketch", confirm=1)
+    assert [row["score"] for row in first[3]] == pytest.approx([row.score for row in sketch.rows], rel=1e-6)

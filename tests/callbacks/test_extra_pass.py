@@ -281,3 +281,26 @@ def test_accumulated_gradients_survive(tmp_path: Path, undisturbed_run: Any) -> 
     disturbed = trajectory(tmp_path, train_steps, "on_train_batch_end", accumulate_grad_batches=2)
     for one, other in zip(disturbed, expected, strict=True):
         assert_same(one, other)
+
+
+def test_weights_that_a_hook_swaps_in_for_evaluation_are_put_back(tmp_path: Path) -> None:
+    """An average is swapped in when evaluation starts; the hook that swaps it out does not run in extra passes."""
+
+    class Averaged(Classifier):
+        def on_validation_epoch_start(self) -> None:
+            with torch.no_grad():
+                for p in self.parameters():
+                    p.zero_()
+
+    seen: list[bool] = []
+
+    class Passing(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            before = [p.detach().clone() for p in pl_module.parameters()]
+            with undisturbed(trainer, pl_module):
+                for extra in analysis_batches(trainer, pl_module, 1, "validate"):
+                    run_step(trainer, pl_module, extra, "validate")
+            seen.append(all(torch.equal(a, b) for a, b in zip(before, pl_module.parameters(), strict=True)))
+
+    trainer(tmp_path, Passing(), max_steps=1, num_sanity_val_steps=0).fit(Averaged())
+    assert seen == [True]

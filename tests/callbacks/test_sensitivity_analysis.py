@@ -209,3 +209,36 @@ def test_run_that_is_never_quantized_is_said_to_have_no_analysis(tmp_path: Path)
     with pytest.warns(UserWarning, match="ended before there were scales"):
         run(tmp_path, SensitivityAnalysis(), quantization=QuantizationAwareTraining(start_epoch=5))
     assert {path.name for path in (tmp_path / "lightning_qat").iterdir()} == {"quant_plan.json"}
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"precision": "bf16-mixed"}])
+def test_training_ends_bit_for_bit_as_without_a_sketch(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    """Foundation: leaves no trace, also with backward passes in between."""
+    callback = SensitivityAnalysis(batches=2, output="logits", method="sketch")
+    assert_same_run(tmp_path, callback, own_metrics="sensitivity/", **kwargs)
+    assert callback.result is not None
+    assert callback.result.method == "sketch"
+
+
+def test_sketch_estimates_every_epoch_and_confirms_at_the_end(tmp_path: Path) -> None:
+    """Design 7: one probe without confirmation; at the end four, with the top measured."""
+    callback = SensitivityAnalysis(method="sketch", metric="SQNR", top_k=1)
+    _, trainer = run(tmp_path, callback)
+    directory = tmp_path / "lightning_qat"
+    epoch = rows_of(directory / "sensitivity_epoch1.csv")
+    assert {row["point"] for row in epoch} == POINTS
+    assert {(row["SQNR"], row["exact"]) for row in epoch} == {("", "False")}
+    assert all(row["rank_change"] for row in epoch)  # since epoch 0
+    final = rows_of(directory / "sensitivity.csv")
+    assert [row["exact"] for row in final] == ["True"] * 3 + ["False"] * 2
+    assert [float(row["SQNR"]) for row in final[:3]] == sorted(float(row["SQNR"]) for row in final[:3])
+    assert callback.result is not None
+    assert callback.result.probes == 4
+    scores = [float(row["score"]) for row in epoch]
+    assert float(trainer.callback_metrics["sensitivity/max_score"]) == pytest.approx(max(scores), rel=1e-6)
+
+
+def test_unknown_method_is_refused() -> None:
+    """Bad input."""
+    with pytest.raises(MisconfigurationException, match=r"unknown method 'skecth'.*'sketch'"):
+        SensitivityAnalysis(method="skecth")  # type: ignore[arg-type]

@@ -1,0 +1,74 @@
+"""What can reach a chosen output, by the traced graph alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_qat.quantization.op_graph import Op, OpGraph
+
+# fmt: off
+PICKING = frozenset({
+    "argmax", "argmin", "argsort", "argwhere", "nonzero", "topk", "sort", "kthvalue", "median", "mode", "max", "min",
+    "searchsorted", "bucketize", "multinomial", "floor", "ceil", "round", "trunc", "floor_divide", "frac", "sign",
+    "eq", "ne", "lt", "le", "gt", "ge", "long", "int", "short", "byte", "bool",
+})
+# fmt: on
+"""Kinds of ops with a result that jumps: indices, comparisons, whole numbers."""
+
+_VALUES_TOO = frozenset({"topk", "sort", "kthvalue", "median", "mode", "max", "min"})
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Which ops act on the chosen output.
+
+    Args:
+        ops: names of the ops whose result reaches it, in any way.
+        known: False if tensors with an unknown producer reach it: then any op may.
+        picking: ``name at file:line`` of ops among them whose result jumps.
+    """
+
+    ops: frozenset[str]
+    known: bool
+    picking: tuple[str, ...]
+
+    def reaches(self, op: str) -> bool:
+        """Whether an op may act on the chosen output."""
+        return not self.known or op in self.ops
+
+
+def influence_on(graph: OpGraph, output: str | None = None) -> Influence:
+    """Walk back from an output of the region.
+
+    Args:
+        graph: the traced ops.
+        output: path of the output; all of them if None, or if the graph has no such path.
+
+    Example:
+        >>> import torch
+        >>> from lightning_qat.quantization.tracing import trace
+        >>> class TwoHeads(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return {"a": x.sigmoid(), "b": x.tanh()}
+        >>> graph = trace(TwoHeads(), [torch.ones(2)])
+        >>> sorted(influence_on(graph, "a").ops), sorted(influence_on(graph).ops)
+        (['sigmoid_0'], ['sigmoid_0', 'tanh_0'])
+    """
+    chosen = [o for o in graph.outputs if output is not None and f"{o.path}.".startswith(f"{output}.")]
+    waiting = [s for o in chosen or graph.outputs for s in o.sources]
+    found: set[str] = set()
+    known = True
+    while waiting:
+        source = waiting.pop()
+        known = known and source.kind != "opaque"
+        if source.kind in ("op", "mutated") and source.name not in found:
+            found.add(source.name)
+            waiting += [s for operand in graph.by_name[source.name].operands for s in operand.sources]
+    reaching = [op for op in graph.ops if op.name in found and op.kind in PICKING and _picks_by_values(op)]
+    read = {(s.name, s.output) for op in graph.ops if op.name in found for o in op.operands for s in o.sources}
+    picking = [op for op in reaching if op.kind not in _VALUES_TOO or (op.name, 1) in read]
+    return Influence(frozenset(found), known, tuple(f"{op.name} at {op.location}" for op in picking))
+
+
+def _picks_by_values(op: Op) -> bool:
+    return op.data_dependent and any(operand.is_float for operand in op.operands)

@@ -1,0 +1,181 @@
+"""The sensitivity table (B2): its rows, their order, and what is said about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rich.table import Table
+
+from lightning_qat.analysis.results import Result, rich_table
+
+_RANKED_BY_LARGE_ERROR = ("Cosine", "SQNR")
+
+
+@dataclass(frozen=True)
+class SensitivityRow:
+    """What quantizing one point alone does to the chosen output.
+
+    Args:
+        op_name: name of the op.
+        sensitive_type: ``activation`` or ``weight``.
+        op_type: torch function of the op.
+        value: the metric; this column has the metric's name. None: only the score is known. nan: the output became NaN
+            or changed its shape.
+        quant_dtype: quantized type of the point.
+        point: name of the point.
+        score: root mean square change of the chosen output.
+        exact: metric and score were measured, not estimated.
+        standard_error: of an estimated score; 0 if it is exact, None if there was a single sample and probe.
+        flops_share: share of the op (with what is fused to it) of all floating-point operations of the region.
+        rank_change: how many places the row rose since the table it was compared with; None without one.
+        region: path of the target in the model, ``""`` for the model itself.
+    """
+
+    op_name: str
+    sensitive_type: str
+    op_type: str
+    value: float | None
+    quant_dtype: str
+    point: str
+    score: float
+    exact: bool
+    standard_error: float | None = 0.0
+    flops_share: float = 0.0
+    rank_change: int | None = None
+    region: str = ""
+
+
+@dataclass(frozen=True)
+class SensitivityResult(Result[SensitivityRow]):
+    """The points that were measured or estimated: measured ones first, in both parts the most sensitive first.
+
+    Args:
+        metric: what the measured rows are sorted by; the estimated ones are sorted by their score.
+        ascending: a small value of the metric means a sensitive point (Cosine, SQNR).
+        output: what was looked at, in words.
+        method: ``isolation``: each point quantized alone in the float model. ``sketch``: estimated from gradients, the
+            exact rows by isolation.
+        reason: why this method, where it was not asked for.
+        probes: backward passes per batch of the sketch.
+        batches: number of batches, on all ranks that took part.
+        points: number of calibrated points there are; a weight that several ops share counts once.
+        left_out: points that were not measured because of ``max_points``.
+        not_reached: points that the batches never reached.
+        uncalibrated: points without a scale.
+        without_gradient: points that act on the output without a gradient (through indices, rounding, opaque code):
+            they were measured by isolation.
+        held: ops whose result jumps (indices, comparisons, rounding): an estimate holds it at its float value.
+    """
+
+    title: ClassVar[str] = "Sensitivity"
+
+    metric: str = "MSE"
+    ascending: bool = False
+    output: str = ""
+    method: str = "isolation"
+    reason: str = ""
+    probes: int = 0
+    batches: int = 0
+    points: int = 0
+    left_out: tuple[str, ...] = ()
+    not_reached: tuple[str, ...] = ()
+    uncalibrated: tuple[str, ...] = ()
+    without_gradient: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
+
+    def columns(self) -> tuple[str, ...]:
+        """Names of all columns; the fourth is the name of the metric."""
+        return tuple(self.metric if n == "value" else n for n in SensitivityRow.__dataclass_fields__)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return the rows as dictionaries of primitives."""
+        names, fields = self.columns(), tuple(SensitivityRow.__dataclass_fields__)
+        return [{name: getattr(row, field) for name, field in zip(names, fields, strict=True)} for row in self.rows]
+
+    @property
+    def short_columns(self) -> tuple[str, ...]:
+        """The columns to show where there is little room."""
+        return self.columns()[:5] if self.method == "isolation" else (*self.columns()[:5], "score", "exact")
+
+    @property
+    def note(self) -> str:
+        """Say what was looked at, and what was not."""
+        text = f"{self.metric} of {self.output}, {len(self.rows)} of {self.points} points by {self.method}"
+        if self.method == "sketch":
+            exact = sum(row.exact for row in self.rows)
+            text += f" ({self.probes} probes), {exact} of them measured by isolation"
+        missing = {
+            "left out": self.left_out,
+            "never reached": self.not_reached,
+            "not calibrated": self.uncalibrated,
+            "without a gradient": self.without_gradient,
+        }
+        text += "".join(f", {len(names)} {why}" for why, names in missing.items() if names)
+        if self.held:
+            more = f" and {len(self.held) - 3} more" if len(self.held) > 3 else ""
+            text += f"; estimates hold {', '.join(self.held[:3])}{more} at their float results"
+        return f"{text}; {self.reason}" if self.reason else text
+
+    def __rich__(self) -> Table:
+        table = rich_table(self.title, self.short_columns, self.to_dicts())
+        table.caption, table.caption_justify = self.note, "left"
+        return table
+
+    def compared_with(self, previous: SensitivityResult | None) -> SensitivityResult:
+        """Return the same table with ``rank_change`` since an earlier one (B9); rows that are new there have none."""
+        if previous is None:
+            return self
+        ranks = {(row.region, row.point): rank for rank, row in enumerate(previous.rows)}
+        rows = []
+        for rank, row in enumerate(self.rows):
+            before = ranks.get((row.region, row.point))
+            rows.append(dataclasses.replace(row, rank_change=None if before is None else before - rank))
+        return dataclasses.replace(self, rows=tuple(rows))
+
+    @classmethod
+    def merged(cls, results: Mapping[str, SensitivityResult]) -> SensitivityResult:
+        """Put the results of several regions together, by the paths of their targets; sorted anew."""
+        first = next(iter(results.values()))
+        rows = [dataclasses.replace(row, region=name) for name, result in results.items() for row in result.rows]
+
+        def named(field: str) -> tuple[str, ...]:
+            return tuple(f"{n}: {p}" if n else p for n, result in results.items() for p in getattr(result, field))
+
+        methods = {result.method for result in results.values()}
+        return dataclasses.replace(
+            first,
+            rows=most_sensitive_first(rows, first.metric, first.ascending),
+            method="sketch" if "sketch" in methods else first.method,
+            probes=max(result.probes for result in results.values()),
+            reason="; ".join(dict.fromkeys(result.reason for result in results.values() if result.reason)),
+            points=sum(result.points for result in results.values()),
+            left_out=named("left_out"),
+            not_reached=named("not_reached"),
+            uncalibrated=named("uncalibrated"),
+            without_gradient=named("without_gradient"),
+            held=named("held"),
+        )
+
+
+def most_sensitive_first(
+    rows: Iterable[SensitivityRow], metric: str, ascending: bool | None = None
+) -> tuple[SensitivityRow, ...]:
+    """Sort rows: an output that became NaN first, then by the metric, then those with an estimated score only.
+
+    Args:
+        rows: in execution order, which decides about ties.
+        metric: name of the metric.
+        ascending: small values are sensitive; by default for Cosine and SQNR.
+    """
+    sign = 1.0 if (metric in _RANKED_BY_LARGE_ERROR if ascending is None else ascending) else -1.0
+
+    def order(row: SensitivityRow) -> tuple[bool, float]:
+        if row.value is None:
+            return True, -row.score
+        return False, -math.inf if math.isnan(row.value) else sign * row.value
+
+    return tuple(sorted(rows, key=order))
