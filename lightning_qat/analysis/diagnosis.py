@@ -1,0 +1,352 @@
+"""What kind of error a point makes, and what to do about it (B4, B5, B7): ``diagnose(comparison)``.
+
+Pure: it looks at the numbers that :func:`~lightning_qat.analysis.comparison.compare` has gathered, at the sensitivity
+if it is given, and at nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from lightning_qat.analysis.calls_check import SHARED_RANGE_RATIO
+from lightning_qat.analysis.comparison_result import LayerComparisonResult
+from lightning_qat.analysis.point_evidence import PointEvidence
+from lightning_qat.analysis.remedies import Remedy, fitted_scale, override, split, wider_range, wider_type
+from lightning_qat.analysis.results import Result
+from lightning_qat.analysis.sensitivity_result import SensitivityResult
+from lightning_qat.quantization.errors import ConfigurationError, near_names
+from lightning_qat.quantization.qconfig import glob_covers
+from lightning_qat.quantization.scales import MIN_SCALE
+
+Verdict = Literal["fine", "rounding", "clipping", "non-uniform", "bad scale", "config not applied", "inherited"]
+
+LOST_BITS = 3.0
+"""Values spread evenly over the whole range have a relative error of ``2**-bits``. A bell-shaped distribution costs a
+bit or two, a sign that is never used one more: what is worse than three bits has another cause."""
+UNUSED_FACTOR = 4.0
+"""A range this many times wider than the values wastes two bits, which no margin for rare values needs."""
+LEAST_DIVISOR_PRECISION = 1 / 32
+"""Relative error of a divisor's small values: with less than four significant bits, quotients are off by percents."""
+LEAST_DYNAMIC_RANGE = 16.0
+"""Below four octaves, groups with scales of their own would not gain what they cost."""
+RARE = 0.01
+"""Magnitudes that fewer of the values have do not count as the smallest ones."""
+SENSITIVE_FACTOR = 4.0
+"""A point whose score is this many times the median would need two bits more to be like the others."""
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The verdict on one point.
+
+    Args:
+        point: name of the point.
+        verdict: ``fine``; ``rounding``: the step is too coarse; ``clipping``: values outside the range;
+            ``non-uniform``: in range, but one step cannot serve large and small values; ``bad scale``: the scale does
+            not fit the values or the declared range; ``config not applied``: an override is not in effect;
+            ``inherited``: the point itself is fine, its tensor is off because of what comes before.
+        evidence: why, in numbers.
+        action: what to do.
+        yaml: override to paste; empty if there is nothing to paste.
+        factor: what the error falls by, at least, if that is done; None if that cannot be told.
+        relative: the factor is about the error relative to every single value.
+        severity: root mean square error relative to the values; for a divisor, that of its small values.
+        score: sensitivity, None if not known.
+        region: path of the target in the model, ``""`` for the model itself.
+    """
+
+    point: str
+    verdict: Verdict
+    evidence: str
+    action: str = ""
+    yaml: str = ""
+    factor: float | None = None
+    relative: bool = False
+    severity: float = 0.0
+    score: float | None = None
+    region: str = ""
+
+
+@dataclass(frozen=True)
+class DiagnosisResult(Result[Diagnosis]):
+    """The verdict on every point with a scale; those to do something about first, the worst of them first."""
+
+    title: ClassVar[str] = "What to do"
+    shown: ClassVar[tuple[str, ...]] = ("point", "verdict", "evidence", "action")
+
+    def columns(self) -> tuple[str, ...]:
+        """Names of all columns, also without rows."""
+        return tuple(Diagnosis.__dataclass_fields__)
+
+    @property
+    def by_point(self) -> dict[str, Diagnosis]:
+        """Rows by the name of the point."""
+        return {row.point: row for row in self.rows}
+
+    @property
+    def culprits(self) -> tuple[Diagnosis, ...]:
+        """What to do something about, worst first."""
+        return tuple(row for row in self.rows if row.verdict not in ("fine", "inherited"))
+
+    @property
+    def note(self) -> str:
+        """Count the others."""
+        counts = {v: sum(row.verdict == v for row in self.rows) for v in ("fine", "inherited")}
+        return f"{len(self.culprits)} points to look at, {counts['fine']} fine, {counts['inherited']} inherited"
+
+    @classmethod
+    def merged(cls, results: Mapping[str, DiagnosisResult]) -> DiagnosisResult:
+        """Put the results of several regions together, by the paths of their targets; sorted anew."""
+        rows = [replace(row, region=name) for name, result in results.items() for row in result.rows]
+        return cls(tuple(sorted(rows, key=_order)))
+
+    def lines(self, limit: int = _SHOWN) -> tuple[str, ...]:
+        """Return the short list "what to do", worst first, with the YAML to paste."""
+        found = self.culprits
+        lines = [f"What to do: {self.note}."]
+        for number, row in enumerate(found[:limit], 1):
+            lines.append(f"{number}. {_name(row)}: {row.verdict}. {row.evidence} {row.action}".rstrip())
+            lines += [f"     {line}" for line in row.yaml.splitlines()]
+        if len(found) > limit:
+            lines.append(f"{len(found) - limit} more are in the json file.")
+        return tuple(lines)
+
+
+def diagnose(
+    comparison: LayerComparisonResult,
+    sensitivity: SensitivityResult | None = None,
+    ranges: Mapping[str, Sequence[float]] | None = None,
+) -> DiagnosisResult:
+    """Say of every point which kind of error it makes, with the evidence and an action.
+
+    Args:
+        comparison: of the quantized model with the float model.
+        sensitivity: the order of the list, if given: a point that is quantized well and is far more sensitive than the
+            others is a culprit too. Without it, the order is that of the relative errors.
+        ranges: physical ranges that the values of points have, by a glob over point names:
+            ``{"*.ref_point*": [-100, 1]}``.
+
+    Raises:
+        ConfigurationError: a declared range is not one, or its pattern matches no point.
+
+    Example:
+        >>> import torch
+        >>> from lightning_qat.analysis.comparison import compare
+        >>> from lightning_qat.quantization.calibration import calibrate
+        >>> from lightning_qat.quantization.insertion import insert
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> too_wide = [{"match": "0.input0", "activation": {"fixed_scale": 1.0}}]
+        >>> x = torch.linspace(-1, 1, 32).reshape(8, 4)
+        >>> region = insert(model, (x,), overrides=too_wide)
+        >>> _ = calibrate(region, [x])
+        >>> worst = diagnose(compare(region, [x])).culprits[0]
+        >>> worst.point, worst.verdict, worst.factor > 10
+        ('0.input0', 'rounding', True)
+        >>> print(worst.yaml)
+        overrides:
+          - {match: "0.input0", activation: {fixed_scale: 1/127}}
+    """
+    declared = _declared(comparison, ranges or {})
+    origins = {row.point: row.origin for row in comparison.rows if row.point}
+    scores = {row.point: row.score for row in sensitivity.rows} if sensitivity is not None else {}
+    known = [score for score in scores.values() if math.isfinite(score)]
+    usual = statistics.median_low(known) if known else math.inf
+    rows = []
+    for e in comparison.evidence:
+        score = scores.get(e.point)
+        sensitive = score is not None and (math.isnan(score) or score >= SENSITIVE_FACTOR * usual > 0)
+        row = replace(_judged(e, declared.get(e.point), sensitive), score=score)
+        if row.verdict == "fine" and origins.get(e.point) == "inherited":
+            row = replace(row, verdict="inherited", evidence=f"{row.evidence} Most of its error comes from before.")
+        rows.append(row)
+    return DiagnosisResult(tuple(sorted(rows, key=_order)))
+
+
+def _name(row: Diagnosis) -> str:
+    return f"{row.region}.{row.point}" if row.region else row.point
+
+
+def check_declared_range(pattern: str, ends: Sequence[float], points: Sequence[str]) -> list[str]:
+    """Return the points that a declared range is about.
+
+    Raises:
+        ConfigurationError: it is not a range, or is about no point.
+
+    Example:
+        >>> check_declared_range("*.ref_point*", [-100, 1], ["conv.weight", "decoder.ref_point.input0"])
+        ['decoder.ref_point.input0']
+    """
+    numbers = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends)
+    if not numbers or not all(math.isfinite(end) for end in ends) or not ends[0] < ends[1]:
+        raise ConfigurationError(f"ranges[{pattern!r}] must be the two ends of a range such as [-100, 1], not {ends}.")
+    matching = [point for point in points if glob_covers(pattern, point)]
+    if not matching:
+        near = near_names(pattern, points)
+        hint = f" Near names: {', '.join(near)}." if near else ""
+        raise ConfigurationError(f"ranges: {pattern!r} matches no quantization point.{hint}")
+    return matching
+
+
+def _order(row: Diagnosis) -> tuple[bool, bool, float]:
+    done = row.verdict in ("fine", "inherited")
+    size = row.severity if row.score is None else row.score
+    return done, row.score is None, -math.inf if math.isnan(size) else -size  # nan: it breaks the output
+
+
+def _judged(e: PointEvidence, declared: tuple[float, float] | None, sensitive: bool) -> Diagnosis:
+    """The first verdict that holds: what makes the others meaningless comes first."""
+    severity = e.relative_error
+    if e.request:
+        yaml = override(e.point, e.role == "weight", dtype=e.requested)
+        return Diagnosis(
+            e.point,
+            "config not applied",
+            f"{e.request}.",
+            "Put the rule behind the one that wins, or remove that one.",
+            yaml,
+            severity=severity,
+        )
+    small = _small_values(e)
+    if declared is not None and (problem := _range_problem(e, declared)):
+        return _with(wider_type(e, declared), e, "bad scale", problem, severity)
+    if problem := _scale_problem(e):
+        return _with(fitted_scale(e, "Calibrate with data of ordinary size."), e, "bad scale", problem, severity)
+    if e.divides and small > LEAST_DIVISOR_PRECISION and e.dynamic_range >= LEAST_DYNAMIC_RANGE:
+        evidence = (
+            f"{e.divides[0]} divides by it; its magnitudes span a factor {e.dynamic_range:.3g} with one step of "
+            f"{e.scale:.4g}, so that the smallest are off by {100 * small:.2g} % though none is far outside the range."
+        )
+        return _with(split(e) or wider_type(e), e, "non-uniform", evidence, max(small, severity))
+    if not sensitive and severity <= 2.0 ** (LOST_BITS - e.bits):
+        return Diagnosis(e.point, "fine", f"Relative error {100 * severity:.2g} % at {e.dtype}.", severity=severity)
+    numbers = _numbers(e, severity)
+    if e.clipping > e.rounding:
+        return _with(_against_clipping(e, declared), e, "clipping", numbers, severity)
+    if e.vanished > 0.5 and not _is_too_wide(e) and not _is_shared_unevenly(e):
+        evidence = (
+            f"{100 * e.vanished:.3g} % of the values other than zero become zero: a few large ones set the scale."
+        )
+        return _with(split(e) or wider_type(e, declared), e, "non-uniform", evidence, severity)
+    return _with(_against_rounding(e, declared), e, "rounding", numbers, severity)
+
+
+def _with(remedy: Remedy, e: PointEvidence, verdict: Verdict, evidence: str, severity: float) -> Diagnosis:
+    return Diagnosis(e.point, verdict, evidence, remedy.action, remedy.yaml, remedy.factor, remedy.relative, severity)
+
+
+def _numbers(e: PointEvidence, severity: float) -> str:
+    """The split of the error, and the ranges."""
+    total = e.rounding + e.clipping
+    share = 100 * e.clipping / total if total else 0.0
+    low, high = e.representable
+    text = (
+        f"Relative error {100 * severity:.2g} % at {e.dtype}; {share:.3g} % of its energy is clipping, of "
+        f"{100 * e.clipped_share:.2g} % of the values. Represents {low:.4g} to {high:.4g}, saw {e.min:.4g} to "
+        f"{e.max:.4g}, step {e.scale:.4g}."
+    )
+    if _is_shared_unevenly(e):
+        calls = ", ".join(f"{a:.4g} to {b:.4g}" for a, b in e.calls[:4])
+        text += f" Its {len(e.calls)} calls share the scale and see {calls}."
+    return text
+
+
+def _against_clipping(e: PointEvidence, declared: tuple[float, float] | None) -> Remedy:
+    if declared is not None or _is_shared_unevenly(e):
+        return _for_calls(e, wider_type(e, declared))
+    if e.role == "weight":
+        return wider_range(e)
+    if e.calibrated is not None and e.largest > max(-e.calibrated[0], e.calibrated[1]) + e.scale:
+        low, high = e.calibrated
+        return fitted_scale(
+            e,
+            f"Calibration saw only {low:.4g} to {high:.4g}: give it more, or more representative, batches. If training "
+            "has moved the values, let the scales follow (activation_scales: ema or learned).",
+        )
+    if e.fixed_scale is not None:
+        fitted = fitted_scale(e, "Its fixed scale is too small.")
+        return fitted if fitted.factor is not None else wider_type(e)
+    return wider_range(e)
+
+
+def _against_rounding(e: PointEvidence, declared: tuple[float, float] | None) -> Remedy:
+    if declared is None and e.role != "weight" and _is_too_wide(e):
+        why = "Remove its fixed scale." if e.fixed_scale is not None else "Calibrate with representative data."
+        return fitted_scale(e, f"Its range is {max(map(abs, e.representable)) / e.largest:.3g} times too wide. {why}")
+    if e.role == "weight" and e.scales == 1 and e.channels > 1:
+        yaml = override(e.point, True, granularity="per_channel")
+        return Remedy("Give each channel its own scale.", yaml)
+    return _for_calls(e, wider_type(e, declared))
+
+
+def _for_calls(e: PointEvidence, remedy: Remedy) -> Remedy:
+    if not _is_shared_unevenly(e):
+        return remedy
+    advice = (
+        "Let every call have a scale of its own: take the code out of the dynamic block (call "
+        "lightning_qat.split_shared_modules if the module is registered several times). Otherwise: "
+    )
+    return replace(remedy, action=advice + remedy.action)
+
+
+def _is_shared_unevenly(e: PointEvidence) -> bool:
+    widths = [max(-low, high, 0.0) for low, high in e.calls]
+    return len(widths) > 1 and max(widths) > SHARED_RANGE_RATIO * min(widths)
+
+
+def _is_too_wide(e: PointEvidence) -> bool:
+    return bool(e.largest) and max(map(abs, e.representable)) >= UNUSED_FACTOR * e.largest
+
+
+def _small_values(e: PointEvidence) -> float:
+    """Relative error of the smallest octave that is not rare."""
+    seen = 0
+    for octave in e.octaves:
+        seen += octave.count
+        if seen >= RARE * e.count:
+            return octave.relative_error
+    return 0.0
+
+
+def _range_problem(e: PointEvidence, declared: tuple[float, float]) -> str:
+    """Why the range that is represented does not fit the declared one; nothing if it does."""
+    low, high = e.representable
+    half = e.scale / 2  # values so far outside are still rounded to the last code
+    largest = max(abs(end) for end in declared)
+    text = f"Represents {low:.4g} to {high:.4g} in steps of {e.scale:.4g}, the declared range is {declared[0]:g} to "
+    text += f"{declared[1]:g}: "
+    if declared[0] < low - half or declared[1] > high + half:
+        return (
+            f"{text}its ends are clipped, by {max(low - declared[0], declared[1] - high):.3g}, and the step is coarse."
+        )
+    if max(map(abs, e.representable)) > 2 * largest:  # a bit
+        return f"{text}at least one bit of the type is never used."
+    return ""
+
+
+def _scale_problem(e: PointEvidence) -> str:
+    if not math.isfinite(e.scale) or e.scale <= MIN_SCALE:
+        return f"The scale is {e.scale:.4g}."
+    if e.role == "weight" or not e.signal:
+        return ""
+    if e.codes == 1 and e.min != e.max:
+        return f"All values, {e.min:.4g} to {e.max:.4g}, become the same one: the step is {e.scale:.4g}."
+    if e.clipped_share > 0.5:
+        low, high = e.representable
+        return f"{100 * e.clipped_share:.3g} % of the values are clipped: it represents only {low:.4g} to {high:.4g}."
+    return ""
+
+
+def _declared(
+    comparison: LayerComparisonResult, ranges: Mapping[str, Sequence[float]]
+) -> dict[str, tuple[float, float]]:
+    points = [e.point for e in comparison.evidence]
+    found: dict[str, tuple[float, float]] = {}
+    for pattern, ends in ranges.items():
+        matching = check_declared_range(pattern, ends, points)
+        found |= dict.fromkeys(matching, (float(ends[0]), float(ends[1])))
+    return found

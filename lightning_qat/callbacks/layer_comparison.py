@@ -1,0 +1,280 @@
+"""The callback that compares the quantized model with the float model, tensor by tensor, and says what to do."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from typing_extensions import override
+
+from lightning_qat.analysis.captured_calls import RepeatableForward, capture_calls
+from lightning_qat.analysis.comparison import CHOSEN, compare
+from lightning_qat.analysis.comparison_result import LayerComparisonResult
+from lightning_qat.analysis.diagnosis import DiagnosisResult, check_declared_range, diagnose
+from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.analysis.point_inspection import inspect_point
+from lightning_qat.analysis.sensitivity_result import SensitivityResult
+from lightning_qat.callbacks import _compat
+from lightning_qat.callbacks.analysis_pass import (
+    AnalysisOutputs,
+    analysis_pass,
+    is_calibrated,
+    require_positive,
+    sampled_steps,
+)
+from lightning_qat.callbacks.epoch_end_analysis import EpochEndAnalysis
+from lightning_qat.callbacks.extra_pass import misconfiguration
+from lightning_qat.callbacks.output_directory import console_of, run_directory
+from lightning_qat.callbacks.progress import progress
+from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
+from lightning_qat.quantization.qconfig import glob_covers
+from lightning_qat.quantization.region import Region, find_regions
+from lightning_qat.quantization.tracing import Call
+from lightning_qat.reporting.console import print_text
+from lightning_qat.reporting.figures import value_histogram
+from lightning_qat.reporting.loggers import log_table, point_scalars
+from lightning_qat.reporting.sensitivity_figures import (
+    log_figure,
+    require_matplotlib,
+    sensitivity_bars,
+    sensitivity_over_epochs,
+    sqnr_by_depth,
+    write_figure,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = ("SQNR", "own_SQNR", "max_qscale_diff")
+TABLE = ("mod_name", "analy_op_type", "quant_dtype", "qscale", "SQNR", "own_SQNR", "max_qscale_diff", "origin")
+WHAT_TO_DO = ("point", "verdict", "evidence", "action", "yaml")
+
+
+class LayerComparison(EpochEndAnalysis):
+    """Compare every tensor of the quantized model with that of the float model, at the end of training, and diagnose.
+
+    Two kinds of error per tensor: *own* (the op gets the float model's inputs, only its own fake-quants are on) and
+    *accumulated* (everything is quantized). Then, per point, which kind of error it is (rounding, clipping, one step
+    for values of very different size, a scale that does not fit, a rule that is not in effect, or inherited from
+    before) and what to do, with the YAML to paste, worst first. List it behind ``SensitivityAnalysis``: then the list
+    is in the order of the sensitivities. The float model is the model with its present weights and quantization off.
+    Training is not changed, bit for bit.
+
+    Goes to: ``layer_comparison.csv|txt|json`` and ``diagnosis.csv|txt|json`` (with ``every_n_epochs`` also
+    ``layer_comparison_epochN.*``) in the run's ``lightning_qat`` directory; to the loggers
+    ``layer_comparison/<column>/<tensor>`` and the tables; the short list to the terminal; through ``self.log``, at the
+    end of an epoch: ``layer_comparison/min_own_sqnr`` (dB) and ``layer_comparison/output_sqnr``. Columns:
+    ``lightning_qat/reporting/README.md``.
+
+    Args:
+        every_n_epochs: also at the end of every n-th epoch; None for the end of training only.
+        batches: batches per rank. Errors on all ranks are put together.
+        output: path into the region's output such as ``map.layer_3``; all its tensors if not given.
+        post_process: applied to that output in float, such as ``torch.sigmoid``.
+        ranges: physical ranges of points by a glob over their names: ``{"*.ref_point*": [-100, 1]}``.
+        figures: at the end of training, draw SQNR along the depth, the worst point's histogram, and the sensitivities
+            if ``SensitivityAnalysis`` ran, to ``figures/*.png`` and the loggers. Needs the ``plots`` extra.
+        log: also send the numbers of every tensor to the loggers.
+        seed: decides which batches are drawn from shuffled data.
+
+    Raises:
+        MisconfigurationException: a value is not one of the choices, QuantizationAwareTraining is missing, or
+            matplotlib is, or the region has no such output.
+
+    Attributes:
+        result: the latest comparison.
+        diagnosis: what followed from it.
+
+    Example::
+
+        trainer = Trainer(
+            callbacks=[QuantizationAwareTraining(), Calibration(), SensitivityAnalysis(), LayerComparison(figures=True)]
+        )
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int | None = None,
+        batches: int = 1,
+        output: str | None = None,
+        post_process: Callable[[Any], Any] | None = None,
+        ranges: dict[str, list[float]] | None = None,
+        figures: bool = False,
+        log: bool = True,
+        seed: int = 0,
+    ) -> None:
+        require_positive("LayerComparison", every_n_epochs=every_n_epochs, batches=batches)
+        super().__init__(every_n_epochs or 1, "layer_comparison")
+        if figures:
+            with misconfiguration():
+                require_matplotlib()
+        self.every_epoch = every_n_epochs is not None
+        self.batches = batches
+        self.output = output
+        self.post_process = post_process
+        self.ranges = dict(ranges or {})
+        self.figures = figures
+        self.log_points = log
+        self.seed = seed
+        self.diagnosis_outputs = AnalysisOutputs("diagnosis")
+        self.result: LayerComparisonResult | None = None
+        self.diagnosis: DiagnosisResult | None = None
+        self._sensitivities: dict[int, SensitivityResult] = {}
+
+    @override
+    def should_analyse(self, trainer: pl.Trainer) -> bool:
+        return self.every_epoch and super().should_analyse(trainer)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._sensitivities = {}
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse an output or a declared range that does not exist before anything is trained."""
+        points = [name for region in find_regions(pl_module).values() for name in region.points]
+        with misconfiguration():
+            for pattern, ends in self.ranges.items():
+                check_declared_range(pattern, ends, points)
+        if self.output is None and self.post_process is None:
+            return
+        select = OutputSelector(self.output, self.post_process)
+        with analysis_pass(trainer, pl_module, "LayerComparison", "off", self.seed) as regions:
+            for path, calls in _inputs(trainer, pl_module, regions, batches=1).items():
+                with RepeatableForward(regions[path].target, calls[0]) as forward:
+                    select(forward())
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        sensitivity = _sensitivity(trainer)
+        if sensitivity is not None and self.figures:
+            self._sensitivities[trainer.current_epoch] = sensitivity
+        if not self.should_analyse(trainer) or not is_calibrated(pl_module):
+            return
+        result = self._analyse(trainer, pl_module)
+        self.note_analysed(trainer)
+        self._outputs.write(trainer, result, trainer.current_epoch)
+        self._log(trainer, result)
+        for name, value in _aggregates(result).items():
+            pl_module.log(f"layer_comparison/{name}", value, sync_dist=trainer.world_size > 1)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not is_calibrated(pl_module):
+            rank_zero_warn("LayerComparison: training ended before there were scales; there is nothing to compare.")
+            return
+        again = self.result is not None and self.is_analysed(trainer) and not self.figures
+        result = self.result if again and self.result is not None else self._analyse(trainer, pl_module, final=True)
+        self._outputs.write(trainer, result)
+        if not again:
+            self._log(trainer, result)
+        if trainer.is_global_zero and self.diagnosis is not None and self.diagnosis.culprits:
+            print_text("\n".join(self.diagnosis.lines()), console_of(trainer))
+
+    def _analyse(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, final: bool = False
+    ) -> LayerComparisonResult:
+        results, diagnoses = {}, {}
+        sensitivity = _sensitivity(trainer)
+        with analysis_pass(trainer, pl_module, "LayerComparison", "off", self.seed) as regions:
+            calls = _inputs(trainer, pl_module, regions, self.batches)
+            total = sum(map(len, calls.values()))
+            with trainer.precision_plugin.forward_context(), progress(trainer, "layer comparison", total) as advance:
+                for path, region in regions.items():
+                    results[path] = compare(
+                        region,
+                        _advancing(calls[path], advance),
+                        self.output,
+                        self.post_process,
+                        seed=self.seed,
+                        across_ranks=trainer.world_size > 1,
+                    )
+                    diagnoses[path] = diagnose(results[path], _of_region(sensitivity, path), self._ranges(region))
+                diagnosis = DiagnosisResult.merged(diagnoses)
+                if final and self.figures:
+                    self._draw(trainer, regions, calls, LayerComparisonResult.merged(results), diagnosis)
+        self.diagnosis = diagnosis
+        self.diagnosis_outputs.write(trainer, diagnosis)
+        self.result = replace(LayerComparisonResult.merged(results), what_to_do=diagnosis.lines())
+        return self.result
+
+    def _ranges(self, region: Region) -> dict[str, list[float]]:
+        """The declared ranges that are about points of this region."""
+        return {g: ends for g, ends in self.ranges.items() if any(glob_covers(g, name) for name in region.points)}
+
+    def _log(self, trainer: pl.Trainer, result: LayerComparisonResult) -> None:
+        if self.diagnosis is not None and self.diagnosis.culprits:
+            short = replace(self.diagnosis, rows=self.diagnosis.culprits)
+            log_table(trainer.loggers, "layer_comparison/what_to_do", short, _compat.steps_taken(trainer), WHAT_TO_DO)
+        if self.log_points:
+            scalars = point_scalars(result, "layer_comparison", COLUMNS, point="mod_name")
+            values = {name: [getattr(row, name) for row in result.rows] for name in ("SQNR", "own_SQNR")}
+            self._outputs.log(trainer, result, scalars, TABLE, values)
+
+    def _draw(
+        self,
+        trainer: pl.Trainer,
+        regions: dict[str, Region],
+        calls: dict[str, list[Call]],
+        result: LayerComparisonResult,
+        diagnosis: DiagnosisResult,
+    ) -> None:
+        figures: dict[str, Figure] = {"sqnr_by_depth": sqnr_by_depth(result)}
+        sensitivity = _sensitivity(trainer)
+        if sensitivity is not None:
+            figures["sensitivity"] = sensitivity_bars(sensitivity)
+        if len(self._sensitivities) > 1:
+            figures["sensitivity_over_epochs"] = sensitivity_over_epochs(self._sensitivities)
+        worst = diagnosis.culprits[0] if diagnosis.culprits else None
+        if worst is not None and calls[worst.region]:
+            region = regions[worst.region]
+            with RepeatableForward(region.target, calls[worst.region][0], self.seed) as forward:
+                inspection = inspect_point(region, worst.point, forward, worst.region)
+            figures[f"values_{re.sub(r'[^A-Za-z0-9_.@-]', '_', worst.point)}"] = value_histogram(inspection)
+        directory = run_directory(trainer) / "figures"
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        for name, figure in figures.items():
+            write_figure(figure, directory / f"{name}.png")
+            log_figure(trainer.loggers, f"layer_comparison/{name}", figure, _compat.steps_taken(trainer))
+
+
+def _sensitivity(trainer: pl.Trainer) -> SensitivityResult | None:
+    """The latest result of a SensitivityAnalysis among the callbacks."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    found = [c.result for c in callbacks if isinstance(c, SensitivityAnalysis) and c.result is not None]
+    return found[-1] if found else None
+
+
+def _of_region(result: SensitivityResult | None, path: str) -> SensitivityResult | None:
+    return None if result is None else replace(result, rows=tuple(row for row in result.rows if row.region == path))
+
+
+def _inputs(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, regions: dict[str, Region], batches: int
+) -> dict[str, list[Call]]:
+    """What the regions are called with in the float model."""
+    calls: dict[str, list[Call]] = {path: [] for path in regions}
+    for step in sampled_steps(trainer, pl_module, batches):
+        for path, region in regions.items():
+            calls[path] += capture_calls(region, step)
+    return calls
+
+
+def _advancing(calls: list[Call], advance: Callable[[], None]) -> Iterator[Call]:
+    for call in calls:
+        yield call
+        advance()
+
+
+def _aggregates(result: LayerComparisonResult) -> dict[str, float]:
+    own = [row.own_SQNR for row in result.rows if row.own_SQNR is not None and math.isfinite(row.own_SQNR)]
+    outputs = [row.SQNR for row in result.rows if row.mod_name == CHOSEN and row.SQNR is not None]
+    found = {"min_own_sqnr": own, "output_sqnr": [value for value in outputs if math.isfinite(value)]}
+    return {name: min(values) for name, values in found.items() if values}
