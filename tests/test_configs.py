@@ -18,14 +18,19 @@ CONFIGS = ROOT / "configs"
 ADDITIONS = {
     "quantization_aware_training": ["quantization_aware_training", "calibration"],
     "calibration": ["quantization_aware_training", "calibration"],
+    "model_check": ["quantization_aware_training", "calibration", "model_check"],
     "zero_lr_finetune": ["quantization_aware_training", "calibration", "zero_lr_finetune"],
     "float_finetune": ["quantization_aware_training", "calibration", "float_finetune"],
+    "layer_comparison": ["quantization_aware_training", "calibration", "sensitivity_analysis", "layer_comparison"],
+    "pipeline_check": ["quantization_aware_training", "calibration", "pipeline_check"],
+    "convergence_monitor": ["quantization_aware_training", "calibration", "convergence_monitor"],
+    "pipeline_fingerprint": ["pipeline_fingerprint"],
     "layer_statistics": ["quantization_aware_training", "calibration", "layer_statistics"],
     "sensitivity_analysis": ["quantization_aware_training", "calibration", "sensitivity_analysis"],
     "accuracy_table": ["quantization_aware_training", "calibration", "accuracy_table"],
     "all_callbacks": ["all_callbacks"],
 }
-RUNS = {"digits_float": "fit", "digits_int8": "fit", "digits_int16": "test"}
+RUNS = {"digits_float": "fit", "digits_int4": "fit", "digits_int8": "fit", "digits_int16": "test"}
 
 
 def run(subcommand: str, configs: list[Path], root: Path, *extra: str) -> None:

@@ -6,7 +6,7 @@ Pure: numbers measured by somebody else in, evidence and a verdict out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -26,17 +26,43 @@ from lightning_qat.analysis.pipeline_rows import (
     spelled,
     train_loss_row,
 )
+from lightning_qat.analysis.pipeline_sentences import (
+    NOT_QUANTIZATION,
+    QUANTIZED_LOSS,
+    TRAINING_LOSS,
+    Sentence,
+    batch_norm,
+    moved_weights,
+    other_loss,
+    scales,
+    side_effect,
+)
 from lightning_qat.analysis.results import Result, rich_table
 
 Verdict = Literal[
     "healthy",
     "pipeline misaligned",
     "scales drift",
+    "quantization error",
     "hyperparameters",
     "pipeline or hyperparameters",
     "cannot tell",
 ]
-_Finding = tuple[Verdict, str]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rung that breaks.
+
+    Args:
+        rung: its number.
+        verdict: what is to blame.
+        text: why, and what to do.
+    """
+
+    rung: int
+    verdict: Verdict
+    text: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +83,7 @@ class PipelineResult(Result[PipelineRow]):
         """What a rung does is said once, and the notes are left to the files: this fits into 80 columns."""
         rows = self.to_dicts()
         for before, row in zip([None, *self.rows], rows, strict=False):
-            repeated = before is not None and before.rung == row["rung"]
+            repeated = before is not None and (before.rung, before.what) == (row["rung"], row["what"])
             row["rung"] = "" if repeated else f"{row['rung']} {row['what']}"
             row["metric"] = row["metric"] or row["note"]
         return rich_table(self.title, ("rung", "metric", "expected", "value", "tolerance", "status"), rows)
@@ -86,13 +112,47 @@ def judge_zero_lr(
         quantized: quantized, lr 0, as in QAT.
         reference: the float metrics of the float training run, if known; ``train_loss`` is its last training loss.
     """
-    rows, findings = _float_model(float_model, reference or {})
-    rungs: tuple[tuple[int, str, Measurement | None, Finetune | None, str, _Sentence], ...] = (
-        (2, "lr 0, BN fixed", float_model, batch_norm_frozen, "", _side_effect),
-        (3, "lr 0, BN moving", float_model, batch_norm_moving, "no batch norm moves in this training", _batch_norm),
-        (4, "lr 0, quantized", calibrated, quantized, "no calibrated scales", _scales),
+    rows, findings = float_model_evidence(float_model, reference or {})
+    more = zero_lr_evidence(float_model, batch_norm_frozen, batch_norm_moving, calibrated, quantized, reference)
+    rows, findings = [*rows, *more[0]], [*findings, *more[1]]
+    if findings:
+        verdict, text = findings[0].verdict, findings[0].text
+        return PipelineResult(tuple(rows), verdict, f"{verdict}: {text}")
+    if not judged([row for row in rows if row.rung == 2]):
+        return PipelineResult(tuple(rows), "cannot tell", f"cannot tell: {NO_METRIC}")
+    return PipelineResult(tuple(rows), "healthy", _healthy(rows, float_model, calibrated, reference))
+
+
+def zero_lr_evidence(
+    float_model: Measurement,
+    batch_norm_frozen: Finetune | None,
+    batch_norm_moving: Finetune | None,
+    calibrated: Measurement | None = None,
+    quantized: Finetune | None = None,
+    reference: Mapping[str, float] | None = None,
+    rungs: Container[int] = (2, 3, 4),
+) -> tuple[list[PipelineRow], list[Finding]]:
+    """Return the rows of the rungs with learning rate 0 and what is found; arguments as for :func:`judge_zero_lr`.
+
+    Args:
+        float_model: fake-quant off, before.
+        batch_norm_frozen: rung 2.
+        batch_norm_moving: rung 3.
+        calibrated: what rung 4 starts from.
+        quantized: rung 4.
+        reference: ``train_loss`` of the float run, if known.
+        rungs: those asked for.
+    """
+    rows: list[PipelineRow] = []
+    findings: list[Finding] = []
+    every: tuple[tuple[int, str, Measurement | None, Finetune | None, str, Sentence], ...] = (
+        (2, "lr 0, BN fixed", float_model, batch_norm_frozen, "", side_effect),
+        (3, "lr 0, BN moving", float_model, batch_norm_moving, "no batch norm moves in this training", batch_norm),
+        (4, "lr 0, quantized", calibrated, quantized, "no calibrated scales", scales),
     )
-    for number, what, before, finetune, missing, sentence in rungs:
+    for number, what, before, finetune, missing, sentence in every:
+        if number not in rungs:
+            continue
         if before is None or finetune is None:
             rows.append(skipped_row(number, what, missing))
             continue
@@ -103,12 +163,7 @@ def judge_zero_lr(
         rung += drift_row(number, what, "scales", finetune.moved_scales)
         rows += rung
         findings += _judge_rung(number, rung, finetune, sentence)
-    if findings:
-        verdict, text = findings[0]
-        return PipelineResult(tuple(rows), verdict, f"{verdict}: {text}")
-    if not judged([row for row in rows if row.rung == 2]):
-        return PipelineResult(tuple(rows), "cannot tell", f"cannot tell: {_NO_METRIC}")
-    return PipelineResult(tuple(rows), "healthy", _healthy(rows, float_model, calibrated, reference))
+    return rows, findings
 
 
 def judge_float_finetune(
@@ -122,15 +177,10 @@ def judge_float_finetune(
         zero_lr: the verdict of the finetune with learning rate 0, if it ran: it tells the pipeline from the
             hyperparameters.
     """
-    what = "float finetune"
-    rung = compare(5, what, float_model.metrics, finetune.after, float_model)
-    rung += train_loss_row(5, what, finetune)
-    rung += drift_row(5, what, "BN statistics", finetune.moved_buffers)
+    rung, detail = float_finetune_evidence(float_model, finetune)
     rows = tuple(rung)
-    trained = f"{finetune.batches} batches of QAT's own training{_at_rates(finetune)}"
-    loss_exploded = finetune.train_loss is not None and not math.isfinite(finetune.train_loss)
-    if breaks(rung) or loss_exploded:
-        detail = spelled(judged(rung)) if breaks(rung) else f"training loss {finetune.train_loss}"
+    trained = spelled_training(finetune)
+    if detail:
         verdict, advice = _blame(zero_lr)
         note = (
             f"{verdict}: the float model collapses too ({detail}) in {trained}, so quantization is not the cause. "
@@ -138,13 +188,9 @@ def judge_float_finetune(
         )
         return PipelineResult(rows, verdict, note)
     if not finetune.changed_parameters:
-        note = (
-            f"cannot tell: {trained} changed no weight at all: a warm-up that starts at 0, a step without loss, or "
-            "nothing to optimize. Write FloatFinetune(batches=...) with more batches than the warm-up has."
-        )
-        return PipelineResult(rows, "cannot tell", note)
+        return PipelineResult(rows, "cannot tell", f"cannot tell: {nothing_moved(finetune)}")
     if not judged(rung):
-        return PipelineResult(rows, "cannot tell", f"cannot tell: {_NO_METRIC}")
+        return PipelineResult(rows, "cannot tell", f"cannot tell: {NO_METRIC}")
     small = [row for row in judged(rung) if row.status == "falls"]
     remark = f" It did fall a little ({spelled(small)}): so much is not quantization's doing." if small else ""
     note = (
@@ -155,19 +201,51 @@ def judge_float_finetune(
     return PipelineResult(rows, "healthy", note)
 
 
+def float_finetune_evidence(float_model: Measurement, finetune: Finetune) -> tuple[list[PipelineRow], str]:
+    """Return the rows of rung 5, and the collapse in words, if it is one."""
+    what = "float finetune"
+    rung = compare(5, what, float_model.metrics, finetune.after, float_model)
+    rung += train_loss_row(5, what, finetune)
+    rung += drift_row(5, what, "BN statistics", finetune.moved_buffers)
+    if breaks(rung):
+        return rung, spelled(judged(rung))
+    exploded = finetune.train_loss is not None and not math.isfinite(finetune.train_loss)
+    return rung, f"training loss {finetune.train_loss}" if exploded else ""
+
+
+def spelled_training(finetune: Finetune) -> str:
+    """Spell how a copy was trained, with the learning rates."""
+    return f"{finetune.batches} batches of QAT's own training{_at_rates(finetune)}"
+
+
+def nothing_moved(finetune: Finetune) -> str:
+    """Say that training changed no weight."""
+    return (
+        f"{spelled_training(finetune)} changed no weight at all: a warm-up that starts at 0, a step without loss, or "
+        "nothing to optimize. Write FloatFinetune(batches=...) with more batches than the warm-up has."
+    )
+
+
 def cannot_tell(reason: str) -> PipelineResult:
     """Return a verdict without evidence: the check could not run."""
     return PipelineResult((), "cannot tell", f"cannot tell: {reason}")
 
 
-_NO_METRIC = (
+NO_METRIC = (
     "the evaluation logs no finite number to judge by. Log one in validation_step, self.log('val_acc', ...), and give "
     "it batches (limit_val_batches)."
 )
 
 
-def _float_model(float_model: Measurement, reference: Mapping[str, float]) -> tuple[list[PipelineRow], list[_Finding]]:
-    """Rung 0: does the float model have its own accuracy here?"""
+def float_model_evidence(
+    float_model: Measurement, reference: Mapping[str, float]
+) -> tuple[list[PipelineRow], list[Finding]]:
+    """Return the rows of rung 0 and what is found: does the float model have its own accuracy here?
+
+    Args:
+        float_model: fake-quant off, before.
+        reference: metrics of the float run; ``train_loss`` is left for rung 2.
+    """
     logged = float_model.metrics
     expected = {name: value for name, value in reference.items() if name != TRAIN_LOSS or name in logged}
     rows = compare(0, "float model", expected, float_model, float_model, strict=True)
@@ -179,96 +257,34 @@ def _float_model(float_model: Measurement, reference: Mapping[str, float]) -> tu
             "and with fake-quant off: another checkpoint (init_from), other evaluation data or preprocessing, or "
             "another metric. Quantization is not the cause; fix this first."
         )
-        return rows, [("pipeline misaligned", text)]
+        return rows, [Finding(0, "pipeline misaligned", text)]
     if logged and not any(map(math.isfinite, logged.values())):
         text = (
             "the float model evaluates to nan or inf before any training and with fake-quant off: look at the "
             "checkpoint (init_from) and the evaluation data. Quantization is not the cause."
         )
-        return rows, [("pipeline misaligned", text)]
+        return rows, [Finding(0, "pipeline misaligned", text)]
     return rows, []
 
 
-def _judge_rung(number: int, rung: Sequence[PipelineRow], finetune: Finetune, sentence: _Sentence) -> list[_Finding]:
+def _judge_rung(number: int, rung: Sequence[PipelineRow], finetune: Finetune, sentence: Sentence) -> list[Finding]:
     quantized = number == 4
     loss = finetune.train_loss
     if loss is not None and not math.isfinite(loss):
         if quantized:
-            return [("scales drift", _QUANTIZED_LOSS.format(loss=loss))]
-        return [("pipeline misaligned", _TRAINING_LOSS.format(loss=loss) + _NOT_QUANTIZATION)]
+            return [Finding(number, "scales drift", QUANTIZED_LOSS.format(loss=loss))]
+        return [Finding(number, "pipeline misaligned", TRAINING_LOSS.format(loss=loss) + NOT_QUANTIZATION)]
     if finetune.changed_parameters:
-        return [("pipeline misaligned", _moved_weights(finetune) + _NOT_QUANTIZATION)]
+        return [Finding(number, "pipeline misaligned", moved_weights(finetune) + NOT_QUANTIZATION)]
     if breaks(rung):
         text = sentence(rung, finetune)
-        return [("scales drift", text)] if quantized else [("pipeline misaligned", text + _NOT_QUANTIZATION)]
+        if quantized:
+            return [Finding(number, "scales drift", text)]
+        return [Finding(number, "pipeline misaligned", text + NOT_QUANTIZATION)]
     known = next((row for row in rung if row.metric == TRAIN_LOSS and row.status == "breaks"), None)
     if known is not None:
-        text = (
-            f"the untouched float model has a training loss of {known.value:.4g} here and had {known.expected:.4g} in "
-            "the float run: the training data, labels, augmentation or loss are not those of the float run. Compare "
-            "the two training pipelines."
-        )
-        return [("pipeline misaligned", text + _NOT_QUANTIZATION)]
+        return [Finding(number, "pipeline misaligned", other_loss(known.value, known.expected) + NOT_QUANTIZATION)]
     return []
-
-
-# -- sentences
-
-_Sentence = Callable[[Sequence[PipelineRow], Finetune], str]
-_NOT_QUANTIZATION = " Quantization is not the cause; do not tune learning rate or weight decay before this is fixed."
-_TRAINING_LOSS = (
-    "the training loss of the untouched float model is {loss}: look for bad values in the training data, the labels "
-    "or the loss."
-)
-_QUANTIZED_LOSS = (
-    "the training loss is {loss} as soon as the model is quantized, and finite in float: see the findings of "
-    "Calibration, and give the points with nan, inf or a zero scale dtype: float32 in overrides."
-)
-
-
-def _side_effect(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
-    buffers = f" It writes to {', '.join(list(finetune.moved_buffers)[:3])}." if finetune.moved_buffers else ""
-    return (
-        f"the evaluation changes ({spelled(judged(rung))}) although weights and batch norm are fixed: the training "
-        f"step has a side effect.{buffers} Look for what it stores in the module."
-    )
-
-
-def _batch_norm(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
-    moved = [f"{name} by {change:.0%}" for name, change in list(finetune.moved_buffers.items())[:3]]
-    return (
-        f"accuracy collapses at learning rate 0 as soon as batch norm updates its statistics "
-        f"({spelled(judged(rung))}; moved most: {', '.join(moved)}). The training data do not look like the "
-        "evaluation data (normalization, channel order, preprocessing, augmentation), or the batches are too small. "
-        "Compare the training pipeline with that of the float run, line by line. If only the batches are small: "
-        "QuantizationAwareTraining(freeze_batch_norm_after=0)."
-    )
-
-
-def _scales(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
-    moved = [f"{name} by {change:.0%}" for name, change in list(finetune.moved_scales.items())[:3]]
-    what = f"scales moved most: {', '.join(moved)}" if moved else "no scale moved, batch norm did"
-    remedy = (
-        "Keep the calibrated scales (activation_scales: fixed, freeze_observers_after: 0) and calibrate with more "
-        "batches"
-        if moved
-        else "Set freeze_batch_norm_after: 0"
-    )
-    return (
-        f"the calibrated model collapses at learning rate 0 ({spelled(judged(rung))}; {what}) while the float model "
-        f"holds: what moves without training destroys it, not the learning rate. {remedy}."
-    )
-
-
-def _moved_weights(finetune: Finetune) -> str:
-    names = finetune.changed_parameters
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    cause = (
-        "the optimizer's own step moves them: it does not scale its update by the group's lr"
-        if finetune.changed_by_optimizer
-        else "something other than the optimizer writes to them (an average that is swapped in, a clamp, a hook)"
-    )
-    return f"weights change although the learning rate is 0 ({', '.join(names[:3])}{more}): {cause}."
 
 
 def _healthy(
@@ -306,7 +322,7 @@ def _healthy(
     return " ".join(parts)
 
 
-def _blame(zero_lr: Verdict | None) -> _Finding:
+def _blame(zero_lr: Verdict | None) -> tuple[Verdict, str]:
     if zero_lr == "healthy":
         return "hyperparameters", (
             "ZeroLRFinetune holds, so it is not the training code either: lower the learning rate (QAT wants about "

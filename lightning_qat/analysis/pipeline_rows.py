@@ -50,6 +50,10 @@ class Finetune:
         moved_buffers: relative change of the buffers that moved (batch norm statistics), the largest first.
         moved_scales: the same for the scales of quantization points.
         learning_rates: the smallest and the largest that was used.
+        losses: training losses by batch, of this rank.
+        gradient_kept: share of the gradient's length that clipping leaves, in the median step (1: nothing is cut off).
+        step_size: the largest change of a weight in one step, relative to the largest weight of its tensor and without
+            that by weight decay; mean over the first steps.
     """
 
     after: Measurement
@@ -61,6 +65,9 @@ class Finetune:
     moved_buffers: Mapping[str, float] = field(default_factory=dict)
     moved_scales: Mapping[str, float] = field(default_factory=dict)
     learning_rates: tuple[float, float] | None = None
+    losses: tuple[float, ...] = ()
+    gradient_kept: float | None = None
+    step_size: float | None = None
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,9 @@ class Result(Generic[RowT]):
     def to_json(self, path: str | os.PathLike[str]) -> Path:
         """Write everything as JSON; non-finite numbers become strings, as JSON has none."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rows"}
-        data = {**{k: plain(v) for k, v in fields.items()}, "rows": plain(self.to_dicts())}
-        return write_atomically(path, json.dumps(data, indent=2) + "\n")
+        head = "".join(f"  {json.dumps(k)}: {json.dumps(plain(v))},\n" for k, v in fields.items())
+        rows = ",\n".join(f"    {json.dumps(plain(row))}" for row in self.to_dicts())
+        return write_atomically(path, f'{{\n{head}  "rows": [{rows and chr(10) + rows + chr(10) + "  "}]\n}}\n')
 
     def __rich__(self) -> Table:
         return rich_table(self.title, self.shown or self.columns(), self.to_dicts())

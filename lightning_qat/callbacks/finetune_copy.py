@@ -5,7 +5,9 @@ The copy shares nothing with the run, so there is nothing to put back but the ra
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +18,8 @@ from lightning_qat.analysis.pipeline_rows import Finetune, Measurement
 from lightning_qat.callbacks.evaluation import evaluate
 from lightning_qat.callbacks.extra_pass import undisturbed
 from lightning_qat.callbacks.training_copy import TrainingCopy
-from lightning_qat.quantization.region import REGION_NAME, State, Updates, find_regions
+from lightning_qat.quantization.region import REGION_NAME, find_regions
+from lightning_qat.quantization.region_state import State, Updates
 
 
 def measure(
@@ -25,6 +28,14 @@ def measure(
     """Evaluate the module, or a copy of it, as validation does."""
     evaluation = evaluate(trainer, pl_module, limit=limit, module=module)
     return Measurement(evaluation.metrics, evaluation.standard_errors)
+
+
+def measure_in_state(trainer: pl.Trainer, pl_module: pl.LightningModule, state: State, limit: float) -> Measurement:
+    """Evaluate the module with all its regions in ``state``, and no scale moving."""
+    with ExitStack() as stack:
+        for region in find_regions(pl_module).values():
+            stack.enter_context(region.state(state, updates=()))
+        return measure(trainer, pl_module, limit)
 
 
 def finetune_copy(
@@ -57,18 +68,19 @@ def finetune_copy(
         for region in find_regions(copy.module).values():
             region.set_state(state, updates)
         done = copy.train(batches, advance)
-        parameters = _changes(pl_module.named_parameters(), copy.module.named_parameters())
+        changes = _changes(pl_module.named_parameters(), copy.module.named_parameters())
         buffers = _changes(pl_module.named_buffers(), copy.module.named_buffers())
         loss, error = copy.train_loss()
         after = measure(trainer, pl_module, eval_batches, copy.module)
     marker = f"{REGION_NAME}.fake_quants."
+    scales = {name: change for name, change in {**changes, **buffers}.items() if marker in name}
     return Finetune(
         after=after,
         batches=done,
         train_loss=loss,
         train_loss_error=error,
-        changed_parameters=tuple(parameters),
-        changed_by_optimizer=tuple(sorted(copy.changed_by_optimizer)),
+        changed_parameters=tuple(name for name in changes if marker not in name),  # learned scales are no weights
+        changed_by_optimizer=tuple(sorted(name for name in copy.changed_by_optimizer if marker not in name)),
         moved_buffers={
             name: change
             for name, change in buffers.items()
@@ -76,10 +88,13 @@ def finetune_copy(
         },
         moved_scales={
             _point_of(name, marker): change
-            for name, change in buffers.items()
-            if marker in name and name.endswith(".scale")
+            for name, change in sorted(scales.items(), key=lambda item: -item[1])
+            if name.endswith(".scale")
         },
         learning_rates=(min(copy.learning_rates), max(copy.learning_rates)) if copy.learning_rates else None,
+        losses=tuple(copy.losses),
+        gradient_kept=statistics.median(copy.gradient_kept) if copy.gradient_kept else None,
+        step_size=statistics.fmean(copy.step_sizes) if copy.step_sizes else None,
     )
 
 

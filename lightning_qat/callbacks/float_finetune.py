@@ -6,10 +6,7 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_qat.analysis.pipeline import PipelineResult, Verdict, cannot_tell, judge_float_finetune
-from lightning_qat.callbacks.extra_pass import require_regions
-from lightning_qat.callbacks.finetune_copy import finetune_copy
 from lightning_qat.callbacks.pipeline_rung import PipelineRung
-from lightning_qat.callbacks.progress import progress
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 
 
@@ -19,7 +16,8 @@ class FloatFinetune(PipelineRung):
     If it collapses too, the pipeline or the hyperparameters are to blame, not quantization; which of the two, it can
     say if :class:`ZeroLRFinetune` is listed before it. Optimizer, schedulers, clipping, accumulation and the module's
     hooks are those of the run, on a deep copy with fresh loaders; the run is not disturbed. Hooks of callbacks do not
-    run, and ``trainer.global_step`` stands still. Needs automatic optimization.
+    run, and ``trainer.global_step`` stands still. Needs automatic optimization. Rung 5 of
+    :class:`PipelineCheck`.
 
     Args:
         batches: training batches per rank.
@@ -40,26 +38,11 @@ class FloatFinetune(PipelineRung):
 
     @override
     def measure_rungs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineResult:
-        """Evaluate, train a float copy, evaluate again."""
-        require_regions(pl_module, "FloatFinetune")
-        if not pl_module.automatic_optimization:
-            return cannot_tell(
-                f"{type(pl_module).__name__} optimizes manually, and a copy of it would step the optimizers of the "
-                "run. Train the float model yourself, with the same script and without QuantizationAwareTraining: if "
-                "it collapses too, quantization is not the cause. ZeroLRFinetune works here."
-            )
-        before = self.measured_as(trainer, pl_module, "off")
-        with progress(trainer, "Float finetune", self.batches) as advance:
-            finetune = finetune_copy(
-                trainer,
-                pl_module,
-                batches=self.batches,
-                eval_batches=self.eval_limit,
-                state="off",
-                zero_lr=False,
-                advance=advance,
-            )
-        return judge_float_finetune(before, finetune, _zero_lr_verdict(trainer))
+        """Measure rung 5 and judge it."""
+        ladder = self.measure_ladder(trainer, pl_module, (0, 5))
+        if ladder.float_finetune is None:
+            return cannot_tell(ladder.missing[5])
+        return judge_float_finetune(ladder.float_model, ladder.float_finetune, _zero_lr_verdict(trainer))
 
 
 def _zero_lr_verdict(trainer: pl.Trainer) -> Verdict | None:

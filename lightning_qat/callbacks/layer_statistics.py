@@ -61,6 +61,7 @@ class LayerStatistics(EpochEndAnalysis):
 
     Attributes:
         result: the latest statistics.
+        codes: integer codes of the weights at the last measurement, by region and point.
 
     Example::
 
@@ -92,22 +93,26 @@ class LayerStatistics(EpochEndAnalysis):
         self.seed = seed
         self.result: LayerStatisticsResult | None = None
         self._calibrated: dict[str, ScaleSnapshot] = {}
-        self._codes: dict[str, WeightCodes] = {}
+        self.codes: dict[str, WeightCodes] = {}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._calibrated, self._codes = {}, {}
+            self._calibrated, self.codes = {}, {}
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not self._codes and is_calibrated(pl_module):  # only now: calibration may wait for start_epoch
+        self.note_start(trainer, pl_module)
+
+    def note_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the calibrated scales and the first codes of the weights, as soon as there are scales."""
+        if not self.codes and is_calibrated(pl_module):  # only now: calibration may wait for start_epoch
             for path, region in find_regions(pl_module).items():
                 self._calibrated.setdefault(path, scale_snapshot(region))
-            self._measure(trainer, pl_module, batches=1)  # for the codes of the weights before the first step
+            self.measure(trainer, pl_module, batches=1)  # for the codes of the weights before the first step
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -122,7 +127,7 @@ class LayerStatistics(EpochEndAnalysis):
             self._report(trainer, pl_module)
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int | None = None) -> None:
-        self.result = result = self._measure(trainer, pl_module, self.batches)
+        self.result = result = self.measure(trainer, pl_module, self.batches)
         self.note_analysed(trainer)
         if epoch is not None:
             self._outputs.write(trainer, result, epoch)
@@ -135,10 +140,11 @@ class LayerStatistics(EpochEndAnalysis):
             }
             self._outputs.log(trainer, result, scalars, TABLE, histograms)
 
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> LayerStatisticsResult:
+    def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> LayerStatisticsResult:
+        """Measure now, on so many batches per rank; nothing is written or logged."""
         with analysis_pass(trainer, pl_module, "LayerStatistics", seed=self.seed) as regions, ExitStack() as stack:
             collectors = {
-                path: StatisticsCollector(region, self._calibrated.get(path), self._codes.get(path))
+                path: StatisticsCollector(region, self._calibrated.get(path), self.codes.get(path))
                 for path, region in regions.items()
             }
             for collector in collectors.values():
@@ -148,7 +154,7 @@ class LayerStatistics(EpochEndAnalysis):
             for path, collector in collectors.items():
                 collector.all_reduce()
                 if collector.region.is_calibrated:
-                    self._codes[path] = collector.codes
+                    self.codes[path] = collector.codes
         return LayerStatisticsResult.merged({path: collector.result() for path, collector in collectors.items()})
 
     @override

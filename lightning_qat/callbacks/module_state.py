@@ -58,7 +58,7 @@ def preserved_parameters(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad(), torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():  # in this order: the former turns gradients on
             for parameter, data, content in saved:
                 if parameter.data_ptr() != data.data_ptr():
                     parameter.data = data

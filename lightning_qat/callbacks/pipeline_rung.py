@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -13,12 +13,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_qat.analysis.pipeline import PipelineResult, cannot_tell
-from lightning_qat.analysis.pipeline_rows import Measurement
+from lightning_qat.analysis.pipeline_ladder import Ladder
 from lightning_qat.callbacks._compat import steps_taken
-from lightning_qat.callbacks.extra_pass import require_regions
-from lightning_qat.callbacks.finetune_copy import measure
+from lightning_qat.callbacks.ladder import measure_ladder
 from lightning_qat.callbacks.output_directory import console_of, run_directory
-from lightning_qat.quantization.region import State
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_table
@@ -32,13 +30,13 @@ class PipelineRung(Callback):
     Args:
         batches: training batches per finetune and rank.
         eval_batches: validation batches per evaluation and rank; all if not given.
-        at_epoch: before which epoch it runs.
+        at_epoch: before which epoch it runs, None for none.
         stop: stop training on a bad verdict (Lightning still honours ``min_epochs`` and ``min_steps``).
     """
 
     name: ClassVar[str] = ""
 
-    def __init__(self, batches: int, eval_batches: int | None, at_epoch: int, stop: bool) -> None:
+    def __init__(self, batches: int, eval_batches: int | None, at_epoch: int | None, stop: bool) -> None:
         for what, value, least in (
             ("batches", batches, 1),
             ("eval_batches", eval_batches, 1),
@@ -58,11 +56,6 @@ class PipelineRung(Callback):
         """Several of them, at different epochs, are kept apart in the checkpoint."""
         return self._generate_state_key(at_epoch=self.at_epoch)
 
-    @property
-    def eval_limit(self) -> float:
-        """Validation batches per evaluation."""
-        return math.inf if self.eval_batches is None else self.eval_batches
-
     def should_run(self, trainer: pl.Trainer) -> bool:
         """Whether the check runs before this epoch. Override for another schedule; it runs once in any case."""
         return trainer.current_epoch == self.at_epoch
@@ -71,12 +64,12 @@ class PipelineRung(Callback):
         """Measure and judge."""
         raise NotImplementedError
 
-    def measured_as(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: State) -> Measurement:
-        """Evaluate the module with all its regions in ``state``."""
-        with ExitStack() as stack:
-            for region in require_regions(pl_module, type(self).__name__).values():
-                stack.enter_context(region.state(state, updates=()))
-            return measure(trainer, pl_module, self.eval_limit)
+    def measure_ladder(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, rungs: Collection[int], batches: int | None = None
+    ) -> Ladder:
+        """Measure some rungs of the ladder, with the batches asked for."""
+        limit = math.inf if self.eval_batches is None else self.eval_batches
+        return measure_ladder(trainer, pl_module, rungs, batches or self.batches, limit, type(self).__name__)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -105,6 +98,10 @@ class PipelineRung(Callback):
         if self._done or not self.should_run(trainer):
             return
         self._done = True
+        self.run_check(trainer, pl_module)
+
+    def run_check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure, judge and report now, on all ranks."""
         # what differs between ranks (noise, errors) must not let them disagree
         self.result = result = trainer.strategy.broadcast(self._measured(trainer, pl_module))
         self._report(trainer, result)

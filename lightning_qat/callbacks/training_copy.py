@@ -22,6 +22,9 @@ from torch.optim import Optimizer
 from lightning_qat.callbacks.extra_pass import ExtraBatch, analysis_batches, muted_logging, run_step
 from lightning_qat.quantization.region import find_regions
 
+_STEPS_MEASURED = 8
+"""Steps in which the effect of clipping and the size of the step are looked at."""
+
 
 class TrainingCopy:
     """A copy of a module, its optimizers and schedulers, which refer to each other and to nothing of the run.
@@ -37,6 +40,9 @@ class TrainingCopy:
         losses: training loss by batch.
         learning_rates: those of every step, before ``zero_lr``.
         changed_by_optimizer: names of the parameters that a step with ``zero_lr`` changed itself.
+        gradient_kept: share of the gradient's length that clipping left, in the first steps.
+        step_sizes: largest change of a weight in each of the first steps, relative to the largest of its tensor, and
+            without that by weight decay.
     """
 
     def __init__(
@@ -60,6 +66,8 @@ class TrainingCopy:
         self.losses: list[float] = []
         self.learning_rates: list[float] = []
         self.changed_by_optimizer: set[str] = set()
+        self.gradient_kept: list[float] = []
+        self.step_sizes: list[float] = []
         self._zero_lr = zero_lr
         self._before_update: dict[str, Tensor] = {}
         self._updated = False
@@ -126,13 +134,13 @@ class TrainingCopy:
             for region in find_regions(self.module).values():
                 if "activation" in region.updates:
                     region.synchronize_scales()
-        loss = _loss_of(outputs[0]) if outputs else None
+        loss = loss_of(outputs[0]) if outputs else None
         if loss is not None:
             self.losses.append(float(loss.detach()))
         self.module.on_train_batch_end(outputs[0] if outputs else None, extra.batch, extra.batch_idx)
 
     def _backward(self, output: Any, extra: ExtraBatch, epoch: int) -> Tensor | None:
-        loss = _loss_of(output)
+        loss = loss_of(output)
         if not self.module.automatic_optimization:
             return loss
         if self._accumulated == 0:
@@ -155,7 +163,10 @@ class TrainingCopy:
                 self._finish_gradients()
                 self.module.on_before_optimizer_step(optimizer)
                 clip = self._trainer.gradient_clip_val, self._trainer.gradient_clip_algorithm
+                length = self._gradient_length() if len(self.gradient_kept) < _STEPS_MEASURED else 0.0
                 self.module.configure_gradient_clipping(optimizer, *clip)
+                if 0.0 < length < math.inf:
+                    self.gradient_kept.append(self._gradient_length() / length)
                 if self._zero_lr and not self._before_update:
                     self._before_update = {n: p.detach().clone() for n, p in self.module.named_parameters()}
                 return loss
@@ -163,6 +174,12 @@ class TrainingCopy:
             self.module.optimizer_step(epoch, batch_idx, optimizer, closure)
         self._accumulated = 0
         self._step_schedulers("step", batch_idx)
+
+    def _gradient_length(self) -> float:
+        gradients = [p.grad.detach() for p in self.module.parameters() if p.grad is not None]
+        return (
+            float(torch.stack([g.double().square().sum().cpu() for g in gradients]).sum().sqrt()) if gradients else 0.0
+        )
 
     def _finish_gradients(self) -> None:
         """Undo the scale of the loss, and average over ranks, as the wrappers around the module would."""
@@ -189,6 +206,7 @@ class TrainingCopy:
     def _watch(self, optimizer: Optimizer) -> None:
         """Note the learning rates; with ``zero_lr`` set them to 0 around every step, and see what still moves."""
         rates: list[Any] = []
+        before: list[Tensor] = []
 
         def pre(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             rates[:] = [group.get("lr", 0.0) for group in optimizer.param_groups]
@@ -196,9 +214,14 @@ class TrainingCopy:
             if self._zero_lr:
                 for group in optimizer.param_groups:
                     group["lr"] = group.get("lr", 0.0) * 0  # keeps a tensor a tensor
+            elif len(self.step_sizes) < _STEPS_MEASURED:
+                before[:] = [p.detach().clone() for p in _parameters(optimizer)]
 
         def post(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if not self._zero_lr:
+                if before:
+                    self.step_sizes.append(_largest_step(optimizer, before))
+                    before.clear()
                 return
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
@@ -215,6 +238,21 @@ class TrainingCopy:
         if self._trainer.world_size > 1 and dist.is_initialized():
             for buffer in self.module.buffers():
                 dist.broadcast(buffer, src=0)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _largest_step(optimizer: Optimizer, before: list[Tensor]) -> float:
+    """The largest change relative to the largest weight of its tensor, without what weight decay alone does."""
+    steps, old_ones = [], iter(before)
+    for group in optimizer.param_groups:
+        decay = float(group.get("lr", 0.0)) * float(group.get("weight_decay", 0.0))
+        for now, old in zip(group["params"], old_ones, strict=False):
+            if old.numel() and bool(old.any()):
+                steps.append(float((now.detach() - old * (1 - decay)).abs().max()) / float(old.abs().max()))
+    return max(steps, default=0.0)
 
 
 def _bare(optimizer: Any) -> Optimizer:
@@ -235,7 +273,8 @@ def _one_or_all(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _loss_of(output: Any) -> Tensor | None:
+def loss_of(output: Any) -> Tensor | None:
+    """Return the loss in what a training step returned."""
     loss = output.get("loss") if isinstance(output, dict) else output
     return loss if isinstance(loss, Tensor) else None
 

@@ -1,0 +1,310 @@
+"""The callback that watches whether quantization-aware training converges."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_qat.analysis.convergence import FIRST_LOOK, ConvergenceResult, judge_convergence
+from lightning_qat.analysis.convergence_rows import LossHistory, PointHealth, TrainingSeries
+from lightning_qat.analysis.pipeline_rows import Measurement
+from lightning_qat.analysis.statistics import LayerStatisticsResult, WeightCodes
+from lightning_qat.callbacks._compat import steps_taken
+from lightning_qat.callbacks.analysis_pass import is_calibrated, require_positive, require_quantization
+from lightning_qat.callbacks.extra_pass import ExtraBatch, run_step, undisturbed
+from lightning_qat.callbacks.finetune_copy import finetune_copy, measure_in_state
+from lightning_qat.callbacks.layer_statistics import LayerStatistics
+from lightning_qat.callbacks.output_directory import run_directory
+from lightning_qat.quantization.region import REGION_NAME, Region, find_regions
+from lightning_qat.quantization.region_state import Tap
+from lightning_qat.reporting.files import write_result
+from lightning_qat.reporting.loggers import log_table
+
+GRADIENT_STEPS = 4
+"""Steps per epoch at which gradients are looked at."""
+
+
+class ConvergenceMonitor(Callback):
+    """Flag quantization-aware training that does not converge, with the evidence and the next step (C1, C2).
+
+    Looks at the training loss after 32, 64, 128 ... steps and at the end of every epoch, at validation metrics against
+    those of the calibrated model, at gradients, and at scales, clipping and weight codes of every point. Says nothing
+    about a healthy run. Nothing of the training is changed, bit for bit.
+
+    Goes to: a warning per verdict; ``convergence.json|txt`` in the run's ``lightning_qat`` directory; the table to
+    TensorBoard; ``convergence/flagged`` (0 or 1) through ``self.log`` at the end of every epoch, to be monitored.
+
+    Args:
+        stop: stop training, on all ranks, as soon as something is flagged.
+        float_batches: training batches on which the loss of the float model is measured before the first step.
+        statistics_batches: batches per epoch on which the points are measured.
+        seed: decides which batches are drawn from shuffled data.
+
+    Raises:
+        MisconfigurationException: a value is not one of the choices, or QuantizationAwareTraining is missing.
+
+    Attributes:
+        series: what was recorded.
+        result: the latest judgement.
+
+    Example::
+
+        trainer = Trainer(callbacks=[QuantizationAwareTraining(), Calibration(), ConvergenceMonitor(stop=True)])
+    """
+
+    def __init__(self, stop: bool = False, float_batches: int = 16, statistics_batches: int = 1, seed: int = 0) -> None:
+        require_positive("ConvergenceMonitor", float_batches=float_batches, statistics_batches=statistics_batches)
+        self.stop = stop
+        self.float_batches = float_batches
+        self.statistics_batches = statistics_batches
+        self.seed = seed
+        self.series = TrainingSeries()
+        self.result: ConvergenceResult | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._losses = LossHistory()
+        self._is_finite = True
+        self._statistics = LayerStatistics(batches=self.statistics_batches, log=False, seed=self.seed)
+        self._codes_before: dict[str, WeightCodes] = {}
+        self._zero: dict[int, set[str]] = {}
+        self._gradient_steps = 0
+        self._next_look = FIRST_LOOK
+        self._started = False
+        self._warned: set[str] = set()
+        self._batch: tuple[Any, int] | None = None
+
+    # -- recording
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        require_quantization(trainer, "ConvergenceMonitor")
+        if stage == "fit":
+            self.series, self.result = TrainingSeries(), None
+            self._reset()
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._started and is_calibrated(pl_module) and _quantizes(pl_module):
+            self._start(trainer, pl_module)
+        self._batch = (batch, batch_idx)
+
+    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure what QAT starts from: the float model's loss and metrics, the calibrated metrics, scales, codes."""
+        self._started = True
+        self._statistics.note_start(trainer, pl_module)
+        if trainer.global_step > 0 and self.series.calibrated is not None:
+            return  # resumed: what QAT started from is in the checkpoint
+        finetune = finetune_copy(
+            trainer, pl_module, batches=self.float_batches, eval_batches=1, state="off", zero_lr=True
+        )
+        loss, error = finetune.train_loss, finetune.train_loss_error
+        self.series = replace(
+            self.series,
+            float_loss=(loss, error) if loss is not None and error is not None else None,
+            float_model=measure_in_state(trainer, pl_module, "off", math.inf),
+            calibrated=measure_in_state(trainer, pl_module, "quantize", math.inf),
+        )
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if self._started and not self.series.first_bad and not bool(torch.isfinite(loss.detach()).all()):
+            # now: after the step, every weight may be NaN
+            self.series = replace(self.series, first_bad=self._first_bad(trainer, pl_module))
+
+    @override
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        if self._started and self._gradient_steps < GRADIENT_STEPS * max(1, len(trainer.optimizers)):
+            self._gradient_steps += 1
+            own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            zero = {
+                name
+                for name, p in pl_module.named_parameters()
+                if id(p) in own
+                and p.grad is not None
+                and not bool(p.grad.any())
+                and REGION_NAME not in name.split(".")  # a learned scale of values that are all zero has none
+            }
+            number = next((i for i, o in enumerate(trainer.optimizers) if _is_same(o, optimizer)), 0)
+            self._zero[number] = self._zero[number] & zero if number in self._zero else zero
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = None
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if not self._started or not isinstance(loss, Tensor) or loss.numel() != 1:
+            return
+        # Lightning divides by the number of accumulated batches
+        value = float(loss) * max(1, trainer.accumulate_grad_batches)
+        self._losses.append(value)
+        self._is_finite = self._is_finite and math.isfinite(value)
+        if self._losses.steps >= self._next_look or self._broke(trainer):
+            self._next_look = 2 * self._losses.steps
+            self._judge(trainer, pl_module)
+
+    def _broke(self, trainer: pl.Trainer) -> bool:
+        """Whether a loss that is not finite has just been met; ranks agree on that now and then, as it costs a sync."""
+        if self.result is not None and self.result.verdict == "not finite":
+            return False
+        if trainer.world_size == 1:
+            return not self._is_finite
+        if self._losses.steps % max(1, trainer.log_every_n_steps):  # type: ignore[attr-defined]
+            return False
+        finite = torch.tensor(float(self._is_finite), device=trainer.strategy.root_device)
+        return float(trainer.strategy.reduce(finite, reduce_op="mean")) < 1
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        calibrated = self.series.calibrated
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not self._started or calibrated is None:
+            return
+        logged = {name: float(v) for name, v in trainer.callback_metrics.items() if name in calibrated.metrics}
+        self.series = replace(self.series, metrics=(*self.series.metrics, Measurement(logged)))
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._started:
+            before, earlier = self._statistics.codes, self._codes_before
+            measured = self._statistics.measure(trainer, pl_module, self.statistics_batches)
+            health = _health(measured, self._statistics.codes, before, earlier)
+            self._codes_before = before
+            zero = tuple(sorted(set().union(*self._zero.values()))) if self._zero else ()
+            self.series = replace(self.series, points=(*self.series.points, health), zero_gradients=zero)
+            self._zero, self._gradient_steps = {}, 0
+            self._judge(trainer, pl_module)
+        flagged = self.result is not None and self.result.is_bad
+        pl_module.log("convergence/flagged", float(flagged), sync_dist=False)
+
+    def _first_bad(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+        """Run the step again, on a copy as backward still needs this one, and look for the first bad value."""
+        if self._batch is None:
+            return ""
+        batch, batch_idx = self._batch
+        try:
+            module = copy.deepcopy(pl_module)
+        except Exception:  # attributes that cannot be copied: the verdict does without the name
+            return ""
+        module.trainer = trainer
+        found: list[str] = []
+
+        def watch(path: str, region: Region) -> Tap:
+            def tap(name: str, value: Tensor, quantized: Tensor) -> None:
+                if not found and not bool(torch.isfinite(value).all()):
+                    op = region.graph.by_name[region.plan.by_name[name].op]
+                    found.append(f"{path + ':' if path else ''}{name} ({op.location})")
+
+            return tap
+
+        with undisturbed(trainer, module), ExitStack() as stack:
+            for path, region in find_regions(module).items():
+                stack.enter_context(region.tap(watch(path, region)))
+            run_step(trainer, module, ExtraBatch(batch, batch_idx, 0, False), "train")
+        return found[0] if found else "in the loss itself, as every quantized op is finite"
+
+    # -- judging
+
+    def _judge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.series = replace(self.series, losses=tuple(self._losses.values), steps=self._losses.steps)
+        # rank zero decides for all: its losses are its own, and no rank may stop alone
+        result: ConvergenceResult = trainer.strategy.broadcast(judge_convergence(self.series))
+        self.result = result
+        directory = run_directory(trainer)  # broadcasts: on all ranks
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_result(result, directory, "convergence", formats=("txt", "json"))
+        if result.is_bad and result.verdict not in self._warned:
+            self._warned.add(result.verdict)
+            log_table(trainer.loggers, "convergence", result, steps_taken(trainer))
+            rank_zero_warn(f"ConvergenceMonitor, epoch {trainer.current_epoch}: {result.note}")
+            if self.stop:
+                rank_zero_info("ConvergenceMonitor stops the training (stop=True).")
+        if result.is_bad and self.stop:
+            trainer.should_stop = True
+
+    # -- checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        series = self.series
+        measured = {"calibrated": series.calibrated, "float_model": series.float_model}
+        return {
+            "losses": list(self._losses.values),
+            "stride": self._losses.stride,
+            "float_loss": list(series.float_loss) if series.float_loss else None,
+            "metrics": [dict(m.metrics) for m in series.metrics],
+            **{name: _spelled(m) for name, m in measured.items()},
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._losses = LossHistory(map(float, state_dict["losses"]), int(state_dict["stride"]))
+        self._next_look = max(FIRST_LOOK, 2 * self._losses.steps)
+        loss = state_dict["float_loss"]
+        self.series = TrainingSeries(
+            losses=tuple(self._losses.values),
+            steps=self._losses.steps,
+            float_loss=(float(loss[0]), float(loss[1])) if loss else None,
+            metrics=tuple(Measurement(m) for m in state_dict["metrics"]),
+            calibrated=_measurement(state_dict["calibrated"]),
+            float_model=_measurement(state_dict["float_model"]),
+        )
+
+
+def _quantizes(pl_module: pl.LightningModule) -> bool:
+    return any(region.current_state == "quantize" for region in find_regions(pl_module).values())
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return getattr(one, "_optimizer", one) is getattr(other, "_optimizer", other)
+
+
+def _health(
+    result: LayerStatisticsResult,
+    codes: Mapping[str, WeightCodes],
+    before: Mapping[str, WeightCodes],
+    earlier: Mapping[str, WeightCodes],
+) -> dict[str, PointHealth]:
+    return {
+        (f"{row.region}:{row.point}" if row.region else row.point): PointHealth(
+            scale_drift=row.scale_drift,
+            sqnr=row.sqnr,
+            clipped_share=row.clipped_share,
+            clips=row.error_source == "clipping",
+            flip_rate=row.flip_rate,
+            return_rate=_return_rate(*(c.get(row.region, {}).get(row.point) for c in (codes, before, earlier))),
+        )
+        for row in result.rows
+    }
+
+
+def _return_rate(now: Tensor | None, before: Tensor | None, earlier: Tensor | None) -> float | None:
+    """Of the codes that changed since the last measurement, the share that is back where it was the time before."""
+    if now is None or before is None or earlier is None or not now.shape == before.shape == earlier.shape:
+        return None
+    flipped = now != before
+    count = int(flipped.sum())
+    return int((flipped & (now == earlier)).sum()) / count if count else None
+
+
+def _spelled(measurement: Measurement | None) -> dict[str, dict[str, float]] | None:
+    if measurement is None:
+        return None
+    return {"metrics": dict(measurement.metrics), "standard_errors": dict(measurement.standard_errors)}
+
+
+def _measurement(stored: Mapping[str, Mapping[str, float]] | None) -> Measurement | None:
+    return Measurement(stored["metrics"], stored["standard_errors"]) if stored else None

@@ -1,0 +1,206 @@
+"""The callback that climbs the whole ladder and gives one verdict: pipeline, hyperparameters or quantization."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from typing_extensions import override
+
+from lightning_qat.analysis.fingerprint import Fingerprint
+from lightning_qat.analysis.pipeline_check import PipelineCheckResult, judge_pipeline
+from lightning_qat.analysis.pipeline_ladder import RUNGS
+from lightning_qat.callbacks.analysis_pass import is_calibrated
+from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
+from lightning_qat.callbacks.extra_pass import misconfiguration, require_regions
+from lightning_qat.callbacks.pipeline_fingerprint import take_fingerprint
+from lightning_qat.callbacks.pipeline_rung import PipelineRung
+from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.callbacks.starting_point import StartingPoint
+
+_FINGERPRINT_BATCHES = 8
+_LONGER = 10
+"""A check after a flag looks at most so many times longer than one before training."""
+
+
+class PipelineCheck(PipelineRung):
+    """Find out whether the pipeline, the hyperparameters or quantization is to blame, before training or on demand.
+
+    Climbs a ladder; every rung changes one thing, and the first one that breaks names the culprit (C3, C4, C6): 0 the
+    float model as it is; 1 fake-quant inserted and off, bit by bit; 2 learning rate 0, batch norm fixed; 3 the same,
+    batch norm moving; 4 quantized, learning rate 0; 5 trained as in QAT, without fake-quant; 6 QAT itself. Every rung
+    trains a deep copy with fresh loaders, and nothing of the run is changed, bit for bit.
+
+    With a ``reference`` of the float run the verdict also says *what* is misaligned (C5): the fingerprint that
+    :class:`PipelineFingerprint` or ``python -m lightning_qat fingerprint`` writes. Without it, wrong labels, a wrong
+    loss and a wrong checkpoint cannot be told from a right one.
+
+    It runs before ``at_epoch``, and once more at the next epoch boundary after :class:`ConvergenceMonitor` has flagged
+    the run, then with the weights, optimizers and schedules that the run started from (a copy of them is kept in main
+    memory), and for as many batches as it took until the flag, up to ten times ``batches``.
+
+    Goes to: ``pipeline_check.txt|json`` in the run's ``lightning_qat`` directory, TensorBoard, the terminal; a warning
+    unless the verdict is healthy. Rungs 5 and 6 need automatic optimization.
+
+    Args:
+        reference: path of the float run's fingerprint, or its metrics such as ``{val_acc: 0.98}``.
+        batches: training batches per rung and rank.
+        eval_batches: validation batches per evaluation and rank; all if not given.
+        at_epoch: before which epoch it runs; None for only after a flag.
+        after_flag: run after ConvergenceMonitor has flagged the run.
+        stop: stop training on a bad verdict.
+        rungs: numbers of the rungs; all if not given.
+
+    Raises:
+        MisconfigurationException: a value is not one of the choices, or the reference cannot be read.
+
+    Attributes:
+        result: evidence and verdict, after it ran.
+
+    Example::
+
+        trainer = Trainer(callbacks=[QuantizationAwareTraining(), Calibration(), ConvergenceMonitor(),
+                                     PipelineCheck(reference="pipeline_fingerprint.json")])
+    """
+
+    name = "pipeline_check"
+
+    def __init__(
+        self,
+        reference: str | dict[str, float] | None = None,
+        batches: int = 50,
+        eval_batches: int | None = None,
+        at_epoch: int | None = 0,
+        after_flag: bool = True,
+        stop: bool = False,
+        rungs: list[int] | None = None,
+    ) -> None:
+        super().__init__(batches, eval_batches, at_epoch, stop)
+        unknown = [number for number in rungs or () if number not in RUNGS]
+        if unknown or (rungs is not None and not rungs):
+            raise MisconfigurationException(
+                f"PipelineCheck(rungs={rungs}): write numbers from 0 to {RUNGS[-1]}, such as [2, 3]; all if left out."
+            )
+        if at_epoch is None and not after_flag:
+            raise MisconfigurationException(
+                "PipelineCheck(at_epoch=None, after_flag=False) never runs: write at_epoch=0."
+            )
+        if reference is not None and not isinstance(reference, (str, dict)):
+            raise MisconfigurationException(
+                f"PipelineCheck(reference={reference!r}): write the path of a fingerprint, or {{'val_acc': 0.98}}."
+            )
+        self.reference = reference
+        self.after_flag = after_flag
+        self.rungs = tuple(sorted({0, *(rungs if rungs is not None else RUNGS)}))
+        self._known: Fingerprint | dict[str, float] | None = None
+        self._start: tuple[int, StartingPoint] | None = None
+        self._flag_done = False
+        self._flag = ""
+        self._steps = 0
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._known = self.read_reference()
+            self._start, self._flag, self._flag_done, self._steps = None, "", False, 0
+
+    def read_reference(self) -> Fingerprint | dict[str, float] | None:
+        """Read what the float run has left.
+
+        Raises:
+            MisconfigurationException: the file is missing or something else.
+        """
+        if not isinstance(self.reference, str):
+            return self.reference
+        with misconfiguration():
+            return Fingerprint.from_json(self.reference)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        later = self._monitor(trainer) is not None or bool(self.at_epoch and not self._done)
+        if self._start is None and later and is_calibrated(pl_module):
+            self._start = trainer.global_step, StartingPoint(trainer, pl_module)
+        self._steps += 1
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        self._run_after_flag(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.at_epoch is not None:
+            super().on_train_end(trainer, pl_module)
+        self._run_after_flag(trainer, pl_module)
+
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineCheckResult:
+        """Measure and judge now; nothing is written.
+
+        Args:
+            trainer: with optimizers.
+            pl_module: its module, with fake-quant inserted.
+        """
+        self._known = self.read_reference()
+        return self.measure_rungs(trainer, pl_module)
+
+    @override
+    def measure_rungs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineCheckResult:
+        """Measure and judge the rungs, from the weights that the run started from."""
+        require_regions(pl_module, "PipelineCheck")
+        started, start = self._start if self._start is not None else (trainer.global_step, None)
+        known = self._known
+        if started > 0 and known is not None:
+            rank_zero_warn(
+                "PipelineCheck knows only weights that were trained on since the float run (resumed, or start_epoch): "
+                "they are not compared with the reference.",
+                category=PossibleUserWarning,
+            )
+            known = None
+        batches = min(max(self.batches, self._steps), _LONGER * self.batches) if self._flag else self.batches
+        with start.restored(trainer, pl_module) if start is not None else nullcontext():
+            size = known.batches if isinstance(known, Fingerprint) else 0
+            here = take_fingerprint(trainer, pl_module, size or _FINGERPRINT_BATCHES)
+            if _freezes(trainer):  # asked for, so it is nothing to be suspicious of
+                here = replace(here, modes={mode: names for mode, names in here.modes.items() if mode != "eval"})
+            ladder = self.measure_ladder(trainer, pl_module, self.rungs, batches)
+        return judge_pipeline(ladder, known, here, self.rungs, self._flag)
+
+    def _run_after_flag(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        monitor = self._monitor(trainer)
+        if self._flag_done or monitor is None or monitor.result is None or not monitor.result.is_bad:
+            return
+        self._flag_done = True
+        self._flag = monitor.result.verdict
+        rank_zero_info(f"ConvergenceMonitor has flagged this run ({self._flag}): PipelineCheck looks for the cause.")
+        self.run_check(trainer, pl_module)
+
+    def _monitor(self, trainer: pl.Trainer) -> ConvergenceMonitor | None:
+        callbacks = trainer.callbacks if self.after_flag else ()  # type: ignore[attr-defined]
+        return next((c for c in callbacks if isinstance(c, ConvergenceMonitor)), None)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "flag_done": self._flag_done}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._flag_done = bool(state_dict["flag_done"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_start": None}
+
+
+def _freezes(trainer: pl.Trainer) -> bool:
+    """Whether QuantizationAwareTraining keeps modules in eval mode."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    qat = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
+    return qat is not None and (qat.freeze_batch_norm_after is not None or bool(qat.frozen_parts.first_epochs))

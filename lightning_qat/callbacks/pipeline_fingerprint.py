@@ -1,0 +1,241 @@
+"""The callback that takes the fingerprint of a training pipeline, and the function behind it."""
+
+from __future__ import annotations
+
+import math
+import platform
+import re
+import statistics
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from torch import nn
+from typing_extensions import override
+
+from lightning_qat.analysis.fingerprint import (
+    Fingerprint,
+    batch_norm_summary,
+    deviating_modes,
+    weight_digests,
+)
+from lightning_qat.callbacks import _compat
+from lightning_qat.callbacks.analysis_loaders import Stage
+from lightning_qat.callbacks.analysis_pass import require_positive, seeded
+from lightning_qat.callbacks.evaluation import evaluate
+from lightning_qat.callbacks.extra_pass import analysis_batches, run_step, undisturbed
+from lightning_qat.callbacks.output_directory import run_directory
+from lightning_qat.callbacks.step_summary import StageSummary, evaluates_randomly, summarize
+from lightning_qat.callbacks.training_copy import loss_of
+from lightning_qat.quantization.preservation import preserved_modes
+from lightning_qat.quantization.region import REGION_NAME, find_regions
+
+_PACKAGES = ("lightning-qat", "torch", "lightning", "torchmetrics", "numpy")
+_STAGES: tuple[Stage, ...] = ("train", "validate")
+FILE_NAME = "pipeline_fingerprint.json"
+
+
+class PipelineFingerprint(Callback):
+    """Write the fingerprint of a float training pipeline, to be compared with that of QAT (C5).
+
+    Add it to the float run: at the end of training it looks at the first batches of the training and validation data
+    with the trained weights, and writes ``pipeline_fingerprint.json`` to the run's ``lightning_qat`` directory. Hand
+    that to ``PipelineCheck(reference=...)`` in the QAT run. The run is not changed, bit for bit. For a project that has
+    been trained already: ``python -m lightning_qat fingerprint``.
+
+    Args:
+        batches: batches per stage and rank.
+        seed: decides which batches are drawn from shuffled data.
+
+    Attributes:
+        fingerprint: after training.
+
+    Example::
+
+        trainer = Trainer(callbacks=[PipelineFingerprint()])
+    """
+
+    def __init__(self, batches: int = 8, seed: int = 0) -> None:
+        require_positive("PipelineFingerprint", batches=batches)
+        self.batches = batches
+        self.seed = seed
+        self.fingerprint: Fingerprint | None = None
+        self._optimizers: list[dict[str, Any]] = []
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": self._optimizers}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._optimizers = state_dict["optimizers"]
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 0:  # at the end the schedule has brought the learning rate down
+            self._optimizers = [_optimizer(optimizer, pl_module) for optimizer in trainer.optimizers]
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        fingerprint = take_fingerprint(trainer, pl_module, self.batches, self.seed)
+        self.fingerprint = replace(fingerprint, optimizers=self._optimizers or fingerprint.optimizers)
+        directory = run_directory(trainer)  # broadcasts: on all ranks
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            path = self.fingerprint.to_json(Path(directory) / FILE_NAME)
+            rank_zero_info(f"Fingerprint of this pipeline: {path}. In QAT: PipelineCheck(reference={str(path)!r}).")
+
+
+def take_fingerprint(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int = 8, seed: int = 0
+) -> Fingerprint:
+    """Look at a pipeline with the present weights; fake-quant is off meanwhile. Leaves no trace.
+
+    Args:
+        trainer: the running trainer, with optimizers if it trains.
+        pl_module: its module.
+        batches: batches per stage and rank.
+        seed: of the random state while it looks.
+
+    Raises:
+        MisconfigurationException: there is no data at all.
+    """
+    stages: dict[str, StageSummary] = {}
+    losses: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    with ExitStack() as stack:
+        for region in find_regions(pl_module).values():
+            stack.enter_context(region.state("off", updates=()))
+        for stage in _STAGES:
+            if _compat.attached_loader(trainer, stage) is None:
+                continue
+            with undisturbed(trainer, pl_module, trains=True), seeded(seed + trainer.global_rank):
+                stages[stage] = summarize(trainer, pl_module, stage, batches)
+        if _compat.attached_loader(trainer, "train") is not None:
+            for mode in ("eval", "train"):
+                with undisturbed(trainer, pl_module, trains=True), seeded(seed + trainer.global_rank):
+                    loss = _training_loss(trainer, pl_module, batches, mode)
+                if loss is not None:
+                    name = f"train_loss (batch norm in {mode})"
+                    losses[name] = loss[0]
+                    errors |= {name: loss[1]} if loss[1] is not None else {}
+        with seeded(seed + trainer.global_rank):
+            evaluation = evaluate(trainer, pl_module, limit=batches)
+        with undisturbed(trainer, pl_module, trains=True):
+            is_random = evaluates_randomly(trainer, pl_module, seed + trainer.global_rank)
+    return Fingerprint(
+        data={stage: summary.data for stage, summary in stages.items()},
+        model_inputs={stage: summary.inputs for stage, summary in stages.items()},
+        losses=losses,
+        metrics=evaluation.metrics,
+        standard_errors={**evaluation.standard_errors, **errors},
+        modes=_modes(pl_module),
+        batch_norm=batch_norm_summary(pl_module),
+        optimizers=[_optimizer(optimizer, pl_module) for optimizer in trainer.optimizers],
+        schedulers=[
+            {"class": type(config.scheduler).__name__, "interval": config.interval, "frequency": config.frequency}
+            for config in trainer.lr_scheduler_configs
+        ],
+        settings=_settings(trainer, pl_module),
+        datasets=_datasets(trainer),
+        weights=weight_digests(pl_module),
+        versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        agreement={stage: summary.agreement for stage, summary in stages.items()},
+        random_evaluation=is_random,
+        swapped=stages["validate"].swapped if "validate" in stages else [],
+        batches=batches,
+    )
+
+
+def _training_loss(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int, mode: str
+) -> tuple[float, float | None] | None:
+    """Mean training loss and its standard error, with everything as in training but batch norm in the given mode."""
+    losses = []
+    for extra in analysis_batches(trainer, pl_module, batches, "train"):
+        pl_module.train()
+        for module in pl_module.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(mode == "train")
+        with torch.no_grad():
+            loss = loss_of(run_step(trainer, pl_module, extra, "train"))
+        if loss is not None and loss.numel() == 1:
+            losses.append(float(loss.detach()))
+    if not losses:
+        return None
+    mean = torch.tensor(statistics.fmean(losses), device=trainer.strategy.root_device)
+    spread = len(losses) > 1 and all(map(math.isfinite, losses))
+    error = statistics.stdev(losses) / math.sqrt(len(losses) * trainer.world_size) if spread else None
+    return float(trainer.strategy.reduce(mean, reduce_op="mean")), error
+
+
+def _modes(pl_module: pl.LightningModule) -> dict[str, list[str]]:
+    """Submodules that are not in the mode of the module, in training and while it is evaluated."""
+    modes = deviating_modes(pl_module)
+    with preserved_modes(pl_module):
+        pl_module.eval()
+        if _compat.is_overridden("on_validation_model_eval", pl_module):
+            _compat.call_hook(pl_module, "on_validation_model_eval")
+        training = deviating_modes(pl_module).get("train")
+    return {**modes, "train in evaluation": training} if training else modes
+
+
+def _optimizer(optimizer: Any, pl_module: pl.LightningModule) -> dict[str, Any]:
+    """Class and settings of an optimizer; learned scales are left out, a float run has none."""
+    bare = getattr(optimizer, "_optimizer", optimizer)
+    scales = {id(p) for name, p in pl_module.named_parameters() if REGION_NAME in name.split(".")}
+    groups = []
+    for group in bare.param_groups:
+        weights = [p for p in group["params"] if id(p) not in scales]
+        if group["params"] and not weights:
+            continue
+        settings = {k: _primitive(v) for k, v in group.items() if k != "params"}
+        groups.append({**settings, "parameters": sum(p.numel() for p in weights)})
+    return {"class": type(bare).__name__, "groups": groups}
+
+
+def _settings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    loader = _compat.attached_loader(trainer, "train")
+    return {
+        "precision": str(trainer.precision),
+        "batch_size": getattr(loader, "batch_size", None),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": _primitive(trainer.gradient_clip_val),
+        "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm),
+        "world_size": trainer.world_size,
+        "max_epochs": trainer.max_epochs,
+        "automatic_optimization": pl_module.automatic_optimization,
+    }
+
+
+def _datasets(trainer: pl.Trainer) -> dict[str, str]:
+    """Class or representation of the datasets, with their transforms; memory addresses say nothing and are cut off."""
+    found: dict[str, str] = {}
+    for stage in _STAGES:
+        dataset = getattr(_compat.attached_loader(trainer, stage), "dataset", None)
+        if dataset is None:
+            continue
+        attributes = getattr(dataset, "__dict__", {})
+        transforms = [value for name, value in attributes.items() if "transform" in name and value is not None]
+        found[str(stage)] = "; ".join(re.sub(r" (object )?at 0x[0-9a-f]+", "", repr(v)) for v in (dataset, *transforms))
+    return found
+
+
+def _primitive(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else value.tolist()
+    if isinstance(value, (tuple, list)):
+        return [_primitive(v) for v in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,222 @@
+"""The verdict of the whole ladder, from planted numbers (C3 to C6)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_qat.analysis.fingerprint import Fingerprint
+from lightning_qat.analysis.fingerprint_differences import compare_fingerprints, compare_stages
+from lightning_qat.analysis.pipeline_check import PipelineCheckResult, judge_pipeline
+from lightning_qat.analysis.pipeline_ladder import RUNGS, Ladder, OffComparison
+from lightning_qat.analysis.pipeline_rows import Finetune, Measurement
+from lightning_qat.analysis.tensor_summary import TensorSummary
+from lightning_qat.reporting.tables import console_text
+
+FLOAT = Measurement({"val_acc": 0.98, "val_loss": 0.06}, {"val_acc": 0.004, "val_loss": 0.02})
+HERE = Fingerprint(
+    weights={"conv": "1f"},
+    metrics={"val_acc": 0.98},
+    losses={"train_loss (batch norm in eval)": 0.05},
+    standard_errors={"val_acc": 0.01},
+    agreement={"train": {"model=1": 0.99}, "validate": {"model=1": 0.98}},
+    batches=8,
+)
+
+
+def finetune(val_acc: float, **kwargs: Any) -> Finetune:
+    return Finetune(Measurement({"val_acc": val_acc, "val_loss": 0.06}), 50, **({"changed_parameters": ()} | kwargs))
+
+
+def trained(val_acc: float, **kwargs: Any) -> Finetune:
+    return finetune(val_acc, **({"changed_parameters": ("w",), "learning_rates": (0.1, 0.1)} | kwargs))
+
+
+def judged(
+    reference: Any = HERE, here: Fingerprint | None = HERE, flag: str = "", **kwargs: Any
+) -> PipelineCheckResult:
+    """A healthy ladder but for what is given."""
+    healthy: dict[str, Any] = {
+        "float_model": FLOAT,
+        "off": OffComparison(20),
+        "batch_norm_frozen": finetune(0.98),
+        "batch_norm_moving": finetune(0.979),
+        "calibrated": Measurement({"val_acc": 0.97}, {"val_acc": 0.005}),
+        "quantized": finetune(0.969),
+        "float_finetune": trained(0.975),
+        "qat": trained(0.974),
+        "points": ("conv.output (int8, 3 dB)",),
+        "total_steps": 1000,
+    }
+    return judge_pipeline(Ladder(**(healthy | kwargs)), reference, here, RUNGS, flag)
+
+
+@pytest.mark.parametrize(
+    ("broken", "verdict", "rung"),
+    [
+        ({}, "healthy", None),
+        ({"off": OffComparison(20, ("conv",))}, "pipeline misaligned", 1),
+        ({"batch_norm_frozen": finetune(0.5)}, "pipeline misaligned", 2),
+        ({"batch_norm_moving": finetune(0.5)}, "pipeline misaligned", 3),
+        ({"quantized": finetune(0.5), "qat": trained(0.5)}, "quantization error", 4),
+        ({"calibrated": Measurement({"val_acc": 0.3}), "qat": trained(0.5)}, "quantization error", 4),
+        ({"float_finetune": trained(0.1), "qat": trained(0.1)}, "hyperparameters", 5),
+        ({"float_finetune": trained(0.975, train_loss=math.nan)}, "hyperparameters", 5),
+        ({"qat": trained(0.1)}, "quantization error", 6),
+        ({"qat": trained(0.97, train_loss=math.inf)}, "quantization error", 6),
+    ],
+)
+def test_first_rung_that_breaks_gives_the_verdict(broken: dict[str, Any], verdict: str, rung: int | None) -> None:
+    """Design 9."""
+    result = judged(**broken)
+    assert (result.verdict, result.rung) == (verdict, rung), result.note
+    if rung is not None:
+        assert result.note.startswith(f"{verdict} (rung {rung}, ")
+
+
+@given(st.sets(st.sampled_from([2, 3, 5, 6])))
+def test_lowest_broken_rung_decides_whatever_breaks_above(broken: set[int]) -> None:
+    """Each rung changes one thing: what breaks above follows."""
+    fields = {2: "batch_norm_frozen", 3: "batch_norm_moving", 5: "float_finetune", 6: "qat"}
+    make = {2: finetune, 3: finetune, 5: trained, 6: trained}
+    changed: dict[str, Any] = {fields[n]: make[n](0.1) for n in broken}
+    result = judged(**changed)
+    assert result.rung == (min(broken) if broken else None)
+
+
+def test_what_training_wins_back_is_no_collapse() -> None:
+    """C6: calibration that loses the accuracy is the starting point of QAT, not its end."""
+    result = judged(calibrated=Measurement({"val_acc": 0.3}), quantized=finetune(0.2))
+    assert result.verdict == "healthy"
+    assert "QAT wins it back" in result.note
+    assert "conv.output" in result.note
+
+
+def test_quantization_error_names_the_worst_points_and_the_next_step() -> None:
+    """F."""
+    result = judged(qat=trained(0.1))
+    assert "Worst points: conv.output (int8, 3 dB)" in result.note
+    assert "SensitivityAnalysis()" in result.note
+
+
+def test_without_a_reference_labels_and_loss_may_be_to_blame() -> None:
+    """Design 9: it says so, and prints the command that would tell."""
+    result = judged(reference=None, here=None, float_finetune=trained(0.1))
+    assert result.verdict == "cannot tell"
+    assert "python -m lightning_qat fingerprint" in result.note
+    own_answers = judged(reference=None, float_finetune=trained(0.1))
+    assert own_answers.verdict == "hyperparameters"
+
+
+def test_labels_that_the_model_contradicts_are_convicted_without_a_reference() -> None:
+    """C5."""
+    wrong = dataclasses.replace(HERE, agreement={"train": {"model=1": 0.1}, "validate": {"model=1": 0.98}})
+    result = judged(reference=None, here=wrong, float_finetune=trained(0.1))
+    assert result.verdict == "pipeline misaligned"
+    assert "do labels and inputs belong together" in result.cause
+
+
+def test_rising_loss_and_falling_score_are_hyperparameters_before_the_collapse() -> None:
+    """C3: a paired test on the same batches; one of the two alone is no verdict."""
+    flat, rising = tuple([0.1, 0.12] * 20), tuple([0.3, 0.33] * 20)
+    moving = finetune(0.979, losses=flat)
+    both = judged(batch_norm_moving=moving, float_finetune=trained(0.93, losses=rising))
+    assert (both.verdict, both.rung) == ("hyperparameters", 5)
+    assert "raises the training loss on the same batches (0.11 -> 0.315)" in both.note
+    assert judged(batch_norm_moving=moving, float_finetune=trained(0.93, losses=flat)).verdict == "healthy"
+    assert judged(batch_norm_moving=moving, float_finetune=trained(0.979, losses=rising)).verdict == "healthy"
+
+
+def test_clipping_that_leaves_nothing_is_a_hyperparameter() -> None:
+    """C3: nothing collapses, as nothing moves; small steps alone, or clipping that does no harm, are no verdict."""
+    nothing = trained(0.98, gradient_kept=1e-9, step_size=1e-9)
+    assert judged(float_finetune=nothing).verdict == "hyperparameters"
+    assert "Raise gradient_clip_val" in judged(float_finetune=nothing).note
+    assert judged(float_finetune=trained(0.98, gradient_kept=1e-9, step_size=1e-3)).verdict == "healthy"
+    assert judged(float_finetune=trained(0.98, gradient_kept=1.0, step_size=1e-9)).verdict == "healthy"
+
+
+def test_training_that_moves_nothing_is_no_verdict() -> None:
+    result = judged(float_finetune=finetune(0.98))
+    assert result.verdict == "cannot tell"
+
+
+def test_flag_without_a_broken_rung_asks_for_a_longer_look() -> None:
+    """C1."""
+    result = judged(flag="weights oscillate")
+    assert result.verdict == "cannot tell"
+    assert "(weights oscillate)" in result.note
+    assert "PipelineCheck(batches=500)" in result.note
+
+
+def test_other_loss_of_the_same_model_is_rung_2_with_its_cause() -> None:
+    """C5: smaller is as suspicious as larger."""
+    for loss, words in ((0.2, "scaled by 4?"), (0.02, "a term missing")):
+        here = dataclasses.replace(HERE, losses={"train_loss (batch norm in eval)": loss})
+        result = judged(here=here)
+        assert (result.verdict, result.rung) == ("pipeline misaligned", 2)
+        assert words in result.cause
+
+
+def test_same_samples_must_give_the_same_metric() -> None:
+    """C5, rung 0: what other samples would change is no excuse then."""
+    summary = TensorSummary("0", "float32", (1,), 8, (0.5,), (1.0,), (0.1,), (0.0,), (1.0,))
+    known, same = (dataclasses.replace(HERE, data={"validate": (summary,)}) for _ in range(2))
+    lower = dataclasses.replace(same, metrics={"val_acc": 0.965})
+    assert judged(reference=known, here=lower).rung == 0
+    other = dataclasses.replace(lower, data={"validate": (dataclasses.replace(summary, mean=(0.52,)),)})
+    assert judged(reference=known, here=other).verdict == "healthy"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"agreement": {"train": {"model=1": 0.1}}}, "labels (train, 1): 10% are what the model answers (model)"),
+        ({"random_evaluation": True}, "another random layer, active in evaluation?"),
+        ({"swapped": ["conv"]}, "the weights of conv are others while validation runs"),
+        ({"modes": {"train in evaluation": ["drop"]}}, "in train mode while evaluating, only here: drop"),
+        ({"settings": {"gradient_clip_val": 1e-6}}, "gradients are clipped to less than a tenth"),
+    ],
+)
+def test_strong_differences_are_spelled(change: dict[str, Any], words: str) -> None:
+    """C5; and the float run's own habits are no difference."""
+    here = dataclasses.replace(HERE, **change)
+    (row,) = compare_fingerprints(HERE, here).strong
+    assert words in row.what
+    assert compare_fingerprints(here, here).rows == ()
+
+
+def test_metric_that_alone_differs_is_computed_in_another_way() -> None:
+    both = dataclasses.replace(HERE, metrics={"val_acc": 0.98, "val_loss": 0.1})
+    wrong = dataclasses.replace(HERE, metrics={"val_acc": 0.1, "val_loss": 0.1})
+    (row,) = compare_fingerprints(both, wrong).strong
+    assert "while val_loss is the same: computed from another output" in row.what
+
+
+def test_training_inputs_are_compared_with_validation_inputs() -> None:
+    """C5 without a reference."""
+    normal = TensorSummary("model.0", "float32", (1,), 64, (0.0,), (1.0,), (0.01,), (-2.0,), (2.0,))
+    raw = dataclasses.replace(normal, mean=(4.9,), std=(6.0,))
+    here = Fingerprint(model_inputs={"train": (raw,), "validate": (normal,)})
+    assert "normalization missing here?" in compare_stages(here).strong[0].what
+    assert compare_stages(Fingerprint(model_inputs={"train": (normal,), "validate": (normal,)})).rows == ()
+
+
+def test_result_is_whole_in_json_and_fits_the_terminal(tmp_path: Path) -> None:
+    here = dataclasses.replace(HERE, losses={"train_loss (batch norm in eval)": 0.2}, weights={"conv": "2e"})
+    result = judged(here=here, batch_norm_moving=finetune(0.1, moved_buffers={"bn.running_mean": 0.9}))
+    data = json.loads(result.to_json(tmp_path / "check.json").read_text())
+    assert data["rung"] == 2
+    assert data["differences"]["rows"][0]["part"] == "weights"
+    for width in (80, 120):
+        for part in result.parts():
+            text = console_text(part, width)
+            assert max(map(len, text.splitlines())) <= width
+            assert "…" not in text

@@ -1,0 +1,269 @@
+"""ConvergenceMonitor: early on sick runs, silent on healthy ones, and without a trace (C1, C2)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from lightning_qat.analysis.fingerprint import weight_digests
+from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
+from lightning_qat.callbacks.finetune_copy import finetune_copy
+from lightning_qat.callbacks.pipeline_fingerprint import take_fingerprint
+from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.quantization.parameter_groups import parameter_groups
+from lightning_qat.quantization.qconfig import QConfig
+from tests.callbacks.small_digits import Digits, pretrained, qat_trainer
+
+FLAGGED = "ConvergenceMonitor, epoch"
+
+
+def monitored(directory: Path, model: Digits, seed: int = 0, **kwargs: Any) -> tuple[ConvergenceMonitor, Trainer]:
+    seed_everything(seed, verbose=False)
+    monitor = kwargs.pop("monitor", None) or ConvergenceMonitor(float_batches=4)
+    trainer = qat_trainer(directory, monitor, **{"max_epochs": 3, **kwargs})
+    trainer.fit(model)
+    return monitor, trainer
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_healthy_run_is_silent(seed: int, tmp_path: Path) -> None:
+    """C1: warnings are errors here."""
+    monitor, trainer = monitored(tmp_path, pretrained(), seed)
+    assert monitor.result is not None
+    assert monitor.result.verdict == "healthy"
+    assert trainer.callback_metrics["convergence/flagged"] == 0
+    assert len(monitor.series.losses) == 3 * 18
+    assert len(monitor.series.metrics) == len(monitor.series.points) == 3
+    assert monitor.series.calibrated is not None
+    assert monitor.series.calibrated.standard_errors
+
+
+def test_collapsed_metric_is_flagged_after_the_first_epoch(tmp_path: Path) -> None:
+    """C1, C2: training forgets to normalize."""
+    with pytest.warns(UserWarning, match="do not sweep learning rate"):
+        monitor, trainer = monitored(tmp_path, pretrained(normalized_in_training=False, lr=3e-3), max_epochs=1)
+    assert monitor.result is not None
+    assert monitor.result.verdict == "metric collapsed"
+    assert trainer.callback_metrics["convergence/flagged"] == 1
+    stored = json.loads((tmp_path / "lightning_qat" / "convergence.json").read_text())
+    assert stored["verdict"] == "metric collapsed"
+    assert (tmp_path / "lightning_qat" / "convergence.txt").exists()
+
+
+def test_stop_ends_training(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=FLAGGED):
+        _, trainer = monitored(
+            tmp_path,
+            pretrained(normalized_in_training=False, lr=3e-3),
+            monitor=ConvergenceMonitor(stop=True, float_batches=4),
+            max_epochs=5,
+        )
+    assert trainer.current_epoch == 1
+
+
+class Dividing(Digits):
+    """From some step on, a division by zero in the middle of the model."""
+
+    broken = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.bn1(self.conv1(x)))
+        h = torch.relu(self.bn2(self.conv2(h))).flatten(1)
+        h = h / (0.0 if self.broken else 1.0)
+        logits: Tensor = self.head(h)
+        return logits
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        type(self).broken = batch_idx == 5
+
+
+def test_loss_that_is_not_finite_names_the_op_and_its_line(tmp_path: Path) -> None:
+    """C1: found before the step has turned every weight to NaN."""
+    model = Dividing()
+    model.load_state_dict(pretrained().state_dict())
+    with pytest.warns(UserWarning, match=r"div_\d+.*test_convergence_monitor.py:\d+"):
+        monitor, _ = monitored(tmp_path, model, max_epochs=1, limit_train_batches=7, limit_val_batches=0)
+    assert monitor.result is not None
+    assert monitor.result.verdict == "not finite"
+    Dividing.broken = False
+
+
+class Detached(Digits):
+    """The first layers get a gradient of exactly zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.bn1(self.conv1(x)))
+        h = torch.relu(self.bn2(self.conv2(h))).flatten(1)
+        logits: Tensor = self.head(h.detach())
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + 0.0 * self.conv1.weight.sum()
+
+
+def test_dead_gradients_are_named(tmp_path: Path) -> None:
+    """C1."""
+    model = Detached()
+    model.load_state_dict(pretrained().state_dict())
+    with pytest.warns(UserWarning, match="dead gradients"):
+        monitor, _ = monitored(tmp_path, model, max_epochs=1)
+    assert "conv1.weight" in monitor.series.zero_gradients
+    assert "head.weight" not in monitor.series.zero_gradients
+
+
+def test_quantization_that_destroys_the_model_is_flagged(tmp_path: Path) -> None:
+    """C1: real quantization error, and too little training to mend it: a plateau above the float loss."""
+    qconfig = QConfig.of({"activation": {"dtype": "int2"}, "weight": {"dtype": "int2"}})
+    with pytest.warns(UserWarning, match="not learning"):
+        monitor, _ = monitored(
+            tmp_path, pretrained(lr=1e-6), quantization=QuantizationAwareTraining(qconfig=qconfig), max_epochs=3
+        )
+    assert monitor.result is not None
+    assert monitor.result.verdict == "not learning"
+
+
+def test_training_is_bit_identical_with_and_without(tmp_path: Path) -> None:
+    """C1: analysis leaves no trace."""
+
+    def trained(*callbacks: Any) -> dict[str, Tensor]:
+        seed_everything(0, verbose=False)
+        model = pretrained()
+        qat_trainer(tmp_path, *callbacks, max_epochs=2).fit(model)
+        return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+    for one, other in zip(trained().values(), trained(ConvergenceMonitor(float_batches=4)).values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_table_goes_to_tensorboard_when_something_is_flagged(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    with pytest.warns(UserWarning, match=FLAGGED):
+        monitored(tmp_path, pretrained(normalized_in_training=False, lr=3e-3), max_epochs=1, logger=logger)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert any(tag.startswith("convergence") for tag in events.Tags()["tensors"])
+    assert "convergence/flagged" in events.Tags()["scalars"]
+
+
+def test_resume_keeps_what_training_started_from(tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    first = ConvergenceMonitor(float_batches=4)
+    trainer = qat_trainer(tmp_path, first, max_epochs=1)
+    model = pretrained()
+    trainer.fit(model)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    second = ConvergenceMonitor(float_batches=4)
+    qat_trainer(tmp_path, second, max_epochs=2).fit(Digits(), ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+    assert second.series.calibrated == first.series.calibrated
+    assert second.series.float_loss == first.series.float_loss
+    assert second.series.losses[:18] == first.series.losses
+    assert second.series.steps == 36
+
+
+@pytest.mark.parametrize("name", ["float_batches", "statistics_batches"])
+def test_bad_values_are_refused(name: str) -> None:
+    with pytest.raises(MisconfigurationException, match=f"{name}=0"):
+        ConvergenceMonitor(**{name: 0})
+
+
+def test_needs_quantization(tmp_path: Path) -> None:
+    trainer = Trainer(callbacks=[ConvergenceMonitor()], default_root_dir=tmp_path, logger=False, max_epochs=1)
+    with pytest.raises(MisconfigurationException, match=r"add QuantizationAwareTraining"):
+        trainer.fit(Digits())
+
+
+def test_model_without_a_loss_or_validation_runs(tmp_path: Path) -> None:
+    """Manual optimization may return nothing."""
+
+    class Manual(Digits):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    monitor, _ = monitored(tmp_path, Manual(), max_epochs=1, limit_val_batches=0)
+    assert monitor.series.losses == ()
+
+
+# -- several processes
+
+
+class OneBadRank(Digits):
+    """One rank meets an infinite loss; its gradient reaches the weights of both."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss / 0.0 if self.trainer.global_rank == 1 and batch_idx == 3 else loss
+
+
+@pytest.mark.filterwarnings("ignore:this strategy trains in child processes")
+@pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks")
+@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
+@pytest.mark.filterwarnings("ignore:ConvergenceMonitor, epoch 0")  # in the child processes
+def test_two_ranks_agree_and_stop_together(tmp_path: Path) -> None:
+    """C1: whichever rank meets it first."""
+
+    class Ranks(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+            monitor = next(c for c in trainer.callbacks if isinstance(c, ConvergenceMonitor))  # type: ignore[attr-defined]
+            assert monitor.result is not None
+            found = [monitor.result.verdict, monitor.result.note, trainer.global_step]
+            torch.save(found, tmp_path / f"{trainer.global_rank}.pt")
+
+    model = OneBadRank()
+    model.load_state_dict(pretrained().state_dict())
+    settings: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 3}
+    qat_trainer(tmp_path, ConvergenceMonitor(stop=True, float_batches=2), Ranks(), **settings).fit(model)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert one == other
+    assert one[0] == "not finite"
+    assert one[2] < 3 * 9
+
+
+def test_learned_scales_are_no_weights(tmp_path: Path) -> None:
+    """C1, C4: neither dead gradients, nor moved weights at learning rate 0, nor part of the digests."""
+
+    class Learned(Digits):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(parameter_groups(self, lr=1e-4), lr=1e-4)
+
+    class Looking(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            self.zero = finetune_copy(
+                trainer, pl_module, batches=3, eval_batches=1, state="quantize", zero_lr=True, updates=()
+            )
+            self.trained = finetune_copy(
+                trainer, pl_module, batches=3, eval_batches=1, state="quantize", zero_lr=False, updates=()
+            )
+            self.digests = weight_digests(pl_module)
+            self.groups = take_fingerprint(trainer, pl_module, batches=1).optimizers[0]["groups"]
+
+    model = Learned()
+    model.load_state_dict(pretrained().state_dict())
+    float_digests = weight_digests(model)
+    looking = Looking()
+    quantization = QuantizationAwareTraining(activation_scales="learned", weight_scales="learned")
+    monitor = ConvergenceMonitor(float_batches=2)
+    qat_trainer(tmp_path, monitor, looking, quantization=quantization, max_epochs=1, limit_train_batches=4).fit(model)
+    assert looking.digests == float_digests
+    assert looking.zero.changed_parameters == ()
+    assert looking.zero.moved_scales == {}
+    assert looking.trained.moved_scales
+    assert not any("_quantization" in name for name in looking.trained.changed_parameters)
+    assert not any("_quantization" in name for name in monitor.series.zero_gradients)
+    assert sum(group["parameters"] for group in looking.groups) == sum(p.numel() for p in Digits().parameters())

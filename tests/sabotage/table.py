@@ -1,0 +1,106 @@
+"""Write what is found and what is missed: ``python -m tests.sabotage.table`` -> ``tests/sabotage/README.md``."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from lightning_qat.reporting.tables import markdown
+from tests.analysis.recorded import recorded_runs
+from tests.sabotage.suite import Outcome, every_outcome
+
+README = Path(__file__).parent / "README.md"
+_VERDICTS = ("pipeline misaligned", "hyperparameters", "quantization error", "healthy", "cannot tell")
+_TEXT = """# What the checks find
+
+Written by `python -m tests.sabotage.table`; checked by `tests/sabotage/test_sabotage.py` (a part of it in `make test`,
+all of it in `make test-full`) and `tests/analysis/test_recorded_runs.py`.
+
+## PipelineCheck: planted faults
+
+Each fault is planted into the same healthy pipeline (`pipelines.py`: two convolutions with batch norm, dropout, two
+terms of loss, AdamW, on the scanned digits). `PipelineCheck(reference=..., batches=40)` runs before training; the
+reference is the fingerprint of the healthy float run. "cause named": the note holds the words that name what was
+planted.
+
+{confusion}
+
+{faults}
+
+Where it is wrong: a weight decay that is a hundred times too strong does no harm within the batches of the check (AdamW
+shrinks the weights by 4 % in 40 steps, and batch norm makes up for it), so no rung breaks and the verdict is `healthy`;
+the note still names the difference to the float run. With decay as a part of Adam's gradient, and 400 batches, it is
+found. `int3, which QAT mends` is no fault: a loss that training wins back must not be called a collapse.
+
+Batches that are merely small do no harm here (batch norm still averages over the pixels of an image), so the planted
+fault is small batches of data sorted by class.
+
+## ConvergenceMonitor: recorded runs
+
+Series of real runs, recorded by `python -m tests.sabotage.record` and judged as they came in: after 32, 64, 128 ...
+steps and at the end of every epoch of {steps} steps. Delay: steps from the first quantized step to the first flag.
+Faults that show in no series (a wrong checkpoint, a loss term, an evaluation that is wrong from the start) are not
+here: nothing collapses, and only `PipelineCheck` can see them.
+
+{summary}
+
+{runs}
+"""
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        outcomes = every_outcome(Path(directory))
+    runs = recorded_runs()
+    detections = [(run, run.detection()) for run in runs]
+    healthy = [found for run, found in detections if not run.is_sick]
+    sick = [found for run, found in detections if run.is_sick]
+    delays = [f[0] for f in sick if f is not None]
+    summary = (
+        f"{len(healthy)} healthy runs, {sum(f is not None for f in healthy)} false alarms; {len(sick)} sick runs, "
+        f"{len(delays)} found, after a median of {statistics.median(delays):g} steps."
+    )
+    rows = [
+        [run.name, "sick" if run.is_sick else "healthy", found[1] if found else "silent", found[0] if found else None]
+        for run, found in sorted(detections, key=lambda pair: (not pair[0].is_sick, pair[0].name))
+    ]
+    README.write_text(
+        _TEXT.format(
+            confusion=_confusion(outcomes),
+            faults=_faults(outcomes),
+            steps=runs[0].steps_per_epoch,
+            summary=summary,
+            runs=markdown(["run", "is", "verdict", "delay (steps)"], rows),
+        )
+    )
+
+
+def _confusion(outcomes: list[Outcome]) -> str:
+    counts = Counter((o.sabotage.verdict, o.verdict) for o in outcomes)
+    right = [verdict for verdict in _VERDICTS if any(o.sabotage.verdict == verdict for o in outcomes)]
+    rows = [[verdict, *(counts[verdict, given] or None for given in _VERDICTS)] for verdict in right]
+    return markdown(["right verdict / given", *_VERDICTS], rows)
+
+
+def _faults(outcomes: list[Outcome]) -> str:
+    rows = []
+    for outcome in outcomes:
+        rows.append(
+            [
+                outcome.sabotage.name,
+                outcome.sabotage.verdict,
+                outcome.verdict if outcome.is_right else f"WRONG: {outcome.verdict}",
+                outcome.rung,
+                outcome.names_the_cause,
+            ]
+        )
+    return markdown(["planted", "right verdict", "given", "rung", "cause named"], rows)
+
+
+if __name__ == "__main__":
+    main()
