@@ -120,7 +120,7 @@ class RepeatableForward:
     def __call__(self) -> Any:
         """Run the forward. What it returns may change when the next one runs: copy what is kept."""
         self._restore()
-        _seed_everything(self.seed)
+        seed_generators(self.seed)
         if not self.copies:
             own = self.call.copied()
             return self.target(*own.args, **own.kwargs)
@@ -141,8 +141,9 @@ class RepeatableForward:
         self._contents.restore()
 
 
-def _seed_everything(seed: int) -> None:
-    """Seed the generators in use; ``torch.manual_seed`` takes a millisecond to note it for devices that are not."""
+def seed_generators(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators in use; ``torch.manual_seed`` also takes a millisecond to note it
+    for devices that are not."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)

@@ -6,14 +6,12 @@ from collections.abc import Callable, Container, Mapping
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from lightning_qat.analysis.sample_axes import SampleAxis, sample_axis
+from lightning_qat.analysis.sample_axes import Key, SampleAxis, sample_axis
 from lightning_qat.quantization.region_mode import BoundPoint
 from lightning_qat.quantization.tensor_leaves import call_leaves
 from lightning_qat.quantization.watched_forward import WeightUse
-
-Key = tuple[str, int, int]
-"""A watched tensor: point, number of its use, number of the op's result."""
 
 _KEPT_BYTES = 2**29
 """So much memory may hold errors from one probe to the next; the others are computed again."""
@@ -56,6 +54,7 @@ class ErrorProducts:
         self._errors: dict[str, list[Callable[[], Tensor]]] = {}
         self._overwritten = overwritten
         self._room = _KEPT_BYTES if probes > 1 else 0
+        self._hooks: list[RemovableHandle] = []
 
     def on_tensor(self, point: BoundPoint, use: int, tensor: Tensor) -> Tensor:
         """Watch an activation. One without a gradient (a region input, a constant) becomes the start of one."""
@@ -108,6 +107,13 @@ class ErrorProducts:
 
             self._watch((op.point.name, use, index), name, result, value, error, needs_value=False)
 
+    def close(self) -> None:
+        """Let go of everything: a hook that knows its own tensor is a cycle that the garbage collector cannot see."""
+        for hook in self._hooks:
+            hook.remove()
+        for held in (self._hooks, self.leaves, self.values, self._kept, self._errors, self._products):
+            held.clear()
+
     def take(self) -> dict[str, Tensor]:
         """Return the products of one backward pass, by point: one for each sample, or one for the batch."""
         products, self._products = self._products, {}
@@ -141,20 +147,20 @@ class ErrorProducts:
         self.values[key] = value
         self._errors.setdefault(name, []).append(error)
 
-        @torch.no_grad()
         def multiply(gradient: Tensor) -> None:
             if needs_value and value.written:
                 self.failed.add(name)
                 return
-            d, axis = self._error(key, error), self.axes.get(key)
-            new = torch.sum(d * gradient).view(1) if axis is None else axis.products(d, gradient)
-            old = self._products.get(name)
-            if old is not None:  # used several times: the errors act together
-                new = old + new if old.numel() == new.numel() else (old.sum() + new.sum()).view(1)
+            with torch.no_grad():
+                d, axis = self._error(key, error), self.axes.get(key)
+                new = torch.sum(d * gradient).view(1) if axis is None else axis.products(d, gradient)
+                old = self._products.get(name)
+                if old is not None:  # used several times: the errors act together
+                    new = old + new if old.numel() == new.numel() else (old.sum() + new.sum()).view(1)
             self._products[name] = new
             self.arrived.add(name)
 
-        tensor.register_hook(multiply)
+        self._hooks.append(tensor.register_hook(multiply))
 
 
 class SampleComparison:

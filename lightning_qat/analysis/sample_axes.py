@@ -9,6 +9,7 @@ own entries: those of one sample reach the same outputs, and squaring them apart
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +18,15 @@ from torch import Tensor
 from lightning_qat.quantization.tensor_leaves import call_leaves, map_call_leaves
 from lightning_qat.quantization.tracing import Call
 
+Key = tuple[str, int, int]
+"""A watched tensor: point, number of its use, number of the op's result."""
+
 _TOLERANCE = 1e-3
 """Other batch sizes take other kernels: results differ in the last digits."""
 _COMPARED = 1024
 """So many values of each entry are compared."""
+_REMEMBERED = 64
+"""So many sets of shapes are remembered."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,53 @@ class SampleAxis:
         return entries.view(-1, self.samples).sum(0) if self.inner else entries.view(self.samples, -1).sum(1)
 
 
-def fewer_samples(call: Call) -> tuple[Call, int, int] | None:
+class KnownSampleAxes:
+    """Remembers where the samples are, from one analysis of a region to the next: finding it takes a forward.
+
+    It depends on the code, not on weights: what was found holds as long as the plan is the same object and all shapes
+    are the same.
+
+    Example:
+        >>> known = KnownSampleAxes()
+        >>> known.find("plan", (8, 3), dict), known.find("plan", (8, 3), int), known.find("plan", (4, 3), lambda: None)
+        ({}, {}, None)
+    """
+
+    def __init__(self) -> None:
+        self._plan: object = None
+        self._found: dict[Hashable, dict[Key, SampleAxis] | None] = {}
+        self._indivisible: set[Hashable] = set()
+
+    def find(
+        self, plan: object, shapes: Hashable, search: Callable[[], dict[Key, SampleAxis] | None]
+    ) -> dict[Key, SampleAxis] | None:
+        """Return what is known for these shapes of inputs and watched tensors, or what ``search`` finds."""
+        self._of(plan)
+        if shapes not in self._found:
+            self._found[shapes] = search()
+        return self._found[shapes]
+
+    def is_divisible(self, plan: object, shapes: Hashable) -> bool:
+        """Whether samples of inputs of these shapes may be left out, as far as is known."""
+        self._of(plan)
+        return shapes not in self._indivisible
+
+    def note_indivisible(self, plan: object, shapes: Hashable) -> None:
+        """Remember that the samples of inputs of these shapes depend on each other."""
+        self._of(plan)
+        self._indivisible.add(shapes)
+
+    def _of(self, plan: object) -> None:
+        if plan is not self._plan or max(len(self._found), len(self._indivisible)) >= _REMEMBERED:
+            self._plan = plan
+            self._found, self._indivisible = {}, set()
+
+
+def fewer_samples(call: Call, at_most: int = 2) -> tuple[Call, int, int] | None:
     """Return a call with the first samples only, the number of samples of ``call``, and that of the new one.
 
     The number of samples is what most of the arguments have along their first axis; None if there are none to leave
-    out.
+    out. Of as many as ``at_most`` one is left out.
 
     Example:
         >>> part, samples, fewer = fewer_samples(Call.of(torch.zeros(8, 3)))
@@ -75,7 +123,7 @@ def fewer_samples(call: Call) -> tuple[Call, int, int] | None:
     samples = max(lengths, key=lambda length: (lengths[length], length))
     if samples < 2:
         return None
-    fewer = 2 if samples > 2 else 1
+    fewer = min(at_most, samples - 1)
 
     def shorter(index: int, tensor: Tensor) -> Tensor:
         return tensor[:fewer] if tensor.dim() and tensor.shape[0] == samples else tensor

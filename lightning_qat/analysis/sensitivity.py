@@ -12,6 +12,7 @@ from lightning_qat.analysis.influence import Influence, influence_on
 from lightning_qat.analysis.isolation import Isolation, choose_points
 from lightning_qat.analysis.metrics import metric_of_sums
 from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.analysis.sample_axes import KnownSampleAxes
 from lightning_qat.analysis.sensitivity_metric import MetricLike, SensitivityMetric
 from lightning_qat.analysis.sensitivity_result import SensitivityResult, SensitivityRow, most_sensitive_first
 from lightning_qat.analysis.sensitivity_sketch import Sketch
@@ -45,6 +46,8 @@ def sensitivity(
     seed: int = 0,
     previous: SensitivityResult | None = None,
     across_ranks: bool = False,
+    max_samples: int | None = None,
+    known: KnownSampleAxes | None = None,
 ) -> SensitivityResult:
     """Rank the points by what quantizing each of them alone, in the float model, does to the chosen output.
 
@@ -80,6 +83,10 @@ def sensitivity(
         seed: of the probes, of the order in which points take turns, and of the random numbers that the forward draws.
         previous: an earlier table to compare the ranks with.
         across_ranks: every rank calls this with its own batches; the result is that of all batches, on all ranks.
+        max_samples: estimate on the first so many samples of each batch, where they are independent of each other;
+            None for all. The standard error of an estimate grows with the root of what is left out. What is measured is
+            measured on all.
+        known: keep one object for several analyses of the same region and output to find its samples only once.
 
     Raises:
         ConfigurationError: nothing is calibrated, there is no batch or it is empty, the output does not exist, it holds
@@ -99,7 +106,12 @@ def sensitivity(
     """
     if method not in get_args(Method):
         raise unknown_choice("method", method, get_args(Method))
-    for name, value, least in (("max_points", max_points, 1), ("probes", probes, 1), ("top_k", top_k, 1)):
+    for name, value, least in (
+        ("max_points", max_points, 1),
+        ("probes", probes, 1),
+        ("top_k", top_k, 1),
+        ("max_samples", max_samples, 2),
+    ):
         if value is not None and value < least:
             raise ConfigurationError(f"{name} must be at least {least}, or None for all, not {value}.")
     if confirm is not None and confirm < 0:
@@ -111,7 +123,7 @@ def sensitivity(
     if method == "isolation" or (method == "auto" and few):
         return analysis.isolation(batches, max_points, turn).compared_with(previous)
     calls = [Call.of(batch) for batch in batches]
-    sketch, problem = analysis.sketch(calls, probes)
+    sketch, problem = analysis.sketch(calls, probes, max_samples, known)
     if sketch is None:
         if method == "sketch":
             raise ConfigurationError(f"a sketch is impossible: {problem}. Use method='isolation'.")
@@ -138,8 +150,8 @@ class _Analysis:
         self.seed = seed
         self.across_ranks = across_ranks
         self.owners = [point.name for point in region.plan.points if point.same_as is None]
-        points = region.points
-        self.calibrated = [name for name in self.owners if points[name].scale_source is not None]
+        self._points = region.points
+        self.calibrated = [name for name in self.owners if self._points[name].scale_source is not None]
         if not self.calibrated:
             raise ConfigurationError("no point has a scale: calibrate the region before measuring its sensitivity.")
         self._flops = _flops_shares(region)
@@ -159,9 +171,11 @@ class _Analysis:
             not_reached=tuple(name for name in chosen if name not in measured.reached),
         )
 
-    def sketch(self, calls: list[Call], probes: int) -> tuple[Sketch | None, str]:
+    def sketch(
+        self, calls: list[Call], probes: int, max_samples: int | None, known: KnownSampleAxes | None
+    ) -> tuple[Sketch | None, str]:
         """Estimate all points; None, and why, if that is impossible."""
-        sketch = Sketch(self.region, self.calibrated, self.select, probes, self.seed)
+        sketch = Sketch(self.region, self.calibrated, self.select, probes, self.seed, max_samples, known)
         problem = "a rank could not compute gradients"
         with analysis_mode(self.region):
             try:
@@ -242,7 +256,7 @@ class _Analysis:
             sensitive_type="weight" if point.is_weight else "activation",
             op_type=self.region.graph.by_name[point.op].kind,
             value=value,
-            quant_dtype=self.region.points[name].dtype,
+            quant_dtype=self._points[name].dtype,
             point=name,
             score=score,
             exact=exact,

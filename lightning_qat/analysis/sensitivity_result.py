@@ -68,6 +68,9 @@ class SensitivityResult(Result[SensitivityRow]):
         uncalibrated: points without a scale.
         without_gradient: points that act on the output without a gradient (through indices, rounding, opaque code):
             they were measured by isolation.
+        task: the metric is one that the validation step logs; only the score is about the output.
+        float_value: such a metric of the float model.
+        evaluated_batches: on how many batches per rank it was measured.
         held: ops whose result jumps (indices, comparisons, rounding): an estimate holds it at its float value.
     """
 
@@ -86,6 +89,9 @@ class SensitivityResult(Result[SensitivityRow]):
     uncalibrated: tuple[str, ...] = ()
     without_gradient: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
+    task: bool = False
+    float_value: float | None = None
+    evaluated_batches: int = 0
 
     def columns(self) -> tuple[str, ...]:
         """Names of all columns; the fourth is the name of the metric."""
@@ -99,12 +105,22 @@ class SensitivityResult(Result[SensitivityRow]):
     @property
     def short_columns(self) -> tuple[str, ...]:
         """The columns to show where there is little room."""
-        return self.columns()[:5] if self.method == "isolation" else (*self.columns()[:5], "score", "exact")
+        return (
+            self.columns()[:5]
+            if self.method == "isolation" and not self.task
+            else (*self.columns()[:5], "score", "exact")
+        )
 
     @property
     def note(self) -> str:
         """Say what was looked at, and what was not."""
-        text = f"{self.metric} of {self.output}, {len(self.rows)} of {self.points} points by {self.method}"
+        text = f"{self.metric} of {self.output}"
+        if self.task and self.float_value is None:
+            text = f"score of {self.output} ({self.metric} at the end of training)"
+        elif self.task:
+            text = f"{self.metric} on {self.evaluated_batches} batches (float: {self.float_value:.4g}), "
+            text += f"score of {self.output}"
+        text += f", {len(self.rows)} of {self.points} points by {self.method}"
         if self.method == "sketch":
             exact = sum(row.exact for row in self.rows)
             text += f" ({self.probes} probes), {exact} of them measured by isolation"

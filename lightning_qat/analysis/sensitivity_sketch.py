@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_qat.analysis.captured_calls import RepeatableForward
-from lightning_qat.analysis.error_products import ErrorProducts, Key, SampleComparison
+from lightning_qat.analysis.error_products import ErrorProducts, SampleComparison
 from lightning_qat.analysis.nan_origin import refuse_nan
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.analysis.sample_axes import SampleAxis, fewer_samples, sample_axis
+from lightning_qat.analysis.sample_axes import Key, KnownSampleAxes, SampleAxis, fewer_samples, sample_axis
 from lightning_qat.quantization.histogram import reduce_device
 from lightning_qat.quantization.region import Region
 from lightning_qat.quantization.tensor_leaves import call_leaves
@@ -64,6 +64,8 @@ class Sketch:
         select: the chosen output.
         probes: backward passes per batch.
         seed: of the probes, and of the random numbers that the forward draws.
+        max_samples: look at so many samples of each batch, where they are independent of each other; None for all.
+        known: where samples were found in earlier analyses.
 
     Attributes:
         estimates: by name of the point.
@@ -74,12 +76,21 @@ class Sketch:
     """
 
     def __init__(
-        self, region: Region, names: list[str], select: OutputSelector, probes: int = 4, seed: int = 0
+        self,
+        region: Region,
+        names: list[str],
+        select: OutputSelector,
+        probes: int = 4,
+        seed: int = 0,
+        max_samples: int | None = None,
+        known: KnownSampleAxes | None = None,
     ) -> None:
         self.region = region
         self.select = select
         self.probes = probes
         self.seed = seed
+        self.max_samples = max_samples
+        self.known = known or KnownSampleAxes()
         self.estimates = {name: Estimate() for name in names}
         self.elements = 0
         self.batches = 0
@@ -89,7 +100,6 @@ class Sketch:
         self._owner = {point.name: point.same_as or point.name for point in region.plan.points}
         operands = [o for op in region.graph.ops for o in op.operands if o.written]
         self._overwritten = {f"{s.name}.output" for o in operands for s in o.sources if s.kind in ("op", "mutated")}
-        self._axes: dict[object, dict[Key, SampleAxis] | None] = {}
 
     def run(self, call: Call) -> None:
         """Add one batch.
@@ -98,26 +108,50 @@ class Sketch:
             RuntimeError: an op of the model has no derivative, or memory does not suffice; and whatever the model and
                 the selection of the output raise.
         """
+        if not self._run_part(call):
+            self._run(call)
+
+    def _run_part(self, call: Call) -> bool:
+        """Add a batch's first ``max_samples`` samples; return whether that was possible."""
+        shapes, plan = _shapes(call), self.region.plan
+        part = fewer_samples(call, self.max_samples) if self.max_samples is not None else None
+        if part is None or part[1] <= (self.max_samples or 0) or not self.known.is_divisible(plan, shapes):
+            return False
+        if not self._run(part[0], partial=True):
+            self.known.note_indivisible(plan, shapes)
+            return False
+        return True
+
+    def _run(self, call: Call, partial: bool = False) -> bool:
+        """Add a batch. A partial one is not added, and False returned, if its samples are not independent."""
         target = self.region.target
-        watched = ErrorProducts(self._owner, self.estimates, self.probes, self._overwritten)
         with (
+            closing(ErrorProducts(self._owner, self.estimates, self.probes, self._overwritten)) as watched,
             self.region.only(self.estimates),
             _no_parameter_gradients(target),
             torch.enable_grad(),
             RepeatableForward(target, call, self.seed, copies=True) as forward,
         ):
-            with WatchedForward(self.region, watched):
-                output = forward()
-            with TransparentGradients():
-                chosen = self.select.differentiable(output)
+            try:
+                with WatchedForward(self.region, watched):
+                    output = forward()
+                with TransparentGradients():
+                    chosen = self.select.differentiable(output)
+            except Exception:
+                if partial:  # a model of one batch size
+                    return False
+                raise
             del output
             refuse_nan(chosen, self.select.description, self.region, forward)
             split = self._sample_axes(call, watched, [t.detach() for t in chosen])
+            if partial and split is None:
+                return False
             self.elements += sum(int(t.isfinite().sum()) for t in chosen)
             self._probe(watched, chosen, split)
         self.left_torch = self.left_torch or watched.left_torch
         self.unsplit += split is None
         self.batches += 1
+        return True
 
     def mse(self, name: str) -> tuple[float, float]:
         """Return a point's estimated mean squared change of the output, and its standard error."""
@@ -145,10 +179,10 @@ class Sketch:
 
     def _sample_axes(self, call: Call, watched: ErrorProducts, chosen: list[Tensor]) -> dict[Key, SampleAxis] | None:
         """Where the samples are in every watched tensor, or None if they depend on each other."""
-        shapes = tuple(tuple(t.shape) for t in call_leaves(call.args, call.kwargs))
-        if shapes not in self._axes:
-            self._axes[shapes] = self._find_sample_axes(call, watched, chosen)
-        return self._axes[shapes]
+        values = tuple((key, tuple(value.tensor.shape)) for key, value in watched.values.items())
+        return self.known.find(
+            self.region.plan, (_shapes(call), values), lambda: self._find_sample_axes(call, watched, chosen)
+        )
 
     def _find_sample_axes(
         self, call: Call, watched: ErrorProducts, chosen: list[Tensor]
@@ -211,6 +245,10 @@ class Sketch:
                 estimate.fourth += fourth
                 estimate.products += length
         return moved
+
+
+def _shapes(call: Call) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(t.shape) for t in call_leaves(call.args, call.kwargs))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
@@ -79,6 +79,12 @@ class AccuracyTable(Callback):
             raise MisconfigurationException(
                 "AccuracyTable is listed before Calibration, so it would evaluate before there are scales. List it "
                 "after Calibration."
+            )
+        averaging = [c for c in callbacks[callbacks.index(self) :] if isinstance(c, WeightAveraging)]
+        if stage == "fit" and averaging:
+            raise MisconfigurationException(
+                f"AccuracyTable is listed before {type(averaging[0]).__name__}, so at the end of training it would "
+                "evaluate the last weights and not the average that is kept. List it after."
             )
         with misconfiguration():
             ResultTable.read(self._path(trainer))  # rather now than at the end of training

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
+from lightning_qat.analysis.captured_calls import seed_generators
 from lightning_qat.analysis.results import Result
 from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.extra_pass import (
@@ -69,9 +68,7 @@ def analysis_pass(
 def seeded(seed: int) -> Iterator[None]:
     """Seed all random states in a block, so that it draws the same batches every time; put back on exit."""
     with preserved_random_state():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        seed_generators(seed)
         yield
 
 
@@ -111,6 +108,8 @@ class AnalysisOutputs:
         histograms: Mapping[str, Iterable[float | None]],
     ) -> None:
         """Send scalars to all loggers, table and histograms to those that show them; warn once about the others."""
+        if not trainer.loggers:
+            return
         step = _compat.steps_taken(trainer)
         log_scalars(trainer.loggers, scalars, step)
         for name, values in histograms.items():

@@ -60,6 +60,10 @@ class Calibration(Callback):
                 "Calibration takes batches or epochs, not both: write Calibration(batches=32)."
             )
         for name, value in (("batches", batches), ("epochs", epochs)):
+            if value is not None and not isinstance(value, int):
+                raise MisconfigurationException(
+                    f"Calibration({name}={value!r}): write a number, such as batches=32; epochs=1 takes all batches."
+                )
             if value is not None and value < 1:
                 raise MisconfigurationException(f"Calibration({name}={value}): must be at least 1.")
         self.batches = 32 if batches is None and epochs is None else batches

@@ -97,15 +97,24 @@ def load_quantized(
         kwargs: passed to ``cls.load_from_checkpoint`` (constructor arguments that are not in the checkpoint).
 
     Raises:
-        MisconfigurationException: the checkpoint holds no fake-quants, or they do not fit the code.
+        MisconfigurationException: ``cls`` is not a class, there is no such file, or the checkpoint holds
+            no fake-quants, or they do not fit the code.
 
     Example::
 
         model = lightning_qat.load_quantized(MyModule, "last.ckpt")
         logits = model(images)
     """
+    if not isinstance(cls, type):
+        raise MisconfigurationException(
+            f"load_quantized got {str(cls)[:40]!r}: give it the class itself: load_quantized(MyModule, path)."
+        )
     try:
         checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only)
+    except FileNotFoundError as error:
+        raise MisconfigurationException(
+            f"there is no file {os.fspath(checkpoint_path)!r}; write the path of a checkpoint of QAT."
+        ) from error
     except pickle.UnpicklingError as error:
         raise MisconfigurationException(
             f"{os.fspath(checkpoint_path)!r} holds more than tensors and primitives. If you trust the file, write "

@@ -28,6 +28,10 @@ class FrozenParts:
         parts = [parts] if isinstance(parts, str) else parts or ()
         self.first_epochs = dict(parts) if isinstance(parts, Mapping) else dict.fromkeys(parts, 0)
         for pattern, epoch in self.first_epochs.items():
+            if not isinstance(epoch, int):
+                raise MisconfigurationException(
+                    f"freeze={{{pattern!r}: {epoch!r}}}: write the epoch to freeze from: {{{pattern!r}: 3}}."
+                )
             if epoch < 0:
                 raise MisconfigurationException(f"freeze={{{pattern!r}: {epoch}}}: epochs count from 0.")
         self._regions: tuple[Region, ...] = ()

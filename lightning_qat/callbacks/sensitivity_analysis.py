@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.analysis.captured_calls import RepeatableForward, capture_calls
 from lightning_qat.analysis.metrics import MetricName
 from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.analysis.sample_axes import KnownSampleAxes
 from lightning_qat.analysis.sensitivity import Method, sensitivity
-from lightning_qat.analysis.sensitivity_metric import SensitivityMetric
+from lightning_qat.analysis.sensitivity_metric import MetricLike, SensitivityMetric
 from lightning_qat.analysis.sensitivity_result import SensitivityResult
 from lightning_qat.callbacks.analysis_pass import (
     analysis_pass,
@@ -23,6 +25,7 @@ from lightning_qat.callbacks.analysis_pass import (
 )
 from lightning_qat.callbacks.epoch_end_analysis import EpochEndAnalysis
 from lightning_qat.callbacks.extra_pass import misconfiguration
+from lightning_qat.callbacks.task_metric import TaskMetric
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.region import Region
 from lightning_qat.quantization.tracing import Call
@@ -48,7 +51,9 @@ class SensitivityAnalysis(EpochEndAnalysis):
         every_n_epochs: how often.
         batches: batches per rank. Changes on all ranks are added up.
         metric: ``L1``, ``MSE``, ``Cosine``, ``SQNR`` or ``KL``, a function ``(float_output, output) -> float``, or a
-            torchmetrics Metric; of the points that are measured.
+            torchmetrics Metric; of the points that are measured. Any other name is that of a metric which the
+            validation step logs, such as ``val_acc``: at the end of training the points that are measured are each
+            evaluated, alone quantized in the float model, and sorted by how bad that is; epochs have scores only.
         output: path into the region's output such as ``map.layer_3``; all its tensors if not given.
         post_process: applied to that output in float, such as ``torch.sigmoid``.
         method: ``sketch``, ``isolation``, or ``auto``: isolation for few points and where there is no gradient.
@@ -56,15 +61,19 @@ class SensitivityAnalysis(EpochEndAnalysis):
         final_probes: the same at the end of training.
         top_k: how many of the most sensitive points matter at the end of training: they are found among three times as
             many that are measured by isolation. A tenth of all points if not given.
+        max_samples: a sketch at the end of an epoch looks at the first so many samples of each batch, where they are
+            independent of each other; None for all. With a quarter of the samples the standard errors double.
         max_points: by isolation, points per analysis; None for all. With more, the points take turns, in a fixed random
             order: after ``ceil(points / max_points)`` analyses all of them were measured.
         final_max_points: the same for the analysis at the end of training.
+        evaluation_batches: validation batches per rank for a metric of the validation step, for each point the same;
+            None for all.
         log: also send the numbers of every point to the loggers; files and aggregates are written anyway.
         seed: decides which batches are drawn from shuffled data, the probes, and the order in which points take turns.
 
     Raises:
         MisconfigurationException: a value is not one of the choices, QuantizationAwareTraining is missing, or (before
-            the first training step) the region has no such output.
+            the first training step) the region has no such output or the step logs no such metric.
 
     Attributes:
         result: the latest analysis; its ``rank_change`` is since the one before.
@@ -82,15 +91,17 @@ class SensitivityAnalysis(EpochEndAnalysis):
         self,
         every_n_epochs: int = 1,
         batches: int = 1,
-        metric: MetricName | Callable[[Any, Any], Any] = "MSE",
+        metric: MetricName | Callable[[Any, Any], Any] | str = "MSE",
         output: str | None = None,
         post_process: Callable[[Any], Any] | None = None,
         method: Method = "auto",
         probes: int = 1,
         final_probes: int = 4,
         top_k: int | None = None,
+        max_samples: int | None = None,
         max_points: int | None = 64,
         final_max_points: int | None = None,
+        evaluation_batches: int | None = 8,
         log: bool = True,
         seed: int = 0,
     ) -> None:
@@ -103,30 +114,42 @@ class SensitivityAnalysis(EpochEndAnalysis):
             top_k=top_k,
             max_points=max_points,
             final_max_points=final_max_points,
+            evaluation_batches=evaluation_batches,
         )
+        if max_samples is not None and max_samples < 2:
+            raise MisconfigurationException(f"SensitivityAnalysis(max_samples={max_samples}): must be at least 2.")
+        is_task = isinstance(metric, str) and metric not in get_args(MetricName)
+        of_output = cast(MetricLike, "MSE" if is_task else metric)
         with misconfiguration():
-            checked = SensitivityMetric(metric)
+            checked = SensitivityMetric(of_output)
             if method not in get_args(Method):
                 raise unknown_choice("method", method, get_args(Method))
         super().__init__(every_n_epochs, "sensitivity")
         self.batches = batches
         self.metric = metric
-        self.metric_name = checked.name
+        self.metric_name = metric if isinstance(metric, str) else checked.name
         self.output = output
         self.post_process = post_process
         self.method: Method = method
         self.probes = probes
         self.final_probes = final_probes
         self.top_k = top_k
+        self.max_samples = max_samples
         self.max_points = max_points
         self.final_max_points = final_max_points
+        self.evaluation_batches = evaluation_batches
         self.log_points = log
         self.seed = seed
         self.result: SensitivityResult | None = None
+        self._task = TaskMetric(self.metric_name, evaluation_batches, seed) if is_task else None
+        self._of_output = of_output
         self._turn = 0
+        self._known: dict[str, KnownSampleAxes] = {}
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._task is not None:
+            self._task.check(trainer, pl_module)
         if self.output is None and self.post_process is None:
             return
         select = OutputSelector(self.output, self.post_process)
@@ -158,7 +181,7 @@ class SensitivityAnalysis(EpochEndAnalysis):
             rank_zero_warn("SensitivityAnalysis: training ended before there were scales; there is no sensitivity.csv.")
             return
         latest = self.result
-        complete = latest is not None and latest.method == "isolation" and not latest.left_out
+        complete = latest is not None and latest.method == "isolation" and not latest.left_out and not latest.task
         if latest is not None and complete and self.is_analysed(trainer):
             self._outputs.write(trainer, latest)  # of these very weights
             return
@@ -176,7 +199,7 @@ class SensitivityAnalysis(EpochEndAnalysis):
                         calls[path],
                         self.output,
                         self.post_process,
-                        self.metric,
+                        self._of_output,
                         method=self.method,
                         probes=self.final_probes if final else self.probes,
                         top_k=self.top_k,
@@ -185,10 +208,17 @@ class SensitivityAnalysis(EpochEndAnalysis):
                         turn=self._turn,
                         seed=self.seed,
                         across_ranks=trainer.world_size > 1,
+                        max_samples=None if final else self.max_samples,
+                        known=self._known.setdefault(path, KnownSampleAxes()),
                     )
                     for path, region in regions.items()
                 }
-        self.result = SensitivityResult.merged(results).compared_with(self.result)
+        result = SensitivityResult.merged(results)
+        if self._task is not None and final:
+            result = self._task.measured(trainer, pl_module, result)
+        elif self._task is not None:
+            result = self._task.without_values(result)
+        self.result = result.compared_with(self.result)
         return self.result
 
     def _captured(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_qat.analysis.pipeline import PipelineResult, judge_zero_lr
@@ -45,6 +48,11 @@ class ZeroLRFinetune(PipelineRung):
         stop: bool = False,
     ) -> None:
         super().__init__(batches, eval_batches, at_epoch, stop)
+        if reference is not None and not isinstance(reference, Mapping):
+            raise MisconfigurationException(
+                f"ZeroLRFinetune(reference={reference!r}): write the metrics of the float run: {{'val_acc': 0.98}}. "
+                "A fingerprint file is for PipelineCheck."
+            )
         self.reference = reference
 
     @override

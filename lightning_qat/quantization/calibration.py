@@ -116,9 +116,12 @@ class CalibrationPass:
                 "least one batch, or write Calibration(batches=32)."
             )
         findings = [self._finding(kind, name, batch) for (name, kind), batch in self._first_bad.items()]
+        not_finite = {name for name, _ in self._first_bad}
         calibrated = 0
         for path, region in self.regions.items():
             for point in region.compute_scales():
+                if _qualified(path, point) in not_finite:
+                    continue  # it was reached: that finding says why it has no scale
                 findings.append(self._finding("no data", _qualified(path, point), None))
             for point, fake_quant in region.points.items():
                 calibrated += fake_quant.scale_source is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from lightning_qat.quantization.call_path import ScopeNode
-from lightning_qat.quantization.op_dependence import data_dependent, is_float_name, mask_ops
+from lightning_qat.quantization.op_dependence import data_dependent, is_float_name, mask_ops, written_with_data
 from lightning_qat.quantization.op_graph import Op, Operand, OperandRole, OpGraph, RegionOutput, Source
 from lightning_qat.quantization.op_options import call_options
 from lightning_qat.quantization.op_spec import OpSpec
@@ -161,16 +161,18 @@ class GraphBuilder:
         self.forwards += 1
         self._seen_by_mode[self._training].append(self._met)
 
-    def graph(self, constants: set[str], carried: dict[str, str], changing: set[str]) -> OpGraph:
+    def graph(self, constants: set[str], carried: dict[str, str], writers: dict[str, set[str]]) -> OpGraph:
         """Freeze what was collected.
 
         Args:
             constants: unknown tensors that stayed the same.
             carried: unknown tensors that an op made in an earlier forward, with the key of that op.
-            changing: buffers that were written in a forward.
+            writers: buffers that were written in a forward, with the keys of the ops that did it.
         """
         renamed = self._merge_modes()
         carried = {name: renamed.get(key, key) for name, key in carried.items()}
+        writers = {name: {renamed.get(key, key) for key in keys} for name, keys in writers.items()}
+        changing = written_with_data(self._order, constants, carried, writers)
         dependent = data_dependent(self._order, constants, carried, changing)
         computed = data_dependent(self._order, constants, carried, changing, integers=False)
         train_only = self._train_only()

@@ -48,6 +48,30 @@ def data_dependent(
     return found
 
 
+def written_with_data(
+    order: list[OpRecord], constants: set[str], carried: dict[str, str], writers: dict[str, set[str]]
+) -> set[str]:
+    """Buffers that hold data: what is written to them depends on an input, on random numbers or on something unseen.
+
+    The others are made of parameters alone, such as the vectors of ``spectral_norm``'s power iteration: the weight that
+    is computed with them is a weight, and a constant once it is deployed.
+
+    Args:
+        order: the ops.
+        constants: unknown tensors that stayed the same.
+        carried: unknown tensors that an op made in an earlier forward, with the key of that op.
+        writers: the buffers that were written in a forward, with the keys of the ops that did it.
+    """
+    computing = {record.key for record in order if record.spec.role != "create"}
+    changing = {name for name, keys in writers.items() if not keys <= computing}
+    while True:
+        found = data_dependent(order, constants, carried, changing)
+        more = {name for name, keys in writers.items() if keys & found} | changing
+        if more == changing:
+            return changing
+        changing = more
+
+
 _INDEX_TYPES = frozenset(["int64", "int32", "int16", "bool"])  # uint8 holds pixels
 
 

@@ -115,7 +115,9 @@ class Planner:
             self._status(op, "passes", "all inputs share one scale")
         elif op.mask:
             self._float_output(op, name, "mask: holds additive mask values")
-            if op.gemm:
+            if self.choices is not None and op.name in self.choices.floats:
+                self._status(op, "float", self.choices.floats[op.name])
+            elif op.gemm and self._can_leave(op):
                 self._note_output(op, "float32")
         elif self.choices is not None and op.name in self.choices.floats:
             self._status(op, "float", self.choices.floats[op.name])

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
+"""Types of most arguments of an op; looked up first, as this runs for every op of a quantized forward."""
+
 
 def named_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield ``(path, tensor)`` of every tensor in nested tuples, lists, mappings and dataclasses.
@@ -19,6 +22,8 @@ def named_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
         >>> [path for path, _ in named_leaves({"map": [torch.ones(1), torch.ones(1)], "n": 3})]
         ['map.0', 'map.1']
     """
+    if type(value) in _PLAIN:
+        return
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, Mapping):
@@ -39,6 +44,8 @@ def leaves(value: Any) -> list[Tensor]:
     """Return every tensor in a nested structure, in the order of :func:`named_leaves`."""
     if isinstance(value, Tensor):
         return [value]
+    if type(value) in _PLAIN:
+        return []
     return [tensor for _, tensor in named_leaves(value)]
 
 
@@ -73,6 +80,8 @@ def map_call_leaves(
     def visit(value: Any) -> Any:
         if isinstance(value, Tensor):
             return replace(next(counter), value)
+        if type(value) in _PLAIN:
+            return value
         if isinstance(value, (tuple, list)):
             items = [visit(item) for item in value]
             if all(new is old for new, old in zip(items, value, strict=True)):

@@ -179,7 +179,7 @@ class Tracer:
         """
         if self.builder.forwards == 0:
             raise TracingError(f"{type(self.target).__name__} was never called while tracing.")
-        return self.builder.graph(self.values.constants, self.values.carried, self.values.changing)
+        return self.builder.graph(self.values.constants, self.values.carried, self.values.writers)
 
 
 class _TracingMode(CallPathMode):
@@ -237,7 +237,7 @@ class _Values:
         self._forward = 0
         self.constants: set[str] = set()
         self.carried: dict[str, str] = {}
-        self.changing: set[str] = set()
+        self.writers: dict[str, set[str]] = {}
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start a forward: what earlier ones made is a constant or a state by now."""
@@ -289,7 +289,7 @@ class _Values:
             if named is None:
                 self._remember(tensor, Source("mutated", record.key))
             elif record.spec.kind not in STATISTICS and is_float(tensor):
-                self.changing.add(named.name)
+                self.writers.setdefault(named.name, set()).add(record.key)
         if isinstance(result, Tensor) and any(result is tensor for tensor in written):
             record.inplace = True
             if id(result) in self._named:

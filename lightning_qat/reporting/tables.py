@@ -92,13 +92,13 @@ def console_text(result: RenderableType, width: int = 120) -> str:
 
 
 def cell_text(value: Any, digits: int = 7) -> str:
-    """Spell a value: floats with so many significant digits, None as nothing.
+    """Spell a value: floats with so many significant digits, None and an empty tuple as nothing.
 
     Example:
         >>> [cell_text(v) for v in (0.26427540, 1e-9, float("nan"), None, True, 3)]
         ['0.2642754', '1e-09', 'nan', '', 'yes', '3']
     """
-    if value is None:
+    if value is None or value == ():
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -488,3 +490,25 @@ def test_digits_vit_is_ranked_as_by_isolation(
     found = agreement(region_of(model, small_vit.calibration, dtype), small_vit.inputs)
     assert found[0] >= correlation
     assert found[1] >= recall
+
+
+def test_nothing_of_the_graph_outlives_the_analysis() -> None:
+    """A hook that knows its own tensor would keep every activation alive, where no garbage collection sees it."""
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Remembering(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self:
+                x = layer(x)
+                alive.append(weakref.ref(x))
+            return x
+
+    module = Remembering(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.linspace(-1, 1, 32).reshape(8, 4)
+    region = insert(module, (x,))
+    calibrate(region, [x])
+    alive.clear()
+    sensitivity(region, [x], method="sketch", probes=2, confirm=0)
+    gc.collect()
+    assert alive
+    assert [ref() for ref in alive if ref() is not None] == []

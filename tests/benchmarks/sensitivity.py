@@ -39,12 +39,16 @@ class Agreement:
         correlations: Spearman's, over all points, without confirmation.
         recalls: share of isolation's top tenth that is in the top tenth by estimated score.
         confirmed: the same of the reported rows, after confirmation.
+        single: Spearman's with one probe, as at the end of an epoch.
+        quick: the same on 16 of the samples.
     """
 
     points: int
     correlations: list[float]
     recalls: list[float]
     confirmed: list[float]
+    single: list[float]
+    quick: list[float]
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def agreement(trained: Trained, dtype: str, probes: int = 4, seeds: int = 5) -> 
     names = list(exact)
     size = math.ceil(TOP_SHARE * len(names))
     top = set(sorted(names, key=lambda name: -exact[name])[:size])
-    found = Agreement(len(names), [], [], [])
+    found = Agreement(len(names), [], [], [], [], [])
     for seed in range(seeds):
         plain = sensitivity(region, batches, method="sketch", probes=probes, confirm=0, seed=seed)
         scores = _scores(plain)
@@ -80,6 +84,11 @@ def agreement(trained: Trained, dtype: str, probes: int = 4, seeds: int = 5) -> 
         found.recalls.append(len(top & {row.point for row in plain.rows[:size]}) / size)
         result = sensitivity(region, batches, method="sketch", probes=probes, seed=seed)
         found.confirmed.append(len(top & {row.point for row in result.rows[:size]}) / size)
+        for samples, correlations in ((None, found.single), (16, found.quick)):
+            scores = _scores(
+                sensitivity(region, batches, method="sketch", probes=1, confirm=0, max_samples=samples, seed=seed)
+            )
+            correlations.append(spearmanr([exact[n] for n in names], [scores[n] for n in names]).statistic)
     region.remove()
     return found
 
@@ -111,15 +120,19 @@ def main() -> None:
     parser.add_argument("--no-cost", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("| model | dtype | points | Spearman, median (worst) | recall of the top tenth | after confirmation |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| model | dtype | points | Spearman, median (worst) | recall of the top tenth | after confirmation |"
+        " Spearman, R = 1 | R = 1, 16 samples |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for name in arguments.models:
         trained = TRAINED[name]()
         label = name if trained.accuracy is None else f"{name} ({trained.accuracy:.1%})"
         for dtype in ("int8", "int4"):
             row = agreement(trained, dtype, seeds=arguments.seeds)
             cells = [
-                f"{statistics.median(v):.3f} ({min(v):.3f})" for v in (row.correlations, row.recalls, row.confirmed)
+                f"{statistics.median(v):.3f} ({min(v):.3f})"
+                for v in (row.correlations, row.recalls, row.confirmed, row.single, row.quick)
             ]
             print(f"| {label} | {dtype} | {row.points} | {' | '.join(cells)} |", flush=True)
     if arguments.no_cost:

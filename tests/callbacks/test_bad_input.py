@@ -14,8 +14,11 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_qat.callbacks.accuracy_table import AccuracyTable
 from lightning_qat.callbacks.calibration import Calibration
+from lightning_qat.callbacks.float_checkpoint import load_quantized
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 from tests.callbacks.runs import (
     Classifier,
     file_hash,
@@ -57,6 +60,7 @@ def refused(run: Trainer, message: str, module: LightningModule | None = None, *
         ({"freeze_observers_after": -1}, r"freeze_observers_after=-1: epochs count from 0"),
         ({"freeze_batch_norm_after": -2}, r"freeze_batch_norm_after=-2: epochs count from 0"),
         ({"trace_batches": 0}, r"trace_batches=0: must be at least 1"),
+        ({"freeze": {"head": "three"}}, r"freeze=.*'three'.*write the epoch to freeze from"),
         ({"target": []}, r'target is empty: write the path of a submodule, several, or "auto"'),
     ],
 )
@@ -136,6 +140,23 @@ def test_weight_averaging_before_quantization(tmp_path: Path, averaging: type[We
     """lightning-facts.md: it deep-copies in setup; listed first it would copy the float model."""
     run = trainer(tmp_path, averaging(), QuantizationAwareTraining(), Calibration())
     refused(run, r"WeightAveraging is listed before.*List QuantizationAwareTraining first")
+
+
+def test_accuracy_table_before_weight_averaging(tmp_path: Path) -> None:
+    """D7: at the end of training, WeightAveraging puts the average in the place of the weights: measure behind it."""
+    run = trainer(tmp_path, QuantizationAwareTraining(), Calibration(), AccuracyTable(), EMAWeightAveraging())
+    refused(run, r"AccuracyTable is listed before EMAWeightAveraging.*List it after")
+
+
+def test_values_of_another_type() -> None:
+    with pytest.raises(MisconfigurationException, match=r"Calibration\(batches='all'\): write a number"):
+        Calibration(batches="all")  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match=r"reference='f.json'.*'val_acc': 0.98"):
+        ZeroLRFinetune(reference="f.json")  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match=r"got 'Classifier.*give it the class itself"):
+        load_quantized(Classifier(), "last.ckpt")  # type: ignore[type-var]
+    with pytest.raises(MisconfigurationException, match=r"there is no file 'no.ckpt'"):
+        load_quantized(Classifier, "no.ckpt")
 
 
 def test_two_quantizations(tmp_path: Path) -> None:

@@ -398,3 +398,11 @@ def test_int16_in_bfloat16_warns(tmp_path: Path) -> None:
     run = trainer(tmp_path, qat, Calibration(batches=2), precision="bf16-mixed")
     with pytest.warns(UserWarning, match="8 binary digits, fewer than the type of"):
         run.fit(Classifier())
+
+
+def test_a_point_that_saw_only_nan_was_reached() -> None:
+    """Its finding is that it is NaN; "never reached by the calibration data" would be wrong."""
+    model = nn.Sequential(nn.Linear(4, 2))
+    region = insert(model, (torch.randn(3, 4),))
+    result = calibrate(region, [torch.full((3, 4), float("nan"))])
+    assert {(finding.point, finding.kind) for finding in result.findings} == {("0.input0", "nan")}

@@ -194,10 +194,12 @@ def test_step_that_fails_in_the_analysis_leaves_the_module_as_it_was(tmp_path: P
 
 def test_bad_arguments_and_a_missing_callback_are_refused(tmp_path: Path) -> None:
     """Bad input: one clear error before training."""
-    with pytest.raises(MisconfigurationException, match=r"unknown metric 'SQRN'.*'SQNR'"):
-        SensitivityAnalysis(metric="SQRN")  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match="metric must be a name"):
+        SensitivityAnalysis(metric=3)  # type: ignore[arg-type]
     with pytest.raises(MisconfigurationException, match=r"max_points=0\): must be at least 1"):
         SensitivityAnalysis(max_points=0)
+    with pytest.raises(MisconfigurationException, match=r"max_samples=1\): must be at least 2"):
+        SensitivityAnalysis(max_samples=1)
     trainer = Trainer(
         accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[SensitivityAnalysis()], fast_dev_run=True
     )

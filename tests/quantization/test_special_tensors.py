@@ -198,6 +198,14 @@ def test_buffer_that_is_written_while_running_is_not_a_constant() -> None:
     assert "written while running" in region.plan.by_name["matmul_0.input1"].reason
 
 
+def test_weight_of_spectral_norm_is_a_weight() -> None:
+    """A8: its power iteration writes buffers in train mode, but from the weight alone: that is no activation."""
+    module = nn.Sequential(nn.Linear(4, 4), torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 2)))
+    region = insert(module, (X,))
+    assert {name for name in region.points if name.startswith("1.")} == {"1.linear_0.weight"}
+    assert region.points["1.linear_0.weight"].axis == 0
+
+
 # -- opaque producers
 
 
