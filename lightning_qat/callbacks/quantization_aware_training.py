@@ -296,8 +296,11 @@ class QuantizationAwareTraining(Callback):
         regions = find_regions(pl_module)
         self._regions = tuple(regions.values())
         self._batch_norms = tuple(m for r in self._regions for m in r.target.modules() if isinstance(m, _BATCH_NORMS))
+        state, updates = self._wanted_state(trainer)
         for region in self._regions:
-            region.set_state(*self._wanted_state(trainer))
+            region.set_state(state, updates)
+            if "weight" not in updates:
+                region.keep_weight_scales()
         if self.freeze_observers_after is not None:
             freeze_learned(self._regions, self._freezes_scales(trainer))
         self._freeze_batch_norm(trainer)

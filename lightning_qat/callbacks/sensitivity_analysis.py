@@ -100,7 +100,7 @@ class SensitivityAnalysis(EpochEndAnalysis):
         top_k: int | None = None,
         max_samples: int | None = None,
         max_points: int | None = 64,
-        final_max_points: int | None = None,
+        final_max_points: int | None = 512,
         evaluation_batches: int | None = 8,
         log: bool = True,
         seed: int = 0,

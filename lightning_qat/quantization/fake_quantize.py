@@ -45,6 +45,8 @@ class FakeQuantize(QuantizationParameters):
         scale_source: The method the scale came from, ``None`` before calibration.
         enabled: Set to false to switch this point off.
         frozen: Set to true to keep the scale as it is, once there is one; see :meth:`Region.freeze`.
+        outdated: Whether the scale is a weight's and was taken in a training forward: the optimizer may have stepped
+            since, so the next evaluation takes it anew.
         statistics: What was observed.
 
     Raises:
@@ -96,6 +98,7 @@ class FakeQuantize(QuantizationParameters):
         self.percentile = percentile
         self.enabled = True
         self.frozen = False
+        self.outdated = False
         self.statistics: RangeStatistics | PerChannelRange | SplitStatistics
         if axis is None or channels is None:
             self.statistics = RangeStatistics(ema_momentum)
@@ -243,6 +246,7 @@ class FakeQuantize(QuantizationParameters):
             "dtype": self.dtype,
             "scale_source": self.scale_source,
             "learned": self.learned,
+            "outdated": self.outdated,
             "ratio": self._ratio.to("cpu", copy=True),
             "ema_ratio": self._ema_ratio.to("cpu", copy=True),
             "statistics": self.statistics.state_dict(),
@@ -258,6 +262,7 @@ class FakeQuantize(QuantizationParameters):
         self.set_dtype(state["dtype"])
         self.scale_source = state["scale_source"]
         self.learn_scale(state["learned"])
+        self.outdated = state["outdated"]
         with torch.inference_mode(False):
             self._ratio = state["ratio"].cpu().clone()
             self._ema_ratio = state["ema_ratio"].cpu().clone()

@@ -194,8 +194,13 @@ class RegionMode(CallPathMode):
                 self._calls_of_points[point.name] = number + 1
                 self.region.call_ranges.observe(point.name, number, tensor)
             return tensor
-        if self._updates and fake_quant.training and not fake_quant.frozen and point.role in self._updates:
-            fake_quant.update_scale(tensor, ema=not point.is_weight)
+        if self._updates and not fake_quant.frozen and point.role in self._updates:
+            if fake_quant.training:
+                fake_quant.update_scale(tensor, ema=not point.is_weight)
+                fake_quant.outdated = point.is_weight  # the optimizer may step before the next forward
+            elif fake_quant.outdated:
+                fake_quant.update_scale(tensor, ema=False)
+                fake_quant.outdated = False
         quantized = fake_quant.forward(tensor)
         for tap in self._taps:
             tap(point.name, tensor, quantized)

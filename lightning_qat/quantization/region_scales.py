@@ -54,6 +54,11 @@ class RegionScales(SwitchedRegion):
         found = {p.name: points[p.name] for p in self.plan.points if p.same_as is None}
         return {name: f.scale for name, f in found.items() if isinstance(f.scale, nn.Parameter)}
 
+    def keep_weight_scales(self) -> None:
+        """Let the scales of weights stay as the last training forward left them, also in the next evaluation."""
+        for fake_quant in self.points.values():
+            fake_quant.outdated = False
+
     def reset_statistics(self) -> None:
         """Forget what was observed, before a new calibration; the scales stay."""
         for fake_quant in self.points.values():

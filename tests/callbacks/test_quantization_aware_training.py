@@ -125,7 +125,9 @@ def test_no_scale_moves_from_freeze_observers_after(tmp_path: Path) -> None:
     qat_trainer(tmp_path, log, max_epochs=3, qat=options).fit(Classifier())
     assert moved(log, "activation", 0, 3)
     assert moved(log, "weight", 0, 3)
-    assert_same(log.scales[3], log.scales[-1])  # epochs 1 and 2
+    assert_same(log.scales[4], log.scales[-1])  # epochs 1 and 2, after the validation of epoch 0
+    activations = [{n: s for n, s in log.scales[i].items() if not n.endswith("weight")} for i in (3, -1)]
+    assert_same(*activations)
 
 
 class BatchNormLog(Callback):

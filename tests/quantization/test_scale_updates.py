@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_qat.quantization.fake_quantize import FakeQuantize
+from lightning_qat.quantization.insertion import insert
 from lightning_qat.quantization.scales import scale_from_bounds, scale_from_numbers, scale_from_range
 
 DTYPES = ["int2", "int4", "int8", "int16", "uint2", "uint8", "uint16"]
@@ -87,3 +88,62 @@ def test_update_of_a_memory_format_without_order_looks_at_every_value(axis: int 
         point.scale.fill_(1.0)
         point.update_scale(view)
         assert torch.equal(point.scale, scale)
+
+
+def trained_int16() -> tuple[nn.Module, Any, Tensor]:
+    """A model whose optimizer has stepped since its last training forward."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(16, 8)
+    region = insert(module, (x,), qconfig={"activation": {"dtype": "int16"}, "weight": {"dtype": "int16"}})
+    with region.state("observe"):
+        module(x)
+    region.compute_scales()
+    region.set_state("quantize")
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(x).square().mean().backward()
+        optimizer.step()
+    return module.eval(), region, x
+
+
+def scale_of_the_weight(module: nn.Module) -> Tensor:
+    """Per-channel min-max, symmetric."""
+    weight: Tensor = module[0].weight.detach()  # type: ignore[index]
+    return weight.abs().amax(dim=1) / 32767
+
+
+def test_evaluation_after_a_step_has_the_scales_of_the_present_weights() -> None:
+    """At int16, the scale of the weights before the last step would clip the largest ones."""
+    module, region, x = trained_int16()
+    point = region.points["0.weight"]
+    assert not torch.equal(point.scale, scale_of_the_weight(module))
+    with region.state("quantize", updates=()):  # an analysis changes nothing
+        module(x)
+    assert not torch.equal(point.scale, scale_of_the_weight(module))
+    module(x)
+    torch.testing.assert_close(point.scale, scale_of_the_weight(module), rtol=1e-6, atol=0)
+    module[0].weight.data.mul_(2)  # type: ignore[index, union-attr, operator]
+    before = point.scale.clone()
+    module(x)
+    assert torch.equal(point.scale, before)  # once after training, not whenever it is evaluated
+
+
+def test_checkpoint_between_a_step_and_an_evaluation_says_so() -> None:
+    module, _, x = trained_int16()
+    other, other_region, _ = trained_int16()
+    other(x)
+    other.load_state_dict(module.state_dict())
+    other_region.set_state("quantize")
+    assert torch.equal(other(x), module(x))
+    torch.testing.assert_close(other_region.points["0.weight"].scale, scale_of_the_weight(module), rtol=1e-6, atol=0)
+
+
+def test_scales_that_are_kept_stay_in_evaluation() -> None:
+    """freeze_observers_after."""
+    module, region, x = trained_int16()
+    before = region.points["0.weight"].scale.clone()
+    region.keep_weight_scales()
+    module(x)
+    assert torch.equal(region.points["0.weight"].scale, before)
