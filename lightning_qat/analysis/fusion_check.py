@@ -13,6 +13,9 @@ from lightning_qat.quantization.fusion import FusionMiss, find_fusions
 _TITLE = "Fusable modules are listed below:"
 _ANNOTATION = 'with dynamic_block(self, "name"):'
 
+LONG_LOOP = 64
+"""Rounds of a loop that are unlikely to be cameras, levels or heads: they are boxes, time steps or samples."""
+
 
 @dataclass(frozen=True)
 class _Cause:
@@ -92,6 +95,7 @@ def check_varying_code(checked: CheckedRegion) -> tuple[list[Finding], list[Sect
     for location in places:
         files.setdefault(location.rpartition(":")[0], []).append(location)
     findings = [_varying_finding(file, {p: places[p] for p in found}) for file, found in files.items()]
+    findings += _long_loops(checked)
     findings += [_unplanned_finding(place, count) for place, count in checked.region.unplanned.items()]
     sections = []
     if places:
@@ -101,6 +105,35 @@ def check_varying_code(checked: CheckedRegion) -> tuple[list[Finding], list[Sect
         unplanned = tuple((*_split_place(place), count) for place, count in checked.region.unplanned.items())
         sections.append(Section("Ops that were not seen while tracing:", ("op", "location", "calls"), unplanned, "A3"))
     return findings, sections
+
+
+def _long_loops(checked: CheckedRegion) -> Iterable[Finding]:
+    """Loops in Python whose many rounds are ops of their own, one finding per module call and file."""
+    rounds: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for op in checked.graph.ops:
+        if op.data_dependent and op.role in ("quantize", "join"):
+            file = op.location.rpartition(":")[0]
+            rounds.setdefault((op.scope, file), {}).setdefault(f"{op.location} {op.kind}", []).append(op.name)
+    for places in rounds.values():
+        long = {place: names for place, names in places.items() if len(names) >= LONG_LOOP}
+        if not long:
+            continue
+        place, longest = max(long.items(), key=lambda item: len(item[1]))
+        names = tuple(name for found in long.values() for name in found)
+        location = place.rpartition(" ")[0]
+        yield Finding(
+            severity="warning",
+            kind="long loop",
+            requirement="A3",
+            names=names,
+            what=f"{location} runs {len(longest)} times per forward, and every round has its own ops and quantizers: "
+            f"{len(names)} of the {len(checked.graph.ops)} ops are in such loops.",
+            why="An accelerator does not run a loop of Python, every analysis takes that much longer, and another "
+            "number of rounds meets ops without quantizers.",
+            action="If it is post-processing, set target: to the module before it or move it out of forward; if it "
+            f"belongs to the model, put the loop's body into `{_ANNOTATION}`, and all rounds share their quantizers.",
+            location=location,
+        )
 
 
 def _switched_off(checked: CheckedRegion) -> Iterable[FusionMiss]:

@@ -154,3 +154,16 @@ def scaled_channel(factor: float, bias: bool = True) -> nn.Sequential:
         model[0].weight.fill_(0.1)
         model[0].weight[0] *= factor
     return model
+
+
+class BoxLoop(nn.Module):
+    """Post-processing inside forward: a loop over boxes, or the same with a static number of rounds."""
+
+    def __init__(self, rounds: int) -> None:
+        super().__init__()
+        self.rounds = rounds
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        boxes = self.head(x)
+        return torch.stack([torch.tanh(boxes[i] * 2.0) for i in range(self.rounds)])

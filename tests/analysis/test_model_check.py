@@ -10,6 +10,7 @@ import yaml
 from torch import nn
 
 from lightning_qat.analysis.findings import Finding
+from lightning_qat.analysis.fusion_check import LONG_LOOP
 from lightning_qat.analysis.model_check import check
 from lightning_qat.quantization.calibration import calibrate
 from lightning_qat.quantization.insertion import insert
@@ -164,3 +165,18 @@ def test_cost_is_linear_in_the_number_of_ops() -> None:
             check(region)
         counts.append(counted.calls)
     assert counts[1] < 2.2 * counts[0]
+
+
+@pytest.mark.parametrize("rounds", [LONG_LOOP - 1, LONG_LOOP])
+def test_loop_with_many_rounds_is_named(rounds: int) -> None:
+    """A3: post-processing in forward gives a quantizer per round and op; cameras and heads are fewer."""
+    region = insert(flawed.BoxLoop(rounds), (ramp(rounds, 4),))
+    found = [f for f in check(region).findings if f.kind == "long loop"]
+    if rounds < LONG_LOOP:
+        assert not found
+        return
+    (finding,) = found
+    assert finding.severity == "warning"
+    assert finding.location.rpartition(":")[0].endswith("flawed_models.py")
+    assert f"runs {rounds} times per forward" in finding.what
+    assert finding.names == tuple(f"{kind}_{i}" for kind in ("mul", "tanh") for i in range(rounds))

@@ -31,10 +31,11 @@ planted.
 
 {faults}
 
-Where it is wrong: a weight decay that is a hundred times too strong does no harm within the batches of the check (AdamW
-shrinks the weights by 4 % in 40 steps, and batch norm makes up for it), so no rung breaks and the verdict is `healthy`;
-the note still names the difference to the float run. With decay as a part of Adam's gradient, and 400 batches, it is
-found. `int3, which QAT mends` is no fault: a loss that training wins back must not be called a collapse.
+Where it is wrong: a weight decay that is a hundred times too strong does no harm within the batches of the check
+(AdamW shrinks the weights by 4 % in 40 steps, and batch norm makes up for it), so no rung breaks and the verdict is
+`healthy`; the note still names the difference to the float run. Nor does it later: after 40 epochs of QAT the
+accuracy is 98.3 % with it and 98.0 % without. With decay as a part of Adam's gradient, and 400 batches, it is found.
+`int3, which QAT mends` is no fault: a loss that training wins back must not be called a collapse.
 
 Batches that are merely small do no harm here (batch norm still averages over the pixels of an image), so the planted
 fault is small batches of data sorted by class.
