@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_qat.quantization.call_path import ScopeNode
-from lightning_qat.quantization.interception import CallPathMode, Intercepted, active_mode
+from lightning_qat.quantization.interception import CallPathMode
 from lightning_qat.quantization.region import Region
 from lightning_qat.quantization.region_mode import UNPLANNED, BoundPoint, OpQuantizers, RegionMode
+from lightning_qat.quantization.replaced_forward import ReplacedForward
 from lightning_qat.quantization.tensor_leaves import is_float, map_call_leaves
 
 Operation = Callable[..., Any]
@@ -37,7 +39,7 @@ class Listener(Protocol):
         """
 
 
-class ComparedForward:
+class ComparedForward(ReplacedForward):
     """Context manager in which the forwards of a region's target are shown to a listener.
 
     Use it inside :func:`~lightning_qat.analysis.captured_calls.analysis_mode`.
@@ -49,31 +51,17 @@ class ComparedForward:
         own: in the float forward, also run every op with its own fake-quants.
     """
 
-    is_off = False
-
     def __init__(self, region: Region, listener: Listener, quantized: bool, own: bool = False) -> None:
-        self.region = region
+        super().__init__(region)
         self.listener = listener
         self.quantized = quantized
         self.own = own
-        self.run = region.run
         self.inner = {name for group in region.plan.fusions for name in group.ops[:-1]}
         self.group = {name: index for index, group in enumerate(region.plan.fusions) for name in group.ops}
         self.inplace = {op.name for op in region.graph.ops if op.inplace}
 
-    def __enter__(self) -> ComparedForward:
-        self._intercepted = Intercepted.install(self.region.target, self)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._intercepted.uninstall()
-
-    def open(self, frame: FrameType) -> CallPathMode | None:
-        """Start a forward; a recursive entry is part of the forward that runs."""
-        if active_mode(self.region.call_paths):
-            return None
+    @override
+    def mode(self, frame: FrameType) -> CallPathMode:
         return (_QuantizedMode if self.quantized else _FloatMode)(self, frame)
 
 

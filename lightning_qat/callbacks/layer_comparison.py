@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_qat.analysis.captured_calls import RepeatableForward, capture_calls
+from lightning_qat.analysis.captured_calls import RepeatableForward
 from lightning_qat.analysis.comparison import CHOSEN, compare
 from lightning_qat.analysis.comparison_result import LayerComparisonResult
 from lightning_qat.analysis.diagnosis import DiagnosisResult, check_declared_range, diagnose
@@ -25,7 +25,6 @@ from lightning_qat.callbacks.analysis_pass import (
     analysis_pass,
     is_calibrated,
     require_positive,
-    sampled_steps,
 )
 from lightning_qat.callbacks.epoch_end_analysis import EpochEndAnalysis
 from lightning_qat.callbacks.extra_pass import misconfiguration
@@ -146,7 +145,7 @@ class LayerComparison(EpochEndAnalysis):
             return
         select = OutputSelector(self.output, self.post_process)
         with analysis_pass(trainer, pl_module, "LayerComparison", "off", self.seed) as regions:
-            for path, calls in _inputs(trainer, pl_module, regions, batches=1).items():
+            for path, calls in self._captured(trainer, pl_module, regions, batches=1).items():
                 with RepeatableForward(regions[path].target, calls[0]) as forward:
                     select(forward())
 
@@ -183,7 +182,7 @@ class LayerComparison(EpochEndAnalysis):
         results, diagnoses = {}, {}
         sensitivity = _sensitivity(trainer)
         with analysis_pass(trainer, pl_module, "LayerComparison", "off", self.seed) as regions:
-            calls = _inputs(trainer, pl_module, regions, self.batches)
+            calls = self._captured(trainer, pl_module, regions, self.batches)
             total = sum(map(len, calls.values()))
             with trainer.precision_plugin.forward_context(), progress(trainer, "layer comparison", total) as advance:
                 for path, region in regions.items():
@@ -254,17 +253,6 @@ def _sensitivity(trainer: pl.Trainer) -> SensitivityResult | None:
 
 def _of_region(result: SensitivityResult | None, path: str) -> SensitivityResult | None:
     return None if result is None else replace(result, rows=tuple(row for row in result.rows if row.region == path))
-
-
-def _inputs(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, regions: dict[str, Region], batches: int
-) -> dict[str, list[Call]]:
-    """What the regions are called with in the float model."""
-    calls: dict[str, list[Call]] = {path: [] for path in regions}
-    for step in sampled_steps(trainer, pl_module, batches):
-        for path, region in regions.items():
-            calls[path] += capture_calls(region, step)
-    return calls
 
 
 def _advancing(calls: list[Call], advance: Callable[[], None]) -> Iterator[Call]:

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_qat.analysis.captured_calls import RepeatableForward, capture_calls
+from lightning_qat.analysis.captured_calls import RepeatableForward
 from lightning_qat.analysis.metrics import MetricName
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.sample_axes import KnownSampleAxes
@@ -21,14 +21,11 @@ from lightning_qat.callbacks.analysis_pass import (
     analysis_pass,
     is_calibrated,
     require_positive,
-    sampled_steps,
 )
 from lightning_qat.callbacks.epoch_end_analysis import EpochEndAnalysis
 from lightning_qat.callbacks.extra_pass import misconfiguration
 from lightning_qat.callbacks.task_metric import TaskMetric
 from lightning_qat.quantization.errors import unknown_choice
-from lightning_qat.quantization.region import Region
-from lightning_qat.quantization.tracing import Call
 from lightning_qat.reporting.loggers import point_scalars
 
 
@@ -220,16 +217,6 @@ class SensitivityAnalysis(EpochEndAnalysis):
             result = self._task.without_values(result)
         self.result = result.compared_with(self.result)
         return self.result
-
-    def _captured(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, regions: dict[str, Region], batches: int
-    ) -> dict[str, list[Call]]:
-        """What the regions are called with in the float model."""
-        calls: dict[str, list[Call]] = {path: [] for path in regions}
-        for step in sampled_steps(trainer, pl_module, batches):
-            for path, region in regions.items():
-                calls[path] += capture_calls(region, step)
-        return calls
 
     def _log(self, trainer: pl.Trainer, result: SensitivityResult) -> None:
         if self.log_points:

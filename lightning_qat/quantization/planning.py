@@ -113,14 +113,12 @@ class Planner:
         elif op.role == "join" and self._is_passing_join(op):
             self.passing_joins.add(op.name)
             self._status(op, "passes", "all inputs share one scale")
-        elif op.mask:
-            self._float_output(op, name, "mask: holds additive mask values")
-            if self.choices is not None and op.name in self.choices.floats:
-                self._status(op, "float", self.choices.floats[op.name])
-            elif op.gemm and self._can_leave(op):
-                self._note_output(op, "float32")
         elif self.choices is not None and op.name in self.choices.floats:
             self._status(op, "float", self.choices.floats[op.name])
+        elif op.mask:
+            self._float_output(op, name, "mask: holds additive mask values")
+            if op.gemm and self._can_leave(op):
+                self._note_output(op, "float32")
         elif op.name in self.group and self.group[op.name].ops[-1] != op.name:
             self._status(op, "fused", f"fused into {self.group[op.name].ops[-1]}")
         elif op.inplace and Source("op", op.name) not in self.used:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_qat.quantization.call_path import ScopeNode
-from lightning_qat.quantization.interception import CallPathMode, Intercepted, active_mode
+from lightning_qat.quantization.interception import CallPathMode
 from lightning_qat.quantization.region import Region
 from lightning_qat.quantization.region_mode import UNPLANNED, BoundPoint, RegionMode
+from lightning_qat.quantization.replaced_forward import ReplacedForward
 from lightning_qat.quantization.tensor_leaves import map_call_leaves
 from lightning_qat.quantization.transparent_gradients import handler_of, leaves_torch
 
@@ -194,7 +196,7 @@ class WatchingMode(RegionMode):
         return result
 
 
-class WatchedForward:
+class WatchedForward(ReplacedForward):
     """Context manager in which forwards of a region's target run in float, shown to a watcher.
 
     Args:
@@ -202,22 +204,10 @@ class WatchedForward:
         watcher: who looks.
     """
 
-    is_off = False
-
     def __init__(self, region: Region, watcher: Watcher) -> None:
-        self.region = region
+        super().__init__(region)
         self.watcher = watcher
-        self.run = region.run
 
-    def __enter__(self) -> WatchedForward:
-        self._intercepted = Intercepted.install(self.region.target, self)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._intercepted.uninstall()
-
-    def open(self, frame: FrameType) -> CallPathMode | None:
-        """Start watching a forward; a recursive entry is part of the forward that runs."""
-        return None if active_mode(self.region.call_paths) else WatchingMode(self.region, frame, self.watcher)
+    @override
+    def mode(self, frame: FrameType) -> CallPathMode:
+        return WatchingMode(self.region, frame, self.watcher)
