@@ -82,7 +82,7 @@ class EffectiveDtypes:
         return self.of_tensor((Source("op", op.name, output),))
 
     def _follow_movement(self) -> None:
-        moving = [op for op in self.graph.ops if op.data_dependent and self._moves(op)]
+        moving = [op for op in self.graph.ops if op.data_dependent and (op.role == "pass" or self.plan.only_moves(op))]
         changed = True
         while changed:  # a second time to see that nothing changes, more often only where a loop feeds earlier ops
             changed = False
@@ -94,15 +94,6 @@ class EffectiveDtypes:
                     if found != self._moved.get(key):
                         self._moved[key] = found
                         changed = True
-
-    def _moves(self, op: Op) -> bool:
-        if op.role == "pass":
-            return True
-        return (
-            op.role == "join"
-            and self.plan.status[op.name].status == "passes"
-            and f"{op.name}.output" not in (self.plan.float_points)
-        )
 
     def _moved_sources(self, op: Op, output: int) -> tuple[Source, ...]:
         if op.role == "pass":

@@ -121,6 +121,12 @@ class QuantPlan:
         """Op decisions by op name."""
         return {op.name: op for op in self.ops}
 
+    def only_moves(self, join: Op) -> bool:
+        """Whether a join (``cat``) needs no quantizer, as all of its inputs share one scale."""
+        status = self.status.get(join.name)
+        passes = join.role == "join" and status is not None and status.status == "passes"
+        return passes and f"{join.name}.output" not in self.float_points
+
     def to_dict(self) -> dict[str, Any]:
         """Return primitives only (JSON, ``weights_only`` checkpoints)."""
         data: dict[str, Any] = {"version": PLAN_VERSION}

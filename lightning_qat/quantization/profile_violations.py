@@ -80,7 +80,11 @@ class _Checker:
         self.graph = graph
         self.profile = profile
         self.groups = {name: group for group in plan.fusions for name in group.ops}
-        joins = {op.name for op in graph.ops if op.role == "join" and self._only_moves(op)}
+        self.float_weights: dict[str, list[str]] = {}
+        for name in plan.float_points:
+            if ".weight" in name:
+                self.float_weights.setdefault(name.rpartition(".")[0], []).append(name)
+        joins = {op.name for op in graph.ops if plan.only_moves(op)}
         self.origins = TensorOrigins(graph, joins)
 
     def rows(self) -> Iterator[ProfileViolation]:
@@ -99,20 +103,12 @@ class _Checker:
         for op in self.graph.ops:
             if not op.data_dependent or op.name not in self.plan.status:
                 continue
-            if op.role == "pass" or self._only_moves(op):
+            if op.role == "pass" or self.plan.only_moves(op):
                 yield from self._movement(op)
             elif op.role in ("quantize", "join") and self.plan.status[op.name].status in ("quantized", "fused"):
                 yield from self._computation(op)
 
     # -- data movement
-
-    def _only_moves(self, op: Op) -> bool:
-        point = f"{op.name}.output"
-        there = point in self.plan.by_name or point in self.plan.float_points
-        status = self.plan.status.get(op.name)
-        return (
-            op.role == "join" and op.data_dependent and not there and status is not None and status.status == "passes"
-        )
 
     def _movement(self, op: Op) -> Iterator[ProfileViolation]:
         rule = self.profile.rules.get(op.kind)
@@ -181,8 +177,7 @@ class _Checker:
                 anywhere = point.dtype in rule.weights()
                 allowed = signature.weight if anywhere else rule.weights()
                 yield self._row(point, op, "weight dtype", point.dtype, allowed, beside if anywhere else "")
-        floats = [n for n in self.plan.float_points if n.rpartition(".")[0] == op.name and ".weight" in n]
-        for name in floats:
+        for name in self.float_weights.get(op.name, ()):
             if FLOAT not in signature.weight:
                 yield self._float_row(name, op, "weight dtype", rule.weights())
         if output is not None:
