@@ -62,7 +62,7 @@ def test_config_works_after_a_project_of_its_own(name: str, tmp_path: Path, digi
     for addition in ADDITIONS[name]:
         text = (CONFIGS / f"{addition}.yaml").read_text()
         text = text.replace("init_from: null", f"init_from: {digits_float_checkpoint}")
-        text = text.replace("# init_from: float.ckpt", f"init_from: {digits_float_checkpoint}")
+        text = text.replace("init_from: float.ckpt", f"init_from: {digits_float_checkpoint}")
         additions.append(tmp_path / f"{addition}.yaml")
         additions[-1].write_text(text)
     run("fit", [project, *additions], tmp_path)
@@ -88,12 +88,27 @@ def test_every_config_is_in_this_test() -> None:
 
 
 def test_yaml_block_of_the_readme_works_as_it_is(tmp_path: Path, digits_float_checkpoint: Path) -> None:
-    """The block is pasted into a project that has never heard of this package but for the import."""
+    """The block is given behind the config of a project that has never heard of this package."""
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     block = next(b for b in blocks if "QuantizationAwareTraining" in b)
+    assert yaml.safe_load(block) == yaml.safe_load((CONFIGS / "all_callbacks.yaml").read_text())
     config = tmp_path / "readme.yaml"
     config.write_text(block.replace("float.ckpt", str(digits_float_checkpoint)))
     run("fit", [config], tmp_path, "--trainer.accelerator=cpu", "--trainer.logger=false")
+
+
+def test_additions_need_no_import_in_the_script() -> None:
+    """E: short names are known only after ``import lightning_qat``; a script that is not to be changed lacks it."""
+    for name in ADDITIONS:
+        callbacks = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["trainer"]["callbacks+"]
+        assert all(callback["class_path"].startswith("lightning_qat.") for callback in callbacks), name
+
+
+def test_init_from_on_the_command_line_as_the_config_says(tmp_path: Path, digits_float_checkpoint: Path) -> None:
+    """E: an argument of a callback belongs to the last one listed so far."""
+    first, second = CONFIGS / "quantization_aware_training.yaml", CONFIGS / "calibration.yaml"
+    extra = f"--trainer.callbacks.init_from={digits_float_checkpoint}"
+    run("fit", [first], tmp_path, extra, f"--config={second}", "--trainer.accelerator=cpu", "--trainer.logger=false")
 
 
 def test_config_with_a_missing_float_checkpoint_says_so(tmp_path: Path) -> None:

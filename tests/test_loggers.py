@@ -61,7 +61,7 @@ def test_tensorboard_holds_the_scalars_of_every_layer(tmp_path: Path, digits_flo
     assert {"train_loss", "val_acc"} <= set(scalars)
     (region,) = find_regions(module).values()
     for point, fake_quant in region.points.items():
-        values = events.Scalars(f"layer_statistics/scale/{point}")
+        values = events.Scalars(f"layer_statistics.scale/{point}")
         assert len(values) == 2
         if fake_quant.axis is None and not point.endswith("weight"):
             assert values[-1].value == pytest.approx(float(fake_quant.scale), rel=1e-6)
@@ -77,7 +77,7 @@ def test_csv_logger_keeps_its_columns(tmp_path: Path, digits_float_checkpoint: P
     run(tmp_path, digits_float_checkpoint, logger)
     with open(Path(logger.log_dir) / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    column = next(c for c in rows[0] if c.startswith("layer_statistics/scale/"))
+    column = next(c for c in rows[0] if c.startswith("layer_statistics.scale/"))
     assert sum(bool(row[column]) for row in rows) == 2
 
 

@@ -101,8 +101,9 @@ def find_bad_cases(
         model: a calibrated region, or a module: one with a region, or for a metric of your own any.
         batches: of the loader; see :meth:`~lightning_qat.quantization.tracing.Call.of`.
         metric: ``L1``, ``MSE``, ``Cosine``, ``SQNR`` or ``KL`` of each sample's output against that of the float model;
-            or a function ``(output, batch) -> (samples,)`` of the model's output, a loss for instance, larger for worse
-            samples (smaller, if its attribute ``higher_is_better`` is true).
+            or a function ``(output, batch) -> (samples,)`` of what is chosen of the model's output, as the model
+            returns it, a loss for instance, larger for worse samples (smaller, if its attribute ``higher_is_better`` is
+            true).
         k: how many samples per output.
         output: path into the output such as ``map.layer_3``, or a callable on it; None: every tensor of it.
         post_process: applied to the chosen output in float.
@@ -213,8 +214,7 @@ class _Search:
 
     def _own(self, forward: RepeatableForward, batch: object, count: int) -> dict[str, list[float]]:
         assert not isinstance(self.metric, str)
-        tensors = list(self._outputs(forward()).values())
-        values = torch.as_tensor(self.metric(tensors[0] if len(tensors) == 1 else tensors, batch)).detach().double()
+        values = torch.as_tensor(self.metric(self.select.chosen(forward()), batch)).detach().double()
         if values.shape != (count,):
             raise ConfigurationError(
                 f"the metric has to return one number for each of the {count} samples, not {tuple(values.shape)}: "
@@ -223,7 +223,7 @@ class _Search:
         return {self.select.description: values.tolist()}
 
     def _outputs(self, value: Any) -> dict[str, Tensor]:
-        if self.select.output is None and self.select.post_process is None and isinstance(self.metric, str):
+        if self.select.output is None and self.select.post_process is None:
             return {path: tensor.detach() for path, tensor in named_leaves(value) if is_float(tensor)}
         chosen = self.select(value)
         name = self.select.description

@@ -14,7 +14,7 @@ from lightning_qat.analysis.findings import Finding, shortened
 from lightning_qat.analysis.model_check_result import Section
 from lightning_qat.quantization.call_ranges import repeating_points
 from lightning_qat.quantization.fake_quantize import FakeQuantize
-from lightning_qat.quantization.region import REGION_NAME
+from lightning_qat.quantization.module_walk import REGION_NAME
 
 SHARED_RANGE_RATIO = 2.0
 """Ranges that differ by more cost the narrower call a whole bit of its resolution."""

@@ -7,8 +7,8 @@ same each time, and nothing may be left changed at the end.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -16,68 +16,81 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.quantization.module_walk import modules_outside_regions
 from lightning_qat.quantization.preservation import preserved
 from lightning_qat.quantization.region import Region
 from lightning_qat.quantization.tensor_leaves import leaves, map_call_leaves
 from lightning_qat.quantization.tracing import Call
 
 
-def capture_calls(region: Region, run: Callable[[], Any]) -> list[Call]:
-    """Record the arguments of every forward of a region's target that happens while ``run`` runs.
+def capture_calls(regions: Mapping[str, Region], run: Callable[[], Any]) -> dict[str, list[Call]]:
+    """Record the arguments of every forward of some regions' targets that happens while ``run`` runs.
 
     Recursive entries are part of the outer forward and not recorded. The tensors are the originals; if ``run`` writes
     into them, their contents are put back at its end.
 
     Args:
-        region: whose target to watch.
-        run: calls the target, somewhere (a validation step).
+        regions: whose targets to watch, by any name.
+        run: calls the targets, somewhere (a validation step).
 
     Returns:
-        One Call per forward, in order; empty if the target was not called.
+        For each region one Call per forward, in order; empty if its target was not called.
 
     Example:
         >>> from lightning_qat.quantization.insertion import insert
         >>> model = nn.Sequential(nn.Linear(2, 2))
-        >>> calls = capture_calls(insert(model, (torch.ones(1, 2),)), lambda: model(torch.zeros(1, 2)))
-        >>> calls[0].args
+        >>> region = insert(model, (torch.ones(1, 2),))
+        >>> capture_calls({"": region}, lambda: model(torch.zeros(1, 2)))[""][0].args
         (tensor([[0., 0.]]),)
     """
+    contents: list[_Contents] = []
+    with ExitStack() as stack:
+        calls = {name: stack.enter_context(_recorded(region, contents)) for name, region in regions.items()}
+        run()
+    for content in reversed(contents):  # the first call saw a tensor that several calls share as it was first
+        content.restore()
+    return calls
+
+
+@contextmanager
+def _recorded(region: Region, contents: list[_Contents]) -> Iterator[list[Call]]:
+    """Record the forwards of a region's target in a block, and what was in their tensors."""
     target = region.target
     before = target.__dict__.get("forward")
     forward = target.forward
     calls: list[Call] = []
-    contents: list[_Contents] = []
     depth = 0
 
     def recording(*args: Any, **kwargs: Any) -> Any:
         nonlocal depth
-        if depth == 0:
-            calls.append(Call(args, kwargs))
+        outermost = depth == 0
+        if outermost:
             contents.append(_Contents(leaves((args, kwargs))))
         depth += 1
         try:
-            return forward(*args, **kwargs)
+            result = forward(*args, **kwargs)
         finally:
             depth -= 1
+        if outermost:  # a step that cannot read the batch may fail in the forward, before another step takes it
+            calls.append(Call(args, kwargs))
+        return result
 
     target.__dict__["forward"] = recording
     try:
-        run()
+        yield calls
     finally:
         if before is None:
             target.__dict__.pop("forward", None)
         else:
             target.__dict__["forward"] = before
-        for content in reversed(contents):  # the first call saw a tensor that several calls share as it was first
-            content.restore()
-    return calls
 
 
 @contextmanager
 def analysis_mode(region: Region) -> Iterator[None]:
     """Evaluation mode without gradients, with the region quantizing and no scale moving; all put back on exit."""
     with preserved(region.target), region.state("quantize", updates=()), torch.inference_mode(False), torch.no_grad():
-        region.target.eval()
+        if any(module.training for module in region.target.modules()):  # quicker than setting it again
+            region.target.eval()
         yield
 
 
@@ -104,7 +117,8 @@ class RepeatableForward:
         self.call = call
         self.seed = seed
         self.copies = copies
-        self._buffers = [(m, name, b) for m in target.modules() for name, b in m._buffers.items()]
+        modules = modules_outside_regions(target)  # no scale moves in an analysis
+        self._buffers = [(m, name, b) for m in modules for name, b in m._buffers.items()]
         self._contents = _Contents(
             [*leaves((call.args, call.kwargs)), *(b for _, _, b in self._buffers if b is not None)]
         )

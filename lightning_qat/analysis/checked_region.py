@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +19,7 @@ from lightning_qat.quantization.op_graph import Op, Operand
 from lightning_qat.quantization.profile_files import shipped_profiles
 from lightning_qat.quantization.qconfig import Override
 from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.target_paths import local_rules
 from lightning_qat.quantization.tensor_origins import TensorOrigins
 
 
@@ -155,6 +156,18 @@ class CheckedRegion:
     @cached_property
     def _origins(self) -> TensorOrigins:
         return TensorOrigins(self.graph, ())
+
+
+def rules_of(regions: Mapping[str, Region]) -> dict[str, list[Override]]:
+    """Return the overrides that each region was planned with, made relative to it.
+
+    Args:
+        regions: all regions of the model, by the paths of their targets.
+    """
+    graphs = {path: region.graph for path, region in regions.items()}
+    return {
+        path: local_rules(Override.list_of(region.plan.overrides), graphs)[path] for path, region in regions.items()
+    }
 
 
 _LEFT_OUT = ("mask", "a single constant", "zeros are exact")

@@ -21,7 +21,7 @@ from lightning_qat.quantization.interception import CallPathMode
 from lightning_qat.quantization.region import Region
 from lightning_qat.quantization.region_mode import UNPLANNED, BoundPoint, OpQuantizers, RegionMode
 from lightning_qat.quantization.replaced_forward import ReplacedForward
-from lightning_qat.quantization.tensor_leaves import is_float, map_call_leaves
+from lightning_qat.quantization.tensor_leaves import call_leaves, is_float, map_call_leaves
 
 Operation = Callable[..., Any]
 
@@ -132,19 +132,16 @@ class _FloatMode(_ShownMode):
         beside, changed = self._beside_operands(quantizers, args, kwargs)
         if changed and own and quantizers.op in self.forward.inplace:
             beside = map_call_leaves(*beside, lambda _, tensor: tensor.clone())
-        before = torch.get_rng_state() if changed and own else None
+        second = None
+        if changed and own:
+            devices = {t.device for t in call_leaves(args, kwargs) if t.device.type == "cuda"}
+            with torch.random.fork_rng(devices):
+                second = _first(func(*beside[0], **beside[1]))
         result = func(*args, **kwargs)
         first = _first(result)
         if first is None:
             return result
-        second = first
-        if before is not None:
-            after = torch.get_rng_state()
-            torch.set_rng_state(before)
-            again = _first(func(*beside[0], **beside[1]))
-            assert again is not None  # the same op, on operands of the same types
-            second = again
-            torch.set_rng_state(after)
+        second = first if second is None else second
         group = self.forward.group.get(quantizers.op)
         if quantizers.op in self.forward.inner and group is not None:
             self._beside.setdefault(group, {})[id(first)] = (first, second)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,17 +14,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_qat.analysis.captured_calls import RepeatableForward, analysis_mode
-from lightning_qat.analysis.checked_region import CheckedRegion, CheckOptions
+from lightning_qat.analysis.checked_region import CheckedRegion, CheckOptions, rules_of
 from lightning_qat.analysis.compared_forward import ComparedForward
 from lightning_qat.analysis.comparison_metrics import LayerErrors, TensorErrors
-from lightning_qat.analysis.comparison_result import LayerComparisonResult, LayerComparisonRow, Origin
-from lightning_qat.analysis.configuration_check import unmet_requests
+from lightning_qat.analysis.comparison_result import CHOSEN, LayerComparisonResult, LayerComparisonRow, Origin
+from lightning_qat.analysis.configuration_check import hardware_types, unmet_requests
 from lightning_qat.analysis.influence import influence_on
 from lightning_qat.analysis.nan_origin import first_nan_op
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.analysis.point_evidence import EvidenceCollector, with_requests
+from lightning_qat.analysis.point_evidence import EvidenceCollector, with_configuration
 from lightning_qat.quantization.deployed_part import deployed_part
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.hardware_profile import HardwareProfile
 from lightning_qat.quantization.histogram import reduce_device
 from lightning_qat.quantization.qconfig import Override
 from lightning_qat.quantization.region import Region
@@ -30,9 +33,6 @@ from lightning_qat.quantization.tracing import Call
 
 KEPT_BYTES = 2**28
 """So much memory may hold float values that wait for those of the quantized model."""
-
-CHOSEN = "<output>"
-"""Name of the last row, that of the chosen output."""
 
 _OWN = ("Cosine", "MSE", "L1", "KL", "SQNR", "Atol", "Rtol")
 
@@ -46,6 +46,8 @@ def compare(
     seed: int = 0,
     keep_bytes: int = KEPT_BYTES,
     across_ranks: bool = False,
+    rules: Sequence[Override] | None = None,
+    profile: HardwareProfile | str | Path | None = None,
 ) -> LayerComparisonResult:
     """Compare every tensor of the quantized model with that of the float model, in evaluation mode.
 
@@ -66,6 +68,8 @@ def compare(
         seed: of the random numbers that the forward draws.
         keep_bytes: see above.
         across_ranks: every rank calls this with its own batches; the result is that of all batches, on all ranks.
+        rules: the overrides as they are for this region, if the model has several regions and some name their paths.
+        profile: the hardware that a diagnosis has to respect; that of the plan if it is a shipped one.
 
     Raises:
         ConfigurationError: nothing is calibrated, there is no batch, the output does not exist, or it holds NaN.
@@ -88,10 +92,12 @@ def compare(
     if keep_bytes < 1:
         raise ConfigurationError(f"keep_bytes must be a number of bytes such as {KEPT_BYTES}, not {keep_bytes}.")
     comparison = _Comparison(region, OutputSelector(output, post_process), seed, keep_bytes, across_ranks)
+    options = CheckOptions(profile=HardwareProfile.of(profile))
+    checked = CheckedRegion(region, options, rules_of({"": region})[""] if rules is None else rules)
     with analysis_mode(region):
         for batch in batches:
             comparison.add(Call.of(batch))
-    return comparison.result()
+    return comparison.result(checked)
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,7 @@ class _Comparison:
 
     # -- the result
 
-    def result(self) -> LayerComparisonResult:
+    def result(self, checked: CheckedRegion) -> LayerComparisonResult:
         """Return the table."""
         if self.across_ranks:
             self._all_reduce()
@@ -216,7 +222,7 @@ class _Comparison:
             batches=self.batches,
             diverged=tuple(mod_names.get(name, name) for name in self.diverged),
             kept_bytes=self.most_kept,
-            evidence=with_requests(self.evidence.evidence(), _unmet(self.region)),
+            evidence=with_configuration(self.evidence.evidence(), _unmet(checked), hardware_types(checked)),
         )
 
     def _all_reduce(self) -> None:
@@ -323,6 +329,8 @@ def _origin(errors: TensorErrors | None, own: TensorErrors | None) -> Origin | N
         return None
     if errors.MSE == 0:
         return "none"
+    if math.isnan(errors.MSE):
+        return "own" if math.isnan(own.MSE) else "inherited"
     return "inherited" if own.MSE < errors.MSE / 2 else "own"
 
 
@@ -331,10 +339,8 @@ def _computed(errors: LayerErrors) -> tuple[TensorErrors | None, ...]:
     return errors.errors()
 
 
-def _unmet(region: Region) -> dict[str, tuple[str, str]]:
+def _unmet(checked: CheckedRegion) -> dict[str, tuple[str, str]]:
     """The type that an override asks for and that is not in effect, and that in words; by point."""
-    rules = [Override.list_of([rule])[0] for rule in region.plan.overrides]
-    checked = CheckedRegion(region, CheckOptions(), rules)
     return {
         r.point: (r.requested, f"{r.by} asks for {r.requested}, {r.effective} is in effect: {r.winner}")
         for r in unmet_requests(checked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from lightning_qat.analysis.point_evidence import PointEvidence
 from lightning_qat.analysis.results import Result
 
 Origin = Literal["own", "inherited", "none"]
+
+CHOSEN = "<output>"
+"""Name of the last row, that of the chosen output."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,14 @@ class LayerComparisonResult(Result[LayerComparisonRow]):
     def by_name(self) -> dict[str, LayerComparisonRow]:
         """Rows by ``mod_name``."""
         return {row.mod_name: row for row in self.rows}
+
+    @property
+    def output_size(self) -> float | None:
+        """Root mean square of the chosen output of the float model; None if the two models cannot be compared."""
+        row = self.by_name.get(CHOSEN)
+        if row is None or row.base_model_mean is None or row.base_model_var is None:
+            return None
+        return math.hypot(row.base_model_mean, math.sqrt(row.base_model_var) if row.base_model_var > 0 else 0.0)
 
     @property
     def note(self) -> str:

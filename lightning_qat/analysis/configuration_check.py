@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from lightning_qat.analysis.checked_region import CheckedRegion
 from lightning_qat.analysis.findings import Finding, Severity, shortened
 from lightning_qat.analysis.model_check_result import Section
-from lightning_qat.quantization.effective_dtypes import bits
+from lightning_qat.quantization.effective_dtypes import FLOAT, bits
 from lightning_qat.quantization.profile_violations import ProfileViolation, find_violations
-from lightning_qat.quantization.qconfig import Override
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,34 @@ def unmet_requests(checked: CheckedRegion) -> Iterable[Request]:
                 yield Request(name, requested, by, effective, _winner(checked, name, asked, effective))
 
 
+def hardware_types(checked: CheckedRegion) -> dict[str, tuple[str, ...]]:
+    """The types that the hardware has for each point, beside the present ones of its op; nothing without a profile."""
+    profile, plan = checked.profile, checked.plan
+    found: dict[str, tuple[str, ...]] = {}
+    for point in plan.points if profile is not None else ():
+        op = checked.graph.by_name.get(point.op)
+        if op is None or profile is None:
+            continue
+        head = checked.head(op)
+        rule = profile.rules.get(head.kind if point.role == "output" else op.kind) or profile.rules.get(head.kind)
+        if rule is None:
+            continue
+        group = checked.groups.get(op.name)
+        result = plan.by_name.get(f"{group.ops[-1] if group else op.name}.output")
+        weight = next((p.dtype for p in plan.by_op.get(head.name, ()) if p.is_weight), None)
+        fitting = [
+            s
+            for s in rule.signatures
+            if (point.is_weight or weight is None or s.takes_weight(weight))
+            and (point.role == "output" or (result.dtype if result is not None else FLOAT) in s.output)
+        ]
+        found[point.name] = tuple(dict.fromkeys(dtype for s in fitting for dtype in getattr(s, point.role)))
+    return found
+
+
 def _asked(checked: CheckedRegion, point: str, op_type: str) -> Iterable[tuple[str, str]]:
     """What each rule asks for, with the rule in words, from general to specific."""
-    role = "weight" if point.rpartition(".")[2].startswith("weight") else "activation"
+    role = _role(point)
     yield str(checked.plan.qconfig[role]["dtype"]), "default"
     for index, rule in enumerate(checked.rules):
         change = rule.weight if role == "weight" else rule.activation
@@ -128,22 +152,26 @@ def _lowered(checked: CheckedRegion, requests: Iterable[Request]) -> Iterable[Fi
             why=f"{effective} has {bits(requested) - bits(effective)} bits less than what was asked for, so what is "
             f"reported as a result of {requested} is not one.",
             action=f"If this is not on purpose, remove what sets {effective}, or paste this behind it.",
-            yaml=_raised(checked, winner, names, requested) if winner.startswith(("override", "default")) else "",
+            yaml=_raised(checked, (winner, by), names, requested) if winner.startswith(("override", "default")) else "",
         )
 
 
-def _raised(checked: CheckedRegion, winner: str, names: tuple[str, ...], dtype: str) -> str:
-    """Overrides that give these points a type: with the selectors of the rule that won, which select the same."""
-    roles = dict.fromkeys("weight" if n.rpartition(".")[2].startswith("weight") else "activation" for n in names)
-    number = re.match(r"override (\d+) ", winner)
-    if number is None:
-        return "overrides:\n" + "".join(
-            f'  - {{match: "{n}", {r}: {{dtype: {dtype}}}}}\n' for n in names for r in roles
-        )
-    rule = Override.list_of(checked.plan.overrides)[int(number[1]) - 1]
-    selectors = [f'match: "{rule.match}"'] if rule.match is not None else []
-    selectors += [f"op_type: {rule.op_type}"] if rule.op_type is not None else []
-    return "overrides:\n" + "".join(f"  - {{{', '.join(selectors)}, {role}: {{dtype: {dtype}}}}}\n" for role in roles)
+def _raised(checked: CheckedRegion, rules: tuple[str, str], names: tuple[str, ...], dtype: str) -> str:
+    """Overrides that give these points a type: with the selectors of one of the rules if it selects no others."""
+    roles = dict.fromkeys(map(_role, names))
+    numbers = [int(found[1]) for rule in rules if (found := re.match(r"override (\d+) ", rule)) is not None]
+    for rule in (checked.rules[number - 1] for number in numbers):
+        selected = {n for n, p in checked.plan.by_name.items() if rule.selects(n, checked.graph.by_name[p.op].kind)}
+        if selected == set(names):
+            selectors = [f'match: "{rule.match}"'] if rule.match is not None else []
+            selectors += [f"op_type: {rule.op_type}"] if rule.op_type is not None else []
+            return "overrides:\n" + "".join(f"  - {{{', '.join(selectors)}, {r}: {{dtype: {dtype}}}}}\n" for r in roles)
+    lines = (f'  - {{match: "{name}", {_role(name)}: {{dtype: {dtype}}}}}\n' for name in names)
+    return "overrides:\n" + "".join(lines)
+
+
+def _role(point: str) -> str:
+    return "weight" if point.rpartition(".")[2].startswith("weight") else "activation"
 
 
 def _switched_off(checked: CheckedRegion) -> Iterable[Finding]:

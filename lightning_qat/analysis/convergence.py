@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -79,12 +79,12 @@ def judge_convergence(series: TrainingSeries) -> ConvergenceResult:
     """
     rows = tuple(check(series) for check in _CHECKS.values())
     flagged = [(verdict, row) for verdict, row in zip(_CHECKS, rows, strict=True) if row.status == "flagged"]
-    counted = {"steps": max(series.steps, len(series.losses)), "epochs": len(series.metrics)}
+    counted = {"steps": max(series.steps, len(series.losses)), "epochs": series.evaluations}
     if flagged:
         verdict, first = flagged[0]
         return ConvergenceResult(rows, verdict, f"{verdict}: {first.evidence} {first.next_step}", **counted)
     judged_loss = len(series.losses) >= FIRST_LOOK
-    if not judged_loss and not (series.metrics and series.calibrated):
+    if not judged_loss and (series.metrics is None or series.calibrated is None):
         return ConvergenceResult(rows, "too early", "too early to judge: neither losses nor metrics yet.", **counted)
     return ConvergenceResult(rows, "healthy", "healthy: nothing in losses, metrics or points looks wrong.", **counted)
 
@@ -115,9 +115,9 @@ def _finite_losses(series: TrainingSeries) -> ConvergenceRow:
 
 def _metric(series: TrainingSeries) -> ConvergenceRow:
     check = "metric"
-    if series.calibrated is None or not series.metrics:
+    if series.calibrated is None or series.metrics is None:
         return ConvergenceRow(check, "cannot tell", evidence="no evaluation before and after an epoch yet")
-    rows = compare(0, "", series.calibrated.metrics, series.metrics[-1], series.calibrated)
+    rows = compare(0, "", series.calibrated.metrics, series.metrics, series.calibrated)
     if not breaks(rows):
         return ConvergenceRow(check, "holds" if judged(rows) else "cannot tell")
     worst = next(row for row in judged(rows) if row.status == "breaks")
@@ -231,7 +231,6 @@ def _scales(series: TrainingSeries) -> ConvergenceRow:
 
 def _clipping(series: TrainingSeries) -> ConvergenceRow:
     check = "clipping"
-    epochs = len(series.points)
 
     def grows(first: PointHealth, last: PointHealth) -> float | None:
         if first.clipped_share is None or last.clipped_share is None or not last.clips:
@@ -239,34 +238,31 @@ def _clipping(series: TrainingSeries) -> ConvergenceRow:
         lost = first.sqnr is not None and last.sqnr is not None and first.sqnr - last.sqnr > ONE_BIT
         return last.clipped_share if lost and last.clipped_share > 2 * first.clipped_share else None
 
-    row = _points_row(
+    return _points_row(
         series,
         check,
         grows,
         None,
-        f"the clipped share of {{names}} has more than doubled in {epochs} epochs to {{worst:.2%}}, clipping is most "
-        "of its error, and it has lost more than 6 dB.",
+        f"the clipped share of {{names}} has more than doubled in {series.points.epochs} epochs to {{worst:.2%}}, "
+        "clipping is most of its error, and it has lost more than 6 dB.",
         "Its data have outgrown the calibrated range: activation_scales: ema for it to follow, or a fixed_scale or "
         "int16 for these points in overrides.",
     )
-    return row
 
 
 def _oscillation(series: TrainingSeries) -> ConvergenceRow:
     """Codes that flip and flip back: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (2022)."""
     check = "oscillation"
-    if len(series.points) < 4:
+    rates = series.points.flip_rates
+    if len(rates) < 4:
         return ConvergenceRow(check, "cannot tell", evidence="fewer than 4 epochs of flip rates")
     returning = {
         name: health.flip_rate
-        for name, health in series.points[-1].items()
+        for name, health in series.points.latest.items()
         if health.flip_rate and health.return_rate is not None and health.return_rate > 0.5
     }
-    rates = [_mean_flip_rate(epoch) for epoch in series.points]
-    known = [rate for rate in rates if rate is not None]
-    steady = len(known) >= 4 and mann_kendall(known).p_fall > 0.05
-    if not returning or not steady or _reaches_float(series):
-        return ConvergenceRow(check, "holds", known[-1] if known else None)
+    if not returning or mann_kendall(rates).p_fall <= 0.05 or _reaches_float(series):
+        return ConvergenceRow(check, "holds", rates[-1])
     names = tuple(sorted(returning, key=lambda name: -returning[name]))
     return ConvergenceRow(
         check,
@@ -302,9 +298,9 @@ def _points_row(
     next_step: str,
 ) -> ConvergenceRow:
     """Compare the first and the last epoch point by point; it is noted only while the metric holds."""
-    if len(series.points) < 2:
+    if series.points.epochs < 2:
         return ConvergenceRow(check, "cannot tell", evidence="fewer than 2 epochs of statistics")
-    first, last = series.points[0], series.points[-1]
+    first, last = series.points.first, series.points.latest
     values = {name: measure(first[name], health) for name, health in last.items() if name in first}
     found = {name: value for name, value in values.items() if value is not None}
     if not found:
@@ -332,15 +328,10 @@ def _reaches_float(series: TrainingSeries) -> bool:
 
 
 def _holds(series: TrainingSeries, before: Measurement | None) -> bool:
-    if before is None or not series.metrics:
+    if before is None or series.metrics is None:
         return False
-    rows = judged(compare(0, "", before.metrics, series.metrics[-1], before))
+    rows = judged(compare(0, "", before.metrics, series.metrics, before))
     return bool(rows) and all(row.status == "holds" for row in rows)
-
-
-def _mean_flip_rate(epoch: Mapping[str, PointHealth]) -> float | None:
-    rates = [health.flip_rate for health in epoch.values() if health.flip_rate is not None]
-    return statistics.fmean(rates) if rates else None
 
 
 def _trend(losses: Sequence[float]) -> Trend:

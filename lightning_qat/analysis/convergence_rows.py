@@ -11,6 +11,8 @@ from typing import Literal
 from lightning_qat.analysis.pipeline_rows import Measurement
 
 CheckStatus = Literal["holds", "flagged", "noted", "cannot tell"]
+MOST_FLIP_RATES = 256
+"""Epochs of flip rates that are kept: enough for a trend, and a bounded checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,37 @@ class PointHealth:
     clips: bool = False
     flip_rate: float | None = None
     return_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class PointHistory:
+    """What is kept of the points over any number of epochs.
+
+    Args:
+        first: health of every point at the end of the first epoch.
+        latest: the same at the end of the latest.
+        epochs: how many there were.
+        flip_rates: mean flip rate of the weights, by epoch, of the latest 256 epochs that have one.
+
+    Example:
+        >>> history = PointHistory()
+        >>> for rate in (0.2, 0.1, 0.05):
+        ...     history = history.after({"fc.weight": PointHealth(flip_rate=rate)})
+        >>> history.first["fc.weight"].flip_rate, history.flip_rates, history.epochs
+        (0.2, (0.2, 0.1, 0.05), 3)
+    """
+
+    first: Mapping[str, PointHealth] = field(default_factory=dict)
+    latest: Mapping[str, PointHealth] = field(default_factory=dict)
+    epochs: int = 0
+    flip_rates: tuple[float, ...] = ()
+
+    def after(self, health: Mapping[str, PointHealth]) -> PointHistory:
+        """Return the history with one more epoch."""
+        rates = [point.flip_rate for point in health.values() if point.flip_rate is not None]
+        mean = (statistics.fmean(rates),) if rates else ()
+        first = self.first if self.epochs else health
+        return PointHistory(first, health, self.epochs + 1, (*self.flip_rates, *mean)[-MOST_FLIP_RATES:])
 
 
 class LossHistory:
@@ -84,10 +117,11 @@ class TrainingSeries:
         steps: number of steps they stand for.
         float_loss: mean training loss of the float model that QAT started from, on some batches of the same data, and
             its standard error.
-        metrics: evaluation at the end of every epoch, quantized.
+        metrics: the latest evaluation, quantized.
+        evaluations: how many there were.
         calibrated: evaluation of the calibrated model before the first step.
         float_model: evaluation of the float model before the first step.
-        points: health of every point at the end of every epoch.
+        points: health of every point, first and last.
         zero_gradients: parameters whose gradient was exactly zero at every step looked at in the last epoch.
         first_bad: the first op whose result was not finite, as ``name (file.py:line)``, if it was looked for.
     """
@@ -95,10 +129,11 @@ class TrainingSeries:
     losses: tuple[float, ...] = ()
     steps: int = 0
     float_loss: tuple[float, float] | None = None
-    metrics: tuple[Measurement, ...] = ()
+    metrics: Measurement | None = None
+    evaluations: int = 0
     calibrated: Measurement | None = None
     float_model: Measurement | None = None
-    points: tuple[Mapping[str, PointHealth], ...] = ()
+    points: PointHistory = field(default_factory=PointHistory)
     zero_gradients: tuple[str, ...] = ()
     first_bad: str = ""
 

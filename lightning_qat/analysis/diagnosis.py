@@ -6,23 +6,29 @@ if it is given, and at nothing else.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import replace
 
 from lightning_qat.analysis.calls_check import SHARED_RANGE_RATIO
-from lightning_qat.analysis.comparison_result import LayerComparisonResult
+from lightning_qat.analysis.comparison_result import CHOSEN, LayerComparisonResult
+from lightning_qat.analysis.diagnosis_result import Diagnosis, DiagnosisResult, Verdict, severest_first
 from lightning_qat.analysis.point_evidence import PointEvidence
-from lightning_qat.analysis.remedies import Remedy, fitted_scale, override, split, wider_range, wider_type
-from lightning_qat.analysis.results import Result
+from lightning_qat.analysis.remedies import (
+    Remedy,
+    exceeds_calibration,
+    fitted_scale,
+    override,
+    split,
+    wider_range,
+    wider_type,
+)
 from lightning_qat.analysis.sensitivity_result import SensitivityResult
 from lightning_qat.quantization.errors import ConfigurationError, near_names
 from lightning_qat.quantization.qconfig import glob_covers
 from lightning_qat.quantization.scales import MIN_SCALE
-
-Verdict = Literal["fine", "rounding", "clipping", "non-uniform", "bad scale", "config not applied", "inherited"]
 
 LOST_BITS = 3.0
 """Values spread evenly over the whole range have a relative error of ``2**-bits``. A bell-shaped distribution costs a
@@ -35,86 +41,18 @@ LEAST_DYNAMIC_RANGE = 16.0
 """Below four octaves, groups with scales of their own would not gain what they cost."""
 RARE = 0.01
 """Magnitudes that fewer of the values have do not count as the smallest ones."""
+LEAST_GAP = 4
+"""Octaves from one magnitude that occurs to the next: data have no such gap, a -99 for what is missing makes one."""
+LEAST_SHARE = 0.1
+"""Part of the values other than zero that the small ones have to be."""
+MOST_CLUSTER_ERROR = 1 / 8
+"""Relative error of the small ones: with less than three bits, little is left of them."""
 SENSITIVE_FACTOR = 4.0
-"""A point whose score is this many times the median would need two bits more to be like the others."""
-_SHOWN = 10
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """The verdict on one point.
-
-    Args:
-        point: name of the point.
-        verdict: ``fine``; ``rounding``: the step is too coarse; ``clipping``: values outside the range;
-            ``non-uniform``: in range, but one step cannot serve large and small values; ``bad scale``: the scale does
-            not fit the values or the declared range; ``config not applied``: an override is not in effect;
-            ``inherited``: the point itself is fine, its tensor is off because of what comes before.
-        evidence: why, in numbers.
-        action: what to do.
-        yaml: override to paste; empty if there is nothing to paste.
-        factor: what the error falls by, at least, if that is done; None if that cannot be told.
-        relative: the factor is about the error relative to every single value.
-        severity: root mean square error relative to the values; for a divisor, that of its small values.
-        score: sensitivity, None if not known.
-        region: path of the target in the model, ``""`` for the model itself.
-    """
-
-    point: str
-    verdict: Verdict
-    evidence: str
-    action: str = ""
-    yaml: str = ""
-    factor: float | None = None
-    relative: bool = False
-    severity: float = 0.0
-    score: float | None = None
-    region: str = ""
-
-
-@dataclass(frozen=True)
-class DiagnosisResult(Result[Diagnosis]):
-    """The verdict on every point with a scale; those to do something about first, the worst of them first."""
-
-    title: ClassVar[str] = "What to do"
-    shown: ClassVar[tuple[str, ...]] = ("point", "verdict", "evidence", "action")
-
-    def columns(self) -> tuple[str, ...]:
-        """Names of all columns, also without rows."""
-        return tuple(Diagnosis.__dataclass_fields__)
-
-    @property
-    def by_point(self) -> dict[str, Diagnosis]:
-        """Rows by the name of the point."""
-        return {row.point: row for row in self.rows}
-
-    @property
-    def culprits(self) -> tuple[Diagnosis, ...]:
-        """What to do something about, worst first."""
-        return tuple(row for row in self.rows if row.verdict not in ("fine", "inherited"))
-
-    @property
-    def note(self) -> str:
-        """Count the others."""
-        counts = {v: sum(row.verdict == v for row in self.rows) for v in ("fine", "inherited")}
-        return f"{len(self.culprits)} points to look at, {counts['fine']} fine, {counts['inherited']} inherited"
-
-    @classmethod
-    def merged(cls, results: Mapping[str, DiagnosisResult]) -> DiagnosisResult:
-        """Put the results of several regions together, by the paths of their targets; sorted anew."""
-        rows = [replace(row, region=name) for name, result in results.items() for row in result.rows]
-        return cls(tuple(sorted(rows, key=_order)))
-
-    def lines(self, limit: int = _SHOWN) -> tuple[str, ...]:
-        """Return the short list "what to do", worst first, with the YAML to paste."""
-        found = self.culprits
-        lines = [f"What to do: {self.note}."]
-        for number, row in enumerate(found[:limit], 1):
-            lines.append(f"{number}. {_name(row)}: {row.verdict}. {row.evidence} {row.action}".rstrip())
-            lines += [f"     {line}" for line in row.yaml.splitlines()]
-        if len(found) > limit:
-            lines.append(f"{len(found) - limit} more are in the json file.")
-        return tuple(lines)
+"""A point whose score is this many times the median would need two bits more to be like the others. In a deep model
+many are: what is found has to matter to the output as well."""
+LEAST_EFFECT = 1 / 32
+"""Relative change of the output by one point of 8 bits or less: 30 dB, what a tensor quantized well has itself. Of a
+point with more bits, 60 dB."""
 
 
 def diagnose(
@@ -156,19 +94,21 @@ def diagnose(
     scores = {row.point: row.score for row in sensitivity.rows} if sensitivity is not None else {}
     known = [score for score in scores.values() if math.isfinite(score)]
     usual = statistics.median_low(known) if known else math.inf
+    same_output = sensitivity is not None and sensitivity.output == comparison.output
+    size = comparison.output_size if same_output else None
+    whole = comparison.by_name.get(CHOSEN) if same_output else None
+    broken = whole is None or (whole.MSE is not None and math.isnan(whole.MSE))
     rows = []
     for e in comparison.evidence:
         score = scores.get(e.point)
-        sensitive = score is not None and (math.isnan(score) or score >= SENSITIVE_FACTOR * usual > 0)
-        row = replace(_judged(e, declared.get(e.point), sensitive), score=score)
+        effect = _effect(e, score, usual, size) if score is not None else ""
+        if score is not None and math.isnan(score) and not broken:
+            effect = ""  # how much the output selects follows the values: any error changes its shape
+        row = replace(_judged(e, declared.get(e.point), effect), score=score)
         if row.verdict == "fine" and origins.get(e.point) == "inherited":
             row = replace(row, verdict="inherited", evidence=f"{row.evidence} Most of its error comes from before.")
         rows.append(row)
-    return DiagnosisResult(tuple(sorted(rows, key=_order)))
-
-
-def _name(row: Diagnosis) -> str:
-    return f"{row.region}.{row.point}" if row.region else row.point
+    return DiagnosisResult(tuple(sorted(rows, key=severest_first)))
 
 
 def check_declared_range(pattern: str, ends: Sequence[float], points: Sequence[str]) -> list[str]:
@@ -192,13 +132,28 @@ def check_declared_range(pattern: str, ends: Sequence[float], points: Sequence[s
     return matching
 
 
-def _order(row: Diagnosis) -> tuple[bool, bool, float]:
-    done = row.verdict in ("fine", "inherited")
-    size = row.severity if row.score is None else row.score
-    return done, row.score is None, -math.inf if math.isnan(size) else -size  # nan: it breaks the output
+def _effect(e: PointEvidence, score: float, usual: float, size: float | None) -> str:
+    """What makes a point sensitive, in words; nothing if it is not.
+
+    Some points always lead the list: they are culprits only if each, alone, does something to the output.
+    """
+    if math.isnan(score):
+        return "Alone, it turns the output into NaN or changes its shape."
+    if not score >= SENSITIVE_FACTOR * usual > 0:
+        return ""
+    ahead = f"{score / usual:.3g} times as much as the median point"
+    if not size:
+        return f"Alone, it changes the output by {score:.3g} (root mean square), {ahead}."
+    if score < size * (LEAST_EFFECT if e.bits <= 8 else LEAST_EFFECT**2):
+        return ""
+    return f"Alone, it changes the output by {_percent(score / size)}, {ahead}."
 
 
-def _judged(e: PointEvidence, declared: tuple[float, float] | None, sensitive: bool) -> Diagnosis:
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if abs(share) < 0.995 else f"{100 * share:.3g} %"
+
+
+def _judged(e: PointEvidence, declared: tuple[float, float] | None, effect: str) -> Diagnosis:
     """The first verdict that holds: what makes the others meaningless comes first."""
     severity = e.relative_error
     if e.request:
@@ -215,16 +170,26 @@ def _judged(e: PointEvidence, declared: tuple[float, float] | None, sensitive: b
     if declared is not None and (problem := _range_problem(e, declared)):
         return _with(wider_type(e, declared), e, "bad scale", problem, severity)
     if problem := _scale_problem(e):
-        return _with(fitted_scale(e, "Calibrate with data of ordinary size."), e, "bad scale", problem, severity)
+        return _with(_against_bad_scale(e), e, "bad scale", problem, severity)
     if e.divides and small > LEAST_DIVISOR_PRECISION and e.dynamic_range >= LEAST_DYNAMIC_RANGE:
         evidence = (
             f"{e.divides[0]} divides by it; its magnitudes span a factor {e.dynamic_range:.3g} with one step of "
-            f"{e.scale:.4g}, so that the smallest are off by {100 * small:.2g} % though none is far outside the range."
+            f"{e.scale:.4g}, so that the smallest are off by {_percent(small)} though none is far outside the range."
         )
         return _with(split(e) or wider_type(e), e, "non-uniform", evidence, max(small, severity))
-    if not sensitive and severity <= 2.0 ** (LOST_BITS - e.bits):
-        return Diagnosis(e.point, "fine", f"Relative error {100 * severity:.2g} % at {e.dtype}.", severity=severity)
-    numbers = _numbers(e, severity)
+    if (cluster := _small_cluster(e)) is not None and (declared is None or not effect):
+        share, error, largest = cluster
+        evidence = (
+            f"{_percent(share)} of the values are below {largest:g}, far from the others, and off by "
+            f"{_percent(error)}: the large ones, up to {e.largest:.4g}, set the step of {e.scale:.4g}."
+        )
+        remedy = split(e) or wider_type(e, declared)
+        missing = " If the large ones mark what is missing, mask them in the model before they are quantized."
+        remedy = replace(remedy, action=remedy.action + missing)
+        return _with(remedy, e, "non-uniform", evidence, max(error, severity))
+    if not effect and severity <= 2.0 ** (LOST_BITS - e.bits):
+        return Diagnosis(e.point, "fine", f"Relative error {_percent(severity)} at {e.dtype}.", severity=severity)
+    numbers = f"{_numbers(e, severity)} {effect}".rstrip()
     if e.clipping > e.rounding:
         return _with(_against_clipping(e, declared), e, "clipping", numbers, severity)
     if e.vanished > 0.5 and not _is_too_wide(e) and not _is_shared_unevenly(e):
@@ -245,8 +210,8 @@ def _numbers(e: PointEvidence, severity: float) -> str:
     share = 100 * e.clipping / total if total else 0.0
     low, high = e.representable
     text = (
-        f"Relative error {100 * severity:.2g} % at {e.dtype}; {share:.3g} % of its energy is clipping, of "
-        f"{100 * e.clipped_share:.2g} % of the values. Represents {low:.4g} to {high:.4g}, saw {e.min:.4g} to "
+        f"Relative error {_percent(severity)} at {e.dtype}; {share:.3g} % of its energy is clipping, of "
+        f"{_percent(e.clipped_share)} of the values. Represents {low:.4g} to {high:.4g}, saw {e.min:.4g} to "
         f"{e.max:.4g}, step {e.scale:.4g}."
     )
     if _is_shared_unevenly(e):
@@ -260,17 +225,25 @@ def _against_clipping(e: PointEvidence, declared: tuple[float, float] | None) ->
         return _for_calls(e, wider_type(e, declared))
     if e.role == "weight":
         return wider_range(e)
-    if e.calibrated is not None and e.largest > max(-e.calibrated[0], e.calibrated[1]) + e.scale:
-        low, high = e.calibrated
-        return fitted_scale(
-            e,
-            f"Calibration saw only {low:.4g} to {high:.4g}: give it more, or more representative, batches. If training "
-            "has moved the values, let the scales follow (activation_scales: ema or learned).",
-        )
     if e.fixed_scale is not None:
         fitted = fitted_scale(e, "Its fixed scale is too small.")
         return fitted if fitted.factor is not None else wider_type(e)
-    return wider_range(e)
+    return fitted_scale(e, _more_data(e)) if exceeds_calibration(e) else wider_range(e)
+
+
+def _against_bad_scale(e: PointEvidence) -> Remedy:
+    if e.fixed_scale is not None:
+        return fitted_scale(e, f"Its fixed scale is too {'small' if e.clipping > e.rounding else 'large'}.")
+    return fitted_scale(e, _more_data(e) if exceeds_calibration(e) else "Calibrate with data of ordinary size.")
+
+
+def _more_data(e: PointEvidence) -> str:
+    assert e.calibrated is not None  # there is no range to exceed otherwise
+    low, high = e.calibrated
+    return (
+        f"Calibration saw only {low:.4g} to {high:.4g}: give it more, or more representative, batches. If training has "
+        "moved the values, let the scales follow (activation_scales: ema or learned)."
+    )
 
 
 def _against_rounding(e: PointEvidence, declared: tuple[float, float] | None) -> Remedy:
@@ -310,6 +283,25 @@ def _small_values(e: PointEvidence) -> float:
         if seen >= RARE * e.count:
             return octave.relative_error
     return 0.0
+
+
+def _small_cluster(e: PointEvidence) -> tuple[float, float, float] | None:
+    """Values of an input far smaller than its largest, with nothing between, which the step does not serve.
+
+    Returns:
+        Their share, their relative error, and what they are smaller than; None if there are none.
+    """
+    exponents = [octave.exponent for octave in e.octaves]
+    gaps = [(after - before, i) for i, (before, after) in enumerate(itertools.pairwise(exponents), 1)]
+    if e.role != "input" or not gaps or max(gaps)[0] < LEAST_GAP:
+        return None
+    small = e.octaves[: max(gaps)[1]]
+    share = sum(o.count for o in small) / sum(o.count for o in e.octaves)
+    energy = [o.count * 4.0**o.exponent for o in small]
+    error = math.sqrt(sum(w * o.relative_error**2 for w, o in zip(energy, small, strict=True)) / sum(energy))
+    if share < LEAST_SHARE or error < MOST_CLUSTER_ERROR:
+        return None
+    return share, error, 2.0 ** (small[-1].exponent + 1)
 
 
 def _range_problem(e: PointEvidence, declared: tuple[float, float]) -> str:

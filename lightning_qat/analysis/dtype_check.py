@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterable
 
 from lightning_qat.analysis.checked_region import CheckedRegion, module_type
-from lightning_qat.analysis.findings import Finding
+from lightning_qat.analysis.findings import Finding, shortened
 from lightning_qat.analysis.model_check_result import Section
 from lightning_qat.quantization.effective_dtypes import FLOAT, bits
+from lightning_qat.quantization.function_table import FLOAT_INSIDE
 from lightning_qat.quantization.op_graph import Op
 
 QUANTIZE, DEQUANTIZE = "quantize", "dequantize"
@@ -22,7 +23,7 @@ def check_dtype_statistics(checked: CheckedRegion) -> tuple[list[Finding], list[
     for kind, read, written in _rows(checked):
         inputs.setdefault(kind, Counter()).update(read)
         outputs.setdefault(kind, Counter()).update(written)
-    return [], [
+    return list(_computing_in_float(checked)), [
         _statistics("input dtype statistics:", inputs, "A7"),
         _statistics("output dtype statistics:", outputs, "A8"),
     ]
@@ -49,6 +50,33 @@ def leaving_quantized(checked: CheckedRegion) -> dict[str, tuple[Op, str]]:
     return found
 
 
+def is_float_inside(checked: CheckedRegion, op: Op) -> bool:
+    """Whether an op computes in float between quantized operands and a quantized result, as an LSTM does."""
+    return op.kind in FLOAT_INSIDE and checked.dtypes.of_output(op) != FLOAT
+
+
+def _computing_in_float(checked: CheckedRegion) -> Iterable[Finding]:
+    """Say where quantized tensors go in and out and the computation between them is not that of the device."""
+    by_reason: dict[str, list[Op]] = {}
+    for op in checked.computing:
+        if is_float_inside(checked, op):
+            by_reason.setdefault(op.reason, []).append(op)
+    for reason, ops in by_reason.items():
+        names = tuple(op.name for op in ops)
+        yield Finding(
+            severity="info",
+            kind="float inside",
+            requirement="A7",
+            names=names,
+            what=f"{shortened(names)} {'compute' if len(names) > 1 else 'computes'} in float32 between quantized "
+            f"tensors: {reason}.",
+            why="A device that quantizes them too is less accurate than what is measured here.",
+            action="Measure on the device. To quantize the gates as well, write the cell out in torch ops (linear, "
+            "sigmoid, tanh, mul, add), its steps in `with dynamic_block(self, ...)`.",
+            location=ops[0].location if len({op.location for op in ops}) == 1 else "",
+        )
+
+
 def _rows(checked: CheckedRegion) -> Iterable[tuple[str, list[str], list[str]]]:
     """Type of each op with the types of its inputs and of its result."""
     dtypes = checked.dtypes
@@ -57,7 +85,9 @@ def _rows(checked: CheckedRegion) -> Iterable[tuple[str, list[str], list[str]]]:
         for member, operand, dtype in read:
             if dtypes.point_of(member, operand) is not None and dtype != FLOAT:
                 yield QUANTIZE, [dtypes.of_tensor(operand.sources)], [dtype]
-        yield checked.group_type(op), [dtype for *_, dtype in read], [dtypes.of_output(op)]
+        kind = checked.group_type(op)
+        kind += f" ({FLOAT} inside)" if is_float_inside(checked, op) else ""
+        yield kind, [dtype for *_, dtype in read], [dtypes.of_output(op)]
     for _, dtype in leaving_quantized(checked).values():
         yield DEQUANTIZE, [dtype], [FLOAT]
 
@@ -88,6 +118,7 @@ def _activation_rows(checked: CheckedRegion) -> Iterable[tuple[object, ...]]:
         status = plan.status[op.name]
         if name in plan.by_name:
             dtype, axis, source = dtypes.points[name], _axis(checked, name), _source(checked, name)
+            source += f"; {status.reason}" if status.reason else ""
         elif status.status == "fused":
             dtype, axis, source = "", None, status.reason
         elif status.status == "passes" and name not in plan.float_points:

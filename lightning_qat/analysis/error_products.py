@@ -147,16 +147,15 @@ class ErrorProducts:
         self.values[key] = value
         self._errors.setdefault(name, []).append(error)
 
-        def multiply(gradient: Tensor) -> None:
+        def multiply(gradient: Tensor) -> None:  # a backward pass tracks no gradients
             if needs_value and value.written:
                 self.failed.add(name)
                 return
-            with torch.no_grad():
-                d, axis = self._error(key, error), self.axes.get(key)
-                new = torch.sum(d * gradient).view(1) if axis is None else axis.products(d, gradient)
-                old = self._products.get(name)
-                if old is not None:  # used several times: the errors act together
-                    new = old + new if old.numel() == new.numel() else (old.sum() + new.sum()).view(1)
+            d, axis = self._error(key, error), self.axes.get(key)
+            new = torch.sum(d * gradient).view(1) if axis is None else axis.products(d, gradient)
+            old = self._products.get(name)
+            if old is not None:  # used several times: the errors act together
+                new = old + new if old.numel() == new.numel() else (old.sum() + new.sum()).view(1)
             self._products[name] = new
             self.arrived.add(name)
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lightning_qat.quantization.target_paths import spelled_out
+
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 """From the most to the least severe."""
@@ -81,6 +83,12 @@ def shortened(names: Iterable[str], limit: int = 3) -> str:
     return f"{', '.join(every[:limit])} and {len(every) - limit} more"
 
 
-def in_region(findings: Iterable[Finding], region: str) -> list[Finding]:
-    """Return findings with the path of the region they were found in."""
-    return [replace(finding, region=region) for finding in findings]
+def in_region(findings: Iterable[Finding], region: str, alone: bool) -> list[Finding]:
+    """Return findings with the path of the region they were found in.
+
+    Args:
+        findings: of one region.
+        region: its path.
+        alone: it is the only one; otherwise the overrides to paste have to name it.
+    """
+    return [replace(f, region=region, yaml=f.yaml if alone else spelled_out(f.yaml, region)) for f in findings]

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_qat.analysis.results import plain, write_atomically
 from lightning_qat.analysis.tensor_summary import TensorSummary
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.region import REGION_NAME
+from lightning_qat.quantization.module_walk import REGION_NAME
 
 FINGERPRINT_VERSION = 1
 
@@ -83,10 +83,10 @@ class Fingerprint:
         except FileNotFoundError:
             raise ConfigurationError(
                 f"there is no fingerprint {str(path)!r}: make it in the float project with `python -m lightning_qat "
-                "fingerprint --config float.yaml --ckpt_path float.ckpt`."
+                "fingerprint train.py --config float.yaml --ckpt_path float.ckpt`."
             ) from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigurationError(f"{str(path)!r} is no fingerprint: {error}.") from None
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            raise ConfigurationError(f"{str(path)!r} is no fingerprint: it is not JSON.") from None
         if not isinstance(data, dict) or "weights" not in data:
             raise ConfigurationError(f"{str(path)!r} is no fingerprint: it has no weights.")
         if data.get("version") != FINGERPRINT_VERSION:
@@ -119,12 +119,24 @@ def weight_digests(module: nn.Module) -> dict[str, str]:
         own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
         own = [(key, tensor) for key, tensor in own if key != "num_batches_tracked"]
         if own:
-            digest = hashlib.sha256()
-            for key, tensor in own:
-                digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                digest.update(_bytes(tensor))
-            digests[name] = digest.hexdigest()[:16]
+            digests[name] = tensor_digest(own)
     return digests
+
+
+def tensor_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a digest of names, shapes, types and bits of tensors.
+
+    Example:
+        >>> zero, negative_zero = torch.zeros(2), -torch.zeros(2)
+        >>> tensor_digest([("a", zero)]) == tensor_digest([("a", negative_zero)])
+        False
+    """
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if tensor.numel():
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def batch_norm_summary(module: nn.Module) -> dict[str, dict[str, float]]:
@@ -149,11 +161,6 @@ def deviating_modes(module: nn.Module) -> dict[str, list[str]]:
         if child.training != module.training and REGION_NAME not in name.split("."):
             found.setdefault("train" if child.training else "eval", []).append(name)
     return found
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    contiguous = tensor.detach().cpu().contiguous()
-    return contiguous.reshape(-1).view(torch.uint8).numpy().tobytes() if contiguous.numel() else b""
 
 
 def _summary(data: Mapping[str, Any]) -> TensorSummary:

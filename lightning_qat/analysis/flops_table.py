@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from lightning_qat.analysis.dtype_check import is_float_inside
 from lightning_qat.analysis.float_segments import Segments
 from lightning_qat.analysis.flops import op_flops
 from lightning_qat.analysis.model_check_result import Section
@@ -14,8 +15,9 @@ from lightning_qat.quantization.op_graph import Op
 def flops_table(segments: Segments) -> Section:
     """Return ops and FLOPs of the deployed model by the type they are computed in.
 
-    This is the widest type an op reads, weights included; ``float32`` for an op that computes in float. Each op of a
-    fused group counts; data movement and what does not depend on the data do not.
+    This is the widest type an op reads, weights included; ``float32`` for an op that computes in float, also between
+    quantized tensors, as an LSTM does. Each op of a fused group counts; data movement and what does not depend on the
+    data do not.
     """
     ops: Counter[str] = Counter()
     flops: Counter[str] = Counter()
@@ -38,7 +40,7 @@ def flops_table(segments: Segments) -> Section:
 def _computed_in(segments: Segments, op: Op) -> str:
     checked = segments.checked
     group = checked.groups.get(op.name)
-    if segments.domains.get(group.ops[-1] if group else op.name) == "float":
+    if segments.domains.get(group.ops[-1] if group else op.name) == "float" or is_float_inside(checked, op):
         return FLOAT
     weights = [checked.dtypes.points[p.name] for p in checked.plan.by_op.get(op.name, ()) if p.is_weight]
     read = [checked.dtypes.of_operand(op, operand) for member, operand in checked.inputs(op) if member is op]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lightning_qat.analysis.calls_check import check_call_ranges, check_calls
-from lightning_qat.analysis.checked_region import Check, CheckedRegion, CheckOptions
+from lightning_qat.analysis.checked_region import Check, CheckedRegion, CheckOptions, rules_of
 from lightning_qat.analysis.configuration_check import check_configuration, check_profile
 from lightning_qat.analysis.dtype_check import check_dtype_statistics, check_layer_configuration
 from lightning_qat.analysis.findings import Finding, in_region, sorted_findings
@@ -21,9 +21,7 @@ from lightning_qat.analysis.scale_check import check_scales
 from lightning_qat.analysis.training_check import check_training
 from lightning_qat.analysis.weight_check import check_weights
 from lightning_qat.quantization.hardware_profile import HardwareProfile
-from lightning_qat.quantization.qconfig import Override
 from lightning_qat.quantization.region import Region
-from lightning_qat.quantization.target_paths import local_rules
 
 __all__ = ["ModelCheckResult", "Section", "check"]
 
@@ -85,16 +83,11 @@ def check(
     options = CheckOptions(tuple(optimizers), precision, batch_size, HardwareProfile.of(profile))
     findings: list[Finding] = list(extra_findings)
     sections: list[Section] = []
-    rules = {path: _rules(one, regions)[path] for path, one in regions.items()}
+    rules = rules_of(regions)
     for path, one in regions.items():
         checked = CheckedRegion(one, options, rules[path])
         for run in CHECKS:
             found, tables = run(checked)
-            findings += in_region(found, path)
+            findings += in_region(found, path, alone=len(regions) == 1)
             sections += [replace(section, region=path) for section in tables]
     return ModelCheckResult(sorted_findings(findings), tuple(sections))
-
-
-def _rules(region: Region, regions: Mapping[str, Region]) -> dict[str, list[Override]]:
-    """The overrides of a region's plan, made relative to each region."""
-    return local_rules(Override.list_of(region.plan.overrides), {path: one.graph for path, one in regions.items()})

@@ -1,9 +1,10 @@
-"""Finding the op that made the first NaN of a forward."""
+"""Finding where the first NaN of a forward, or the first infinity, comes from."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_qat.quantization.canonical_kinds import canonical_kind
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.op_graph import OpGraph
 from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.region_state import Tap
 from lightning_qat.quantization.tensor_leaves import call_leaves, is_float, leaves
 
 
@@ -50,6 +52,35 @@ def first_nan_op(region: Region, forward: Callable[[], Any]) -> str:
     return found.message
 
 
+def first_bad_point(regions: Mapping[str, Region], forward: Callable[[], Any]) -> str | None:
+    """Run a forward of a quantized model and name the first point that receives NaN or an infinity.
+
+    Ops that run in float are passed over: masks, for example, are infinite on purpose.
+
+    Args:
+        regions: by the path of their target, in state ``quantize``.
+        forward: runs them.
+
+    Returns:
+        The point with the file and line of its op; None if all values are finite.
+    """
+    found: list[str] = []
+
+    def watch(path: str, region: Region) -> Tap:
+        def tap(name: str, value: Tensor, quantized: Tensor) -> None:
+            if not found and not bool(value.isfinite().all()):
+                op = region.graph.by_name[region.plan.by_name[name].op]
+                found.append(f"{path + ':' if path else ''}{name} ({op.location})")
+
+        return tap
+
+    with ExitStack() as stack:
+        for path, region in regions.items():
+            stack.enter_context(region.tap(watch(path, region)))
+        forward()
+    return found[0] if found else None
+
+
 class _FirstNaN(TorchFunctionMode):
     def __init__(self, graph: OpGraph) -> None:
         super().__init__()
@@ -63,10 +94,18 @@ class _FirstNaN(TorchFunctionMode):
         searching = self.message.startswith("No op")
         if searching and _any_nan(leaves(result)) and not _any_nan(call_leaves(args, kwargs or {})):
             kind, location = canonical_kind(func), user_location(sys._getframe(1))
+            if kind in _UNINITIALIZED:
+                return result
             ops = [op.name for op in self._graph.ops if op.kind == kind and op.location == location]
             name = " or ".join(ops) if 0 < len(ops) < 4 else kind
             self.message = f"The first op that made one is {name} at {location}."
         return result
+
+
+_UNINITIALIZED = frozenset(
+    ["empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided", "empty_permuted", "new"]
+)
+"""Hold whatever was in memory, and NaN under deterministic algorithms, until they are written."""
 
 
 def _any_nan(tensors: list[Tensor]) -> bool:

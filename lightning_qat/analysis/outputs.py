@@ -47,19 +47,26 @@ class OutputSelector:
         Raises:
             ConfigurationError: there is no such path, or no tensor at it.
         """
-        chosen = region_output
-        if callable(self.output):
-            chosen = self.output(region_output)
-        elif self.output:
-            chosen = _at(region_output, self.output, region_output, self.output)
-        if self.post_process is not None:
-            chosen = self.post_process(chosen)
+        chosen = self.chosen(region_output)
         tensors = [tensor for _, tensor in named_leaves(chosen)]
         if not tensors:
             raise ConfigurationError(
                 f"{self.description} holds no tensor, but {type(chosen).__name__}. {_choices(region_output)}"
             )
         return [t for t in tensors if is_float(t)] or tensors
+
+    def chosen(self, region_output: Any) -> Any:
+        """Return what was chosen as it is: a tensor, or what holds several.
+
+        Raises:
+            ConfigurationError: there is no such path.
+        """
+        chosen = region_output
+        if callable(self.output):
+            chosen = self.output(region_output)
+        elif self.output:
+            chosen = _at(region_output, self.output, region_output, self.output)
+        return self.post_process(chosen) if self.post_process is not None else chosen
 
     @property
     def description(self) -> str:

@@ -124,6 +124,8 @@ def judge_pipeline(
         return replace(result, note=f"cannot tell: {nothing_moved(ladder.float_finetune)}", rung=5)
     if flag:
         return replace(result, note=_nothing_found(ladder, flag))
+    if better := _better_after_training(ladder, rows):
+        return replace(result, note=better)
     suspicious = (
         f" Yet there is a suspicious difference: {_ended(differences.strong[0].what)}" if differences.strong else ""
     )
@@ -181,6 +183,24 @@ def _nothing_found(ladder: Ladder, flag: str) -> str:
     )
 
 
+def _better_after_training(ladder: Ladder, rows: Sequence[PipelineRow]) -> str:
+    """Say that a few batches make another model of the float model, if there is no reference: it was not good here."""
+    finetune = ladder.float_finetune or ladder.qat
+    if finetune is None or any(row.rung == 0 and row.status == "holds" for row in rows):
+        return ""
+    worse = judged(compare(0, "", finetune.after.metrics, ladder.float_model, finetune.after))
+    changes = [f"{row.metric} {row.value:.4g} -> {row.expected:.4g}" for row in worse if row.status == "breaks"]
+    if not changes:
+        return ""
+    return (
+        f"cannot tell: {finetune.batches} batches of training make the float model far better "
+        f"({', '.join(changes[:2])}), so it was not good to begin with. Are these the weights of the float run "
+        "(init_from), and is the data prepared as it was there? The float run's fingerprint says what differs: "
+        f"{FINGERPRINT_COMMAND}; then "
+        "PipelineCheck(reference='pipeline_fingerprint.json')."
+    )
+
+
 def _healthy(ladder: Ladder, rows: Sequence[PipelineRow], reference: Mapping[str, float] | Fingerprint | None) -> str:
     batches = max((f.batches for f in _finetunes(ladder)), default=0)
     parts = [f"healthy: every rung holds, with {batches} batches each."]
@@ -205,6 +225,5 @@ def _healthy(ladder: Ladder, rows: Sequence[PipelineRow], reference: Mapping[str
 
 
 def _finetunes(ladder: Ladder) -> Iterator[Finetune]:
-    for one in (ladder.batch_norm_frozen, ladder.float_finetune, ladder.qat):
-        if one is not None:
-            yield one
+    rungs = (ladder.batch_norm_frozen, ladder.batch_norm_moving, ladder.quantized, ladder.float_finetune, ladder.qat)
+    return (one for one in rungs if one is not None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from lightning_qat.analysis.pipeline_rows import Finetune, Measurement
 
 RUNGS = (0, 1, 2, 3, 4, 5, 6)
-FINGERPRINT_COMMAND = "python -m lightning_qat fingerprint --config float.yaml --ckpt_path float.ckpt"
+FINGERPRINT_COMMAND = "python -m lightning_qat fingerprint train.py --config float.yaml --ckpt_path float.ckpt"
 HALF_A_STEP = 1 / 254
 """Half a step of a symmetric int8 weight, relative to the largest weight: less changes no code for certain."""
 LONG_TRAINING = 1000

@@ -85,6 +85,7 @@ class PointEvidence:
         divides: ops that divide by the values, or take their reciprocal or logarithm.
         profiles: of a point that is divided by: along its axes. Of another: along its channel axis.
         scales: how many scales it has; ``channels``: how many it could have along the channel axis of a weight.
+        types: those that the hardware has here; empty if it is not known.
         request: what an override asks for and is not in effect; empty if all is. ``requested`` is the type.
     """
 
@@ -116,6 +117,7 @@ class PointEvidence:
     profiles: tuple[AxisProfile, ...] = ()
     scales: int = 1
     channels: int = 1
+    types: tuple[str, ...] = ()
     request: str = ""
     requested: str = ""
 
@@ -309,12 +311,20 @@ class _Gathered:
         )
 
 
-def with_requests(
-    evidence: tuple[PointEvidence, ...], requests: Mapping[str, tuple[str, str]]
+def with_configuration(
+    evidence: tuple[PointEvidence, ...],
+    requests: Mapping[str, tuple[str, str]],
+    types: Mapping[str, tuple[str, ...]],
 ) -> tuple[PointEvidence, ...]:
-    """Note at every point which type was asked for and is not in effect, and that in words."""
+    """Note at every point which type was asked for and is not in effect, that in words, and what the hardware has."""
+    nothing = ("", "")
     return tuple(
-        replace(e, requested=requests[e.point][0], request=requests[e.point][1]) if e.point in requests else e
+        replace(
+            e,
+            requested=requests.get(e.point, nothing)[0],
+            request=requests.get(e.point, nothing)[1],
+            types=types.get(e.point, ()),
+        )
         for e in evidence
     )
 

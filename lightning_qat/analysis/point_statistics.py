@@ -101,19 +101,12 @@ class PointStatistics:
         rows, quantized_rows = _rows(value, fake_quant.axis), _rows(quantized, fake_quant.axis)
         step = max(1, CHUNK // rows.shape[0])
         for x, q in zip(rows.split(step, dim=1), quantized_rows.split(step, dim=1), strict=True):
-            finite = x.isfinite()
-            self._add_moments(x, finite)
-            if active:
-                self._add_codes(x, q, finite, fake_quant)
+            if x.numel():
+                self._add(x, q, fake_quant if active else None)
 
     def merge(self, other: PointStatistics) -> None:
         """Add what another one has seen at the same point."""
-        total = self.count + other.count
-        if total:
-            delta = other.mean - self.mean
-            self.mean += delta * other.count / total
-            self.m2 += other.m2 + delta**2 * self.count * other.count / total
-        self.count = total
+        self._merge_moments(other.count, other.mean, other.m2)
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         for name in ("non_finite", "quantized", "clipped", "rounding", "clipping", "flipped", "compared"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -135,35 +128,54 @@ class PointStatistics:
         statistics.hits = hits.numpy().copy()
         return statistics
 
-    def _add_moments(self, x: Tensor, finite: Tensor) -> None:
-        values = x[finite].double()
-        part = PointStatistics(self.channels, self.levels, non_finite=float(x.numel() - values.numel()))
+    def _add(self, x: Tensor, q: Tensor, fake_quant: FakeQuantize | None) -> None:
+        """Add ``(channels, n)`` values; without ``fake_quant`` only what they are themselves."""
+        values = x.reshape(-1).to(torch.float64, copy=True)  # what follows writes into it
+        low, high = torch.stack(values.aminmax()).tolist()
+        finite = None
+        if not (math.isfinite(low) and math.isfinite(high)):
+            finite = x.isfinite()
+            values = x[finite].double()
+            low, high = torch.stack(values.aminmax()).tolist() if values.numel() else (math.inf, -math.inf)
+            self.non_finite += x.numel() - values.numel()
+        if fake_quant is not None:
+            quantized = (q.reshape(-1) if finite is None else q[finite]).to(torch.float64, copy=True)
+            self._add_codes(x, finite, quantized.sub_(values).square_(), fake_quant)
         if values.numel():
             mean = values.mean()
-            numbers = torch.stack([*values.aminmax(), mean, (values - mean).square_().sum()])
-            part.low, part.high, part.mean, part.m2 = numbers.tolist()
-            part.count = float(values.numel())
-        self.merge(part)
+            self._merge_moments(values.numel(), *torch.stack([mean, values.sub_(mean).square_().sum()]).tolist())
+            self.low, self.high = min(self.low, low), max(self.high, high)
 
-    def _add_codes(self, x: Tensor, q: Tensor, finite: Tensor, fake_quant: FakeQuantize) -> None:
+    def _add_codes(self, x: Tensor, finite: Tensor | None, error: Tensor, fake_quant: FakeQuantize) -> None:
+        """Add codes, and the squared errors of the finite values."""
         unclipped = codes_before_clipping(x, fake_quant)
-        inside = (unclipped >= 0) & (unclipped < self.levels)
-        codes = unclipped.clamp(0, self.levels - 1)
-        error = torch.where(finite, q.double() - x.double(), 0.0).square_()
-        sums = [finite.sum(), (finite & ~inside).sum(), (error * inside).sum(), (error * ~inside).sum()]
-        quantized, clipped, rounding, clipping = torch.stack([s.double() for s in sums]).tolist()
-        self.quantized += quantized
+        codes = unclipped.clamp(0, self.levels - 1).nan_to_num_(0.0)  # a diverged run may have a scale that is NaN
+        outside = codes != unclipped
+        if finite is None:
+            lowest, highest = codes.amin(dim=1), codes.amax(dim=1)
+        else:
+            lowest = torch.where(finite, codes, torch.inf).amin(dim=1)
+            highest = torch.where(finite, codes, -torch.inf).amax(dim=1)
+            codes, outside = codes[finite], outside[finite]
+        outside = outside.reshape(-1)
+        clipped = int(outside.count_nonzero())
+        clipping = float(error[outside].sum()) if clipped else 0.0
+        self.quantized += error.numel()
         self.clipped += clipped
-        self.rounding += rounding
         self.clipping += clipping
-        hit = torch.zeros(self.levels, dtype=torch.bool, device=x.device)
-        hit[codes[finite].long()] = True
-        self.hits |= np.packbits(hit.cpu().numpy())
-        if codes.numel():
-            low = torch.where(finite, codes, torch.inf).amin(dim=1).double().cpu()
-            high = torch.where(finite, codes, -torch.inf).amax(dim=1).double().cpu()
-            self.code_low = torch.minimum(self.code_low, low)
-            self.code_high = torch.maximum(self.code_high, high)
+        self.rounding += float((error.masked_fill_(outside, 0.0) if clipped else error).sum())
+        hits = torch.bincount(codes.reshape(-1).int(), minlength=self.levels) > 0
+        self.hits |= np.packbits(hits.cpu().numpy())
+        self.code_low = torch.minimum(self.code_low, lowest.double().cpu())
+        self.code_high = torch.maximum(self.code_high, highest.double().cpu())
+
+    def _merge_moments(self, count: float, mean: float, m2: float) -> None:
+        total = self.count + count
+        if total:
+            delta = mean - self.mean
+            self.mean += delta * count / total
+            self.m2 += m2 + delta**2 * self.count * count / total
+        self.count = total
 
 
 _NUMBERS = tuple(n for n in PointStatistics.__dataclass_fields__ if n not in ("channels", "levels"))

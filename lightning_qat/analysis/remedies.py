@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from lightning_qat.analysis.point_evidence import AxisProfile, PointEvidence
 WORTHWHILE = 4.0
 """A remedy is offered if it promises two bits: less is lost in the noise of the next calibration."""
 MOST_GROUPS = 4
+MOST_PLACES = 512
 ENOUGH = 1 / 64
 """Relative error that a split should reach: five significant bits."""
 _INT8_MAX, _INT16_MAX = 127, 32767
@@ -55,32 +56,49 @@ def override(point: str, is_weight: bool, **fields: object) -> str:
 
 def wider_type(e: PointEvidence, declared: tuple[float, float] | None = None) -> Remedy:
     """Raise a point to int8 if it has less, else to int16; with a declared range, to int16 at a scale that fits it."""
-    dtype, quant_max = ("int8", _INT8_MAX) if e.bits < 8 else ("int16", _INT16_MAX)
-    after = e.largest / quant_max / math.sqrt(12)
+    dtype = wider_dtype(e)
     if declared is not None and e.role != "weight":
         largest = max(abs(end) for end in declared)
-        scale = f"{largest:g}/32768"
-        yaml = override(e.point, False, dtype="int16", fixed_scale=scale)
-        return Remedy(f"Raise it to int16 with the fixed scale {scale}.", yaml, _promised(e, largest / 32768 / 12**0.5))
-    if e.bits >= 16:
+        has_int16 = not e.types or "int16" in e.types
+        levels = 32768 if has_int16 else e.quant_max + 1
+        fields: dict[str, object] = {"dtype": "int16"} if has_int16 else {}
+        scale = f"{largest:g}/{levels}"
+        yaml = override(e.point, False, **fields, fixed_scale=scale)
+        action = f"Raise it to int16 with the fixed scale {scale}." if has_int16 else f"Fix the scale: {scale}."
+        return Remedy(action, yaml, _promised(e, largest / levels / 12**0.5))
+    if dtype is None and e.bits < 16:
+        return Remedy("The hardware has no wider type here: change the model so that its values are more even.")
+    if dtype is None:
         return Remedy(
             "It has 16 bits already: keep it in float32, or change the model so that its values are more even.",
             override(e.point, e.role == "weight", dtype="float32"),
         )
-    fields: dict[str, object] = {"dtype": dtype}
+    quant_max = _INT16_MAX if dtype == "int16" else _INT8_MAX
+    fields = {"dtype": dtype}
     if e.fixed_scale is not None:
         fields["fixed_scale"] = f"{rounded_up(e.largest):g}/{quant_max}"
     elif e.clipping > e.rounding:
         fields["observer"] = "minmax"
+    after = e.largest / quant_max / math.sqrt(12)
     return Remedy(f"Raise it to {dtype}.", override(e.point, e.role == "weight", **fields), _promised(e, after))
 
 
+def wider_dtype(e: PointEvidence) -> str | None:
+    """The next usual type with more bits that the hardware has; None if there is none."""
+    types = [dtype for dtype, bits in (("int8", 8), ("int16", 16)) if bits > e.bits]
+    return next((dtype for dtype in types if not e.types or dtype in e.types), None)
+
+
 def fitted_scale(e: PointEvidence, why: str) -> Remedy:
-    """Fix the scale so that the type represents just what was seen, where a scale alone can."""
+    """Make the type represent just what was seen: by the observer if that can do it, else with a fixed scale."""
     if e.role == "weight":
         return Remedy(why)
-    if e.scheme == "affine":  # the range is not around zero
-        return Remedy(f"{why} Let the observer cover all values.", override(e.point, False, observer="minmax"))
+    if e.scheme == "affine" and e.fixed_scale is None and _saw_the_same(e):  # a range that is not around zero
+        yaml = override(e.point, False, observer="minmax")
+        return Remedy(f"{why} Let the observer cover all values.", yaml, _promised(e, _fitted_step(e) / math.sqrt(12)))
+    if e.quant_max == (1 << e.bits) - 1 and e.min is not None and e.min < 0:  # unsigned: a fixed scale starts at zero
+        wider = wider_type(e)
+        return replace(wider, action=f"{why} {wider.action}")
     largest = rounded_up(e.largest)
     scale = f"{largest:g}/{e.quant_max}"
     yaml = override(e.point, False, fixed_scale=scale)
@@ -89,11 +107,35 @@ def fitted_scale(e: PointEvidence, why: str) -> Remedy:
 
 def wider_range(e: PointEvidence) -> Remedy:
     """Represent everything that was seen: by the observer if that suffices, else with a wider type as well."""
-    factor = _promised(e, e.largest / e.quant_max / math.sqrt(12))
+    factor = _promised(e, _fitted_step(e) / math.sqrt(12)) if e.fixed_scale is None else None
     if factor is None or (factor < WORTHWHILE and e.bits < 16):
         return wider_type(e)
     yaml = override(e.point, e.role == "weight", observer="minmax")
     return Remedy("Let the observer cover all values.", yaml, factor)
+
+
+def exceeds_calibration(e: PointEvidence) -> bool:
+    """Whether values came that the range of the calibration data does not explain."""
+    if e.calibrated is None or e.min is None or e.max is None:
+        return False
+    low, high = e.calibrated
+    if e.scheme == "affine":
+        return e.min < min(low, 0.0) - e.scale or e.max > max(high, 0.0) + e.scale
+    return e.largest > max(-low, high) + e.scale
+
+
+def _saw_the_same(e: PointEvidence) -> bool:
+    """Whether a range from calibration fits what was seen now."""
+    if e.calibrated is None or e.min is None or e.max is None or exceeds_calibration(e):
+        return False
+    return e.calibrated[1] - e.calibrated[0] <= 2 * (e.max - e.min)
+
+
+def _fitted_step(e: PointEvidence) -> float:
+    """Step with which the type represents just what was seen."""
+    if e.scheme != "affine" or e.min is None or e.max is None:
+        return e.largest / e.quant_max
+    return (max(e.max, 0.0) - min(e.min, 0.0)) / ((1 << e.bits) - 1)
 
 
 def split(e: PointEvidence) -> Remedy | None:
@@ -102,13 +144,16 @@ def split(e: PointEvidence) -> Remedy | None:
     Tries the present type, then int16, with as few groups as do; returns None if no axis helps.
     """
     now = relative_rms(e)
-    types = [(e.dtype, e.quant_max)] + ([("int16", _INT16_MAX)] if e.bits < 16 else [])
+    types = [(e.dtype, e.quant_max)]
+    if e.bits < 16 and (not e.types or "int16" in e.types):
+        types.append(("int16", _INT16_MAX))
     best: tuple[float, str, AxisProfile, tuple[int, ...]] | None = None
     for dtype, quant_max in types:
         for groups in range(2, MOST_GROUPS + 1):
             for profile in (p for p in e.profiles if len(p.largest) >= groups):
                 after, sizes = best_split(profile, groups, quant_max, e.count)
-                if best is None or after < best[0]:
+                whole = now / 2 if dtype == e.dtype else _unsplit(profile, quant_max, e.count)
+                if (best is None or after < best[0]) and whole >= WORTHWHILE * after:  # not by the wider type alone
                     best = after, dtype, profile, sizes
             if best is not None and best[0] <= ENOUGH and now >= 2 * WORTHWHILE * best[0]:
                 return _split(e, now, *best)
@@ -133,7 +178,8 @@ def best_split(profile: AxisProfile, groups: int, quant_max: int, count: int) ->
     """Find the groups of neighbours along an axis with the smallest root mean square of ``error / value``.
 
     A group's step is its largest magnitude over ``quant_max``; the squared relative error of its values adds up to
-    ``step**2 / 12`` times their ``1 / x**2``. Exact, by dynamic programming.
+    ``step**2 / 12`` times their ``1 / x**2``. Exact, by dynamic programming over at most ``MOST_PLACES`` places: a
+    longer axis is cut at multiples of a few indices only, as time and memory grow with the square of the places.
 
     Args:
         profile: what is along the axis.
@@ -150,8 +196,11 @@ def best_split(profile: AxisProfile, groups: int, quant_max: int, count: int) ->
         >>> sizes, round(error, 4)
         ((2, 2), 0.0036)
     """
-    largest = np.array(profile.largest)
-    inverse = np.array(profile.inverse_squares)
+    whole = len(profile.largest)
+    width = -(-whole // MOST_PLACES)
+    places = np.arange(0, whole, width)
+    largest = np.maximum.reduceat(np.array(profile.largest), places)
+    inverse = np.add.reduceat(np.array(profile.inverse_squares), places)
     length = len(largest)
     cost: NDArray[np.float64] = np.full((length + 1, length + 1), np.inf)  # of a group from index i to j, excluded
     for i in range(length):
@@ -167,8 +216,14 @@ def best_split(profile: AxisProfile, groups: int, quant_max: int, count: int) ->
     for choice in reversed(choices):
         ends.append(int(choice[ends[-1]]))
     starts = [*ends[::-1], length]
-    sizes = tuple(b - a for a, b in zip([0, *starts[:-1]], starts, strict=True) if b > a)
+    cuts = [min(width * start, whole) for start in starts]
+    sizes = tuple(b - a for a, b in zip([0, *cuts[:-1]], cuts, strict=True) if b > a)
     return math.sqrt(float(total[length]) / count), sizes
+
+
+def _unsplit(profile: AxisProfile, quant_max: int, count: int) -> float:
+    """What :func:`best_split` predicts of one group."""
+    return max(profile.largest) / quant_max * math.sqrt(sum(profile.inverse_squares) / 12 / count)
 
 
 def relative_rms(e: PointEvidence) -> float:

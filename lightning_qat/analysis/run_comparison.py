@@ -36,10 +36,10 @@ class RunChange:
     Args:
         point: its name.
         change: what was changed about it, such as ``dtype int8 -> int16``; empty if nothing.
-        outcome: ``fell``, ``rose`` or ``same``: its sensitivity, beyond two standard errors and 5 %. ``new`` and
-            ``gone``: only one of the runs measured it.
+        outcome: ``fell``, ``rose`` or ``same``: its sensitivity, beyond two standard errors and 5 %; NaN, where the
+            point alone breaks the output, is above all. ``new`` and ``gone``: only one of the runs measured it.
         before_score, after_score: root mean square change of the output when this point alone is quantized.
-        ratio: after divided by before.
+        ratio: after divided by before; None if either is missing or NaN, or if before is zero.
         before_own_sqnr, after_own_sqnr: signal to noise of its own error in dB, where the runs have a layer comparison.
         region: path of the target in the model, ``""`` for the model itself.
     """
@@ -223,26 +223,33 @@ def _change(key: _Key, first: _Run, second: _Run) -> RunChange:
     own = first.own_sqnr(key), second.own_sqnr(key)
     if by_error:  # the noise of the point itself, if there is no sensitivity
         before, after = (None if value is None else 10 ** (-value / 20) for value in own)
-    if before is None or after is None:
-        outcome: Outcome = "new" if before is None else "gone"
-    else:
-        least = max(noise, LEAST_CHANGE * before)
-        outcome = "fell" if before - after > least else "rose" if after - before > least else "same"
+    known = before is not None and after is not None and not math.isnan(before + after)
     return RunChange(
         point=point,
         change=_difference(first.configuration(key), second.configuration(key)),
-        outcome=outcome,
+        outcome=_outcome(before, after, noise),
         before_score=before,
         after_score=after,
-        ratio=after / before if before and after is not None else None,
+        ratio=after / before if known and before and after is not None else None,
         before_own_sqnr=own[0],
         after_own_sqnr=own[1],
         region=region,
     )
 
 
+def _outcome(before: float | None, after: float | None, noise: float) -> Outcome:
+    if before is None or after is None:
+        return "new" if before is None else "gone"
+    if math.isnan(before) or math.isnan(after):  # this point alone broke the output
+        return "same" if math.isnan(before) and math.isnan(after) else "fell" if math.isnan(before) else "rose"
+    least = max(LEAST_CHANGE * before, noise)
+    return "fell" if before - after > least else "rose" if after - before > least else "same"
+
+
 def _order(row: RunChange) -> tuple[bool, float]:
-    moved = abs(math.log(row.ratio)) if row.ratio and math.isfinite(row.ratio) else math.inf if row.ratio == 0 else 0.0
+    if row.outcome not in ("fell", "rose"):
+        return not row.change, 0.0
+    moved = abs(math.log(row.ratio)) if row.ratio and math.isfinite(row.ratio) else math.inf
     return not row.change, -moved
 
 
@@ -328,7 +335,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigurationError(f"{path} is not JSON: {error}.") from error
+        raise ConfigurationError(
+            f"{path} is not JSON: give the log directory of a run, or its sensitivity or layer_comparison file."
+        ) from error
     if not isinstance(data, dict):
         raise ConfigurationError(f"{path} is not a result of lightning_qat.")
     return data

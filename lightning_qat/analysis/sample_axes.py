@@ -9,7 +9,6 @@ own entries: those of one sample reach the same outputs, and squaring them apart
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +24,6 @@ _TOLERANCE = 1e-3
 """Other batch sizes take other kernels: results differ in the last digits."""
 _COMPARED = 1024
 """So many values of each entry are compared."""
-_REMEMBERED = 64
-"""So many sets of shapes are remembered."""
 
 
 @dataclass(frozen=True)
@@ -64,64 +61,29 @@ class SampleAxis:
         return entries.view(-1, self.samples).sum(0) if self.inner else entries.view(self.samples, -1).sum(1)
 
 
-class KnownSampleAxes:
-    """Remembers where the samples are, from one analysis of a region to the next: finding it takes a forward.
-
-    It depends on the code, not on weights: what was found holds as long as the plan is the same object and all shapes
-    are the same.
+def number_of_samples(call: Call) -> int | None:
+    """Return the length that most of a call's tensors have along their first axis; None without such a tensor.
 
     Example:
-        >>> known = KnownSampleAxes()
-        >>> known.find("plan", (8, 3), dict), known.find("plan", (8, 3), int), known.find("plan", (4, 3), lambda: None)
-        ({}, {}, None)
+        >>> number_of_samples(Call.of((torch.zeros(8, 3), torch.zeros(8), torch.tensor(2.0))))
+        8
     """
-
-    def __init__(self) -> None:
-        self._plan: object = None
-        self._found: dict[Hashable, dict[Key, SampleAxis] | None] = {}
-        self._indivisible: set[Hashable] = set()
-
-    def find(
-        self, plan: object, shapes: Hashable, search: Callable[[], dict[Key, SampleAxis] | None]
-    ) -> dict[Key, SampleAxis] | None:
-        """Return what is known for these shapes of inputs and watched tensors, or what ``search`` finds."""
-        self._of(plan)
-        if shapes not in self._found:
-            self._found[shapes] = search()
-        return self._found[shapes]
-
-    def is_divisible(self, plan: object, shapes: Hashable) -> bool:
-        """Whether samples of inputs of these shapes may be left out, as far as is known."""
-        self._of(plan)
-        return shapes not in self._indivisible
-
-    def note_indivisible(self, plan: object, shapes: Hashable) -> None:
-        """Remember that the samples of inputs of these shapes depend on each other."""
-        self._of(plan)
-        self._indivisible.add(shapes)
-
-    def _of(self, plan: object) -> None:
-        if plan is not self._plan or max(len(self._found), len(self._indivisible)) >= _REMEMBERED:
-            self._plan = plan
-            self._found, self._indivisible = {}, set()
+    lengths = Counter(t.shape[0] for t in call_leaves(call.args, call.kwargs) if t.dim())
+    return max(lengths, key=lambda length: (lengths[length], length)) if lengths else None
 
 
 def fewer_samples(call: Call, at_most: int = 2) -> tuple[Call, int, int] | None:
     """Return a call with the first samples only, the number of samples of ``call``, and that of the new one.
 
-    The number of samples is what most of the arguments have along their first axis; None if there are none to leave
-    out. Of as many as ``at_most`` one is left out.
+    None if there are none to leave out. Of as many as ``at_most`` one is left out.
 
     Example:
         >>> part, samples, fewer = fewer_samples(Call.of(torch.zeros(8, 3)))
         >>> part.args[0].shape, samples, fewer
         (torch.Size([2, 3]), 8, 2)
     """
-    lengths = Counter(t.shape[0] for t in call_leaves(call.args, call.kwargs) if t.dim())
-    if not lengths:
-        return None
-    samples = max(lengths, key=lambda length: (lengths[length], length))
-    if samples < 2:
+    samples = number_of_samples(call)
+    if samples is None or samples < 2:
         return None
     fewer = min(at_most, samples - 1)
 

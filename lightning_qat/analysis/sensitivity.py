@@ -12,7 +12,7 @@ from lightning_qat.analysis.influence import Influence, influence_on
 from lightning_qat.analysis.isolation import Isolation, choose_points
 from lightning_qat.analysis.metrics import metric_of_sums
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.analysis.sample_axes import KnownSampleAxes
+from lightning_qat.analysis.region_memory import RegionMemory
 from lightning_qat.analysis.sensitivity_metric import MetricLike, SensitivityMetric
 from lightning_qat.analysis.sensitivity_result import SensitivityResult, SensitivityRow, most_sensitive_first
 from lightning_qat.analysis.sensitivity_sketch import Sketch
@@ -47,7 +47,7 @@ def sensitivity(
     previous: SensitivityResult | None = None,
     across_ranks: bool = False,
     max_samples: int | None = None,
-    known: KnownSampleAxes | None = None,
+    memory: RegionMemory | None = None,
 ) -> SensitivityResult:
     """Rank the points by what quantizing each of them alone, in the float model, does to the chosen output.
 
@@ -86,7 +86,8 @@ def sensitivity(
         max_samples: estimate on the first so many samples of each batch, where they are independent of each other;
             None for all. The standard error of an estimate grows with the root of what is left out. What is measured is
             measured on all.
-        known: keep one object for several analyses of the same region and output to find its samples only once.
+        memory: keep one object for several analyses of the same region and output: what follows from the code is found
+            out only once.
 
     Raises:
         ConfigurationError: nothing is calibrated, there is no batch or it is empty, the output does not exist, it holds
@@ -116,20 +117,23 @@ def sensitivity(
             raise ConfigurationError(f"{name} must be at least {least}, or None for all, not {value}.")
     if confirm is not None and confirm < 0:
         raise ConfigurationError(f"confirm must be a number of points, 0 for none, not {confirm}.")
-    analysis = _Analysis(region, OutputSelector(output, post_process), SensitivityMetric(metric), seed, across_ranks)
+    memory = memory or RegionMemory()
+    select = OutputSelector(output, post_process)
+    analysis = _Analysis(region, select, SensitivityMetric(metric), seed, across_ranks, memory)
     if confirm is None:
         confirm = CANDIDATES * (top_k or max(1, math.ceil(TOP_SHARE * len(analysis.calibrated))))
     few = len(analysis.calibrated) <= forwards_of_sketch(probes) + confirm
     if method == "isolation" or (method == "auto" and few):
         return analysis.isolation(batches, max_points, turn).compared_with(previous)
     calls = [Call.of(batch) for batch in batches]
-    sketch, problem = analysis.sketch(calls, probes, max_samples, known)
+    sketch, problem = analysis.sketch(calls, probes, max_samples)
     if sketch is None:
         if method == "sketch":
             raise ConfigurationError(f"a sketch is impossible: {problem}. Use method='isolation'.")
         result = analysis.isolation(calls, max_points, turn, reason=f"isolation because {problem}")
         return result.compared_with(previous)
-    influence = influence_on(region.graph, output if isinstance(output, str) else None)
+    path = output if isinstance(output, str) else None
+    influence = memory.find(region.plan, ("influence", path), lambda: influence_on(region.graph, path))
     return analysis.confirmed(sketch, influence, calls, confirm, max_points, turn).compared_with(previous)
 
 
@@ -142,19 +146,26 @@ class _Analysis:
     """One call of :func:`sensitivity`: what both methods need, and how they make a table."""
 
     def __init__(
-        self, region: Region, select: OutputSelector, metric: SensitivityMetric, seed: int, across_ranks: bool
+        self,
+        region: Region,
+        select: OutputSelector,
+        metric: SensitivityMetric,
+        seed: int,
+        across_ranks: bool,
+        memory: RegionMemory,
     ) -> None:
         self.region = region
         self.select = select
         self.metric = metric
         self.seed = seed
         self.across_ranks = across_ranks
+        self.memory = memory
         self.owners = [point.name for point in region.plan.points if point.same_as is None]
         self._points = region.points
         self.calibrated = [name for name in self.owners if self._points[name].scale_source is not None]
         if not self.calibrated:
             raise ConfigurationError("no point has a scale: calibrate the region before measuring its sensitivity.")
-        self._flops = _flops_shares(region)
+        self._flops = memory.find(region.plan, "flops", lambda: _flops_shares(region))
 
     def isolation(
         self, batches: Iterable[object], max_points: int | None, turn: int, reason: str = ""
@@ -171,11 +182,9 @@ class _Analysis:
             not_reached=tuple(name for name in chosen if name not in measured.reached),
         )
 
-    def sketch(
-        self, calls: list[Call], probes: int, max_samples: int | None, known: KnownSampleAxes | None
-    ) -> tuple[Sketch | None, str]:
+    def sketch(self, calls: list[Call], probes: int, max_samples: int | None) -> tuple[Sketch | None, str]:
         """Estimate all points; None, and why, if that is impossible."""
-        sketch = Sketch(self.region, self.calibrated, self.select, probes, self.seed, max_samples, known)
+        sketch = Sketch(self.region, self.calibrated, self.select, probes, self.seed, max_samples, self.memory)
         problem = "a rank could not compute gradients"
         with analysis_mode(self.region):
             try:

@@ -99,8 +99,8 @@ class SensitivityResult(Result[SensitivityRow]):
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return the rows as dictionaries of primitives."""
-        names, fields = self.columns(), tuple(SensitivityRow.__dataclass_fields__)
-        return [{name: getattr(row, field) for name, field in zip(names, fields, strict=True)} for row in self.rows]
+        names = self.columns()
+        return [dict(zip(names, vars(row).values(), strict=True)) for row in self.rows]  # in the order of the fields
 
     @property
     def short_columns(self) -> tuple[str, ...]:
@@ -123,7 +123,7 @@ class SensitivityResult(Result[SensitivityRow]):
         text += f", {len(self.rows)} of {self.points} points by {self.method}"
         if self.method == "sketch":
             exact = sum(row.exact for row in self.rows)
-            text += f" ({self.probes} probes), {exact} of them measured by isolation"
+            text += f" ({self.probes} probe{'s' * (self.probes != 1)}), {exact} of them measured by isolation"
         missing = {
             "left out": self.left_out,
             "never reached": self.not_reached,
@@ -156,7 +156,11 @@ class SensitivityResult(Result[SensitivityRow]):
     def merged(cls, results: Mapping[str, SensitivityResult]) -> SensitivityResult:
         """Put the results of several regions together, by the paths of their targets; sorted anew."""
         first = next(iter(results.values()))
-        rows = [dataclasses.replace(row, region=name) for name, result in results.items() for row in result.rows]
+        rows = [
+            row if row.region == name else dataclasses.replace(row, region=name)
+            for name, result in results.items()
+            for row in result.rows
+        ]
 
         def named(field: str) -> tuple[str, ...]:
             return tuple(f"{n}: {p}" if n else p for n, result in results.items() for p in getattr(result, field))

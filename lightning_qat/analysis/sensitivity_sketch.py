@@ -26,8 +26,10 @@ from lightning_qat.analysis.captured_calls import RepeatableForward
 from lightning_qat.analysis.error_products import ErrorProducts, SampleComparison
 from lightning_qat.analysis.nan_origin import refuse_nan
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.analysis.sample_axes import Key, KnownSampleAxes, SampleAxis, fewer_samples, sample_axis
+from lightning_qat.analysis.region_memory import RegionMemory
+from lightning_qat.analysis.sample_axes import Key, SampleAxis, fewer_samples, sample_axis
 from lightning_qat.quantization.histogram import reduce_device
+from lightning_qat.quantization.module_walk import modules_outside_regions
 from lightning_qat.quantization.region import Region
 from lightning_qat.quantization.tensor_leaves import call_leaves
 from lightning_qat.quantization.tracing import Call
@@ -65,7 +67,7 @@ class Sketch:
         probes: backward passes per batch.
         seed: of the probes, and of the random numbers that the forward draws.
         max_samples: look at so many samples of each batch, where they are independent of each other; None for all.
-        known: where samples were found in earlier analyses.
+        memory: what earlier analyses of this region and output found out.
 
     Attributes:
         estimates: by name of the point.
@@ -83,14 +85,14 @@ class Sketch:
         probes: int = 4,
         seed: int = 0,
         max_samples: int | None = None,
-        known: KnownSampleAxes | None = None,
+        memory: RegionMemory | None = None,
     ) -> None:
         self.region = region
         self.select = select
         self.probes = probes
         self.seed = seed
         self.max_samples = max_samples
-        self.known = known or KnownSampleAxes()
+        self.memory = memory or RegionMemory()
         self.estimates = {name: Estimate() for name in names}
         self.elements = 0
         self.batches = 0
@@ -115,10 +117,12 @@ class Sketch:
         """Add a batch's first ``max_samples`` samples; return whether that was possible."""
         shapes, plan = _shapes(call), self.region.plan
         part = fewer_samples(call, self.max_samples) if self.max_samples is not None else None
-        if part is None or part[1] <= (self.max_samples or 0) or not self.known.is_divisible(plan, shapes):
+        if part is None or part[1] <= (self.max_samples or 0):
+            return False
+        if not self.memory.find(plan, ("divisible", shapes), lambda: True):
             return False
         if not self._run(part[0], partial=True):
-            self.known.note_indivisible(plan, shapes)
+            self.memory.note(plan, ("divisible", shapes), False)
             return False
         return True
 
@@ -180,7 +184,7 @@ class Sketch:
     def _sample_axes(self, call: Call, watched: ErrorProducts, chosen: list[Tensor]) -> dict[Key, SampleAxis] | None:
         """Where the samples are in every watched tensor, or None if they depend on each other."""
         values = tuple((key, tuple(value.tensor.shape)) for key, value in watched.values.items())
-        return self.known.find(
+        return self.memory.find(
             self.region.plan, (_shapes(call), values), lambda: self._find_sample_axes(call, watched, chosen)
         )
 
@@ -254,7 +258,8 @@ def _shapes(call: Call) -> tuple[tuple[int, ...], ...]:
 @contextmanager
 def _no_parameter_gradients(module: nn.Module) -> Iterator[None]:
     """Gradients of parameters are not needed, and cost as much as everything else."""
-    tracked = [p for p in module.parameters() if p.requires_grad]
+    parameters = (p for m in modules_outside_regions(module) for p in m._parameters.values() if p is not None)
+    tracked = [p for p in parameters if p.requires_grad]
     try:
         for parameter in tracked:
             parameter.requires_grad_(False)

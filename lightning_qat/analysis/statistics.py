@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -88,6 +88,10 @@ class LayerStatisticsResult(Result[LayerStatisticsRow]):
     def columns(self) -> tuple[str, ...]:
         """Names of all columns, also without rows."""
         return tuple(LayerStatisticsRow.__dataclass_fields__)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return the rows as dictionaries: there is nothing inside a row that would have to be copied."""
+        return [dict(vars(row)) for row in self.rows]
 
     @classmethod
     def merged(cls, results: Mapping[str, LayerStatisticsResult]) -> LayerStatisticsResult:

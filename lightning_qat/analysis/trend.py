@@ -17,15 +17,11 @@ class Trend:
         z: standard normal deviate of the Mann-Kendall statistic; positive for a rise.
         p_rise: probability of a statistic as large as this if there is no trend (one-sided).
         p_fall: the same for one as small as this.
-        slope: Theil-Sen estimate, change per element of the series.
-        length: number of independent blocks the test had.
     """
 
     z: float
     p_rise: float
     p_fall: float
-    slope: float
-    length: int
 
 
 def mann_kendall(values: Sequence[float], block: int = 1) -> Trend:
@@ -50,8 +46,7 @@ def mann_kendall(values: Sequence[float], block: int = 1) -> Trend:
 
     Sources:
         H. B. Mann, "Nonparametric tests against trend", Econometrica 13 (1945); M. G. Kendall, "Rank Correlation
-        Methods" (1975), for the variance with ties; P. K. Sen, "Estimates of the regression coefficient based on
-        Kendall's tau", JASA 63 (1968), for the slope.
+        Methods" (1975), for the variance with ties.
     """
     series = np.asarray(values, dtype=np.float64)
     if block > 1:
@@ -59,17 +54,15 @@ def mann_kendall(values: Sequence[float], block: int = 1) -> Trend:
         series = series[len(series) - blocks * block :].reshape(blocks, block).mean(axis=1)
     n = len(series)
     if n < 4:
-        return Trend(0.0, 1.0, 1.0, 0.0, n)
+        return Trend(0.0, 1.0, 1.0)
     first, second = np.triu_indices(n, k=1)
-    differences = series[second] - series[first]
-    votes = float(np.sign(differences).sum())
+    votes = float(np.sign(series[second] - series[first]).sum())
     ties = np.unique(series, return_counts=True)[1].astype(np.float64)
     variance = (n * (n - 1) * (2 * n + 5) - float((ties * (ties - 1) * (2 * ties + 5)).sum())) / 18
-    slope = float(np.median(differences / (second - first))) / block
     if variance <= 0:  # all values are equal
-        return Trend(0.0, 1.0, 1.0, slope, n)
+        return Trend(0.0, 1.0, 1.0)
     z = (votes - math.copysign(1.0, votes)) / math.sqrt(variance) if votes else 0.0
-    return Trend(z, _upper_tail(z), _upper_tail(-z), slope, n)
+    return Trend(z, _upper_tail(z), _upper_tail(-z))
 
 
 def block_length(values: Sequence[float], most: int = 64) -> int:

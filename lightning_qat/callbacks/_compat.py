@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,7 +23,13 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_qat.analysis.captured_calls import seed_generators
+from lightning_qat.callbacks.muted_loggers import muted_loggers
+from lightning_qat.quantization.preservation import preserved_random_state
 
 STAGES = {
     "train": RunningStage.TRAINING,
@@ -65,7 +71,7 @@ def attached_loader(trainer: pl.Trainer, stage: str) -> Any | None:
     for loop in loops[stage]:
         source: _DataLoaderSource = loop._data_source
         if source.instance is not None and source.is_defined():
-            return _request_dataloader(source)
+            return _requested(source)
     return None
 
 
@@ -78,8 +84,22 @@ def hook_loader(owner: Any, name: str) -> Any | None:
     ):
         return None
     if name.startswith(("train", "val", "test", "predict")):
-        return _request_dataloader(_DataLoaderSource(owner, name))
-    return getattr(owner, name)()
+        return _requested(_DataLoaderSource(owner, name))
+    with _fixed_random_state():
+        return getattr(owner, name)()
+
+
+def _requested(source: _DataLoaderSource) -> Any:
+    with _fixed_random_state():
+        return _request_dataloader(source)
+
+
+@contextmanager
+def _fixed_random_state() -> Iterator[None]:
+    """Let a hook that draws random numbers (a random split) give the same loader each time, and put the state back."""
+    with preserved_random_state():
+        seed_generators(0)
+        yield
 
 
 def prepared_loader(trainer: pl.Trainer, loader: Any, stage: str, shuffle: bool) -> Any:
@@ -108,11 +128,12 @@ def steps_taken(trainer: pl.Trainer) -> int:
 
 
 def call_hook(pl_module: pl.LightningModule, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Call a hook or step of the module, which then knows which one runs (``self.log`` depends on it)."""
+    """Call a hook or step of the module, which knows which one runs (``self.log`` depends on it); loggers are mute."""
     before = pl_module._current_fx_name
     pl_module._current_fx_name = name
     try:
-        return getattr(pl_module, name)(*args, **kwargs)
+        with muted_loggers(trainer) if (trainer := pl_module._trainer) is not None else nullcontext():
+            return getattr(pl_module, name)(*args, **kwargs)
     finally:
         pl_module._current_fx_name = before
 
@@ -144,8 +165,53 @@ def optimizer_counts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tupl
     """How many optimizers and schedulers the module has; they do not exist yet while it is traced."""
     if trainer.optimizers:
         return len(trainer.optimizers), len(trainer.lr_scheduler_configs)
-    optimizers, schedulers = _init_optimizers_and_lr_schedulers(pl_module)
+    optimizers, schedulers = _created_optimizers(trainer, pl_module)
     return len(optimizers), len(schedulers)
+
+
+def lacks_optimizers(trainer: pl.Trainer) -> bool:
+    """Whether this is a fit that has not set up its optimizers yet."""
+    return running_function(trainer) == "train" and not trainer.optimizers
+
+
+@contextmanager
+def stand_in_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Give the trainer optimizers and schedulers before it has its own, for steps and hooks that look at them."""
+    with replaced_optimizers(trainer, *_created_optimizers(trainer, pl_module)):
+        yield
+
+
+@contextmanager
+def replaced_optimizers(
+    trainer: pl.Trainer, optimizers: list[Optimizer], schedulers: list[LRSchedulerConfig]
+) -> Iterator[None]:
+    """Let hooks that ask the trainer for its optimizers and schedulers find others in a block."""
+    strategy = trainer.strategy
+    names = ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs")
+    before = {name: getattr(strategy, name) for name in names}
+    strategy.optimizers, strategy.lr_scheduler_configs = optimizers, schedulers
+    try:
+        yield
+    finally:
+        vars(strategy).update(before)
+
+
+def _created_optimizers(
+    trainer: pl.Trainer, pl_module: pl.LightningModule
+) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
+    """What ``configure_optimizers`` returns. It may ask how long the training is, for which loaders are set up."""
+    loop = trainer.fit_loop
+    before = [(owner, dict(vars(owner))) for owner in (trainer, loop, loop.epoch_loop)]
+    fetcher = loop._data_fetcher
+    try:
+        with preserved_random_state():
+            return _init_optimizers_and_lr_schedulers(pl_module)
+    finally:
+        if loop._data_fetcher is not None and loop._data_fetcher is not fetcher:
+            loop._data_fetcher.teardown()  # ends its workers
+        for owner, attributes in before:
+            owner.__dict__.clear()
+            owner.__dict__.update(attributes)
 
 
 def runs_in_child_processes(trainer: pl.Trainer) -> bool:

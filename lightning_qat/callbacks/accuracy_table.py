@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from typing_extensions import override
 from lightning_qat.analysis.accuracy import AccuracyResult, ResultTable, target_value
 from lightning_qat.analysis.results import write_atomically
 from lightning_qat.callbacks._compat import steps_taken
+from lightning_qat.callbacks.analysis_pass import is_calibrated
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.evaluation import evaluate
 from lightning_qat.callbacks.extra_pass import misconfiguration, require_regions
 from lightning_qat.callbacks.output_directory import console_of, shared_directory
+from lightning_qat.callbacks.shared_evaluations import SharedEvaluations
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.region_state import State
 from lightning_qat.reporting.console import show
@@ -104,7 +104,7 @@ class AccuracyTable(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step > 0:
+        if trainer.global_step > 0 and is_calibrated(pl_module):  # else it ended before start_epoch
             self._measure(trainer, pl_module, "QAT", "quantize")
         self._report(trainer)
 
@@ -140,17 +140,15 @@ class AccuracyTable(Callback):
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, column: str, state: State, stage: str = "validate"
     ) -> None:
-        with ExitStack() as stack:
-            for path, region in require_regions(pl_module, "AccuracyTable").items():
-                if state == "quantize" and not region.is_calibrated:
-                    raise MisconfigurationException(
-                        f"AccuracyTable: the fake-quants of {path or type(pl_module).__name__} have no scales: add "
-                        "Calibration(batches=32) before it, or pass the checkpoint of a calibrated model as ckpt_path."
-                    )
-                stack.enter_context(region.state(state, updates=()))
-            limit = math.inf if self.batches is None else self.batches
-            metrics = evaluate(trainer, pl_module, stage=stage, limit=limit).metrics
-        chosen = self._chosen(metrics, stage)
+        for path, region in require_regions(pl_module, "AccuracyTable").items():
+            if state == "quantize" and not region.is_calibrated:
+                raise MisconfigurationException(
+                    f"AccuracyTable: the fake-quants of {path or type(pl_module).__name__} have no scales: add "
+                    "Calibration(batches=32) before it, or pass the checkpoint of a calibrated model as ckpt_path."
+                )
+        limit = math.inf if self.batches is None else self.batches
+        evaluations = SharedEvaluations.of(trainer)
+        chosen = self._chosen(evaluations.evaluate(trainer, pl_module, state, stage=stage, limit=limit).metrics, stage)
         if chosen:
             self.result = self._recorded(trainer, column, chosen)
 

@@ -23,6 +23,7 @@ from lightning_qat.callbacks.extra_pass import (
     require_regions,
     run_step,
     undisturbed,
+    undisturbed_forwards,
 )
 from lightning_qat.callbacks.output_directory import run_directory
 from lightning_qat.quantization.preservation import preserved_random_state
@@ -34,7 +35,12 @@ from lightning_qat.reporting.loggers import log_histogram, log_scalars, log_tabl
 
 @contextmanager
 def analysis_pass(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, who: str, state: State = "quantize", seed: int = 0
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    who: str,
+    state: State = "quantize",
+    seed: int = 0,
+    steps: bool = True,
 ) -> Iterator[dict[str, Region]]:
     """Prepare an analysis in the middle of training: nothing logs, nothing is changed, everything is in eval mode.
 
@@ -47,6 +53,8 @@ def analysis_pass(
         who: the callback, for messages.
         state: of all regions, with no scale moving.
         seed: of the random state; each rank adds its number.
+        steps: the module's steps will run. Without them there is less to put back: the analysis functions see to modes,
+            buffers and random numbers themselves.
 
     Returns:
         The regions by the path of their target.
@@ -54,13 +62,14 @@ def analysis_pass(
     regions = require_regions(pl_module, who)
     with ExitStack() as stack:
         stack.enter_context(misconfiguration())
-        stack.enter_context(undisturbed(trainer, pl_module))
+        stack.enter_context(undisturbed(trainer, pl_module) if steps else undisturbed_forwards(pl_module))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for region in regions.values():
             stack.enter_context(region.state(state, updates=()))
-        stack.enter_context(seeded(seed + trainer.global_rank))
-        pl_module.eval()
+        if steps:
+            stack.enter_context(seeded(seed + trainer.global_rank))
+            pl_module.eval()
         yield regions
 
 

@@ -117,8 +117,8 @@ class Calibration(Callback):
                 find_regions(copy)[path].load_state_dict(region.state_dict())
         points = self.result.points
         rank_zero_info(f"Calibration: {points} points from {self.result.batches * trainer.world_size} batches.")
-        for finding in self.result.findings:
-            rank_zero_warn(f"Calibration: {finding.message}")
+        for message in self.result.messages:
+            rank_zero_warn(f"Calibration: {message}")
 
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> CalibrationResult:
         regions = require_regions(pl_module, "Calibration")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +15,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_qat.analysis.convergence import FIRST_LOOK, ConvergenceResult, judge_convergence
-from lightning_qat.analysis.convergence_rows import LossHistory, PointHealth, TrainingSeries
+from lightning_qat.analysis.convergence_rows import LossHistory, PointHealth, PointHistory, TrainingSeries
+from lightning_qat.analysis.nan_origin import first_bad_point
 from lightning_qat.analysis.pipeline_rows import Measurement
 from lightning_qat.analysis.statistics import LayerStatisticsResult, WeightCodes
 from lightning_qat.callbacks._compat import steps_taken
@@ -25,9 +24,10 @@ from lightning_qat.callbacks.analysis_pass import is_calibrated, require_positiv
 from lightning_qat.callbacks.extra_pass import ExtraBatch, run_step, undisturbed
 from lightning_qat.callbacks.finetune_copy import finetune_copy, measure_in_state
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
+from lightning_qat.callbacks.module_copy import copied_module
 from lightning_qat.callbacks.output_directory import run_directory
-from lightning_qat.quantization.region import REGION_NAME, Region, find_regions
-from lightning_qat.quantization.region_state import Tap
+from lightning_qat.quantization.module_walk import REGION_NAME
+from lightning_qat.quantization.region import find_regions
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_table
 
@@ -48,7 +48,8 @@ class ConvergenceMonitor(Callback):
     Args:
         stop: stop training, on all ranks, as soon as something is flagged.
         float_batches: training batches on which the loss of the float model is measured before the first step.
-        statistics_batches: batches per epoch on which the points are measured.
+        statistics_batches: batches per epoch on which the points are measured. Where :class:`LayerStatistics` measures
+            them at the end of every epoch, its measurement (and its batches) is used instead.
         seed: decides which batches are drawn from shuffled data.
 
     Raises:
@@ -76,8 +77,9 @@ class ConvergenceMonitor(Callback):
     def _reset(self) -> None:
         self._losses = LossHistory()
         self._is_finite = True
-        self._statistics = LayerStatistics(batches=self.statistics_batches, log=False, seed=self.seed)
-        self._codes_before: dict[str, WeightCodes] = {}
+        self._own_statistics = LayerStatistics(batches=self.statistics_batches, log=False, seed=self.seed)
+        self._statistics = self._own_statistics
+        self._codes: tuple[dict[str, WeightCodes], dict[str, WeightCodes]] = {}, {}  # the latest, those before
         self._zero: dict[int, set[str]] = {}
         self._gradient_steps = 0
         self._next_look = FIRST_LOOK
@@ -93,6 +95,9 @@ class ConvergenceMonitor(Callback):
         if stage == "fit":
             self.series, self.result = TrainingSeries(), None
             self._reset()
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            listed = (c for c in callbacks if isinstance(c, LayerStatistics) and c.is_every_epoch)
+            self._statistics = next(listed, self._own_statistics)
 
     @override
     def on_train_batch_start(
@@ -106,18 +111,22 @@ class ConvergenceMonitor(Callback):
         """Measure what QAT starts from: the float model's loss and metrics, the calibrated metrics, scales, codes."""
         self._started = True
         self._statistics.note_start(trainer, pl_module)
+        self._codes = self._statistics.codes, {}
         if trainer.global_step > 0 and self.series.calibrated is not None:
             return  # resumed: what QAT started from is in the checkpoint
+        self.series = replace(
+            self.series,
+            float_loss=self._float_loss(trainer, pl_module),
+            float_model=measure_in_state(trainer, pl_module, "off", math.inf),
+            calibrated=measure_in_state(trainer, pl_module, "quantize", math.inf),
+        )
+
+    def _float_loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[float, float] | None:
         finetune = finetune_copy(
             trainer, pl_module, batches=self.float_batches, eval_batches=1, state="off", zero_lr=True
         )
         loss, error = finetune.train_loss, finetune.train_loss_error
-        self.series = replace(
-            self.series,
-            float_loss=(loss, error) if loss is not None and error is not None else None,
-            float_model=measure_in_state(trainer, pl_module, "off", math.inf),
-            calibrated=measure_in_state(trainer, pl_module, "quantize", math.inf),
-        )
+        return (loss, error) if loss is not None and error is not None else None
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -174,17 +183,17 @@ class ConvergenceMonitor(Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking or not self._started or calibrated is None:
             return
         logged = {name: float(v) for name, v in trainer.callback_metrics.items() if name in calibrated.metrics}
-        self.series = replace(self.series, metrics=(*self.series.metrics, Measurement(logged)))
+        self.series = replace(self.series, metrics=Measurement(logged), evaluations=self.series.evaluations + 1)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._started:
-            before, earlier = self._statistics.codes, self._codes_before
-            measured = self._statistics.measure(trainer, pl_module, self.statistics_batches)
-            health = _health(measured, self._statistics.codes, before, earlier)
-            self._codes_before = before
-            zero = tuple(sorted(set().union(*self._zero.values()))) if self._zero else ()
-            self.series = replace(self.series, points=(*self.series.points, health), zero_gradients=zero)
+            measured = self._statistics.measure_once(trainer, pl_module)
+            codes, (before, earlier) = self._statistics.codes, self._codes
+            self._codes = codes, before
+            health = _health(measured, codes, before, earlier)
+            zero = tuple(sorted(set().union(*self._zero.values())))
+            self.series = replace(self.series, points=self.series.points.after(health), zero_gradients=zero)
             self._zero, self._gradient_steps = {}, 0
             self._judge(trainer, pl_module)
         flagged = self.result is not None and self.result.is_bad
@@ -194,27 +203,15 @@ class ConvergenceMonitor(Callback):
         """Run the step again, on a copy as backward still needs this one, and look for the first bad value."""
         if self._batch is None:
             return ""
-        batch, batch_idx = self._batch
         try:
-            module = copy.deepcopy(pl_module)
-        except Exception:  # attributes that cannot be copied: the verdict does without the name
+            module = copied_module(pl_module)
+        except Exception:  # the verdict does without the name
             return ""
         module.trainer = trainer
-        found: list[str] = []
-
-        def watch(path: str, region: Region) -> Tap:
-            def tap(name: str, value: Tensor, quantized: Tensor) -> None:
-                if not found and not bool(torch.isfinite(value).all()):
-                    op = region.graph.by_name[region.plan.by_name[name].op]
-                    found.append(f"{path + ':' if path else ''}{name} ({op.location})")
-
-            return tap
-
-        with undisturbed(trainer, module), ExitStack() as stack:
-            for path, region in find_regions(module).items():
-                stack.enter_context(region.tap(watch(path, region)))
-            run_step(trainer, module, ExtraBatch(batch, batch_idx, 0, False), "train")
-        return found[0] if found else "in the loss itself, as every quantized op is finite"
+        extra = ExtraBatch(*self._batch, 0, False)
+        with undisturbed(trainer, module):
+            found = first_bad_point(find_regions(module), lambda: run_step(trainer, module, extra, "train"))
+        return found or "in the loss itself, as every quantized op is finite"
 
     # -- judging
 
@@ -239,14 +236,18 @@ class ConvergenceMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        series = self.series
-        measured = {"calibrated": series.calibrated, "float_model": series.float_model}
+        series, points = self.series, self.series.points
+        measured = {"metrics": series.metrics, "calibrated": series.calibrated, "float_model": series.float_model}
         return {
             "losses": list(self._losses.values),
             "stride": self._losses.stride,
             "float_loss": list(series.float_loss) if series.float_loss else None,
-            "metrics": [dict(m.metrics) for m in series.metrics],
+            "evaluations": series.evaluations,
             **{name: _spelled(m) for name, m in measured.items()},
+            "first_points": {name: list(astuple(health)) for name, health in points.first.items()},
+            "point_epochs": points.epochs,
+            "flip_rates": list(points.flip_rates),
+            "statistics": self._own_statistics.state_dict(),
         }
 
     @override
@@ -258,10 +259,17 @@ class ConvergenceMonitor(Callback):
             losses=tuple(self._losses.values),
             steps=self._losses.steps,
             float_loss=(float(loss[0]), float(loss[1])) if loss else None,
-            metrics=tuple(Measurement(m) for m in state_dict["metrics"]),
+            metrics=_measurement(state_dict["metrics"]),
+            evaluations=int(state_dict["evaluations"]),
             calibrated=_measurement(state_dict["calibrated"]),
             float_model=_measurement(state_dict["float_model"]),
+            points=PointHistory(
+                first={name: PointHealth(*health) for name, health in state_dict["first_points"].items()},
+                epochs=int(state_dict["point_epochs"]),
+                flip_rates=tuple(state_dict["flip_rates"]),
+            ),
         )
+        self._own_statistics.load_state_dict(state_dict["statistics"])
 
 
 def _quantizes(pl_module: pl.LightningModule) -> bool:

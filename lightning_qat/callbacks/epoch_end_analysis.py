@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_qat.analysis.captured_calls import capture_calls
-from lightning_qat.callbacks.analysis_pass import AnalysisOutputs, require_quantization, sampled_steps
+from lightning_qat.callbacks.analysis_pass import AnalysisOutputs, analysis_pass, require_quantization
+from lightning_qat.callbacks.region_inputs import Calls, RegionInputs
 from lightning_qat.quantization.region import Region
-from lightning_qat.quantization.tracing import Call
+
+T = TypeVar("T")
 
 
 class EpochEndAnalysis(Callback):
@@ -26,6 +31,7 @@ class EpochEndAnalysis(Callback):
         self.every_n_epochs = every_n_epochs
         self._outputs = AnalysisOutputs(name)
         self._analysed_at = -1
+        self._inputs = RegionInputs()
 
     def should_analyse(self, trainer: pl.Trainer) -> bool:
         """Whether to analyse at the end of this epoch. Override for another schedule."""
@@ -35,6 +41,17 @@ class EpochEndAnalysis(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         require_quantization(trainer, type(self).__name__)
         self._analysed_at = -1
+        self._inputs = RegionInputs()
+
+    def tried(self, trainer: pl.Trainer, analyse: Callable[[], T]) -> T | None:
+        """Analyse; None for a model that gives NaN by now. Others say that it diverged, or stop; this must not."""
+        try:
+            return analyse()
+        except MisconfigurationException as error:
+            if trainer.global_step == 0:
+                raise
+            rank_zero_warn(f"{type(self).__name__}, epoch {trainer.current_epoch}: {error}")
+            return None
 
     def note_analysed(self, trainer: pl.Trainer) -> None:
         """Remember that the weights of this step were analysed."""
@@ -44,12 +61,17 @@ class EpochEndAnalysis(Callback):
         """Whether the weights of this step were analysed."""
         return self._analysed_at == trainer.global_step
 
+    @contextmanager
+    def _analysed(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int, seed: int
+    ) -> Iterator[tuple[dict[str, Region], Calls]]:
+        """Prepare an analysis; gives the regions, and what they are called with in the steps on some batches."""
+        steps = not self._inputs.are_kept(batches)
+        with analysis_pass(trainer, pl_module, type(self).__name__, "off", seed, steps) as regions:
+            yield regions, self._captured(trainer, pl_module, regions, batches)
+
     def _captured(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, regions: Mapping[str, Region], batches: int
-    ) -> dict[str, list[Call]]:
+    ) -> Calls:
         """What the regions are called with in the steps on some sampled batches."""
-        calls: dict[str, list[Call]] = {path: [] for path in regions}
-        for step in sampled_steps(trainer, pl_module, batches):
-            for path, region in regions.items():
-                calls[path] += capture_calls(region, step)
-        return calls
+        return self._inputs.of(trainer, pl_module, regions, batches)

@@ -63,8 +63,9 @@ def evaluate(
         MisconfigurationException: there is no data.
     """
     module = module or pl_module
-    if _compat.attached_loader(trainer, stage) is None:
-        stage = next((s for s in ("validate", "test") if _compat.attached_loader(trainer, s) is not None), "train")
+    with undisturbed(trainer, module):  # asking for loaders may change their owner
+        if _compat.attached_loader(trainer, stage) is None:
+            stage = next((s for s in ("validate", "test") if _compat.attached_loader(trainer, s) is not None), "train")
     recorder = _Recorder(trainer, module, always_epoch=stage == "train")
     prefix = {"validate": "on_validation", "test": "on_test"}.get(stage, "")
     batches = 0

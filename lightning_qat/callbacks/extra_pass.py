@@ -21,7 +21,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.analysis_loaders import Stage, fresh_loaders
 from lightning_qat.callbacks.manual_optimization import inert_optimization
-from lightning_qat.callbacks.module_state import preserved_attributes, preserved_parameters
+from lightning_qat.callbacks.module_state import preserved_attributes, preserved_loader_state, preserved_parameters
+from lightning_qat.callbacks.optimizer_state import preserved_optimizers
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.preservation import preserved
 from lightning_qat.quantization.region import Region, find_regions
@@ -47,7 +48,7 @@ _HOOKS = {  # before the first batch, before and after every batch
     ),
 }
 
-_EVALUATION_HOOKS = (
+EVALUATION_HOOKS = (
     "on_validation_start",
     "on_validation_epoch_start",
     "on_validation_batch_start",
@@ -55,6 +56,7 @@ _EVALUATION_HOOKS = (
     "on_test_epoch_start",
     "on_test_batch_start",
 )
+"""Hooks of a module that run around its evaluation steps, and may swap weights in."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, *, trains: b
     """Run a block that may call the module's steps: no logging, and nothing of the run is changed by it.
 
     Put back exactly: random state, train/eval flag of every submodule, buffers, attributes (lists a step appends to,
-    torchmetrics), ``log``, the trainer's stage, gradients. No scale follows the data meanwhile. Not known are objects
-    of other classes that a step changes.
+    torchmetrics), ``log``, the trainer's stage, gradients and whether there are any, settings of optimizers and
+    schedulers, attributes of the datamodule. No scale follows the data meanwhile. Not known are objects of other
+    classes that a step changes, unless they hold nothing but data.
 
     Args:
         trainer: the running trainer.
@@ -121,25 +124,35 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, *, trains: b
     """
     if trains is None:  # hooks may swap averaged weights in, and those that swap them out do not run
         trains = not any(_compat.is_overridden(name, pl_module) for name in ("validation_step", "test_step")) or any(
-            _compat.is_overridden(hook, pl_module) for hook in _EVALUATION_HOOKS
+            _compat.is_overridden(hook, pl_module) for hook in EVALUATION_HOOKS
         )
-    gradients = [(p, p.grad) for p in pl_module.parameters()]
+    gradients = [(p, p.grad, p.requires_grad) for p in pl_module.parameters()]
     stage = trainer.state.stage
     with torch.inference_mode(False), ExitStack() as stack:  # what is saved here outlives a test run
-        stack.enter_context(preserved_attributes(pl_module))
+        stack.enter_context(undisturbed_forwards(pl_module))
         stack.enter_context(preserved(pl_module))
         stack.enter_context(preserved_parameters(pl_module) if trains else nullcontext())
-        stack.enter_context(muted_logging(pl_module))
+        stack.enter_context(preserved_optimizers(trainer))
+        stack.enter_context(preserved_loader_state([trainer.datamodule]))  # type: ignore[attr-defined]
         for region in find_regions(pl_module).values():
             stack.enter_context(region.state(region.current_state, updates=()))
-        for parameter, _ in gradients:
+        for parameter, *_ in gradients:
             parameter.grad = None
         try:
             yield
         finally:
             trainer.state.stage = stage
-            for parameter, gradient in gradients:
+            for parameter, gradient, requires_grad in gradients:
+                parameter.requires_grad_(requires_grad)  # hooks freeze and unfreeze
                 parameter.grad = gradient
+
+
+@contextmanager
+def undisturbed_forwards(pl_module: pl.LightningModule) -> Iterator[None]:
+    """Run a block that calls only forwards, which the analysis functions repeat and undo: no logging, and attributes
+    are put back."""
+    with preserved_attributes(pl_module), muted_logging(pl_module):
+        yield
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,27 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.analysis.pipeline_rows import Finetune, Measurement
-from lightning_qat.callbacks.evaluation import evaluate
+from lightning_qat.callbacks.evaluation import Evaluation, evaluate
 from lightning_qat.callbacks.extra_pass import undisturbed
+from lightning_qat.callbacks.shared_evaluations import SharedEvaluations
 from lightning_qat.callbacks.training_copy import TrainingCopy
-from lightning_qat.quantization.region import REGION_NAME, find_regions
+from lightning_qat.quantization.module_walk import REGION_NAME
+from lightning_qat.quantization.region import find_regions
 from lightning_qat.quantization.region_state import State, Updates
 
 
-def measure(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, limit: float, module: pl.LightningModule | None = None
-) -> Measurement:
-    """Evaluate the module, or a copy of it, as validation does."""
-    evaluation = evaluate(trainer, pl_module, limit=limit, module=module)
-    return Measurement(evaluation.metrics, evaluation.standard_errors)
+def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: float, copy: pl.LightningModule) -> Measurement:
+    """Evaluate a copy of the module as validation does."""
+    return _measurement(evaluate(trainer, pl_module, limit=limit, module=copy))
 
 
 def measure_in_state(trainer: pl.Trainer, pl_module: pl.LightningModule, state: State, limit: float) -> Measurement:
     """Evaluate the module with all its regions in ``state``, and no scale moving."""
-    with ExitStack() as stack:
-        for region in find_regions(pl_module).values():
-            stack.enter_context(region.state(state, updates=()))
-        return measure(trainer, pl_module, limit)
+    return _measurement(SharedEvaluations.of(trainer).evaluate(trainer, pl_module, state, limit=limit))
 
 
 def finetune_copy(
@@ -102,6 +97,10 @@ def moves_batch_norm(pl_module: pl.LightningModule) -> bool:
     """Whether a batch norm updates its statistics in this training."""
     norms = (m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     return any(m.training and m.track_running_stats for m in norms)
+
+
+def _measurement(evaluation: Evaluation) -> Measurement:
+    return Measurement(evaluation.metrics, evaluation.standard_errors)
 
 
 def _point_of(name: str, marker: str) -> str:

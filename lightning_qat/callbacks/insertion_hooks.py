@@ -20,8 +20,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_qat.callbacks import _compat
-from lightning_qat.callbacks.extra_pass import misconfiguration
-from lightning_qat.callbacks.float_checkpoint import load_float_weights, stored_regions, stored_target
+from lightning_qat.callbacks.extra_pass import misconfiguration, undisturbed
+from lightning_qat.callbacks.float_checkpoint import (
+    FloatCheckpointError,
+    load_float_weights,
+    stored_regions,
+    stored_target,
+)
 from lightning_qat.callbacks.learned_scales import hide_from_ddp, show_to_ddp
 from lightning_qat.callbacks.target_discovery import AUTO, captured_calls
 from lightning_qat.quantization.errors import TracingError
@@ -103,7 +108,7 @@ class InsertionHooks:
         try:
             self._load_initial_weights()
             graphs = self._traced()
-        except (TracingError, FileNotFoundError) as error:
+        except (TracingError, FileNotFoundError, FloatCheckpointError) as error:
             # a checkpoint may still bring weights and a plan
             self._pending = MisconfigurationException(str(error))
             self._pending.__cause__ = error
@@ -224,7 +229,8 @@ class InsertionHooks:
         device = self.trainer.strategy.root_device
         with _on_device(self.pl_module, device), _quiet():
             calls = captured_calls(self.trainer, self.pl_module, self.callback.target, self.callback.trace_batches)
-            return {path: trace(_submodule(self.pl_module, path), c) for path, c in calls.items()}
+            with undisturbed(self.trainer, self.pl_module):  # a forward may count its calls
+                return {path: trace(_submodule(self.pl_module, path), c) for path, c in calls.items()}
 
     def _all_ranks_ready(self) -> bool:
         """Whether every rank has a graph: otherwise nobody inserts, and every rank waits for a checkpoint."""

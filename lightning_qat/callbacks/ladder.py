@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_qat.analysis.pipeline_ladder import Ladder
-from lightning_qat.analysis.pipeline_rows import Finetune
+from lightning_qat.analysis.pipeline_rows import TRAIN_LOSS, Finetune, Measurement
 from lightning_qat.analysis.statistics import LayerStatisticsRow
 from lightning_qat.callbacks.analysis_pass import is_calibrated
 from lightning_qat.callbacks.extra_pass import require_regions
@@ -18,6 +19,7 @@ from lightning_qat.callbacks.layer_statistics import LayerStatistics
 from lightning_qat.callbacks.off_comparison import compare_off
 from lightning_qat.callbacks.progress import progress
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.region import find_regions
 from lightning_qat.quantization.region_state import State, Updates
 
@@ -36,6 +38,7 @@ def measure_ladder(
     batches: int,
     eval_batches: float,
     who: str,
+    reference: Collection[str] = (),
 ) -> Ladder:
     """Measure some rungs; a rung that cannot be measured says why in ``missing``.
 
@@ -46,6 +49,10 @@ def measure_ladder(
         batches: training batches per rung and rank.
         eval_batches: validation batches per evaluation and rank.
         who: the callback, for messages and the progress bar.
+        reference: names of metrics that the evaluation has to log.
+
+    Raises:
+        MisconfigurationException: it logs others; before anything is trained.
     """
     require_regions(pl_module, who)
     calibrated, moving = is_calibrated(pl_module), moves_batch_norm(pl_module)
@@ -61,6 +68,7 @@ def measure_ladder(
     with progress(trainer, who, total) as advance:
         run = _Rungs(trainer, pl_module, batches, eval_batches, advance)
         float_model = measure_in_state(trainer, pl_module, "off", eval_batches)
+        _require_logged(reference, float_model, who)
         needs_calibrated = calibrated and (4 in rungs or 6 in rungs)
         return Ladder(
             float_model=float_model,
@@ -74,6 +82,15 @@ def measure_ladder(
             missing=missing,
             points=worst_points(trainer, pl_module) if needs_calibrated and 6 in rungs else (),
             total_steps=_total_steps(trainer),
+        )
+
+
+def _require_logged(reference: Collection[str], float_model: Measurement, who: str) -> None:
+    logged = [*float_model.metrics, TRAIN_LOSS]
+    unknown = [name for name in reference if name not in logged]
+    if unknown and float_model.metrics:  # an evaluation that logs nothing has a verdict of its own
+        raise MisconfigurationException(
+            f"{who}(reference=...) has what the evaluation does not log: {unknown_choice('metric', unknown[0], logged)}"
         )
 
 

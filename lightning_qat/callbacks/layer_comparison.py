@@ -13,16 +13,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from typing_extensions import override
 
 from lightning_qat.analysis.captured_calls import RepeatableForward
-from lightning_qat.analysis.comparison import CHOSEN, compare
-from lightning_qat.analysis.comparison_result import LayerComparisonResult
-from lightning_qat.analysis.diagnosis import DiagnosisResult, check_declared_range, diagnose
+from lightning_qat.analysis.checked_region import rules_of
+from lightning_qat.analysis.comparison import compare
+from lightning_qat.analysis.comparison_result import CHOSEN, LayerComparisonResult
+from lightning_qat.analysis.diagnosis import check_declared_range, diagnose
+from lightning_qat.analysis.diagnosis_result import DiagnosisResult
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.point_inspection import inspect_point
 from lightning_qat.analysis.sensitivity_result import SensitivityResult
 from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.analysis_pass import (
     AnalysisOutputs,
-    analysis_pass,
     is_calibrated,
     require_positive,
 )
@@ -30,11 +31,12 @@ from lightning_qat.callbacks.epoch_end_analysis import EpochEndAnalysis
 from lightning_qat.callbacks.extra_pass import misconfiguration
 from lightning_qat.callbacks.output_directory import console_of, run_directory
 from lightning_qat.callbacks.progress import progress
+from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.qconfig import glob_covers
 from lightning_qat.quantization.region import Region, find_regions
 from lightning_qat.quantization.tracing import Call
-from lightning_qat.reporting.console import print_text
+from lightning_qat.reporting.console import print_advice
 from lightning_qat.reporting.figures import value_histogram
 from lightning_qat.reporting.loggers import log_table, point_scalars
 from lightning_qat.reporting.sensitivity_figures import (
@@ -66,7 +68,7 @@ class LayerComparison(EpochEndAnalysis):
 
     Goes to: ``layer_comparison.csv|txt|json`` and ``diagnosis.csv|txt|json`` (with ``every_n_epochs`` also
     ``layer_comparison_epochN.*``) in the run's ``lightning_qat`` directory; to the loggers
-    ``layer_comparison/<column>/<tensor>`` and the tables; the short list to the terminal; through ``self.log``, at the
+    ``layer_comparison.<column>/<tensor>`` and the tables; the short list to the terminal; through ``self.log``, at the
     end of an epoch: ``layer_comparison/min_own_sqnr`` (dB) and ``layer_comparison/output_sqnr``. Columns:
     ``lightning_qat/reporting/README.md``.
 
@@ -144,8 +146,8 @@ class LayerComparison(EpochEndAnalysis):
         if self.output is None and self.post_process is None:
             return
         select = OutputSelector(self.output, self.post_process)
-        with analysis_pass(trainer, pl_module, "LayerComparison", "off", self.seed) as regions:
-            for path, calls in self._captured(trainer, pl_module, regions, batches=1).items():
+        with self._analysed(trainer, pl_module, 1, self.seed) as (regions, found):
+            for path, calls in found.items():
                 with RepeatableForward(regions[path].target, calls[0]) as forward:
                     select(forward())
 
@@ -156,7 +158,9 @@ class LayerComparison(EpochEndAnalysis):
             self._sensitivities[trainer.current_epoch] = sensitivity
         if not self.should_analyse(trainer) or not is_calibrated(pl_module):
             return
-        result = self._analyse(trainer, pl_module)
+        result = self.tried(trainer, lambda: self._analyse(trainer, pl_module))
+        if result is None:
+            return
         self.note_analysed(trainer)
         self._outputs.write(trainer, result, trainer.current_epoch)
         self._log(trainer, result)
@@ -169,21 +173,25 @@ class LayerComparison(EpochEndAnalysis):
             rank_zero_warn("LayerComparison: training ended before there were scales; there is nothing to compare.")
             return
         again = self.result is not None and self.is_analysed(trainer) and not self.figures
-        result = self.result if again and self.result is not None else self._analyse(trainer, pl_module, final=True)
+        result = self.result if again else self.tried(trainer, lambda: self._analyse(trainer, pl_module, final=True))
+        if result is None:
+            return
         self._outputs.write(trainer, result)
         if not again:
             self._log(trainer, result)
         if trainer.is_global_zero and self.diagnosis is not None and self.diagnosis.culprits:
-            print_text("\n".join(self.diagnosis.lines()), console_of(trainer))
+            print_advice(self.diagnosis.lines(), console_of(trainer))
 
     def _analyse(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, final: bool = False
     ) -> LayerComparisonResult:
         results, diagnoses = {}, {}
         sensitivity = _sensitivity(trainer)
-        with analysis_pass(trainer, pl_module, "LayerComparison", "off", self.seed) as regions:
-            calls = self._captured(trainer, pl_module, regions, self.batches)
+        with self._analysed(trainer, pl_module, self.batches, self.seed) as (regions, calls):
             total = sum(map(len, calls.values()))
+            rules = rules_of(regions)
+            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            profile = next((c.profile for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
             with trainer.precision_plugin.forward_context(), progress(trainer, "layer comparison", total) as advance:
                 for path, region in regions.items():
                     results[path] = compare(
@@ -193,6 +201,8 @@ class LayerComparison(EpochEndAnalysis):
                         self.post_process,
                         seed=self.seed,
                         across_ranks=trainer.world_size > 1,
+                        rules=rules[path],
+                        profile=profile,
                     )
                     diagnoses[path] = diagnose(results[path], _of_region(sensitivity, path), self._ranges(region))
                 diagnosis = DiagnosisResult.merged(diagnoses)
@@ -209,12 +219,13 @@ class LayerComparison(EpochEndAnalysis):
 
     def _log(self, trainer: pl.Trainer, result: LayerComparisonResult) -> None:
         if self.diagnosis is not None and self.diagnosis.culprits:
-            short = replace(self.diagnosis, rows=self.diagnosis.culprits)
-            log_table(trainer.loggers, "layer_comparison/what_to_do", short, _compat.steps_taken(trainer), WHAT_TO_DO)
+            step, rows = _compat.steps_taken(trainer), len(self.diagnosis.culprits)  # they come first
+            log_table(trainer.loggers, "layer_comparison/what_to_do", self.diagnosis, step, WHAT_TO_DO, rows)
         if self.log_points:
             scalars = point_scalars(result, "layer_comparison", COLUMNS, point="mod_name")
             values = {name: [getattr(row, name) for row in result.rows] for name in ("SQNR", "own_SQNR")}
-            self._outputs.log(trainer, result, scalars, TABLE, values)
+            # without the list, which is a text of its own
+            self._outputs.log(trainer, replace(result, what_to_do=()), scalars, TABLE, values)
 
     def _draw(
         self,

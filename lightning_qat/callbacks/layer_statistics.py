@@ -25,6 +25,7 @@ from lightning_qat.callbacks.analysis_pass import (
     sampled_steps,
 )
 from lightning_qat.callbacks.epoch_end_analysis import EpochEndAnalysis
+from lightning_qat.callbacks.shared_evaluations import ModelKey, model_key
 from lightning_qat.quantization.region import find_regions
 from lightning_qat.reporting.loggers import point_scalars
 
@@ -42,7 +43,7 @@ class LayerStatistics(EpochEndAnalysis):
     scales are calibrated (``start_epoch``) only the values are described. Training is not changed, bit for bit.
 
     Goes to: ``layer_statistics_epochN.csv|txt|json`` and ``layer_statistics.csv|txt|json`` (the latest) in the run's
-    ``lightning_qat`` directory; to the loggers ``layer_statistics/<column>/<point>``; through ``self.log``, to be
+    ``lightning_qat`` directory; to the loggers ``layer_statistics.<column>/<point>``; through ``self.log``, to be
     monitored: ``layer_statistics/max_clipped_share``, ``.../min_sqnr`` (dB), ``.../max_scale_drift`` (absolute) and
     ``.../max_flip_rate``. Columns: ``lightning_qat/reporting/README.md``.
 
@@ -92,14 +93,21 @@ class LayerStatistics(EpochEndAnalysis):
         self.columns = tuple(columns) if columns is not None else NUMBERS
         self.seed = seed
         self.result: LayerStatisticsResult | None = None
-        self._calibrated: dict[str, ScaleSnapshot] = {}
         self.codes: dict[str, WeightCodes] = {}
+        self._calibrated: dict[str, ScaleSnapshot] = {}
+        self._measured: tuple[ModelKey, LayerStatisticsResult] | None = None
+        self._compared: dict[str, WeightCodes] = {}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._calibrated, self.codes = {}, {}
+            self.codes, self._compared, self._calibrated, self._measured = {}, {}, {}, None
+
+    @property
+    def is_every_epoch(self) -> bool:
+        """Whether every epoch is measured, as far as that can be told."""
+        return self.every_n_epochs == 1 and type(self).should_analyse is EpochEndAnalysis.should_analyse
 
     @override
     def on_train_batch_start(
@@ -127,7 +135,7 @@ class LayerStatistics(EpochEndAnalysis):
             self._report(trainer, pl_module)
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int | None = None) -> None:
-        self.result = result = self.measure(trainer, pl_module, self.batches)
+        self.result = result = self.measure_once(trainer, pl_module)
         self.note_analysed(trainer)
         if epoch is not None:
             self._outputs.write(trainer, result, epoch)
@@ -140,6 +148,19 @@ class LayerStatistics(EpochEndAnalysis):
             }
             self._outputs.log(trainer, result, scalars, TABLE, histograms)
 
+    def measure_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LayerStatisticsResult:
+        """Return the statistics of the present model, measured now unless they were."""
+        model, measured = model_key(trainer, pl_module), self._measured
+        known = measured is not None and measured[0] == model
+        if trainer.strategy.reduce_boolean_decision(known, all=True) and measured is not None:
+            return measured[1]
+        if measured is not None and measured[0][0] == model[0]:  # something has changed the model after the step
+            self.codes = self._compared
+        self._compared = self.codes
+        result = self.measure(trainer, pl_module, self.batches)
+        self._measured = model_key(trainer, pl_module), result
+        return result
+
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> LayerStatisticsResult:
         """Measure now, on so many batches per rank; nothing is written or logged."""
         with analysis_pass(trainer, pl_module, "LayerStatistics", seed=self.seed) as regions, ExitStack() as stack:
@@ -151,10 +172,10 @@ class LayerStatistics(EpochEndAnalysis):
                 stack.enter_context(collector)
             for step in sampled_steps(trainer, pl_module, batches):
                 step()
-            for path, collector in collectors.items():
+            for collector in collectors.values():
                 collector.all_reduce()
-                if collector.region.is_calibrated:
-                    self.codes[path] = collector.codes
+            codes = {path: c.codes for path, c in collectors.items() if c.region.is_calibrated}
+        self.codes = {**self.codes, **codes}  # a new one: others may keep the one before, to compare
         return LayerStatisticsResult.merged({path: collector.result() for path, collector in collectors.items()})
 
     @override

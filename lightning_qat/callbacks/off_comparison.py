@@ -15,8 +15,10 @@ from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.analysis_loaders import Stage
 from lightning_qat.callbacks.analysis_pass import seeded
 from lightning_qat.callbacks.extra_pass import ExtraBatch, analysis_batches, run_step, undisturbed
+from lightning_qat.callbacks.module_copy import copied_module
 from lightning_qat.callbacks.training_copy import loss_of
-from lightning_qat.quantization.region import REGION_NAME, find_regions
+from lightning_qat.quantization.module_walk import REGION_NAME
+from lightning_qat.quantization.region import find_regions
 from lightning_qat.quantization.tensor_leaves import named_leaves
 
 _STAGES: tuple[Stage, ...] = ("train", "validate")
@@ -36,10 +38,10 @@ def compare_off(
         advance: called after each batch.
     """
     with undisturbed(trainer, pl_module):
-        inserted = copy.deepcopy(pl_module)
+        inserted = copied_module(pl_module)
         for region in find_regions(inserted).values():
             region.set_state("off", updates=())
-        removed = copy.deepcopy(inserted)
+        removed = copied_module(inserted)
         for region in list(find_regions(removed).values()):
             region.remove()
         compared, differing, repeatable = 0, dict[str, None](), True

@@ -33,8 +33,9 @@ from lightning_qat.callbacks.extra_pass import analysis_batches, run_step, undis
 from lightning_qat.callbacks.output_directory import run_directory
 from lightning_qat.callbacks.step_summary import StageSummary, evaluates_randomly, summarize
 from lightning_qat.callbacks.training_copy import loss_of
+from lightning_qat.quantization.module_walk import REGION_NAME
 from lightning_qat.quantization.preservation import preserved_modes
-from lightning_qat.quantization.region import REGION_NAME, find_regions
+from lightning_qat.quantization.region import find_regions
 
 _PACKAGES = ("lightning-qat", "torch", "lightning", "torchmetrics", "numpy")
 _STAGES: tuple[Stage, ...] = ("train", "validate")
@@ -109,6 +110,7 @@ def take_fingerprint(
     losses: dict[str, float] = {}
     errors: dict[str, float] = {}
     with ExitStack() as stack:
+        stack.enter_context(undisturbed(trainer, pl_module))  # asking for loaders may change the datamodule
         for region in find_regions(pl_module).values():
             stack.enter_context(region.state("off", updates=()))
         for stage in _STAGES:
@@ -128,28 +130,28 @@ def take_fingerprint(
             evaluation = evaluate(trainer, pl_module, limit=batches)
         with undisturbed(trainer, pl_module, trains=True):
             is_random = evaluates_randomly(trainer, pl_module, seed + trainer.global_rank)
-    return Fingerprint(
-        data={stage: summary.data for stage, summary in stages.items()},
-        model_inputs={stage: summary.inputs for stage, summary in stages.items()},
-        losses=losses,
-        metrics=evaluation.metrics,
-        standard_errors={**evaluation.standard_errors, **errors},
-        modes=_modes(pl_module),
-        batch_norm=batch_norm_summary(pl_module),
-        optimizers=[_optimizer(optimizer, pl_module) for optimizer in trainer.optimizers],
-        schedulers=[
-            {"class": type(config.scheduler).__name__, "interval": config.interval, "frequency": config.frequency}
-            for config in trainer.lr_scheduler_configs
-        ],
-        settings=_settings(trainer, pl_module),
-        datasets=_datasets(trainer),
-        weights=weight_digests(pl_module),
-        versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        agreement={stage: summary.agreement for stage, summary in stages.items()},
-        random_evaluation=is_random,
-        swapped=stages["validate"].swapped if "validate" in stages else [],
-        batches=batches,
-    )
+        return Fingerprint(
+            data={stage: summary.data for stage, summary in stages.items()},
+            model_inputs={stage: summary.inputs for stage, summary in stages.items()},
+            losses=losses,
+            metrics=evaluation.metrics,
+            standard_errors={**evaluation.standard_errors, **errors},
+            modes=_modes(pl_module),
+            batch_norm=batch_norm_summary(pl_module),
+            optimizers=[_optimizer(optimizer, pl_module) for optimizer in trainer.optimizers],
+            schedulers=[
+                {"class": type(config.scheduler).__name__, "interval": config.interval, "frequency": config.frequency}
+                for config in trainer.lr_scheduler_configs
+            ],
+            settings=_settings(trainer, pl_module),
+            datasets=_datasets(trainer),
+            weights=weight_digests(pl_module),
+            versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+            agreement={stage: summary.agreement for stage, summary in stages.items()},
+            random_evaluation=is_random,
+            swapped=stages["validate"].swapped if "validate" in stages else [],
+            batches=batches,
+        )
 
 
 def _training_loss(

@@ -65,11 +65,16 @@ class PipelineRung(Callback):
         raise NotImplementedError
 
     def measure_ladder(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, rungs: Collection[int], batches: int | None = None
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        rungs: Collection[int],
+        batches: int | None = None,
+        reference: Collection[str] = (),
     ) -> Ladder:
-        """Measure some rungs of the ladder, with the batches asked for."""
+        """Measure some rungs of the ladder, with the batches asked for; the evaluation has to log ``reference``."""
         limit = math.inf if self.eval_batches is None else self.eval_batches
-        return measure_ladder(trainer, pl_module, rungs, batches or self.batches, limit, type(self).__name__)
+        return measure_ladder(trainer, pl_module, rungs, batches or self.batches, limit, type(self).__name__, reference)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -117,6 +122,8 @@ class PipelineRung(Callback):
         except Exception as error:
             if trainer.world_size > 1 or (isinstance(error, MisconfigurationException) and trainer.global_step == 0):
                 raise  # other ranks would wait for this one forever; before the first step nothing is lost
+            if isinstance(error, MisconfigurationException):
+                return cannot_tell(f"{error} Training goes on without the check.")
             return cannot_tell(
                 f"the check failed with {type(error).__name__}: {error}. Training goes on without it; the check copies "
                 "the module and trains the copy, so look for attributes that cannot be copied."
@@ -126,10 +133,11 @@ class PipelineRung(Callback):
         directory = run_directory(trainer)  # broadcasts: on all ranks
         if not trainer.is_global_zero:
             return
+        file = ""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            write_result(result, directory, self.name, formats=("txt", "json"))
+            file = str(write_result(result, directory, self.name, formats=("txt", "json"))[0])
         log_table(trainer.loggers, self.name, result, steps_taken(trainer))
-        show(result, console_of(trainer), note=result.verdict == "healthy")  # else it is a warning
+        show(result, console_of(trainer), note=result.verdict == "healthy", file=file)  # else it is a warning
 
     @override
     def state_dict(self) -> dict[str, Any]:

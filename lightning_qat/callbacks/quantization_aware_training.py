@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from typing_extensions import override
 
+from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.extra_pass import misconfiguration
 from lightning_qat.callbacks.frozen_parts import FrozenParts
@@ -22,6 +23,7 @@ from lightning_qat.callbacks.learned_scales import (
     warn_about_step_size,
 )
 from lightning_qat.callbacks.output_directory import run_directory
+from lightning_qat.callbacks.shared_evaluations import SharedEvaluations
 from lightning_qat.callbacks.trainer_checks import check_averaged_copies, check_trainer, warn_about_precision
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.hardware_profile import HardwareProfile
@@ -124,6 +126,7 @@ class QuantizationAwareTraining(Callback):
         self.freeze_batch_norm_after = freeze_batch_norm_after
         self.frozen_parts = FrozenParts(freeze)
         self.trace_batches = trace_batches
+        self.evaluations = SharedEvaluations()
         self._hooks: InsertionHooks | None = None
         self._regions: tuple[Region, ...] = ()
         self._batch_norms: tuple[nn.Module, ...] = ()
@@ -136,6 +139,7 @@ class QuantizationAwareTraining(Callback):
         check_trainer(trainer, self, stage)
         if stage == "fit":
             self.frozen_parts.check(trainer)
+        self.evaluations = SharedEvaluations()
         self._hooks = InsertionHooks(self, trainer, pl_module)
         self._hooks.install()
 
@@ -218,6 +222,11 @@ class QuantizationAwareTraining(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._write_plan(trainer, pl_module)
+        self._expect_other_weights(trainer, pl_module)  # callbacks that average weights put them in place now
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write_plan(trainer, pl_module)
 
     def _write_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         directory = run_directory(trainer)  # broadcasts: on all ranks
@@ -267,6 +276,17 @@ class QuantizationAwareTraining(Callback):
     def _start_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.require_inserted()
         self._apply(trainer, pl_module)
+        if _compat.averaged_copies(trainer):  # whose weights are swapped in while evaluation runs
+            self._expect_other_weights(trainer, pl_module)
+
+    def _expect_other_weights(self, trainer: pl.Trainer, module: nn.Module) -> None:
+        """Something else than training changes the weights: scales that follow them are taken anew."""
+        follows = "weight" in self.scale_updates(trainer)
+        for region in find_regions(module).values():
+            if follows:
+                region.expect_other_weights()
+            else:
+                region.keep_weight_scales()
 
     @override
     def on_validation_batch_start(
@@ -301,6 +321,8 @@ class QuantizationAwareTraining(Callback):
             region.set_state(state, updates)
             if "weight" not in updates:
                 region.keep_weight_scales()
+        for copy in _compat.averaged_copies(trainer):
+            self._expect_other_weights(trainer, copy)
         if self.freeze_observers_after is not None:
             freeze_learned(self._regions, self._freezes_scales(trainer))
         self._freeze_batch_norm(trainer)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,34 +14,39 @@ from typing_extensions import override
 from lightning_qat.analysis.captured_calls import RepeatableForward
 from lightning_qat.analysis.metrics import MetricName
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.analysis.sample_axes import KnownSampleAxes
+from lightning_qat.analysis.region_memory import RegionMemory
+from lightning_qat.analysis.sample_axes import number_of_samples
 from lightning_qat.analysis.sensitivity import Method, sensitivity
 from lightning_qat.analysis.sensitivity_metric import MetricLike, SensitivityMetric
 from lightning_qat.analysis.sensitivity_result import SensitivityResult
-from lightning_qat.callbacks.analysis_pass import (
-    analysis_pass,
-    is_calibrated,
-    require_positive,
-)
+from lightning_qat.callbacks.analysis_pass import is_calibrated, require_positive
 from lightning_qat.callbacks.epoch_end_analysis import EpochEndAnalysis
 from lightning_qat.callbacks.extra_pass import misconfiguration
 from lightning_qat.callbacks.task_metric import TaskMetric
 from lightning_qat.quantization.errors import unknown_choice
+from lightning_qat.quantization.tracing import Call
 from lightning_qat.reporting.loggers import point_scalars
+
+_EPOCHS_SHARE = 32
+"""A sketch of so small a part of an epoch's samples takes some 3 % of the epoch: with one probe it is a forward, a
+backward and one more product for each weight, and training steps do more."""
+
+_FEWEST_SAMPLES = 16
 
 
 class SensitivityAnalysis(EpochEndAnalysis):
     """Rank the quantization points, at the end of an epoch, by what each alone does to the float model's output.
 
-    On the inputs that the quantized region gets in a validation step (the same batches each time). A small model is
+    On the inputs that the quantized region gets in a validation step, the same batches each time (where the step hands
+    them on unchanged, they are kept, and it runs once). A small model is
     measured point by point (isolation); a large one is estimated from gradients, all points at once (sketch), which
     takes the time of a few forwards whatever their number. The analysis at the end of training is more careful: more
     probes, and the points that matter most are confirmed by isolation. See :func:`lightning_qat.sensitivity`. Nothing
     is analysed before the scales are calibrated (``start_epoch``). Training is not changed, bit for bit.
 
     Goes to: ``sensitivity_epochN.csv|txt|json`` per epoch and ``sensitivity.csv|txt|json`` at the end of training, in
-    the run's ``lightning_qat`` directory; to the loggers ``sensitivity/<metric>/<point>`` and
-    ``sensitivity/score/<point>``; through ``self.log``, to be monitored: ``sensitivity/max_score``, and where the first
+    the run's ``lightning_qat`` directory; to the loggers ``sensitivity.<metric>/<point>`` and
+    ``sensitivity.score/<point>``; through ``self.log``, to be monitored: ``sensitivity/max_score``, and where the first
     row was measured ``sensitivity/max`` (``sensitivity/min`` for Cosine and SQNR), its metric.
     Columns: ``lightning_qat/reporting/README.md``.
 
@@ -59,7 +65,9 @@ class SensitivityAnalysis(EpochEndAnalysis):
         top_k: how many of the most sensitive points matter at the end of training: they are found among three times as
             many that are measured by isolation. A tenth of all points if not given.
         max_samples: a sketch at the end of an epoch looks at the first so many samples of each batch, where they are
-            independent of each other; None for all. With a quarter of the samples the standard errors double.
+            independent of each other; None for all. With a quarter of the samples the standard errors double. ``auto``:
+            all of them, but for short epochs, where that would be felt: not more than a 32nd of the samples that an
+            epoch trains on, and at least 16.
         max_points: by isolation, points per analysis; None for all. With more, the points take turns, in a fixed random
             order: after ``ceil(points / max_points)`` analyses all of them were measured.
         final_max_points: the same for the analysis at the end of training.
@@ -95,7 +103,7 @@ class SensitivityAnalysis(EpochEndAnalysis):
         probes: int = 1,
         final_probes: int = 4,
         top_k: int | None = None,
-        max_samples: int | None = None,
+        max_samples: int | Literal["auto"] | None = "auto",
         max_points: int | None = 64,
         final_max_points: int | None = 512,
         evaluation_batches: int | None = 8,
@@ -113,8 +121,10 @@ class SensitivityAnalysis(EpochEndAnalysis):
             final_max_points=final_max_points,
             evaluation_batches=evaluation_batches,
         )
-        if max_samples is not None and max_samples < 2:
-            raise MisconfigurationException(f"SensitivityAnalysis(max_samples={max_samples}): must be at least 2.")
+        if max_samples not in (None, "auto") and not (isinstance(max_samples, int) and max_samples >= 2):
+            raise MisconfigurationException(
+                f"SensitivityAnalysis(max_samples={max_samples!r}): must be at least 2, 'auto', or None for all."
+            )
         is_task = isinstance(metric, str) and metric not in get_args(MetricName)
         of_output = cast(MetricLike, "MSE" if is_task else metric)
         with misconfiguration():
@@ -141,7 +151,7 @@ class SensitivityAnalysis(EpochEndAnalysis):
         self._task = TaskMetric(self.metric_name, evaluation_batches, seed) if is_task else None
         self._of_output = of_output
         self._turn = 0
-        self._known: dict[str, KnownSampleAxes] = {}
+        self._memory: dict[str, RegionMemory] = {}
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -150,8 +160,8 @@ class SensitivityAnalysis(EpochEndAnalysis):
         if self.output is None and self.post_process is None:
             return
         select = OutputSelector(self.output, self.post_process)
-        with analysis_pass(trainer, pl_module, "SensitivityAnalysis", "off", self.seed) as regions:
-            for path, calls in self._captured(trainer, pl_module, regions, batches=1).items():
+        with self._analysed(trainer, pl_module, 1, self.seed) as (regions, found):
+            for path, calls in found.items():
                 with RepeatableForward(regions[path].target, calls[0]) as forward:
                     select(forward())
 
@@ -159,7 +169,10 @@ class SensitivityAnalysis(EpochEndAnalysis):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.should_analyse(trainer) or not is_calibrated(pl_module):
             return
-        result = self._analyse(trainer, pl_module)
+        result = self.tried(trainer, lambda: self._analyse(trainer, pl_module))
+        if result is None:
+            pl_module.log("sensitivity/max_score", math.nan, sync_dist=trainer.world_size > 1)
+            return
         self._turn += 1
         self.note_analysed(trainer)
         self._outputs.write(trainer, result, trainer.current_epoch)
@@ -182,34 +195,36 @@ class SensitivityAnalysis(EpochEndAnalysis):
         if latest is not None and complete and self.is_analysed(trainer):
             self._outputs.write(trainer, latest)  # of these very weights
             return
-        result = self._analyse(trainer, pl_module, final=True)
-        self._outputs.write(trainer, result)
-        self._log(trainer, result)
+        result = self.tried(trainer, lambda: self._analyse(trainer, pl_module, final=True))
+        if result is not None:
+            self._outputs.write(trainer, result)
+            self._log(trainer, result)
 
     def _analyse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, final: bool = False) -> SensitivityResult:
-        with analysis_pass(trainer, pl_module, "SensitivityAnalysis", "off", self.seed) as regions:
-            calls = self._captured(trainer, pl_module, regions, self.batches)
-            with trainer.precision_plugin.forward_context():
-                results = {
-                    path: sensitivity(
-                        region,
-                        calls[path],
-                        self.output,
-                        self.post_process,
-                        self._of_output,
-                        method=self.method,
-                        probes=self.final_probes if final else self.probes,
-                        top_k=self.top_k,
-                        confirm=None if final else 0,
-                        max_points=self.final_max_points if final else self.max_points,
-                        turn=self._turn,
-                        seed=self.seed,
-                        across_ranks=trainer.world_size > 1,
-                        max_samples=None if final else self.max_samples,
-                        known=self._known.setdefault(path, KnownSampleAxes()),
-                    )
-                    for path, region in regions.items()
-                }
+        with (
+            self._analysed(trainer, pl_module, self.batches, self.seed) as (regions, calls),
+            trainer.precision_plugin.forward_context(),
+        ):
+            results = {
+                path: sensitivity(
+                    region,
+                    calls[path],
+                    self.output,
+                    self.post_process,
+                    self._of_output,
+                    method=self.method,
+                    probes=self.final_probes if final else self.probes,
+                    top_k=self.top_k,
+                    confirm=None if final else 0,
+                    max_points=self.final_max_points if final else self.max_points,
+                    turn=self._turn,
+                    seed=self.seed,
+                    across_ranks=trainer.world_size > 1,
+                    max_samples=None if final else self._samples(trainer, calls[path]),
+                    memory=self._memory.setdefault(path, RegionMemory()),
+                )
+                for path, region in regions.items()
+            }
         result = SensitivityResult.merged(results)
         if self._task is not None and final:
             result = self._task.measured(trainer, pl_module, result)
@@ -217,6 +232,14 @@ class SensitivityAnalysis(EpochEndAnalysis):
             result = self._task.without_values(result)
         self.result = result.compared_with(self.result)
         return self.result
+
+    def _samples(self, trainer: pl.Trainer, calls: list[Call]) -> int | None:
+        """How many samples of each call a sketch at the end of an epoch looks at."""
+        if self.max_samples != "auto":
+            return self.max_samples
+        share = float(trainer.num_training_batches) / (_EPOCHS_SHARE * max(1, len(calls)))
+        samples = max((number_of_samples(call) or 0 for call in calls), default=0)
+        return None if share >= 1 else max(_FEWEST_SAMPLES, math.ceil(share * samples))
 
     def _log(self, trainer: pl.Trainer, result: SensitivityResult) -> None:
         if self.log_points:

@@ -6,11 +6,12 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+
+from lightning_qat.callbacks.optimizer_state import apply_settings, settings_of
 
 
 class StartingPoint:
@@ -23,7 +24,7 @@ class StartingPoint:
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._tensors = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(pl_module)}
-        self._groups = [[_settings(group) for group in o.param_groups] for o in trainer.optimizers]
+        self._groups = [settings_of(optimizer) for optimizer in trainer.optimizers]
         self._schedulers = [copy.deepcopy(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs]
 
     @contextmanager
@@ -31,13 +32,13 @@ class StartingPoint:
         """Put the start in the place of the present in a block; the present is put back bit by bit."""
         present = {name: tensor.detach().clone() for name, tensor in _tensors(pl_module)}
         states = [optimizer.state for optimizer in trainer.optimizers]
-        groups = [[_settings(group) for group in o.param_groups] for o in trainer.optimizers]
+        groups = [settings_of(optimizer) for optimizer in trainer.optimizers]
         schedulers = [copy.deepcopy(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs]
         try:
             _write(pl_module, self._tensors)
             for optimizer, settings in zip(trainer.optimizers, self._groups, strict=True):
                 optimizer.state = defaultdict(dict)
-                _apply(optimizer, settings)
+                apply_settings(optimizer, settings)
             for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
                 config.scheduler.load_state_dict(copy.deepcopy(state))
             yield
@@ -47,7 +48,7 @@ class StartingPoint:
                 config.scheduler.load_state_dict(state)
             for optimizer, optimizer_state, settings in zip(trainer.optimizers, states, groups, strict=True):
                 optimizer.state = optimizer_state
-                _apply(optimizer, settings)
+                apply_settings(optimizer, settings)
 
 
 def _tensors(pl_module: pl.LightningModule) -> Iterator[tuple[str, Tensor]]:
@@ -60,16 +61,3 @@ def _write(pl_module: pl.LightningModule, tensors: dict[str, Tensor]) -> None:
         for name, tensor in _tensors(pl_module):
             if name in tensors and tensors[name].shape == tensor.shape:
                 tensor.copy_(tensors[name])
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in group.items() if k != "params"}
-
-
-def _apply(optimizer: Any, groups: list[dict[str, Any]]) -> None:
-    for group, settings in zip(optimizer.param_groups, groups, strict=True):
-        for name, value in settings.items():
-            if isinstance(group.get(name), Tensor) and isinstance(value, Tensor):
-                group[name].copy_(value)  # schedulers and compiled optimizers hold on to the tensor
-            else:
-                group[name] = value

@@ -16,8 +16,8 @@ from lightning_qat.callbacks.analysis_loaders import Stage
 from lightning_qat.callbacks.analysis_pass import seeded
 from lightning_qat.callbacks.call_recorder import CallRecorder
 from lightning_qat.callbacks.extra_pass import ExtraBatch, analysis_batches, run_step
+from lightning_qat.quantization.module_walk import REGION_NAME
 from lightning_qat.quantization.preservation import preserved_modes
-from lightning_qat.quantization.region import REGION_NAME
 from lightning_qat.quantization.tensor_leaves import named_leaves
 from lightning_qat.quantization.tracing import Call
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import lightning.pytorch as pl
@@ -121,6 +122,9 @@ def _run_steps(
     except MisconfigurationException as error:
         return taken, [str(error)]
     except Exception as error:
+        if recorder.total == before and _compat.lacks_optimizers(trainer):  # it may have looked at them
+            with suppress(Exception), _compat.stand_in_optimizers(trainer, pl_module):
+                return _run_steps(trainer, pl_module, stage, batches, recorder)
         if recorder.total > before:
             rank_zero_debug(f"{stage} step stopped after its forward while tracing: {error!r}")
             return taken, []

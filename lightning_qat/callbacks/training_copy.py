@@ -11,6 +11,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -19,7 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_qat.callbacks._compat import replaced_optimizers
 from lightning_qat.callbacks.extra_pass import ExtraBatch, analysis_batches, muted_logging, run_step
+from lightning_qat.callbacks.module_copy import copied_module
+from lightning_qat.callbacks.muted_loggers import muted_loggers
 from lightning_qat.quantization.region import find_regions
 
 _STEPS_MEASURED = 8
@@ -51,7 +55,7 @@ class TrainingCopy:
         self._trainer = trainer
         self._original = pl_module
         memo: dict[int, Any] = {}  # one for all, so that the copies refer to each other
-        self.module = copy.deepcopy(pl_module, memo)
+        self.module = copied_module(pl_module, memo)
         self._optimizers = [_copied_optimizer(_bare(optimizer), memo) for optimizer in trainer.optimizers]
         self._schedulers = copy.deepcopy(list(trainer.lr_scheduler_configs), memo)
         self.module.trainer = trainer
@@ -83,7 +87,13 @@ class TrainingCopy:
         """
         done = 0
         self.module.zero_grad()
-        with muted_logging(self.module), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+        with ExitStack() as stack:
+            stack.enter_context(muted_logging(self.module))
+            stack.enter_context(muted_loggers(self._trainer))
+            stack.enter_context(replaced_optimizers(self._trainer, self._optimizers, self._schedulers))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(warnings.catch_warnings())
             # a copied scheduler cannot see that its copied optimizer was stepped
             warnings.filterwarnings("ignore", message=".*optimizer.step.*")
             epoch = self._trainer.current_epoch

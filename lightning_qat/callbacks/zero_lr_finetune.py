@@ -33,6 +33,10 @@ class ZeroLRFinetune(PipelineRung):
         at_epoch: before which epoch it runs.
         stop: stop training if the pipeline turns out to be misaligned.
 
+    Raises:
+        MisconfigurationException: a value is not one of the choices; before the first step also if the validation step
+            logs no metric of the reference's name (in a run that has begun, the verdict says so).
+
     Attributes:
         result: evidence table and verdict, after it ran.
     """
@@ -53,12 +57,17 @@ class ZeroLRFinetune(PipelineRung):
                 f"ZeroLRFinetune(reference={reference!r}): write the metrics of the float run: {{'val_acc': 0.98}}. "
                 "A fingerprint file is for PipelineCheck."
             )
+        for metric, value in (reference or {}).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise MisconfigurationException(
+                    f"ZeroLRFinetune(reference={{{metric!r}: {value!r}}}): write a number, such as 0.98."
+                )
         self.reference = reference
 
     @override
     def measure_rungs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineResult:
         """Measure rungs 2 to 4 and judge them."""
-        ladder = self.measure_ladder(trainer, pl_module, (0, 2, 3, 4))
+        ladder = self.measure_ladder(trainer, pl_module, (0, 2, 3, 4), reference=self.reference or ())
         assert ladder.batch_norm_frozen is not None
         return judge_zero_lr(
             ladder.float_model,

@@ -21,7 +21,7 @@ from lightning_qat.cli.inspect_command import INSPECT
 from lightning_qat.cli.pipeline_check_command import PIPELINE_CHECK
 from lightning_qat.quantization.errors import ConfigurationError, TracingError
 
-COMMANDS: tuple[Command, ...] = (CHECK, INSPECT, COMPARE_RUNS, FINGERPRINT, PIPELINE_CHECK, COMPARE_PIPELINES)
+COMMANDS: tuple[Command, ...] = (FINGERPRINT, PIPELINE_CHECK, CHECK, INSPECT, COMPARE_RUNS, COMPARE_PIPELINES)
 _USAGE = "python -m lightning_qat {name} [SCRIPT] [ARGUMENTS AS FOR fit ...] [OPTIONS]"
 _PROJECT = """
 Your project:
@@ -33,12 +33,14 @@ Your project:
     python -m lightning_qat {name} train.py{example}
   Should an option of the script have the name of one below, write it behind "--".
 
-It runs on one device, whatever the configuration says; nothing is trained.
+It runs on one device, whatever the configuration says; the run itself is not started, and writes no checkpoint.
 """
 _QUIET = (
     ".*does not have many workers which may be a bottleneck",
     ".*is smaller than the logging interval",
     ".*LeafSpec.*",
+    "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided.*",
+    "Checkpoint directory .* exists and is not empty",
 )
 
 
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lightning_qat",
-        description="Look at a quantized model before it is trained, with the project's own configuration.",
+        description="Find out why quantization-aware training fails, with the project's own configuration.",
         epilog='Write "python -m lightning_qat COMMAND --help" for what a command does and takes.',
     )
     parser.add_argument("--version", action="version", version=f"lightning_qat {__version__}")

@@ -37,16 +37,16 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
         return *project.before_training(work, options.calibration_batches), project.notes
 
     result, directory, notes = run_project(script, arguments, climb)
-    write_result(result, options.output or directory, PipelineCheck.name, formats=("txt", "json"))
+    path, _ = write_result(result, options.output or directory, PipelineCheck.name, formats=("txt", "json"))
     for note in notes:
         print_note(note)
-    show(result)
+    show(result, file=str(path))
     return int(result.is_bad)
 
 
 PIPELINE_CHECK = Command(
     name="pipeline-check",
-    summary="whether the pipeline, the hyperparameters or quantization would make QAT collapse",
+    summary="is the pipeline, the hyperparameters or quantization to blame for a QAT that collapses",
     description="""Train copies of your project's model for a few batches each, changing one thing at a time.
 
 The first rung that breaks names the culprit; pipeline_check.txt and .json hold the evidence. Exit status 1 if anything

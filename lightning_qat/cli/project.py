@@ -8,7 +8,6 @@ files that name their classes.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
 import inspect
@@ -29,6 +28,7 @@ from typing_extensions import override
 
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.cli.configuration_errors import readable
 from lightning_qat.quantization.errors import ConfigurationError
 
 T = TypeVar("T")
@@ -128,6 +128,7 @@ class _InPlaceOfTraining(Callback, Generic[T]):
         trainer.num_sanity_val_steps = 0
         trainer.fit_loop.epoch_loop.max_steps = 0
         trainer.fit_loop.max_epochs = -1  # a checkpoint of a finished training is restored after this
+        trainer.fast_dev_run = True  # type: ignore[attr-defined]  # what writes at the end writes nothing of this
 
 
 def run_project(script: str | None, arguments: Sequence[str], work: Callable[[Project], T]) -> T:
@@ -145,11 +146,12 @@ def run_project(script: str | None, arguments: Sequence[str], work: Callable[[Pr
         What ``work`` returned.
 
     Raises:
-        ConfigurationError: there is no such script, it never calls ``trainer.fit``, or LightningCLI is not installed.
-        SystemExit: the script does not understand its arguments.
+        ConfigurationError: there is no such script, it never calls ``trainer.fit``, LightningCLI does not understand
+            its arguments, or LightningCLI is not installed.
+        SystemExit: another script does not understand its arguments.
     """
-    if script is not None and not Path(script).is_file():
-        raise ConfigurationError(f"there is no script {script!r}.")
+    if script is not None:
+        _check_script(Path(script))
     if script is None and importlib.util.find_spec("jsonargparse") is None:
         raise ConfigurationError(
             "a configuration file without a script is read by LightningCLI, which needs jsonargparse: "
@@ -171,13 +173,20 @@ def run_project(script: str | None, arguments: Sequence[str], work: Callable[[Pr
     return outcome.result(script)
 
 
+def _check_script(path: Path) -> None:
+    if not path.is_file():
+        raise ConfigurationError(f"there is no script {str(path)!r}.")
+    if path.suffix in (".yaml", ".yml", ".json"):
+        raise ConfigurationError(f"{str(path)!r} is a configuration, not a script: write train.py --config {path}.")
+    if path.suffix not in (".py", ""):
+        raise ConfigurationError(f"{str(path)!r} is not a Python script: give the one that trains, such as train.py.")
+
+
 def _run_configuration() -> None:
-    """Fit what ``sys.argv`` describes; a mistake in it is one error, not pages of options."""
-    raising = {"exit_on_error": False}
-    kwargs = {**raising, **{subcommand: dict(raising) for subcommand in LightningCLI.subcommands()}}
+    """Fit what ``sys.argv`` describes."""
     try:
-        LightningCLI(save_config_callback=None, seed_everything_default=0, parser_kwargs=kwargs)
-    except argparse.ArgumentError as error:
+        LightningCLI(save_config_callback=None, seed_everything_default=0)
+    except ConfigurationError as error:
         about_classes = any(key in str(error) for key in ('"model"', '"data"', "fit.model"))
         raise ConfigurationError(f"{error}\n{_HINT}" if about_classes else str(error)) from error
 
@@ -199,6 +208,7 @@ class _Outcome(Generic[T]):
         if self.results or self.error is not None:
             return
         try:
+            _check_checkpoint(project.arguments.get("ckpt_path"))
             self.results.append(self.work(project))
         except BaseException as error:  # raised outside of the script, which may catch anything
             self.error = error
@@ -223,6 +233,12 @@ def _taken_over(original: Callable[..., Any], outcome: _Outcome[Any]) -> Callabl
         raise _ProjectDone
 
     return fit
+
+
+def _check_checkpoint(path: Any) -> None:
+    """Say in one line that there is no such checkpoint; Lightning's own words (best, last, ...) and addresses pass."""
+    if isinstance(path, str) and Path(path).suffix == ".ckpt" and "://" not in path and not Path(path).exists():
+        raise ConfigurationError(f"ckpt_path: there is no file {path!r}.")
 
 
 def _on_one_device(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -253,15 +269,30 @@ def one_device(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fitting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a LightningCLI fit, unless it is told another subcommand, or has none."""
+    """Let a LightningCLI fit, unless it is told another subcommand, or has none.
+
+    A mistake in its arguments is one error, not pages of options.
+    """
 
     @functools.wraps(original)
     def __init__(self: LightningCLI, *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        given = inspect.signature(original).bind(self, *args, **kwargs)
         words = sys.argv[1:2]
-        if given.get("run", True) and given.get("args") is None and not (words and words[0] in self.subcommands()):
+        if (
+            given.arguments.get("run", True)
+            and given.arguments.get("args") is None
+            and not (words and words[0] in self.subcommands())
+        ):
             sys.argv.insert(1, "fit")
-        original(self, *args, **kwargs)
+        options = given.arguments.get("parser_kwargs") or {}
+        raising = {name: {**options.get(name, {}), "exit_on_error": False} for name in self.subcommands()}
+        given.arguments["parser_kwargs"] = {**options, "exit_on_error": False, **raising}
+        try:
+            original(*given.args, **given.kwargs)
+        except Exception as error:
+            if (short := readable(error)) is None:
+                raise
+            raise short from error
 
     return __init__
 

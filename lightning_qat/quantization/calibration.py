@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from lightning_qat.quantization.calibration_findings import (
+    CalibrationFinding,
+    FindingKind,
+    depends_on_data,
+    finding,
+    messages,
+    spread_findings,
+)
 from lightning_qat.quantization.call_ranges import repeating_points
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.fake_quantize import FakeQuantize
 from lightning_qat.quantization.preservation import preserved
 from lightning_qat.quantization.region import Region
-from lightning_qat.quantization.tensor_origins import TensorOrigins
 from lightning_qat.quantization.tracing import Call
 
-FindingKind = Literal["nan", "inf", "constant", "no data", "unplanned"]
-
-
-@dataclass(frozen=True)
-class CalibrationFinding:
-    """Something calibration saw that will hurt later.
-
-    Args:
-        kind: ``nan``, ``inf``: activations that are not finite. ``constant``: only zeros, so there is no scale.
-            ``no data``: the point was never reached. ``unplanned``: an op that was not seen while tracing.
-        point: point name (or place in the code).
-        batch: the batch in which it was first seen, if that can be told.
-        message: what it means and what to do.
-    """
-
-    kind: FindingKind
-    point: str
-    batch: int | None
-    message: str
+__all__ = ["CalibrationFinding", "CalibrationPass", "CalibrationResult", "calibrate"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +43,11 @@ class CalibrationResult:
     batches: int
     points: int
     findings: tuple[CalibrationFinding, ...] = ()
+
+    @property
+    def messages(self) -> tuple[str, ...]:
+        """What there is to say: one message for NaN or infinities that began at one point, one for each other kind."""
+        return messages(self.findings)
 
 
 class CalibrationPass:
@@ -76,7 +72,7 @@ class CalibrationPass:
     def __init__(self, regions: Mapping[str, Region]) -> None:
         self.regions = dict(regions)
         self.batches = 0
-        self._first_bad: dict[tuple[str, str], int] = {}
+        self._not_finite: dict[tuple[str, FindingKind], dict[str, int | None]] = defaultdict(dict)
         self._stack = ExitStack()
 
     def __enter__(self) -> CalibrationPass:
@@ -94,13 +90,15 @@ class CalibrationPass:
 
     def batch_done(self) -> None:
         """Call after each batch: notes in which one values that are not finite first appeared."""
-        for name, fake_quant in self._points():
-            statistics = fake_quant.statistics
-            if statistics.nan_count:
-                self._first_bad.setdefault((name, "nan"), self.batches)
-            if statistics.inf_count:
-                self._first_bad.setdefault((name, "inf"), self.batches)
+        self._note_not_finite(self.batches)
         self.batches += 1
+
+    def _note_not_finite(self, batch: int | None) -> None:
+        for path, name, fake_quant in self._points():
+            if fake_quant.statistics.nan_count:
+                self._not_finite[path, "nan"].setdefault(name, batch)
+            if fake_quant.statistics.inf_count:
+                self._not_finite[path, "inf"].setdefault(name, batch)
 
     def finish(self) -> CalibrationResult:
         """Combine the statistics of all ranks and derive the scales.
@@ -112,63 +110,48 @@ class CalibrationPass:
         if batches == 0:
             raise ConfigurationError(
                 "calibration got no batch: the data loader is empty, or limit_*_batches leaves nothing of it. Give it "
-                "at "
-                "least one batch, or write Calibration(batches=32)."
+                "at least one batch, or write Calibration(batches=32)."
             )
-        findings = [self._finding(kind, name, batch) for (name, kind), batch in self._first_bad.items()]
-        not_finite = {name for name, _ in self._first_bad}
+        self._note_not_finite(None)  # what the other ranks saw
+        findings: list[CalibrationFinding] = []
         calibrated = 0
         for path, region in self.regions.items():
-            for point in region.compute_scales():
-                if _qualified(path, point) in not_finite:
-                    continue  # it was reached: that finding says why it has no scale
-                findings.append(self._finding("no data", _qualified(path, point), None))
-            for point, fake_quant in region.points.items():
+            nan, inf = self._not_finite[path, "nan"], self._not_finite[path, "inf"]
+            without_data = [name for name in region.compute_scales() if name not in nan and name not in inf]
+            findings += spread_findings(path, region, "nan", nan)
+            findings += spread_findings(path, region, "inf", inf)
+            findings += [finding("no data", path, name) for name in without_data]
+            for name, fake_quant in region.points.items():
                 calibrated += fake_quant.scale_source is not None
-                if fake_quant.degenerate and _depends_on_data(region, point):
-                    findings.append(self._finding("constant", _qualified(path, point), None))
-            for place in region.unplanned:
-                findings.append(self._finding("unplanned", _qualified(path, place), None))
+                if not fake_quant.keeps_scale:
+                    fake_quant.outdated = False
+                if fake_quant.degenerate and depends_on_data(region, name):
+                    findings.append(finding("constant", path, name))
+            findings += [finding("unplanned", path, place) for place in region.unplanned]
         return CalibrationResult(self.batches, calibrated, tuple(findings))
 
-    def _points(self) -> Iterable[tuple[str, Any]]:
+    def _points(self) -> Iterator[tuple[str, str, FakeQuantize]]:
+        """The points that observe; a frozen one keeps the statistics of an earlier calibration."""
         for path, region in self.regions.items():
             for name, fake_quant in region.points.items():
-                yield _qualified(path, name), fake_quant
+                if not fake_quant.keeps_scale:
+                    yield path, name, fake_quant
 
     def _reduce(self) -> int:
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return self.batches
         done: set[int] = set()
-        for _, fake_quant in self._points():
-            # shared weights once: sums must not be summed twice
-            if id(fake_quant) not in done and not fake_quant.keeps_scale:
+        for *_, fake_quant in self._points():
+            if id(fake_quant) not in done:  # shared weights once: sums must not be summed twice
                 done.add(id(fake_quant))
                 fake_quant.statistics.all_reduce()
         for region in self.regions.values():
             region.call_ranges.all_reduce(repeating_points(region.graph, region.plan))
-        device = next((f.scale.device for _, f in self._points()), torch.device("cpu"))
+        points = (fake_quant for region in self.regions.values() for fake_quant in region.points.values())
+        device = next((point.scale.device for point in points), torch.device("cpu"))
         total = torch.tensor([self.batches], device=device)
         dist.all_reduce(total)
         return int(total)
-
-    def _finding(self, kind: str, name: str, batch: int | None) -> CalibrationFinding:
-        messages = {
-            "nan": f"{name} is NaN in calibration batch {batch}: the float model computes NaN here. Look at the op's "
-            "inputs (division by zero, log of a negative number) before quantizing.",
-            "inf": f"{name} is infinite in calibration batch {batch}; infinities were left out of its range. If they "
-            "are "
-            "a mask, keep the point in float: activation: {dtype: float32}.",
-            "constant": f"{name} was zero in every batch, so it has no meaningful scale. Calibrate with data that "
-            "reach it, "
-            "or keep it in float: activation: {dtype: float32}.",
-            "no data": f"{name} was never reached by the calibration data and stays float. Calibrate with batches that "
-            "take this branch, or give it a fixed_scale.",
-            "unplanned": f"{name} ran in calibration but not while tracing, and stays float. Trace more batches, or "
-            "mark "
-            "the code with dynamic_block.",
-        }
-        return CalibrationFinding(kind, name, batch, messages[kind])  # type: ignore[arg-type]
 
 
 def calibrate(region: Region, batches: Iterable[Any]) -> CalibrationResult:
@@ -202,16 +185,3 @@ def calibrate(region: Region, batches: Iterable[Any]) -> CalibrationResult:
     result = calibration.finish()
     region.set_state("quantize")
     return result
-
-
-def _depends_on_data(region: Region, name: str) -> bool:
-    """Whether a point quantizes data. Zeros in weights and constants are exact, and no sign of missing data."""
-    point = region.plan.by_name[name]
-    if point.role != "input":
-        return not point.is_weight
-    operand = next(o for o in region.graph.by_name[point.op].operands if o.index == point.operand)
-    return not TensorOrigins(region.graph, ()).is_constant(operand)
-
-
-def _qualified(path: str, name: str) -> str:
-    return f"{path}:{name}" if path else name

@@ -1,7 +1,4 @@
-"""Which type a tensor of a region has in effect: followed from the points through data movement to every reader.
-
-One pass over the ops (more only where a loop feeds earlier ops), so the time is linear in their number.
-"""
+"""Which type a tensor of a region has in effect: that of the point behind it, followed back through data movement."""
 
 from __future__ import annotations
 
@@ -11,8 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_qat.quantization.dtypes import is_float, quant_dtype
 from lightning_qat.quantization.op_graph import Op, Operand, OpGraph, Source
 from lightning_qat.quantization.plan import QuantPlan
-from lightning_qat.quantization.tensor_origins import moved
-from lightning_qat.quantization.torch_functions import PARALLEL
+from lightning_qat.quantization.tensor_origins import TensorOrigins
 
 if TYPE_CHECKING:
     from lightning_qat.quantization.region import Region
@@ -48,20 +44,22 @@ class EffectiveDtypes:
         self.plan = plan
         self.points = {point.name: point.dtype for point in plan.points} | dict(point_dtypes or {})
         self._inputs = {(p.op, p.operand): p.name for p in plan.points if p.role != "output"}
-        self._moved: dict[Source, tuple[Source, ...]] = {}
-        self._follow_movement()
+        self._tensor_origins = TensorOrigins(graph, frozenset(op.name for op in graph.ops if plan.only_moves(op)))
+        self._origins: dict[Source, tuple[Source, ...]] = {}
 
     def origins(self, sources: Iterable[Source]) -> tuple[Source, ...]:
         """Follow data movement back to where the values of a tensor were made."""
         found: dict[Source, None] = {}
         for source in sources:
-            key = self._normal(source)
-            found.update(dict.fromkeys(self._moved.get(key, (key,))))
+            if source not in self._origins:
+                self._origins[source] = tuple(self._tensor_origins.of((source,)))
+            found.update(dict.fromkeys(self._origins[source]))
         return tuple(found)
 
     def of_origin(self, origin: Source) -> str:
-        """Return the type of the tensor that an origin makes."""
-        return self.points.get(f"{origin.name}.output", FLOAT) if origin.kind == "op" else FLOAT
+        """Return the type of the tensor that an origin makes. Of several results of an op the first has a point."""
+        is_first_result = origin.kind == "op" and origin.output == 0
+        return self.points.get(f"{origin.name}.output", FLOAT) if is_first_result else FLOAT
 
     def of_tensor(self, sources: Iterable[Source]) -> str:
         """Return the type of a tensor, the widest one (``float32`` is) if it comes from several places."""
@@ -80,29 +78,6 @@ class EffectiveDtypes:
     def of_output(self, op: Op, output: int = 0) -> str:
         """Return the type of a result."""
         return self.of_tensor((Source("op", op.name, output),))
-
-    def _follow_movement(self) -> None:
-        moving = [op for op in self.graph.ops if op.data_dependent and (op.role == "pass" or self.plan.only_moves(op))]
-        changed = True
-        while changed:  # a second time to see that nothing changes, more often only where a loop feeds earlier ops
-            changed = False
-            for op in moving:
-                for output in range(len(op.outputs) if op.kind in PARALLEL else 1):
-                    key = Source("op", op.name, output)
-                    found = self.origins(self._moved_sources(op, output))
-                    found = tuple(s for s in found if s != key) or (key,)  # a float made of integers begins here
-                    if found != self._moved.get(key):
-                        self._moved[key] = found
-                        changed = True
-
-    def _moved_sources(self, op: Op, output: int) -> tuple[Source, ...]:
-        if op.role == "pass":
-            return moved(op, output)
-        return tuple(s for operand in op.operands if operand.is_float for s in operand.sources)
-
-    def _normal(self, source: Source) -> Source:
-        op = self.graph.by_name.get(source.name) if source.kind == "op" else None
-        return source if op is None or op.kind in PARALLEL else Source("op", op.name)
 
 
 def effective_dtypes(region: Region) -> EffectiveDtypes:

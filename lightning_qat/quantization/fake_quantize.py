@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.fake_quantize_function import fake_quantize
@@ -199,13 +200,16 @@ class FakeQuantize(QuantizationParameters):
 
         The new scale is that of the range of ``x`` (a weight), or of its moving average over batches (an activation),
         times the ratio of the calibrated range to the same kind of range at calibration. Cheap: it looks at minimum
-        and maximum only; a tensor with NaN or infinities changes nothing. A fixed, learned or uncalibrated scale stays.
+        and maximum only; a tensor with NaN or infinities changes nothing, nor does one that ``torch.func`` transforms.
+        A fixed, learned or uncalibrated scale stays.
 
         Args:
             x: The present weight, or this batch's activation.
             ema: Whether to average over batches; by default if the observer is ``ema``.
         """
         if self.scale_source is None or self.scale_source == "fixed" or x.numel() == 0 or self._parameters:
+            return
+        if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
             return
         ema = self.observer == "ema" if ema is None else ema
         if not ema and self.axis is None and x.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -64,7 +64,8 @@ def fake_quantize(
     check_floating_point(x)
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     compiling = torch.compiler.is_compiling()
-    if axis is None and x.device.type == "cpu" and not compiling:
+    transformed = not compiling and torch._C._are_functorch_transforms_active()
+    if axis is None and x.device.type == "cpu" and not (compiling or transformed):
         # Numbers read from tensors in CPU memory: this costs nothing, and cannot be stale as a cache of them could.
         s = scale.item() if isinstance(scale, Tensor) else _float32(scale)
         z = int(zero_point.item()) if isinstance(zero_point, Tensor) else zero_point
@@ -78,6 +79,8 @@ def fake_quantize(
     if axis is not None:
         scale = broadcast_to_axis(x, scale, axis)
         zero_point = broadcast_to_axis(x, zero_point, axis) if isinstance(zero_point, Tensor) else zero_point
+    if transformed:
+        return _differentiable(x, scale, zero_point, quant_min, quant_max)
     if needs_grad:
         return cast(
             Tensor,
@@ -178,6 +181,16 @@ class _TensorFakeQuantize(torch.autograd.Function):
             x, grad = x.float(), grad.float()
         result = straight_through(grad, _codes(x, inverse, zero), quant_min, quant_max)
         return result.to(dtype), None, None, None, None
+
+
+def _differentiable(x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min: int, quant_max: int) -> Tensor:
+    """The same value and gradient without an autograd.Function, for ``torch.func``: ``vmap``, ``grad``, ``jvp``."""
+    value = x.detach()
+    zero = zero_point.to(torch.float32) if isinstance(zero_point, Tensor) else zero_point
+    codes = _codes(value if value.dtype in NATIVE else value.float(), scale.reciprocal(), zero)
+    inside = (codes >= quant_min) & (codes <= quant_max)
+    represented = (codes.clamp(quant_min, quant_max) - zero) * scale + 0.0
+    return represented.to(x.dtype) + torch.where(inside, x - value, 0.0)
 
 
 _ZERO = torch.zeros((), device="cpu")  # whatever the default device is

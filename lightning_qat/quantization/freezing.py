@@ -79,6 +79,7 @@ class Freezing:
 
     def add(self, region: Region, patterns: Iterable[str]) -> None:
         """Freeze what the patterns select, beside what is frozen already."""
+        region.refresh_weight_scales()
         if not self.patterns:
             self._target_training = region.target.training
         self.patterns = tuple(dict.fromkeys((*self.patterns, *patterns)))

@@ -225,5 +225,8 @@ TABLE: dict[str, OpSpec] = {
     **_CREATE,
 }
 
+FLOAT_INSIDE = frozenset(_RECURRENT)
+"""Kinds that compute in float between quantized operands and a quantized result."""
+
 SOMETIMES_QUANTIZED = frozenset(_SOMETIMES)
 """Kinds of data movement that some options turn into a computation, so that they are identified at run time."""

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
@@ -18,6 +19,7 @@ from lightning_qat.quantization.tensor_leaves import dtype_name, is_float, named
 from lightning_qat.quantization.torch_functions import is_interceptable
 
 _FUNCTORCH_REASON = "runs inside a function transform (vmap, grad), where values are wrapped"
+_LAYOUT_REASON = "reads or returns a sparse or nested tensor, which has no grid"
 
 
 class OpRecord:
@@ -51,19 +53,19 @@ class OpRecord:
         """Add one call to the record, and return what is known of its operands."""
         self._builder.met(self)
         self.spec, self.location, self.reason = spec, location, spec.reason
-        if any(_is_wrapped(t) for t in outputs):
-            self.spec = OpSpec(spec.kind, "float", reason=_FUNCTORCH_REASON)
-            self.reason = _FUNCTORCH_REASON
+        obstacle = _obstacle([tensor for tensor, _, _ in operands], outputs)
+        if obstacle:
+            self.spec, self.reason = OpSpec(spec.kind, "float", reason=obstacle), obstacle
         self.options |= call_options(spec.kind, args, kwargs, self._builder._training)
         names = _parameter_names(spec, args, kwargs)
         for index, (tensor, source, mask) in enumerate(operands):
             record = self.operands.setdefault(index, OperandRecord(names[index]))
-            record.dtype, record.shape = dtype_name(tensor.dtype), tuple(tensor.shape)
+            record.dtype, record.shape = dtype_name(tensor.dtype), _shape(tensor)
             record.sources[source] = None
             record.mask = record.mask or mask
             record.written = record.written or any(tensor is t for t in written)
         if not self.outputs or outputs:
-            self.outputs = [(dtype_name(t.dtype), tuple(t.shape)) for t in outputs]
+            self.outputs = [(dtype_name(t.dtype), _shape(t)) for t in outputs]
         return [self.operands[index] for index in range(len(operands))]
 
     def absorb(self, twin: OpRecord) -> None:
@@ -331,5 +333,15 @@ def _is_substantial(record: OpRecord) -> bool:
     return record.spec.role not in ("pass", "create") and any(is_float_name(dtype) for dtype, _ in record.outputs)
 
 
-def _is_wrapped(tensor: Tensor) -> bool:
-    return bool(is_functorch_wrapped_tensor(tensor)) and is_float(tensor)
+def _obstacle(operands: list[Tensor], outputs: list[Tensor]) -> str:
+    """Why an op stays float whatever its row says; nothing if it need not."""
+    if any(is_functorch_wrapped_tensor(tensor) and is_float(tensor) for tensor in outputs):
+        return _FUNCTORCH_REASON
+    if any((tensor.layout is not torch.strided or tensor.is_nested) for tensor in (*operands, *outputs)):
+        return _LAYOUT_REASON
+    return ""
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape; that of a nested tensor is no numbers."""
+    return () if tensor.is_nested else tuple(tensor.shape)

@@ -87,21 +87,20 @@ def _parameter_dependent(order: list[OpRecord]) -> set[str]:
     return found
 
 
-_MASK_MAKERS = {"masked_fill", "where", "full", "full_like", "new_full", "fill", "setitem", "mul", "tensor"}
 _MASK_CARRIERS = {"add", "sub", "baddbmm", "addmm", "mul", "maximum", "minimum", "clamp"}
 
 
 def mask_ops(order: list[OpRecord]) -> set[str]:
-    """Ops whose result holds "never attend here" fills: made by a huge negative scalar, carried on by adding."""
-    found: set[str] = set()
+    """Ops whose result holds "never attend here" fills, or what is subtracted to get them; adding carries them on."""
+    subtracted = (s for r in order if r.mask and r.spec.kind == "sub" for s in r.operands[1].sources)
+    found = {s.name for s in subtracted if s.kind == "op"}
     for record in order:
         kind, role = record.spec.kind, record.spec.role
-        made = record.mask and kind in _MASK_MAKERS
         incoming = any(
             operand.mask or any(s.kind in ("op", "mutated") and s.name in found for s in operand.sources)
             for operand in record.operands.values()
         )
-        if made or (incoming and (role in ("pass", "join") or kind in _MASK_CARRIERS)):
+        if record.mask or (incoming and (role in ("pass", "join") or kind in _MASK_CARRIERS)):
             found.add(record.key)
     return found
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.quantization.module_walk import modules_outside_regions
+
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
@@ -34,15 +36,18 @@ def preserved_modes(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for m, training in flags:
-            m.training = training
+            m.__dict__["training"] = training  # Module.__setattr__ would take most of the time of a small analysis
 
 
 @contextmanager
 def preserved_buffers(module: nn.Module) -> Iterator[None]:
-    """Put back every buffer on exit: the same tensor objects with the same contents."""
+    """Put back every buffer on exit: the same tensor objects with the same contents.
+
+    Not those of a region: whether scales move is for its state to say.
+    """
     saved = [
-        (owner, name, buffer, None if buffer is None else buffer.detach().clone())
-        for owner in module.modules()
+        (owner, name, buffer, None if buffer is None or buffer.is_meta else buffer.detach().clone())
+        for owner in modules_outside_regions(module)
         for name, buffer in owner._buffers.items()
     ]
     try:
@@ -50,7 +55,7 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad(), torch.inference_mode(False):
             for owner, name, buffer, content in saved:
-                if buffer is not None and content is not None and not torch.equal(buffer, content):
+                if buffer is not None and content is not None and not _equal(buffer, content):
                     buffer.copy_(content)
                 owner._buffers[name] = buffer
 
@@ -73,3 +78,8 @@ def preserved(module: nn.Module) -> Iterator[None]:
     """All of the above together."""
     with preserved_random_state(), preserved_modes(module), preserved_buffers(module):
         yield
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are known to be equal; torch cannot tell for sparse ones."""
+    return one.layout == torch.strided and torch.equal(one, other)

@@ -20,13 +20,12 @@ from lightning_qat.quantization.fake_quant_dict import FakeQuantDict
 from lightning_qat.quantization.fake_quantize import FakeQuantize
 from lightning_qat.quantization.freezing import Freezing, freeze
 from lightning_qat.quantization.interception import CallPathMode, FunctionTable, Intercepted, active_mode
+from lightning_qat.quantization.module_walk import REGION_NAME, modules_and_regions
 from lightning_qat.quantization.op_graph import OpGraph
 from lightning_qat.quantization.plan import PLAN_VERSION, QuantPlan
 from lightning_qat.quantization.plan_compatibility import read_extra_state, rebound
 from lightning_qat.quantization.region_mode import UNPLANNED, OpQuantizers, RegionMode, bind
 from lightning_qat.quantization.region_scales import RegionScales
-
-REGION_NAME = "_quantization"
 
 
 class Region(RegionScales):
@@ -194,7 +193,8 @@ class Region(RegionScales):
     # -- checkpoints and copies
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Plan, graph and statistics as primitives and tensors."""
+        """Plan, graph and statistics as primitives and tensors. The scales are collected afterwards."""
+        self.refresh_weight_scales()
         if self._stored is None:
             self._stored = {"version": PLAN_VERSION, "graph": self.graph.to_dict(), "plan": self.plan.to_dict()}
         return {
@@ -266,6 +266,6 @@ def find_regions(module: nn.Module) -> dict[str, Region]:
     """Return the regions inside a module by the path of their target (``""`` for the module itself)."""
     return {
         name.removesuffix(REGION_NAME).removesuffix("."): child
-        for name, child in module.named_modules()
+        for name, child in modules_and_regions(module)
         if isinstance(child, Region)
     }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_qat.quantization.call_path import ScopeNode
@@ -17,10 +18,10 @@ from lightning_qat.quantization.op_graph import OpGraph
 from lightning_qat.quantization.plan import QuantPlan
 from lightning_qat.quantization.tensor_leaves import is_float, leaves, map_call_leaves
 
-_FLAT = {Tensor, nn.Parameter, int, float, bool, str, type(None)}
-
 if TYPE_CHECKING:
     from lightning_qat.quantization.region import Region
+
+_ParameterView = tuple[nn.Parameter, torch.Size, tuple[int, ...], int]
 
 
 class BoundPoint:
@@ -35,9 +36,12 @@ class BoundPoint:
         rewritten: the operand is written later, so that backward must not rely on its values.
         batch_norm: the batch norm that is folded into the weight before it is quantized.
         repeats: several calls within one forward share it.
+
+    Attributes:
+        trained: where the weight of the last training forward is, which the optimizer may have changed since.
     """
 
-    __slots__ = ("batch_norm", "fake_quant", "is_weight", "name", "repeats", "rewritten", "role", "written")
+    __slots__ = ("batch_norm", "fake_quant", "is_weight", "name", "repeats", "rewritten", "role", "trained", "written")
 
     def __init__(
         self,
@@ -57,6 +61,23 @@ class BoundPoint:
         self.rewritten = rewritten
         self.batch_norm = batch_norm
         self.repeats = repeats and not is_weight
+        self.trained: _ParameterView | None = None
+
+    @torch.no_grad()
+    def refresh(self, parameters: Container[int]) -> None:
+        """Take the scale of a weight as the next evaluation would, if only the optimizer made it outdated.
+
+        Args:
+            parameters: identities of the parameters that the target has now.
+        """
+        fake_quant, norm = self.fake_quant, self.batch_norm
+        if self.trained is None or not fake_quant.outdated or fake_quant.frozen:
+            return
+        if id(self.trained[0]) not in parameters:  # another one was put into its place
+            return
+        weight = torch.as_strided(*self.trained)
+        fake_quant.update_scale(weight if norm is None else norm.fold(weight, norm.factor(weight)), ema=False)
+        fake_quant.outdated = False
 
 
 class OpQuantizers:
@@ -91,7 +112,13 @@ def bind(
             operand = next(o for o in op.operands if o.index == point.operand)
             norm = FoldedBatchNorm.of(graph, point, target)
             bound[op.key].inputs[point.operand] = BoundPoint(
-                point.name, fake_quant, point.is_weight, operand.written, operand.rewritten, norm, op.calls > 1
+                point.name,
+                fake_quant,
+                point.is_weight,
+                operand.written and not point.is_weight,  # an embedding with max_norm: see _renormalized
+                operand.rewritten,
+                norm,
+                op.calls > 1,
             )
     return bound
 
@@ -151,18 +178,11 @@ class RegionMode(CallPathMode):
     def _quantize_operands(
         self, inputs: dict[int, BoundPoint], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if kwargs or not _FLAT.issuperset(map(type, args)):
-            return map_call_leaves(
-                args, kwargs, lambda index, tensor: self._quantize(inputs[index], tensor) if index in inputs else tensor
-            )
-        operands = list(args)  # the same, quicker: leaves are the tensors among the arguments
-        leaf = 0
-        for position, operand in enumerate(args):
-            if isinstance(operand, Tensor):
-                if leaf in inputs:
-                    operands[position] = self._quantize(inputs[leaf], operand)
-                leaf += 1
-        return tuple(operands), kwargs
+        if kwargs.get("max_norm") is not None:
+            kwargs = _renormalized(*args[:2], **kwargs)
+        return map_call_leaves(
+            args, kwargs, lambda index, tensor: self._quantize(inputs[index], tensor) if index in inputs else tensor
+        )
 
     def _quantize(self, point: BoundPoint, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
@@ -180,6 +200,8 @@ class RegionMode(CallPathMode):
             self._factors[point.name] = factor = batch_norm.factor(weight)
         folded = batch_norm.fold(weight, factor)
         quantized = self._apply(point, folded)
+        if point.fake_quant.outdated:
+            point.trained = _parameter_view(weight)
         return weight if quantized is folded else batch_norm.unfold(quantized, factor, weight)
 
     def _apply(self, point: BoundPoint, tensor: Tensor) -> Tensor:
@@ -197,7 +219,8 @@ class RegionMode(CallPathMode):
         if self._updates and not fake_quant.frozen and point.role in self._updates:
             if fake_quant.training:
                 fake_quant.update_scale(tensor, ema=not point.is_weight)
-                fake_quant.outdated = point.is_weight  # the optimizer may step before the next forward
+                if point.is_weight:  # the optimizer may step before the next forward
+                    fake_quant.outdated, point.trained = True, _parameter_view(tensor)
             elif fake_quant.outdated:
                 fake_quant.update_scale(tensor, ema=False)
                 fake_quant.outdated = False
@@ -205,3 +228,24 @@ class RegionMode(CallPathMode):
         for tap in self._taps:
             tap(point.name, tensor, quantized)
         return quantized
+
+
+def _parameter_view(weight: Tensor) -> _ParameterView | None:
+    """Where in a parameter a weight is; None for one that is computed anew in every forward."""
+    base = weight._base if weight._is_view() else weight
+    if not isinstance(base, nn.Parameter):
+        return None
+    return base, weight.size(), weight.stride(), int(weight.storage_offset())
+
+
+@torch.no_grad()
+def _renormalized(
+    indices: Tensor, weight: Tensor, *, max_norm: float, norm_type: float, **others: Any
+) -> dict[str, Any]:
+    """Rescale the rows that an embedding reads in the weight itself, which the embedding would do to quantized values.
+
+    Returns:
+        The keyword arguments of the embedding, which has nothing to rescale any more.
+    """
+    torch.embedding_renorm_(weight.detach(), indices.contiguous(), max_norm, norm_type)
+    return {**others, "max_norm": None, "norm_type": norm_type}

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.plan import QuantPlan
+from lightning_qat.quantization.region_mode import OpQuantizers
 from lightning_qat.quantization.region_state import SwitchedRegion, Updates
 from lightning_qat.quantization.scale_synchronization import average_over_ranks
 
@@ -17,6 +18,8 @@ class RegionScales(SwitchedRegion):
     """The part of a region that has to do with its scales."""
 
     plan: QuantPlan
+    target: nn.Module
+    _quantizers: dict[str, OpQuantizers]
 
     def learn_scales(self, roles: Iterable[Updates] = ("weight", "activation")) -> None:
         """Make the scales of these points parameters, trained with the gradient of LSQ, and all others buffers.
@@ -54,8 +57,26 @@ class RegionScales(SwitchedRegion):
         found = {p.name: points[p.name] for p in self.plan.points if p.same_as is None}
         return {name: f.scale for name, f in found.items() if isinstance(f.scale, nn.Parameter)}
 
+    def refresh_weight_scales(self) -> None:
+        """Take the scales of the present weights, as the next evaluation would: the optimizer has stepped meanwhile.
+
+        Training does not depend on it, as every training forward takes them anew. Weights that are computed from
+        parameters (spectral norm, pruning) wait for the next evaluation.
+        """
+        parameters = set(map(id, self.target.parameters()))
+        for quantizers in self._quantizers.values():
+            for point in quantizers.inputs.values():
+                point.refresh(parameters)
+
+    def expect_other_weights(self) -> None:
+        """Take the scales of weights anew when asked for next: something else than training replaces the weights."""
+        points = self.points
+        for point in self.plan.points:
+            points[point.name].outdated = point.is_weight
+
     def keep_weight_scales(self) -> None:
-        """Let the scales of weights stay as the last training forward left them, also in the next evaluation."""
+        """Let the scales of weights stay from now on as those of the present weights, whatever these become."""
+        self.refresh_weight_scales()
         for fake_quant in self.points.values():
             fake_quant.outdated = False
 

@@ -83,15 +83,15 @@ class SwitchedRegion(nn.Module):
         for name in chosen:
             if name not in points:
                 raise unknown_choice("point", name, points)
-        before = [(fake_quant, fake_quant.enabled) for fake_quant in points.values()]
         enabled = {id(points[name]) for name in chosen}
+        switched = [f for f in points.values() if f.enabled != (id(f) in enabled)]
         try:
-            for fake_quant, _ in before:
+            for fake_quant in switched:
                 fake_quant.enabled = id(fake_quant) in enabled
             yield self
         finally:
-            for fake_quant, flag in before:
-                fake_quant.enabled = flag
+            for fake_quant in switched:
+                fake_quant.enabled = id(fake_quant) not in enabled
 
     @contextmanager
     def tap(self, tap: Tap) -> Iterator[None]:

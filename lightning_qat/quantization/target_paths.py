@@ -9,6 +9,7 @@ also where target ``head`` has a submodule called ``backbone``.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -58,6 +59,16 @@ def local_patterns(pattern: str, paths: Iterable[str], matches: Callable[[str, s
     if absolute and not any(matches(path, pattern) for path in paths):
         return absolute  # matches nothing either way: the near names of that target help most
     return relative
+
+
+def spelled_out(overrides: str, path: str) -> str:
+    """Put the path of a target before every pattern of some overrides in YAML: now they are about that target alone.
+
+    Example:
+        >>> print(spelled_out('- {match: "fc.weight", weight: {dtype: int16}}', "head"))
+        - {match: "head.fc.weight", weight: {dtype: int16}}
+    """
+    return re.sub(r"(match: [\"'])", lambda found: f"{found[1]}{path}.", overrides) if path else overrides
 
 
 def local_rules(rules: Iterable[Override], graphs: Mapping[str, OpGraph]) -> dict[str, list[Override]]:

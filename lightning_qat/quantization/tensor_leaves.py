@@ -44,7 +44,7 @@ def leaves(value: Any) -> list[Tensor]:
     """Return every tensor in a nested structure, in the order of :func:`named_leaves`."""
     if isinstance(value, Tensor):
         return [value]
-    if type(value) in _PLAIN:
+    if _is_plain(value):
         return []
     return [tensor for _, tensor in named_leaves(value)]
 
@@ -76,11 +76,13 @@ def map_call_leaves(
         ((tensor([1.]), [tensor([2.])]), {'out': tensor([3.])})
     """
     counter = iter(range(1 << 30))
+    if not kwargs and all(isinstance(argument, Tensor) or _is_plain(argument) for argument in args):  # most ops
+        return tuple(replace(next(counter), a) if isinstance(a, Tensor) else a for a in args), {}
 
     def visit(value: Any) -> Any:
         if isinstance(value, Tensor):
             return replace(next(counter), value)
-        if type(value) in _PLAIN:
+        if _is_plain(value):
             return value
         if isinstance(value, (tuple, list)):
             items = [visit(item) for item in value]
@@ -129,6 +131,12 @@ def is_float(tensor: Tensor) -> bool:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return ``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number and the like, or a tuple of them such as a stride: quickly, most arguments are."""
+    kind = type(value)
+    return kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value)))
 
 
 def _join(path: str, name: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_qat.quantization.canonical_kinds import canonical_kind
 from lightning_qat.quantization.function_table import SOMETIMES_QUANTIZED, TABLE
+from lightning_qat.quantization.mask_values import is_mask_fill
 from lightning_qat.quantization.op_spec import OpSpec
 
 
@@ -55,19 +56,11 @@ def specialise(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> O
     return spec if refine is None else refine(spec, args, kwargs)
 
 
-MASK_FILL = -1e4
-"""Fills at or below this value (``-1e4``, ``-1e9``, ``finfo.min``, ``-inf``) mean "never attend here"."""
-
 PARALLEL = frozenset(["broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"])
 """Data movement whose n-th result is made of the n-th tensor only."""
 
 STATISTICS = frozenset(["batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit"])
 """Ops that write running statistics into buffers; these are parameters of the op, not data."""
-
-
-def is_mask_fill(value: object) -> bool:
-    """Whether a scalar is the fill of an additive mask rather than data."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value <= MASK_FILL
 
 
 _Refinement = Callable[[OpSpec, tuple[Any, ...], dict[str, Any]], OpSpec]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,24 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from lightning_qat.quantization.activation_checkpointing import RunningRegion
 from lightning_qat.quantization.call_path import CallPaths, ScopeNode, user_location
 from lightning_qat.quantization.errors import TracingError
 from lightning_qat.quantization.graph_building import GraphBuilder, OperandRecord, OpRecord
 from lightning_qat.quantization.interception import CallPathMode, Intercepted, active_mode
+from lightning_qat.quantization.mask_values import has_mask_values, makes_mask, subtracts_mask
 from lightning_qat.quantization.op_graph import OpGraph, Source
 from lightning_qat.quantization.preservation import preserved, preserved_tensors
 from lightning_qat.quantization.tensor_leaves import call_leaves, is_float, leaves, named_leaves
-from lightning_qat.quantization.torch_functions import (
-    MASK_FILL,
-    STATISTICS,
-    is_interceptable,
-    is_mask_fill,
-    spec_of,
-    specialise,
-)
+from lightning_qat.quantization.torch_functions import STATISTICS, is_interceptable, spec_of, specialise
 
 
 @dataclass(frozen=True)
@@ -98,15 +92,20 @@ def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) ->
         ['0', '1']
     """
     tracer = Tracer(target)
+    # the parameters that a forward of torch's own modules writes: embeddings that limit the norm of their rows
+    limited = (m for m in target.modules() if getattr(m, "max_norm", None) is not None)
+    rescaled = [p for m in limited for p in m.parameters(recurse=False)]
     with tracer, preserved(target), torch.inference_mode(False), torch.no_grad():
         for batch in batches:
             call = Call.of(batch)
             for training in (False, True) if train_mode else (False, False):
                 target.train(training)
                 try:
-                    with preserved_tensors(leaves((call.args, call.kwargs))):
+                    with preserved_tensors([*leaves((call.args, call.kwargs)), *rescaled]):
                         own = call.copied()
                         target(*own.args, **own.kwargs)
+                except TracingError:
+                    raise
                 except Exception as error:
                     mode = "train" if training else "eval"
                     raise TracingError(
@@ -163,6 +162,7 @@ class Tracer:
         try:
             with RunningRegion(), mode:
                 output = forward(*args, **kwargs)
+            _refuse_lazy(self.target, output)
         finally:
             mode.calls.clear()
             self.values.end()
@@ -219,7 +219,9 @@ class _TracingMode(CallPathMode):
             refined = specialise(spec, args, kwargs)
             location = user_location(frame)
             known = record.observe(refined, location, args, kwargs, operands, outputs, written)
-            record.mask = record.mask or _makes_mask(args, kwargs, outputs)
+            record.mask = record.mask or makes_mask(spec.kind, args, kwargs, outputs)
+            if subtracts_mask(spec.kind, inputs):
+                record.mask = known[1].mask = True
             result = values.produced(record, result, outputs, written)
             values.read(inputs, known)
         return iter(result) if spec.kind == "iter" else result
@@ -325,6 +327,14 @@ class _Produced:
     forward: int
 
 
+def _refuse_lazy(target: nn.Module, output: Any) -> None:
+    if isinstance(output, (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)):
+        raise TracingError(
+            f"{type(target).__name__}.forward returns a {type(output).__name__}: its ops run after the forward has "
+            "ended, where they cannot be quantized. Return a tuple or a list, or quantize the modules inside."
+        )
+
+
 def _version(tensor: Tensor) -> int:
     """How often a tensor (or a view of it) was written; inference tensors do not count."""
     return -1 if tensor.is_inference() else tensor._version
@@ -336,32 +346,3 @@ def _address(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # sparse, fake and wrapped tensors
         return 0
-
-
-def _makes_mask(args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> bool:
-    """Whether an op fills with huge negative numbers, or turns a large scalar into such fills (``(m - 1) * 1e9``)."""
-    scalars = [v for v in (*args, *kwargs.values()) if isinstance(v, (int, float))]
-    if any(map(is_mask_fill, scalars)):
-        return True
-    return any(abs(v) >= -_SMALL_FILL for v in scalars) and any(map(has_mask_values, outputs))
-
-
-_SMALL_FILL = -50.0  # exp(-50) is nothing; Swin masks with -100
-
-
-def has_mask_values(tensor: Tensor) -> bool:
-    """Whether a tensor looks like an additive mask.
-
-    Either a few huge negative fills and otherwise moderate values, with nothing in between; or nothing but zeros and
-    one negative number that is large for an exponent.
-    """
-    if not is_float(tensor) or tensor.numel() < 2 or tensor.is_meta or is_functorch_wrapped_tensor(tensor):
-        return False
-    lowest, highest = (float(v) for v in tensor.detach().aminmax())
-    if lowest <= _SMALL_FILL and highest == 0.0 and bool(((tensor == 0.0) | (tensor == lowest)).all()):
-        return True
-    if not is_mask_fill(lowest) or highest > -MASK_FILL / 10:
-        return False
-    if bool(((tensor > MASK_FILL) & (tensor < MASK_FILL / 10)).any()):
-        return False
-    return int(tensor[tensor <= MASK_FILL].unique().numel()) <= 4

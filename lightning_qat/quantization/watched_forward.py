@@ -17,7 +17,7 @@ from lightning_qat.quantization.interception import CallPathMode
 from lightning_qat.quantization.region import Region
 from lightning_qat.quantization.region_mode import UNPLANNED, BoundPoint, RegionMode
 from lightning_qat.quantization.replaced_forward import ReplacedForward
-from lightning_qat.quantization.tensor_leaves import map_call_leaves
+from lightning_qat.quantization.tensor_leaves import is_float, leaves, map_call_leaves
 from lightning_qat.quantization.transparent_gradients import handler_of, leaves_torch
 
 Operation = Callable[..., Any]
@@ -92,9 +92,11 @@ class WeightUse:
                 self.args = (*self.args[:2], None, *self.args[3:])
             self.kwargs.pop("bias", None)
 
-    @torch.no_grad()
     def errors(self) -> list[Tensor]:
-        """What quantizing the weight adds to each result: one more product, with ``fq(W) - W`` in place of ``W``."""
+        """What quantizing the weight adds to each result: one more product, with ``fq(W) - W`` in place of ``W``.
+
+        No operand has a gradient.
+        """
         value = self.func(*self.args, **self.kwargs)
         if self.is_linear:
             return [value]
@@ -135,8 +137,10 @@ class WatchingMode(RegionMode):
         if quantizers is None:
             return func(*args, **kwargs)
         if quantizers is UNPLANNED:
-            self.region.note_unplanned(spec.kind, frame)
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if any(map(is_float, leaves(result))):
+                self.region.note_unplanned(spec.kind, frame)
+            return result
         weights: list[tuple[int, BoundPoint, Tensor]] = []
         if quantizers.inputs:
 

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 
 from lightning_qat.analysis.results import Result
-from lightning_qat.reporting.tables import escape_markdown, markdown
+from lightning_qat.reporting.tables import escape_markdown, panel
 
 
 def point_scalars(
     result: Result[Any], prefix: str, columns: Sequence[str], region: str = "region", point: str = "point"
 ) -> dict[str, float]:
-    """Return one scalar per row and column, keyed ``<prefix>/<column>/<region>.<point>``.
+    """Return one scalar per row and column, keyed ``<prefix>.<column>/<region>.<point>``.
 
-    The keys of a row depend only on its names, so they are the same every time. Values that are missing (None) are left
-    out.
+    A key's part before the slash is a group of its own in TensorBoard: the hundreds of scalars of a column fold into
+    one line there. The keys of a row depend only on its names, so they are the same every time. Values that are missing
+    (None) are left out.
 
     Args:
         result: rows with a point and a region.
@@ -36,7 +37,7 @@ def point_scalars(
         name = f"{row[region]}.{row[point]}" if row[region] else row[point]
         for column in columns:
             if row[column] is not None:
-                scalars[f"{prefix}/{column}/{name}"] = float(row[column])
+                scalars[f"{prefix}.{column}/{name}"] = float(row[column])
     return scalars
 
 
@@ -61,7 +62,7 @@ def log_table(
     columns: Sequence[str] | None = None,
     rows: int = 50,
 ) -> list[str]:
-    """Send the first rows of a result, as a Markdown table, to every logger that shows text.
+    """Send the first rows of a result, as Markdown, to every logger that shows text.
 
     Args:
         loggers: ``trainer.loggers``.
@@ -74,15 +75,15 @@ def log_table(
     Returns:
         Class names of the loggers that cannot show text: for them there are only the files.
     """
-    shown = result.to_dicts()[:rows]
-    text = markdown(columns or result.shown or result.columns(), shown)
-    if len(result.rows) > rows:
-        text += f"\n\n{len(result.rows) - rows} more rows are in the files."
-    for part in result.parts()[1:]:
-        more = markdown(part.shown or part.columns(), part.to_dicts()[:rows])
-        text += f"\n\n**{escape_markdown(part.title)}**\n\n{more}"
     note = getattr(result, "note", "")
-    return log_text(loggers, tag, f"{escape_markdown(note)}\n\n{text}" if note else text, step)
+    blocks = [escape_markdown(note)] if note else []
+    for number, part in enumerate(result.parts()):
+        blocks += [f"**{escape_markdown(part.title)}**"] if number else []
+        shown = (columns if columns and not number else None) or part.shown or part.columns()
+        blocks.append(panel(shown, part.to_dicts()[:rows]))
+        if len(part.rows) > rows:
+            blocks.append(f"The first {rows} of {len(part.rows)} rows; all are in the files.")
+    return log_text(loggers, tag, "\n\n".join(blocks), step)
 
 
 def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> list[str]:

@@ -20,7 +20,7 @@ from rich.text import Text
 from lightning_qat.analysis.findings import Finding, Severity
 from lightning_qat.analysis.model_check_result import ModelCheckResult, Section
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.reporting.tables import escape_markdown, fixed_width, markdown
+from lightning_qat.reporting.tables import escape_markdown, fenced, fixed_width, panel
 
 T = TypeVar("T")
 FILE_NAME = "model_check_result"
@@ -65,7 +65,7 @@ def text_report(result: ModelCheckResult) -> str:
 
 
 def markdown_report(result: ModelCheckResult, rows: int = 30) -> str:
-    """Render the findings and the first rows of every table as Markdown (GitHub's dialect, which TensorBoard shows).
+    """Render the findings and the first rows of every table as Markdown, for TensorBoard.
 
     Args:
         result: the check.
@@ -78,9 +78,11 @@ def markdown_report(result: ModelCheckResult, rows: int = 30) -> str:
         <BLANKLINE>
         **Called times:**
         <BLANKLINE>
-        | name | times |
-        |:--|--:|
-        | a | 2 |
+        ```
+        name times
+        ----------
+        a        2
+        ```
     """
     blocks = [f"**Model check: {counts_line(result)}**"]
     for number, finding in enumerate(result.findings, 1):
@@ -90,7 +92,7 @@ def markdown_report(result: ModelCheckResult, rows: int = 30) -> str:
         blocks += [f"**{escape_markdown(title)}**"] if title else []
         blocks += [escape_markdown(note)] if note else []
         if section.rows:
-            blocks.append(markdown(section.columns, section.rows[:rows]))
+            blocks.append(panel(section.columns, section.rows[:rows]))
         if len(section.rows) > rows:
             blocks.append(_more(len(section.rows) - rows, "rows"))
     return "\n\n".join(blocks)
@@ -225,11 +227,7 @@ def _finding_markdown(number: int, finding: Finding, limit: int) -> list[str]:
     if finding.yaml:
         lines = _lines(finding.yaml)
         more = [f"# and {len(lines) - limit} more lines in {FILE_NAME}.txt"] if len(lines) > limit else []
-        code = "\n".join([*lines[:limit], *more])
-        fence = "`" * 3
-        while fence in code:
-            fence += "`"
-        blocks.append(f"{fence}yaml\n{code}\n{fence}")
+        blocks.append(fenced("\n".join([*lines[:limit], *more]), "yaml"))
     return blocks
 
 

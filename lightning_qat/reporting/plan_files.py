@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 
 
 def plan_document(regions: Mapping[str, Region]) -> dict[str, Any]:
-    """Describe the plans of all regions with their present scales, as primitives.
+    """Describe the plans of all regions with the scales of their present weights, as primitives.
 
     Args:
         regions: by target path.
@@ -46,6 +46,7 @@ def write_plan(regions: Mapping[str, Region], directory: str | os.PathLike[str])
 
 
 def _described(region: Region) -> dict[str, Any]:
+    region.refresh_weight_scales()
     plan, fake_quants = region.plan, region.points
     points = []
     for point in plan.points:

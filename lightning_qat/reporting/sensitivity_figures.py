@@ -213,8 +213,11 @@ def _role(row: SensitivityRow) -> str:
 
 
 def _short(name: str, length: int = _SHORT) -> str:
-    """The end of a name says more than its beginning."""
-    return name if len(name) <= length else f"...{name[3 - length :]}"
+    """Leave out the middle of a long name: its end says more than its beginning, which tells equal ends apart."""
+    if len(name) <= length:
+        return name
+    head = length // 3 if length >= _SHORT else 0
+    return f"{name[:head]}...{name[head + 3 - length :]}"
 
 
 def _finite(value: float) -> float:

@@ -18,7 +18,11 @@ _MARKDOWN = str.maketrans(
 """A backslash before ``<``, ``~`` or ``$`` would be shown by some renderers, TensorBoard's among them."""
 
 
-def fixed_width(columns: Sequence[str], rows: Sequence[Row], title: str = "", note: str = "") -> str:
+_SENTENCE = 60
+"""A cell with spaces that is longer than this is read as a sentence, not as an entry."""
+
+
+def fixed_width(columns: Sequence[str], rows: Sequence[Row], title: str = "", note: str = "", digits: int = 7) -> str:
     """Render a table as plain text. Every column is as wide as its widest cell: nothing is cut or wrapped.
 
     Args:
@@ -26,6 +30,7 @@ def fixed_width(columns: Sequence[str], rows: Sequence[Row], title: str = "", no
         rows: their values: by column, or one for each column.
         title: a line above the table.
         note: a line between title and table.
+        digits: significant digits of a number.
 
     Example:
         >>> print(fixed_width(["point", "min"], [{"point": "fc.weight", "min": -0.25}, {"point": "fc", "min": 1.0}]))
@@ -35,7 +40,7 @@ def fixed_width(columns: Sequence[str], rows: Sequence[Row], title: str = "", no
         fc            1
     """
     values = [_values(row, columns) for row in rows]
-    cells = [[_single_line(cell_text(value)) for value in row] for row in values]
+    cells = [[_single_line(cell_text(value, digits)) for value in row] for row in values]
     widths = [max(len(text) for text in texts) for texts in zip(columns, *cells, strict=True)]
     right = _numeric(values, len(columns))
 
@@ -48,8 +53,62 @@ def fixed_width(columns: Sequence[str], rows: Sequence[Row], title: str = "", no
     return "\n".join([*head, line(columns), rule, *(line(texts) for texts in cells)])
 
 
+def panel(columns: Sequence[str], rows: Sequence[Row]) -> str:
+    """Render a table as Markdown for TensorBoard, which breaks the words and numbers of a Markdown table anywhere.
+
+    Names and numbers become fixed-width text, which TensorBoard scrolls; rows with sentences become paragraphs, and
+    cells of several lines (YAML) stay as they are, to be copied.
+
+    Args:
+        columns: the columns to show, in order.
+        rows: their values: by column, or one for each column.
+
+    Example:
+        >>> print(panel(["point", "MSE"], [{"point": "fc", "MSE": 0.5}]))
+        ```
+        point MSE
+        ---------
+        fc    0.5
+        ```
+        >>> sentence = "Calibration saw only small values: give it more, or more representative, batches."
+        >>> print(panel(["point", "verdict", "action"], [("fc", "clipping", sentence)]))
+        **fc**, verdict: clipping
+        <BLANKLINE>
+        Calibration saw only small values: give it more, or more representative, batches.
+    """
+    values = [_values(row, columns) for row in rows]
+    if not any(_is_long(value) for row in values for value in row):
+        return fenced(fixed_width(columns, values, digits=4))
+    blocks: list[str] = []
+    for first, *others in values:
+        named = [(c, cell_text(v, 4)) for c, v in zip(columns[1:], others, strict=True) if cell_text(v)]
+        entries = [f"{escape_markdown(c)}: {escape_markdown(text)}" for c, text in named if not _is_long(text)]
+        blocks.append(", ".join([f"**{escape_markdown(cell_text(first))}**", *entries]))
+        blocks += [
+            fenced(text.rstrip(), "yaml") if "\n" in text.strip() else escape_markdown(text)
+            for _, text in named
+            if _is_long(text)
+        ]
+    return "\n\n".join(blocks)
+
+
+def fenced(text: str, language: str = "") -> str:
+    """Make a block of code of a text, with a fence that the text does not hold.
+
+    Example:
+        >>> print(fenced("a: 1", "yaml"))
+        ```yaml
+        a: 1
+        ```
+    """
+    fence = "`" * 3
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
 def markdown(columns: Sequence[str], rows: Sequence[Row]) -> str:
-    """Render a table as Markdown (GitHub's dialect, which TensorBoard shows); names are escaped, numbers short.
+    """Render a table as Markdown (GitHub's dialect); names are escaped, numbers short.
 
     Example:
         >>> print(markdown(["point", "MSE"], [{"point": "a|b_c.weight", "MSE": 0.5}]))
@@ -98,6 +157,8 @@ def cell_text(value: Any, digits: int = 7) -> str:
         >>> [cell_text(v) for v in (0.26427540, 1e-9, float("nan"), None, True, 3)]
         ['0.2642754', '1e-09', 'nan', '', 'yes', '3']
     """
+    if type(value) is str:
+        return value
     if value is None or value == ():
         return ""
     if isinstance(value, bool):
@@ -105,6 +166,11 @@ def cell_text(value: Any, digits: int = 7) -> str:
     if isinstance(value, float):
         return f"{value:.{digits}g}" if math.isfinite(value) else str(value)
     return str(value)
+
+
+def _is_long(value: Any) -> bool:
+    """Whether a value is a sentence, or has several lines."""
+    return isinstance(value, str) and ("\n" in value.strip() or (len(value) > _SENTENCE and " " in value))
 
 
 def _values(row: Row, columns: Sequence[str]) -> list[Any]:
@@ -119,4 +185,4 @@ def _numeric(rows: Sequence[list[Any]], columns: int) -> list[bool]:
 
 
 def _single_line(text: str) -> str:
-    return " ".join(text.split()) if any(c in text for c in "\r\n\t") else text
+    return text if text.isprintable() else " ".join(text.split())

@@ -148,6 +148,9 @@ CASES: dict[str, Case] = {
     "A11 int8 output behind a tanh": Case(
         lambda: flawed.mlp(nn.Tanh()), (("warning", "low-precision output", "A11", ("3",)),)
     ),
+    "A7 float inside": Case(
+        flawed.Recurrent, (("info", "float inside", "A7", ("lstm", "gru")),), batches=lambda: [ramp(3, 2, 4)]
+    ),
     "A12 no quantized form": Case(flawed.FloatOp, (("warning", "float op", "A12", ("i1e_0",)),)),
     "A12 excluded": Case(
         flawed.mlp,

@@ -167,3 +167,16 @@ class BoxLoop(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         boxes = self.head(x)
         return torch.stack([torch.tanh(boxes[i] * 2.0) for i in range(self.rounds)])
+
+
+class Recurrent(nn.Module):
+    """Recurrent layers, whose gates have no quantizers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4)
+        self.gru = nn.GRU(4, 4)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.gru(self.lstm(x)[0])[0])  # type: ignore[no-any-return]

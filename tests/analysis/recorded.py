@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_qat.analysis.convergence import FIRST_LOOK, judge_convergence
-from lightning_qat.analysis.convergence_rows import PointHealth, TrainingSeries
+from lightning_qat.analysis.convergence_rows import PointHealth, PointHistory, TrainingSeries
 from lightning_qat.analysis.pipeline_rows import Measurement
 
 DIRECTORY = Path(__file__).parent / "recorded_runs"
+
+
+@dataclass(frozen=True)
+class RecordedEpoch:
+    """The end of an epoch.
+
+    Args:
+        metrics: its evaluation; None if training ended before it.
+        points: health of every point.
+        zero_gradients: parameters whose gradient was zero.
+    """
+
+    metrics: Measurement | None
+    points: Mapping[str, PointHealth]
+    zero_gradients: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -25,34 +41,37 @@ class RecordedRun:
         name: what was planted, or the seed of a healthy run.
         is_sick: whether something was planted that training suffers from.
         steps_per_epoch: optimizer steps per epoch.
-        series: everything up to the end.
-        zero_gradients: by epoch.
+        series: losses, and what is known before the first step.
+        epochs: what is known at the end of every epoch.
     """
 
     name: str
     is_sick: bool
     steps_per_epoch: int
     series: TrainingSeries
-    zero_gradients: tuple[tuple[str, ...], ...]
+    epochs: tuple[RecordedEpoch, ...]
 
     def looks(self) -> Iterator[tuple[int, TrainingSeries]]:
         """What the monitor knew at each of its looks: after 32, 64, ... steps and at the end of every epoch."""
-        epochs = {n * self.steps_per_epoch: n for n in range(1, len(self.series.points) + 1)}
-        looks = {FIRST_LOOK * 2**n for n in range(10)} | set(epochs)
+        looks = {FIRST_LOOK * 2**n for n in range(10)} | {
+            n * self.steps_per_epoch for n in range(1, len(self.epochs) + 1)
+        }
         bad = next((i + 1 for i, loss in enumerate(self.series.losses) if not math.isfinite(loss)), None)
         for step in sorted({*looks, *([bad] if bad else [])}):
             if step > len(self.series.losses):
                 return
-            done = step // self.steps_per_epoch
+            done = self.epochs[: step // self.steps_per_epoch]
+            evaluated = [epoch.metrics for epoch in done if epoch.metrics is not None]
             yield (
                 step,
                 dataclasses.replace(
                     self.series,
                     losses=self.series.losses[:step],
                     steps=step,
-                    metrics=self.series.metrics[:done],
-                    points=self.series.points[:done],
-                    zero_gradients=self.zero_gradients[done - 1] if done else (),
+                    metrics=evaluated[-1] if evaluated else None,
+                    evaluations=len(evaluated),
+                    points=functools.reduce(PointHistory.after, (epoch.points for epoch in done), PointHistory()),
+                    zero_gradients=done[-1].zero_gradients if done else (),
                 ),
             )
 
@@ -78,11 +97,13 @@ def save(run: RecordedRun, path: Path) -> None:
         "steps_per_epoch": run.steps_per_epoch,
         "losses": _short(series.losses),
         "float_loss": _short(series.float_loss),
-        "metrics": [_short(dict(m.metrics)) for m in series.metrics],
+        "metrics": [_short(dict(epoch.metrics.metrics)) for epoch in run.epochs if epoch.metrics is not None],
         "calibrated": _measurement(series.calibrated),
         "float_model": _measurement(series.float_model),
-        "points": [{name: _short(dataclasses.asdict(h)) for name, h in epoch.items()} for epoch in series.points],
-        "zero_gradients": [list(names) for names in run.zero_gradients],
+        "points": [
+            {name: _short(dataclasses.asdict(health)) for name, health in epoch.points.items()} for epoch in run.epochs
+        ],
+        "zero_gradients": [list(epoch.zero_gradients) for epoch in run.epochs],
     }
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(data, separators=(",", ":")) + "\n")
@@ -94,15 +115,19 @@ def _load(path: Path) -> RecordedRun:
         losses=tuple(map(float, data["losses"])),
         steps=len(data["losses"]),
         float_loss=tuple(map(float, data["float_loss"])) if data["float_loss"] else None,  # type: ignore[arg-type]
-        metrics=tuple(Measurement(_floats(m)) for m in data["metrics"]),
         calibrated=Measurement(*map(_floats, data["calibrated"])),
         float_model=Measurement(*map(_floats, data["float_model"])),
-        points=tuple(
-            {n: PointHealth(**{k: _number(v) for k, v in h.items()}) for n, h in e.items()} for e in data["points"]
-        ),
     )
-    zero = tuple(map(tuple, data["zero_gradients"]))
-    return RecordedRun(data["name"], data["is_sick"], data["steps_per_epoch"], series, zero)
+    metrics = [Measurement(_floats(m)) for m in data["metrics"]]
+    epochs = tuple(
+        RecordedEpoch(
+            metrics[number] if number < len(metrics) else None,
+            {name: PointHealth(**{k: _number(v) for k, v in health.items()}) for name, health in points.items()},
+            tuple(data["zero_gradients"][number]),
+        )
+        for number, points in enumerate(data["points"])
+    )
+    return RecordedRun(data["name"], data["is_sick"], data["steps_per_epoch"], series, epochs)
 
 
 def _measurement(measurement: Measurement | None) -> list[Any]:

@@ -92,6 +92,22 @@ def test_metric_of_ones_own_sees_the_batch(heads: tuple[TwoHeads, Region, list[T
     assert quantized.rows[0].value != found.rows[0].value
 
 
+def test_metric_of_ones_own_gets_the_output_as_the_model_returns_it(
+    heads: tuple[TwoHeads, Region, list[Tensor]],
+) -> None:
+    """A dictionary stays one, with what is no float."""
+    _, region, loader = heads
+    types = []
+
+    def size(output: dict[str, Any], batch: Tensor) -> Tensor:
+        types.append({key: type(value) for key, value in output.items()})
+        return output["map"][0].norm(dim=1) + output["a"].norm(dim=1)
+
+    found = find_bad_cases(region, loader, size, k=1)
+    assert types == [{"a": Tensor, "map": list}] * len(loader)
+    assert found.rows[0].output == "the whole output"
+
+
 def test_only_the_worst_samples_are_kept(heads: tuple[TwoHeads, Region, list[Tensor]]) -> None:
     _, region, loader = heads
     found = find_bad_cases(region, (x for x in loader), k=1)
@@ -113,7 +129,7 @@ def test_bad_input_is_refused(heads: tuple[TwoHeads, Region, list[Tensor]]) -> N
     with pytest.raises(ConfigurationError, match="give a module with fake-quant inserted"):
         find_bad_cases(TwoHeads(), loader)
     with pytest.raises(ConfigurationError, match=r"one number for each of the 5 samples, not \(\)"):
-        find_bad_cases(region, loader, lambda output, batch: output[0].mean())
+        find_bad_cases(region, loader, lambda output, batch: output["a"].mean())
     with pytest.raises(ConfigurationError, match=r"no output has an entry for each of the 5 samples"):
         find_bad_cases(region, loader, output=lambda output: output["a"].sum(0))
     with pytest.raises(ConfigurationError, match="calibrate the region"):

@@ -67,7 +67,7 @@ def test_calls_of_an_inner_target_are_captured_in_order() -> None:
     model, x = Wrapper(), torch.randn(2, 4)
     region = insert(model.core, (x,))
     forward = model.core.__dict__["forward"]
-    calls = capture_calls(region, lambda: model(x))
+    calls = capture_calls({"": region}, lambda: model(x))[""]
     assert len(calls) == 2
     assert calls[0].args[0] is x
     assert torch.equal(calls[1].args[0], model.core(x) + 1)
@@ -85,7 +85,7 @@ def test_direct_calls_of_forward_are_captured_and_recursion_counts_once() -> Non
 
     model, x = Recursive(), torch.randn(2, 4)
     region = insert(model, (x,))
-    calls = capture_calls(region, lambda: model.forward(x, depth=1))
+    calls = capture_calls({"": region}, lambda: model.forward(x, depth=1))[""]
     assert [call.kwargs for call in calls] == [{"depth": 1}]
 
 
@@ -99,7 +99,7 @@ def test_capturing_restores_forward_after_an_exception() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        capture_calls(region, fails)
+        capture_calls({"": region}, fails)
     assert model.__dict__["forward"] is forward
 
 
@@ -111,7 +111,23 @@ def test_input_that_the_step_overwrites_is_put_back() -> None:
         model(x)
         x.zero_()
 
-    assert torch.equal(capture_calls(region, step)[0].args[0], before)
+    assert torch.equal(capture_calls({"": region}, step)[""][0].args[0], before)
+
+
+def test_tensor_shared_by_regions_is_as_the_first_call_saw_it() -> None:
+    first, second, x = nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(2, 4)
+    regions = {"second": insert(second, (x,)), "first": insert(first, (x,))}
+    before = x.clone()
+
+    def step() -> None:
+        first(x)
+        x.mul_(2)
+        second(x)
+        x.zero_()
+
+    calls = capture_calls(regions, step)
+    assert calls["first"][0].args[0] is calls["second"][0].args[0] is x
+    assert torch.equal(x, before)
 
 
 def test_analysis_mode_restores_state_modes_and_random_numbers() -> None:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_qat.analysis import comparison_metrics
-from lightning_qat.analysis.comparison import CHOSEN, compare
+from lightning_qat.analysis.comparison import compare
 from lightning_qat.analysis.comparison_metrics import LayerErrors, TensorErrors
-from lightning_qat.analysis.comparison_result import LayerComparisonResult
+from lightning_qat.analysis.comparison_result import CHOSEN, LayerComparisonResult
+from lightning_qat.analysis.statistics import layer_statistics
 from lightning_qat.quantization.calibration import calibrate
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.insertion import insert
@@ -313,3 +314,37 @@ def test_files_hold_every_column(net: tuple[Net, Region, list[Tensor]], tmp_path
     data = json.loads(result.to_json(tmp_path / "c.json").read_text())
     assert data["rows"][2]["mod_name"] == "relu_0"
     assert data["evidence"] == []
+
+
+def test_op_that_draws_random_numbers_draws_the_same_twice() -> None:
+    """Its own error is that of its fake-quants; and what follows draws what it would have drawn."""
+
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(F.dropout(x, 0.5, training=True) * 2, 0.5, training=True) + 1
+
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    region = insert(Noisy(), (x,))
+    calibrate(region, [x])
+    result = compare(region, [x])
+    assert all(row.own_SQNR is None or row.own_SQNR > 30 for row in result.rows)
+    assert all(row.SQNR > 30 for row in result.rows)  # type: ignore[operator]
+
+
+def test_model_in_float64_stays_as_it_is() -> None:
+    """What looks at float64 values must not write into them."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    x = torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    region = insert(model, (x,))
+    calibrate(region, [x])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    seen = x.clone()
+    result = compare(region, [x])
+    rows = {row.point: row for row in layer_statistics(region, [x]).rows}
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert torch.equal(x, seen)
+    weight = before["0.weight"]
+    assert rows["0.weight"].var == pytest.approx(weight.var().item())
+    quantized = region.points["0.weight"].forward(weight)
+    assert rows["0.weight"].rounding_energy == pytest.approx((quantized - weight).square().sum().item())
+    assert result.by_name["0.weight"].own_MSE == pytest.approx((quantized - weight).square().mean().item())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -9,7 +10,13 @@ import numpy as np
 import pytest
 
 from lightning_qat.analysis.convergence import ConvergenceResult, judge_convergence
-from lightning_qat.analysis.convergence_rows import ConvergenceRow, LossHistory, PointHealth, TrainingSeries
+from lightning_qat.analysis.convergence_rows import (
+    ConvergenceRow,
+    LossHistory,
+    PointHealth,
+    PointHistory,
+    TrainingSeries,
+)
 from lightning_qat.analysis.pipeline_rows import Measurement
 
 GOOD = Measurement({"val_acc": 0.9}, {"val_acc": 0.01})
@@ -28,6 +35,10 @@ def noisy(values: np.ndarray, seed: int = 0, noise: float = 0.1, correlation: fl
 def series(losses: tuple[float, ...] = (), **fields: object) -> TrainingSeries:
     known = {"float_loss": (0.3, 0.01), "calibrated": GOOD, "float_model": GOOD}
     return TrainingSeries(losses=losses, **{**known, **fields})  # type: ignore[arg-type]
+
+
+def over_epochs(*epochs: dict[str, PointHealth]) -> PointHistory:
+    return functools.reduce(PointHistory.after, epochs, PointHistory())
 
 
 def row(result: ConvergenceResult, check: str) -> ConvergenceRow:
@@ -52,7 +63,7 @@ RISING = np.linspace(0.3, 2.0, 300)
 )
 def test_healthy_series_are_silent(losses: np.ndarray, seed: int) -> None:
     """C1: no false alarm."""
-    result = judge_convergence(series(noisy(losses, seed), metrics=(GOOD, GOOD)))
+    result = judge_convergence(series(noisy(losses, seed), metrics=GOOD))
     assert result.verdict == "healthy", result.note
 
 
@@ -65,7 +76,7 @@ def test_rising_loss_is_divergence(seed: int) -> None:
 
 
 def test_rising_loss_is_only_noted_while_the_metric_holds() -> None:
-    result = judge_convergence(series(noisy(RISING), metrics=(GOOD,)))
+    result = judge_convergence(series(noisy(RISING), metrics=GOOD))
     assert result.verdict == "healthy"
     assert row(result, "loss trend").status == "noted"
 
@@ -82,7 +93,7 @@ def test_loss_that_is_not_finite_names_step_and_op(bad: float) -> None:
 def test_collapsed_metric_advises_against_sweeping() -> None:
     """C1, C2: calibration 73.4, QAT 0."""
     calibrated = Measurement({"dynamic": 73.4, "static": 54.0}, {"dynamic": 0.5, "static": 0.5})
-    result = judge_convergence(series(calibrated=calibrated, metrics=(Measurement({"dynamic": 0.0, "static": 0.0}),)))
+    result = judge_convergence(series(calibrated=calibrated, metrics=Measurement({"dynamic": 0.0, "static": 0.0})))
     assert result.verdict == "metric collapsed"
     assert "73.4 -> 0" in result.note
     assert "do not sweep learning rate" in result.note
@@ -94,38 +105,47 @@ def test_loss_that_stays_where_it_was_above_the_float_loss_is_no_learning(seed: 
     losses = noisy(np.full(300, 1.0), seed)
     missing = Measurement({"val_acc": 0.85})
     calibrated = replace(GOOD, metrics={"val_acc": 0.85})
-    stuck = series(losses, calibrated=calibrated, metrics=(missing, missing))
+    stuck = series(losses, calibrated=calibrated, metrics=missing)
     assert judge_convergence(stuck).verdict == "not learning"
-    assert judge_convergence(replace(stuck, metrics=(GOOD,))).verdict == "healthy"  # the float metric is reached
+    assert judge_convergence(replace(stuck, metrics=GOOD)).verdict == "healthy"  # the float metric is reached
 
 
 def test_scale_that_doubled_and_lost_a_bit_is_drift() -> None:
     """C1: drifting or exploding scales."""
     first, last = {"a.output": PointHealth(0.0, 40.0)}, {"a.output": PointHealth(1.5, 30.0)}
-    result = judge_convergence(series(points=(first, last)))
+    result = judge_convergence(series(points=over_epochs(first, last)))
     assert (result.verdict, row(result, "scales").names) == ("scales drift", ("a.output",))
     assert "factor of 2.5" in result.note
     same_resolution = {"a.output": PointHealth(1.5, 39.0)}
-    assert judge_convergence(series(noisy(FALLING), points=(first, same_resolution))).verdict == "healthy"
+    assert judge_convergence(series(noisy(FALLING), points=over_epochs(first, same_resolution))).verdict == "healthy"
 
 
 def test_growing_clipped_share_is_flagged_where_clipping_makes_the_error() -> None:
     """C1: growing clipped share."""
     first = {"a.output": PointHealth(0.0, 40.0, 0.001)}
     last = {"a.output": PointHealth(0.0, 20.0, 0.05, clips=True)}
-    assert judge_convergence(series(points=(first, last))).verdict == "clipping grows"
+    assert judge_convergence(series(points=over_epochs(first, last))).verdict == "clipping grows"
     rounding = {"a.output": PointHealth(0.0, 20.0, 0.05)}
-    assert judge_convergence(series(noisy(FALLING), points=(first, rounding))).verdict == "healthy"
+    assert judge_convergence(series(noisy(FALLING), points=over_epochs(first, rounding))).verdict == "healthy"
 
 
 def test_codes_that_flip_back_and_forth_are_oscillation() -> None:
     """C1: oscillating weights, unless the float metric is reached or the flips die out."""
     epoch = {"a.weight": PointHealth(flip_rate=0.2, return_rate=0.9)}
-    result = judge_convergence(series(points=(epoch,) * 5))
+    result = judge_convergence(series(points=over_epochs(*[epoch] * 5)))
     assert (result.verdict, row(result, "oscillation").names) == ("weights oscillate", ("a.weight",))
     dying = tuple({"a.weight": PointHealth(flip_rate=0.2 / 2**n, return_rate=0.9)} for n in range(8))
-    assert judge_convergence(series(noisy(FALLING), points=dying)).verdict == "healthy"
-    assert judge_convergence(series(noisy(FALLING), points=(epoch,) * 5, metrics=(GOOD,))).verdict == "healthy"
+    assert judge_convergence(series(noisy(FALLING), points=over_epochs(*dying))).verdict == "healthy"
+    excused = series(noisy(FALLING), points=over_epochs(*[epoch] * 5), metrics=GOOD)
+    assert judge_convergence(excused).verdict == "healthy"
+
+
+def test_history_of_the_points_is_bounded() -> None:
+    """C1: the first epoch, the latest one, and 256 flip rates."""
+    epochs = [{"a.weight": PointHealth(sqnr=float(n), flip_rate=n / 1000)} for n in range(1000)]
+    history = over_epochs(*epochs)
+    assert (history.first, history.latest, history.epochs) == (epochs[0], epochs[-1], 1000)
+    assert history.flip_rates == tuple(n / 1000 for n in range(744, 1000))
 
 
 def test_zero_gradients_are_named() -> None:
@@ -142,10 +162,10 @@ def test_every_flag_says_what_to_do_next() -> None:
     """C2."""
     sick = (
         series((math.nan,)),
-        series(metrics=(BAD,)),
+        series(metrics=BAD),
         series(noisy(RISING)),
         series(zero_gradients=("a",)),
-        series(points=({"a": PointHealth(0.0, 40.0)}, {"a": PointHealth(9.0, 1.0)})),
+        series(points=over_epochs({"a": PointHealth(0.0, 40.0)}, {"a": PointHealth(9.0, 1.0)})),
     )
     for one in sick:
         result = judge_convergence(one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_qat.analysis.comparison import compare
-from lightning_qat.analysis.diagnosis import Diagnosis, DiagnosisResult, diagnose
+from lightning_qat.analysis.diagnosis import diagnose
+from lightning_qat.analysis.diagnosis_result import Diagnosis, DiagnosisResult
 from lightning_qat.analysis.remedies import relative_rms
 from lightning_qat.analysis.sensitivity import sensitivity
 from lightning_qat.quantization.calibration import calibrate
@@ -312,3 +314,166 @@ def test_lines_are_short_and_say_where_the_rest_is() -> None:
     assert lines[1] == "1. p0.output: rounding. Evidence. Raise it."
     assert lines[2:4] == ("     overrides:", "       - {}")
     assert lines[-1] == "10 more are in the json file."
+
+
+class ManyBranches(nn.Module):
+    """One branch makes nearly all of the output: its points are far more sensitive than the median, and healthy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = nn.Linear(16, 16)
+        self.side = nn.ModuleList(nn.Linear(16, 16) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.main(x).tanh()
+        for layer in self.side:
+            y = y + 0.01 * layer(x).relu()
+        return y
+
+
+@pytest.mark.parametrize("qconfig", [{}, INT16, {"activation": {"scheme": "affine"}}], ids=["int8", "int16", "affine"])
+def test_points_that_lead_a_healthy_model_are_no_culprits(qconfig: dict[str, Any]) -> None:
+    """There is always something that leads; without an effect on the output there is nothing to do about it."""
+    batches = [torch.randn(64, 16, generator=torch.Generator().manual_seed(1))]
+    region = quantized(ManyBranches, batches, [], qconfig)
+    ranked = sensitivity(region, batches, method="isolation")
+    scores = sorted(row.score for row in ranked.rows)
+    assert scores[-1] > 10 * scores[len(scores) // 2]
+    comparison = compare(region, batches)
+    with torch.no_grad(), region.only(()):
+        size = region.target(*batches).square().mean().sqrt().item()
+    assert comparison.output_size == pytest.approx(size, rel=1e-3)
+    assert diagnose(comparison, ranked).culprits == ()
+
+
+def test_evidence_says_how_sensitive_a_culprit_is() -> None:
+    """An input channel that is amplified: its own error is small, that of the output is not."""
+
+    class Amplified(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 1.0)[:, :1] * 50 + x[:, 1:].tanh() * 0.1
+
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    x[:, 0] *= 0.01
+    region = quantized(Amplified, [x], [], INT8)
+    ranked = sensitivity(region, [x], method="isolation")
+    found = diagnose(compare(region, [x]), ranked).culprits[0]
+    assert found.severity < 1 / 32
+    share = found.score / compare(region, [x]).output_size  # type: ignore[operator]
+    assert f"Alone, it changes the output by {100 * share:.2g} %" in found.evidence
+
+
+def test_what_follows_a_nan_is_inherited() -> None:
+    """Done-when 4: NaN has a place where it comes from, too."""
+    batches = [6.28 * torch.rand(2, 50, generator=torch.Generator().manual_seed(1))]
+    batches[0][:, 0] = 0.0  # divided by a zero
+    region = quantized(DimT, batches, [], INT8)
+    comparison = compare(region, batches)
+    origins = {row.mod_name: row.origin for row in comparison.rows}
+    assert math.isnan(comparison.rows[-1].MSE or 0.0)
+    assert origins["fc"] == origins["sin_0"] == "inherited"
+
+
+def test_output_that_selects_by_values_does_not_make_culprits() -> None:
+    """Any error changes how many are selected: that says nothing about a point."""
+
+    class Selects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x)
+            return y[y[:, 0] > 0]
+
+    batches = [torch.randn(512, 8, generator=torch.Generator().manual_seed(1))]
+    region = quantized(Selects, batches, [], {})
+    ranked = sensitivity(region, batches, method="isolation")
+    assert any(math.isnan(row.score) for row in ranked.rows)
+    assert diagnose(compare(region, batches), ranked).culprits == ()
+
+
+def test_sentinel_is_found_without_a_declared_range_and_without_sensitivity() -> None:
+    """B5: the energy of -99 hides what becomes of the values in 0..1."""
+    points = torch.rand(4, 24, 2, generator=torch.Generator().manual_seed(1))
+    points[:, 16:] = -99.0
+    region = quantized(WithSentinel, [points], [], INT8)
+    found = diagnose(compare(region, [points])).culprits[0]
+    assert (found.point, found.verdict) == ("mul_0.input0", "non-uniform")
+    assert "33 %" not in found.evidence
+    assert "67 % of the values are below 1" in found.evidence
+    assert "split" not in found.yaml  # the two coordinates are alike
+    assert_cured(found, WithSentinel, [points], [], INT8)
+    healthy = points[:, :16]
+    assert diagnose(compare(quantized(WithSentinel, [healthy], [], INT8), [healthy])).culprits == ()
+
+
+AFFINE = {"activation": {"scheme": "affine", "observer": "minmax"}}
+
+
+@pytest.mark.parametrize("fixed", [0.5, 0.0005])
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_fixed_scale_of_an_affine_point_is_replaced(dtype: str, fixed: float) -> None:
+    """An observer would not be asked: a fixed scale stays until another one replaces it."""
+    batches = images()
+    rule = [{"match": "relu_0.output", "activation": {"dtype": dtype, "fixed_scale": fixed}}]
+    found = first_culprit(quantized(Convs, batches, rule, AFFINE), batches)
+    assert found.point == "relu_0.output"
+    assert f"fixed scale{' is too small' if fixed < 0.01 else ''}" in found.action
+    assert_cured(found, Convs, batches, rule, AFFINE)
+
+
+def test_unsigned_point_that_gets_negative_values_gets_a_sign() -> None:
+    batches = images()
+    rule = [{"match": "conv1.input0", "activation": {"dtype": "uint8", "scheme": "affine", "fixed_scale": 0.02}}]
+    found = first_culprit(quantized(Convs, batches, rule, INT8), batches)
+    assert (found.point, found.verdict) == ("conv1.input0", "clipping")
+    assert_cured(found, Convs, batches, rule, INT8)
+
+
+def test_affine_point_that_calibration_did_not_serve() -> None:
+    """Only one end is too short; the observer has seen too little, so that another one would not help."""
+    x = images()[0]
+    calibration = x.clamp(min=-0.5)
+    region = insert(Convs().eval(), (x,), qconfig=AFFINE)
+    calibrate(region, [calibration])
+    found = next(row for row in diagnose(compare(region, [x])).culprits if row.point == "conv1.input0")
+    assert found.verdict == "clipping"
+    assert "Calibration saw only -0.5 to" in found.action
+    region = insert(Convs().eval(), (x,), qconfig=AFFINE, overrides=yaml.safe_load(found.yaml)["overrides"])
+    calibrate(region, [calibration])
+    assert found.severity / diagnose(compare(region, [x])).by_point[found.point].severity >= (found.factor or 4)
+
+
+@pytest.mark.parametrize("profile", ["onnxruntime_qdq", "horizon_plugin_pytorch", "generic_int8_int16"])
+def test_remedy_is_one_that_the_hardware_has(profile: str) -> None:
+    """What is printed can be planned; the first convolution takes int8 alone on two of them."""
+    batches = images(outlier=30.0)
+
+    def planned(overrides: list[dict[str, Any]]) -> Region:
+        torch.manual_seed(0)
+        region = insert(Convs().eval(), batches=batches, qconfig=INT8, overrides=overrides, profile=profile)
+        calibrate(region, batches)
+        return region
+
+    region = planned([])
+    ranked = sensitivity(region, batches, method="isolation")
+    found = diagnose(compare(region, batches), ranked).culprits[0]
+    assert found.point == "conv1.input0"
+    if profile == "generic_int8_int16":
+        assert planned(yaml.safe_load(found.yaml)["overrides"]).points[found.point].dtype == "int16"
+    else:
+        assert found.yaml == ""
+        assert "The hardware has no wider type here" in found.action
+
+
+def test_overrides_of_several_regions_name_their_target() -> None:
+    """Both have a ``relu_0.output``: pasted without its path, the remedy of one would break the other."""
+    batches = images()
+    wide = [{"match": "relu_0.output", "activation": {"fixed_scale": 0.5}}]
+    faulty = diagnose(compare(quantized(Convs, batches, wide, INT8), batches))
+    healthy = diagnose(compare(quantized(Convs, batches, [], INT8), batches))
+    (both,) = DiagnosisResult.merged({"backbone": healthy, "head": faulty}).culprits
+    assert yaml.safe_load(both.yaml)["overrides"][0]["match"] == "head.relu_0.output"
+    (alone,) = DiagnosisResult.merged({"head": faulty}).culprits
+    assert alone.yaml == faulty.culprits[0].yaml

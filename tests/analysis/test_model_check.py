@@ -180,3 +180,30 @@ def test_loop_with_many_rounds_is_named(rounds: int) -> None:
     assert finding.location.rpartition(":")[0].endswith("flawed_models.py")
     assert f"runs {rounds} times per forward" in finding.what
     assert finding.names == tuple(f"{kind}_{i}" for kind in ("mul", "tanh") for i in range(rounds))
+
+
+def test_rule_that_an_older_one_beats_is_raised_for_its_points_alone() -> None:
+    """A13: what is printed changes the points of the finding, and no others."""
+    rules = [{"match": "0", "activation": {"dtype": "int16"}}, {"match": "*", "activation": {"dtype": "int8"}}]
+    model = nn.Sequential(nn.Tanh(), nn.Sigmoid(), nn.Linear(4, 2))
+    region = insert(model, (torch.ones(2, 4),), overrides=rules)
+    (finding,) = (f for f in check(region).findings if f.kind == "configuration not applied")
+    printed = yaml.safe_load(finding.yaml)["overrides"]
+    region.remove()
+    dtypes = {n: p.dtype for n, p in insert(model, (torch.ones(2, 4),), overrides=[*rules, *printed]).points.items()}
+    assert (
+        {name for name, dtype in dtypes.items() if dtype == "int16"}
+        == set(finding.names)
+        == {
+            "0.input0",
+            "0.output",
+        }
+    )
+
+
+def test_overrides_of_several_regions_name_their_target() -> None:
+    """Both targets have a ``1.output``: what is printed about one is about that one alone."""
+    models = {name: nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()) for name in ("backbone", "head")}
+    regions = {name: insert(model, (torch.ones(2, 4),)) for name, model in models.items()}
+    matches = [yaml.safe_load(f.yaml)["overrides"][0]["match"] for f in check(regions).findings]
+    assert matches == ["backbone.1.output", "head.1.output"]

@@ -166,6 +166,24 @@ def test_dtype_statistics_count_operands_and_results() -> None:
     }
 
 
+def test_what_computes_in_float_between_quantized_tensors_is_not_counted_as_quantized() -> None:
+    """A7-A9, A12: an LSTM and a GRU between int8 tensors; FLOPs by hand: a product per gate, input and hidden state."""
+    result = CASES["A7 float inside"].check()
+    inputs = {row[0]: row[1:] for row in _section(result, "input dtype statistics:").rows}
+    assert inputs == {
+        "quantize": (1, 0),
+        "lstm (float32 inside)": (0, 1),
+        "gru (float32 inside)": (0, 1),
+        "linear": (0, 1),
+        "total": (1, 3),
+    }
+    rows = {row[0]: row[1:] for row in _section(result, "Each layer out qconfig:").rows}
+    assert rows["lstm"][4].startswith("minmax; gates and cell state inside the fused call stay float")
+    flops = {row[0]: row[3] for row in _section(result, "Ops and FLOPs by dtype:").rows}
+    assert flops["float32"] == 2 * 3 * 2 * (4 + 3) * 4 * (4 + 4)
+    assert flops["int8"] == 2 * 3 * 2 * 4 * 2
+
+
 def test_fused_groups_are_one_type() -> None:
     """A7: conv, batch norm and relu."""
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 1, 1))

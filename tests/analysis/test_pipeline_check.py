@@ -220,3 +220,19 @@ def test_result_is_whole_in_json_and_fits_the_terminal(tmp_path: Path) -> None:
             text = console_text(part, width)
             assert max(map(len, text.splitlines())) <= width
             assert "…" not in text
+
+
+def test_float_model_that_a_few_batches_improve_is_not_called_healthy() -> None:
+    """C5: without a reference nothing else shows that weights or preprocessing are not those of the float run."""
+    bad = {"float_model": Measurement({"val_acc": 0.24}, {"val_acc": 0.02}), "calibrated": None, "quantized": None}
+    kept = {"batch_norm_frozen": finetune(0.24), "batch_norm_moving": finetune(0.24)}
+    better = {"float_finetune": trained(0.9), "qat": trained(0.9)}
+    result = judged(None, None, **(bad | kept | better))
+    assert result.verdict == "cannot tell"
+    assert "val_acc 0.24 -> 0.9" in result.note
+    assert "init_from" in result.note
+    assert judged(None, None, **(bad | kept | {"float_finetune": trained(0.25), "qat": trained(0.25)})).verdict == (
+        "healthy"
+    )
+    known = judged({"val_acc": 0.24}, None, **(bad | kept | better))  # the float run was no better
+    assert known.verdict == "healthy"

@@ -83,3 +83,18 @@ def test_rounded_up_is_at_least_the_value_and_close(value: float) -> None:
     rounded = rounded_up(value)
     assert value * (1 - 1e-9) <= rounded <= value * 1.0101
     assert positive_number(f"{rounded:g}/127", "fixed_scale") == pytest.approx(rounded / 127)
+
+
+def test_long_axis_is_cut_in_bounded_memory() -> None:
+    """Of 4099 channels, 40 are large: cut at multiples of nine, with the error predicted that this cut makes."""
+    values = np.full(4099, 1.0)
+    values[2000:2040] = 1000.0
+    error, sizes = best_split(AxisProfile(0, tuple(values), tuple(values**-2)), 3, 127, len(values))
+    assert sum(sizes) == len(values)
+    assert all(size % 9 == 0 for size in sizes[:-1])
+    assert sizes[0] <= 2000
+    assert sizes[0] + sizes[1] >= 2040
+    parts = np.split(values, np.cumsum(sizes)[:-1])
+    expected = sum((part.max() / 127) ** 2 / 12 * (part**-2.0).sum() for part in parts)
+    assert error == pytest.approx(math.sqrt(expected / len(values)))
+    assert sizes[1] < 40 + 2 * 9

@@ -123,3 +123,20 @@ def test_runs_that_looked_at_different_outputs_are_not_compared_silently(
     data = json.loads((after / "lightning_qat/sensitivity.json").read_text())
     (tmp_path / "sensitivity.json").write_text(json.dumps({**data, "output": "output 'map'"}))
     assert "what was looked at differs" in compare_runs(before, tmp_path).note
+
+
+def test_point_that_does_not_break_the_output_any_more_fell(tmp_path: Path) -> None:
+    """A score of NaN is more than any number."""
+    scores = {"before": ("nan", "1.0", "nan", "0.0"), "after": ("0.1", "nan", "nan", "0.5")}
+    for name, values in scores.items():
+        lines = [f"p{i}.output,int8,{value},0.0" for i, value in enumerate(values)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["point,quant_dtype,score,standard_error", *lines]))
+    result = compare_runs(tmp_path / "before.csv", tmp_path / "after.csv")
+    assert {row.point: row.outcome for row in result.rows} == {
+        "p0.output": "fell",
+        "p1.output": "rose",
+        "p2.output": "same",
+        "p3.output": "rose",
+    }
+    assert {row.ratio for row in result.rows} == {None}
+    assert result.rows[-1].point == "p2.output"

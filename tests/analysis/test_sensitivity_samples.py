@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.analysis.sample_axes import KnownSampleAxes, fewer_samples
+from lightning_qat.analysis.region_memory import RegionMemory
+from lightning_qat.analysis.sample_axes import fewer_samples
 from lightning_qat.analysis.sensitivity import sensitivity
 from lightning_qat.analysis.sensitivity_result import SensitivityResult
 from lightning_qat.quantization.errors import ConfigurationError
@@ -73,10 +74,10 @@ def test_samples_that_cannot_be_left_out_are_all_used(model: type[nn.Module], sh
     torch.manual_seed(0)
     x = torch.randn(shape)
     region = region_of(model(), x)
-    known = KnownSampleAxes()
+    memory = RegionMemory()
     expected = scores(estimate(region, x))
     for _ in range(2):  # found out, remembered
-        assert scores(estimate(region, x, max_samples=4, known=known)) == expected
+        assert scores(estimate(region, x, max_samples=4, memory=memory)) == expected
 
 
 def test_samples_are_searched_once_while_plan_and_shapes_stay() -> None:
@@ -84,11 +85,11 @@ def test_samples_are_searched_once_while_plan_and_shapes_stay() -> None:
     torch.manual_seed(0)
     model, x = Counted(), torch.randn(8, 2, 6, 6)
     region = region_of(model, x)
-    known = KnownSampleAxes()
+    memory = RegionMemory()
 
     def sizes(batch: Tensor, **kwargs: object) -> list[int]:
         model.sizes.clear()
-        result = estimate(region, batch, known=known, **kwargs)
+        result = estimate(region, batch, memory=memory, **kwargs)
         sizes = list(model.sizes)
         assert scores(result) == scores(estimate(region, batch, **kwargs))
         return sizes
@@ -110,16 +111,16 @@ def test_samples_are_searched_once_while_plan_and_shapes_stay() -> None:
 def test_mixed_samples_are_remembered_as_mixed() -> None:
     torch.manual_seed(0)
     x = torch.randn(8, 2, 6, 6)
-    region, known = region_of(Mixed(), x), KnownSampleAxes()
-    first = scores(estimate(region, x, known=known))
-    assert scores(estimate(region, x, known=known)) == first
+    region, memory = region_of(Mixed(), x), RegionMemory()
+    first = scores(estimate(region, x, memory=memory))
+    assert scores(estimate(region, x, memory=memory)) == first
     assert {error for *_, error in first} != {None}  # two probes
 
 
 def test_memory_of_shapes_is_bounded() -> None:
-    known, searches = KnownSampleAxes(), []
+    memory, searches = RegionMemory(), []
     for length in [*range(100), 99, 0]:
-        known.find("plan", length, lambda length=length: searches.append(length))  # type: ignore[misc]
+        memory.find("plan", length, lambda length=length: searches.append(length))  # type: ignore[misc]
     assert searches == [*range(100), 0]  # the last ones are known, the first was forgotten
 
 

@@ -135,6 +135,20 @@ def test_values_that_are_not_finite_are_counted_and_left_out() -> None:
     assert statistics.used_share == pytest.approx(20 / 255)
 
 
+@pytest.mark.parametrize("channels", [None, 3])
+def test_scale_that_training_has_ruined_is_no_reason_to_fail(channels: int | None) -> None:
+    """B4: a learned scale may become NaN; the run that needs looking at must not end here."""
+    fake_quant = point("int8", 0.1, channels)
+    fake_quant.scale.view(-1)[0] = math.nan
+    x = torch.linspace(-1, 1, 12).reshape(4, 3)
+    statistics = PointStatistics.of(fake_quant)
+    statistics.update(x, fake_quant(x), fake_quant)
+    affected = x.numel() if channels is None else x.shape[0]
+    assert (statistics.count, statistics.clipped) == (x.numel(), affected)
+    assert math.isnan(statistics.clipping)
+    assert not math.isnan(statistics.rounding)
+
+
 def test_memory_does_not_grow_with_the_data() -> None:
     """Bounded memory: 8 KB of code bits for int16, whatever flows through."""
     fake_quant = point("int16", 1e-4)

@@ -16,11 +16,9 @@ SERIES = st.lists(st.floats(-100, 100, allow_subnormal=False).map(lambda v: roun
 
 
 @given(SERIES)
-def test_slope_and_direction_are_those_of_scipy(values: list[float]) -> None:
-    """Theil-Sen's slope, and Kendall's tau for the sign of the statistic."""
+def test_direction_is_that_of_scipy(values: list[float]) -> None:
+    """Kendall's tau for the sign of the statistic."""
     trend = mann_kendall(values)
-    expected = stats.theilslopes(values).slope
-    assert trend.slope == pytest.approx(expected, abs=1e-9)
     tau = stats.kendalltau(np.arange(len(values)), values).statistic
     if not math.isnan(tau) and abs(trend.z) > 0:
         assert math.copysign(1, trend.z) == math.copysign(1, tau)
@@ -61,7 +59,6 @@ def test_trend_in_noise_is_found() -> None:
     noise = np.random.default_rng(1).normal(size=200)
     trend = mann_kendall(np.linspace(0, 2, 200) + noise, block=4)
     assert trend.p_rise < 1e-4
-    assert trend.slope == pytest.approx(0.01, rel=0.5)
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [1.0, 2.0, 3.0]])

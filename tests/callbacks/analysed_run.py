@@ -96,7 +96,7 @@ def run(directory: Path, *callbacks: Callback, **kwargs: Any) -> tuple[Classifie
     return model, trainer
 
 
-def assert_same_run(directory: Path, *callbacks: Callback, own_metrics: str, **kwargs: Any) -> None:
+def assert_same_run(directory: Path, *callbacks: Callback, own_metrics: str | tuple[str, ...], **kwargs: Any) -> None:
     """Train with and without callbacks and compare everything there is, bit for bit."""
     plain_numbers, other_numbers = RandomNumbers(), RandomNumbers()
     plain, plain_trainer = run(directory / "plain", plain_numbers, **kwargs)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_qat.callbacks.accuracy_table import AccuracyTable
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.float_checkpoint import load_quantized
+from lightning_qat.callbacks.float_checkpoint import load_float_weights, load_quantized
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 from tests.callbacks.runs import (
@@ -120,8 +120,48 @@ def test_init_from_that_does_not_exist(tmp_path: Path) -> None:
 
 def test_init_from_that_does_not_fit_names_the_keys(tmp_path: Path) -> None:
     torch.save(Unused().state_dict(), tmp_path / "other.pt")
-    message = r"init_from: '.*other.pt' does not fit Classifier: .*Unexpected key\(s\).*unused.weight"
-    refused(qat_trainer(tmp_path, qat={"init_from": str(tmp_path / "other.pt")}), f"(?s){message}")
+    message = (
+        r"init_from: '.*other.pt' does not fit Classifier: 2 are unknown to the module \(unused.weight, unused.bias\). "
+        r"Is it the checkpoint of another model"
+    )
+    refused(qat_trainer(tmp_path, qat={"init_from": str(tmp_path / "other.pt")}), message)
+
+
+def test_init_from_of_another_model_is_a_short_message(tmp_path: Path) -> None:
+    """Counts and a few names, however many keys differ."""
+    other = {f"backbone.{i}.weight": torch.zeros(1) for i in range(500)}
+    own = Classifier().state_dict()
+    torch.save({**other, "net.conv1.weight": torch.zeros(2, 3)}, tmp_path / "other.pt")
+    with pytest.raises(MisconfigurationException) as caught:
+        qat_trainer(tmp_path, qat={"init_from": str(tmp_path / "other.pt")}).fit(Classifier())
+    message = str(caught.value).partition("does not fit")[2]
+    assert f"{len(own) - 1} weights are missing in the file ({', '.join(list(own)[1:4])}, ...)" in message
+    assert "500 are unknown to the module (backbone.0.weight, backbone.1.weight, backbone.2.weight, ...)" in message
+    shape = list(own["net.conv1.weight"].shape)
+    assert f"1 has another shape (net.conv1.weight: [2, 3] in the file, {shape} in the module)" in message
+    assert len(message) < 700
+
+
+@pytest.mark.parametrize("kind", ["part", "part in a checkpoint", "compiled"])
+def test_init_from_with_other_prefixes_says_how_to_rename(tmp_path: Path, kind: str) -> None:
+    """What the error says to write makes a file that fits."""
+    path, own = tmp_path / "net.pt", Classifier().state_dict()
+    part = {name.removeprefix("net."): value for name, value in own.items()}
+    compiled = {f"_orig_mod.{name}": value for name, value in own.items()}
+    torch.save({"part": part, "part in a checkpoint": {"state_dict": part}, "compiled": compiled}[kind], path)
+    with pytest.raises(MisconfigurationException, match="Only the names differ") as caught:
+        qat_trainer(tmp_path, qat={"init_from": str(path)}).fit(Classifier())
+    code = str(caught.value)
+    code = code[code.index("torch.save(") : code.rindex(")") + 1].replace("float_weights.pt", str(tmp_path / "new.pt"))
+    exec(code, {"torch": torch, "path": path})
+    module = Classifier()
+    load_float_weights(module, tmp_path / "new.pt")
+    assert all(torch.equal(value, own[name]) for name, value in module.state_dict().items())
+
+
+def test_init_from_without_weights_by_name(tmp_path: Path) -> None:
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    refused(qat_trainer(tmp_path, qat={"init_from": str(tmp_path / "list.pt")}), "list.pt' holds no weights by name")
 
 
 def test_init_from_with_pickled_objects_says_how_to_convert_it(tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from lightning_qat.analysis.fingerprint import weight_digests
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
 from lightning_qat.callbacks.finetune_copy import finetune_copy
+from lightning_qat.callbacks.layer_statistics import LayerStatistics
 from lightning_qat.callbacks.pipeline_fingerprint import take_fingerprint
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.quantization.parameter_groups import parameter_groups
 from lightning_qat.quantization.qconfig import QConfig
+from lightning_qat.quantization.region import find_regions
 from tests.callbacks.small_digits import Digits, pretrained, qat_trainer
 
 FLAGGED = "ConvergenceMonitor, epoch"
@@ -42,7 +44,7 @@ def test_healthy_run_is_silent(seed: int, tmp_path: Path) -> None:
     assert monitor.result.verdict == "healthy"
     assert trainer.callback_metrics["convergence/flagged"] == 0
     assert len(monitor.series.losses) == 3 * 18
-    assert len(monitor.series.metrics) == len(monitor.series.points) == 3
+    assert monitor.series.evaluations == monitor.series.points.epochs == 3
     assert monitor.series.calibrated is not None
     assert monitor.series.calibrated.standard_errors
 
@@ -120,6 +122,40 @@ def test_dead_gradients_are_named(tmp_path: Path) -> None:
     assert "head.weight" not in monitor.series.zero_gradients
 
 
+class Oscillating(Digits):
+    """Learns nothing, but from the second epoch on half of the head's weights jump away and, an epoch later, back."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch > 0:
+            step = 0.02 * self.head.weight.detach().abs().max()
+            with torch.no_grad():
+                self.head.weight[::2] += step if self.current_epoch % 2 else -self.step
+            self.step = step
+
+
+@pytest.mark.parametrize("listed", ["alone", "before LayerStatistics", "after LayerStatistics"])
+def test_weights_that_jump_to_and_fro_are_flagged(tmp_path: Path, listed: str) -> None:
+    """C1: nothing is evaluated here, so no metric can excuse it."""
+    model = Oscillating(lr=1e-12)
+    model.load_state_dict(pretrained().state_dict())
+    monitor, statistics = ConvergenceMonitor(float_batches=4), LayerStatistics()
+    callbacks = {
+        "alone": [monitor],
+        "before LayerStatistics": [monitor, statistics],
+        "after LayerStatistics": [statistics, monitor],
+    }[listed]
+    seed_everything(0, verbose=False)
+    with pytest.warns(UserWarning, match="weights oscillate"):
+        qat_trainer(tmp_path, *callbacks, max_epochs=6, limit_val_batches=0).fit(model)
+    assert monitor.result is not None
+    row = next(row for row in monitor.result.rows if row.check == "oscillation")
+    assert row.names == ("head.weight",)
+    health = monitor.series.points.latest["head.weight"]
+    assert health.flip_rate == pytest.approx(0.5, abs=0.1)  # half of the rows
+    assert health.return_rate == pytest.approx(1.0, abs=0.1)
+    assert monitor.series.points.latest["conv1.weight"].return_rate is None  # nothing flips there
+
+
 def test_quantization_that_destroys_the_model_is_flagged(tmp_path: Path) -> None:
     """C1: real quantization error, and too little training to mend it: a plateau above the float loss."""
     qconfig = QConfig.of({"activation": {"dtype": "int2"}, "weight": {"dtype": "int2"}})
@@ -167,6 +203,49 @@ def test_resume_keeps_what_training_started_from(tmp_path: Path) -> None:
     assert second.series.float_loss == first.series.float_loss
     assert second.series.losses[:18] == first.series.losses
     assert second.series.steps == 36
+    assert second.series.evaluations == second.series.points.epochs == 2
+    assert second.series.points.first == first.series.points.first
+    assert second.series.points.flip_rates[:1] == first.series.points.flip_rates
+
+
+def test_drift_is_that_since_calibration_also_after_a_resume(tmp_path: Path) -> None:
+    """C1: a run that is interrupted every epoch would never show any other."""
+    calibrated: dict[str, Tensor] = {}
+
+    class Noting(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            calibrated.update(scales(pl_module))
+
+    def trainer(*callbacks: Callback, **kwargs: Any) -> Trainer:
+        return qat_trainer(
+            tmp_path, *callbacks, quantization=QuantizationAwareTraining(activation_scales="ema"), **kwargs
+        )
+
+    first = trainer(ConvergenceMonitor(float_batches=1), Noting())
+    first.fit(pretrained())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    monitor, model = ConvergenceMonitor(float_batches=1), Digits()
+    trainer(monitor, max_epochs=2).fit(model, ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+    now = scales(model)
+    for name in ("relu_0.output", "relu_1.output"):
+        expected = float(now[name] / calibrated[name]) - 1
+        assert monitor.series.points.latest[name].scale_drift == pytest.approx(expected, rel=1e-5)
+        assert abs(expected) > 1e-4
+
+
+def scales(model: nn.Module) -> dict[str, Tensor]:
+    return {name: f.scale.detach().clone() for r in find_regions(model).values() for name, f in r.points.items()}
+
+
+def test_state_does_not_grow_with_the_epochs(tmp_path: Path) -> None:
+    """C1: but for one flip rate each, up to 256, and the losses, which are bounded too."""
+    sizes = []
+    for epochs in (1, 4):
+        monitor, _ = monitored(tmp_path, pretrained(), max_epochs=epochs, limit_train_batches=2)
+        state = {k: v for k, v in monitor.state_dict().items() if k not in ("losses", "flip_rates")}
+        sizes.append(len(json.dumps(state, default=str)))
+        assert len(monitor.state_dict()["flip_rates"]) == epochs
+    assert sizes[1] < 1.1 * sizes[0]
 
 
 @pytest.mark.parametrize("name", ["float_batches", "statistics_batches"])

@@ -16,8 +16,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib import pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
 from lightning_qat.analysis.comparison import compare
+from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
@@ -85,8 +87,8 @@ def test_what_to_do_is_said_everywhere(tmp_path: Path, capsys: pytest.CaptureFix
     assert callback.diagnosis.rows[0].score is not None
     events = EventAccumulator(trainer.log_dir).Reload()
     text = events.Tensors("layer_comparison/what_to_do/text_summary")[-1].tensor_proto.string_val[0].decode()
-    assert "fixed\\_scale" in text
-    assert [e.step for e in events.Scalars("layer_comparison/own_SQNR/relu_0")] == [3, 6]
+    assert "activation: {fixed_scale: " in text
+    assert [e.step for e in events.Scalars("layer_comparison.own_SQNR/relu_0")] == [3, 6]
     assert {"layer_comparison/min_own_sqnr", "layer_comparison/output_sqnr"} <= set(events.Tags()["scalars"])
 
 
@@ -166,3 +168,52 @@ def test_ranks_have_the_same_table(tmp_path: Path) -> None:
     assert first == second
     assert first[0] == 2
     assert first[1][0][0] == "conv.input0"
+
+
+class TwoTargets(LightningModule):
+    """Both parts have points of the same names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+        self.head = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.backbone(batch))
+        return out.square().mean()
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def test_two_targets_with_the_same_names(tmp_path: Path) -> None:
+    """Rules that name a target are looked for there, and what is printed is about one target."""
+    torch.manual_seed(0)
+    rules = [
+        Override(match="head.1", activation=ActivationOverride(fixed_scale=1.0)),
+        Override(match="backbone.1", activation=ActivationOverride(dtype="int16")),
+        Override(match="backbone.*", activation=ActivationOverride(dtype="int8")),
+    ]
+    callback = LayerComparison()
+    data = DataLoader(torch.randn(16, 4), batch_size=8)
+    trainer = Trainer(
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        callbacks=[QuantizationAwareTraining(target=["backbone", "head"], overrides=rules), Calibration(), callback],
+    )
+    trainer.fit(TwoTargets(), data, data)
+    assert callback.diagnosis is not None
+    found = {row.region: row for row in callback.diagnosis.culprits}
+    assert {name: (row.point, row.verdict) for name, row in found.items()} == {
+        "backbone": ("1.output", "config not applied"),
+        "head": ("1.output", "rounding"),
+    }
+    assert 'match: "backbone.1.output"' in found["backbone"].yaml
+    assert 'match: "head.1.output"' in found["head"].yaml

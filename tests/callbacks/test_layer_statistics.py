@@ -75,10 +75,10 @@ def test_scalars_tables_and_aggregates_reach_tensorboard(tmp_path: Path) -> None
     events = EventAccumulator(trainer.log_dir).Reload()
     tags = events.Tags()
     for point in POINTS:
-        assert [event.step for event in events.Scalars(f"layer_statistics/scale/{point}")] == [3, 6]
+        assert [event.step for event in events.Scalars(f"layer_statistics.scale/{point}")] == [3, 6]
     assert callback.result is not None
     value = next(row.sqnr for row in callback.result.rows if row.point == "conv.weight")
-    assert events.Scalars("layer_statistics/sqnr/conv.weight")[-1].value == pytest.approx(value, rel=1e-6)
+    assert events.Scalars("layer_statistics.sqnr/conv.weight")[-1].value == pytest.approx(value, rel=1e-6)
     assert "layer_statistics/text_summary" in tags["tensors"]
     assert "layer_statistics/sqnr" in tags["histograms"]
     assert "layer_statistics/max_clipped_share" in tags["scalars"]
@@ -91,9 +91,9 @@ def test_csv_logger_gets_the_scalars_and_one_warning(tmp_path: Path) -> None:
         _, trainer = run(tmp_path, LayerStatistics(columns=["scale"]), logger=CSVLogger(tmp_path))
     assert sum("shows no tables" in str(w.message) for w in warnings) == 1
     with open(Path(str(trainer.log_dir)) / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["layer_statistics/scale/conv.weight"]]
+        rows = [row for row in csv.DictReader(file) if row["layer_statistics.scale/conv.weight"]]
     assert len(rows) == 2
-    assert not any(name.startswith("layer_statistics/min/") for name in rows[0])
+    assert not any(name.startswith("layer_statistics.min/") for name in rows[0])
 
 
 def test_per_layer_logging_can_be_switched_off(tmp_path: Path) -> None:

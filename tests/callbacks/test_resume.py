@@ -129,10 +129,13 @@ def test_best_checkpoint_of_model_checkpoint(tmp_path: Path) -> None:
     assert only_region(module).is_calibrated
 
 
-def test_resuming_wins_over_init_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The same configuration file starts and resumes a run; the float checkpoint may be gone by then."""
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_resuming_wins_over_init_from(tmp_path: Path, overwritten: bool) -> None:
+    """The same configuration file starts and resumes a run; the float checkpoint may be gone or another one by then."""
     checkpoint = quantized_checkpoint(tmp_path)
     module = Classifier()
+    if overwritten:
+        torch.save({"other.weight": torch.zeros(1)}, tmp_path / "gone.ckpt")
     gone = QuantizationAwareTraining(init_from=str(tmp_path / "gone.ckpt"))
     trainer(tmp_path, gone).test(module, ckpt_path=str(checkpoint), verbose=False)
     expected = {k: v for k, v in torch.load(checkpoint)["state_dict"].items() if isinstance(v, Tensor)}

@@ -96,7 +96,7 @@ def test_scalars_and_tables_reach_tensorboard(tmp_path: Path) -> None:
     _, trainer = run(tmp_path, callback, logger=TensorBoardLogger(tmp_path))
     events = EventAccumulator(str(trainer.log_dir)).Reload()
     for point in POINTS:
-        assert [event.step for event in events.Scalars(f"sensitivity/MSE/{point}")] == [3, 6]
+        assert [event.step for event in events.Scalars(f"sensitivity.MSE/{point}")] == [3, 6]
     assert "sensitivity/text_summary" in events.Tags()["tensors"]
     assert "sensitivity/MSE" in events.Tags()["histograms"]
     assert callback.result is not None
@@ -108,7 +108,7 @@ def test_csv_logger_and_no_logger_work(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="CSVLogger shows no tables"):
         _, trainer = run(tmp_path, SensitivityAnalysis(metric="Cosine"), logger=CSVLogger(tmp_path))
     header = (Path(str(trainer.log_dir)) / "metrics.csv").read_text().splitlines()[0]
-    assert "sensitivity/Cosine/head.weight" in header
+    assert "sensitivity.Cosine/head.weight" in header
     assert "sensitivity/min" in header
     assert rows_of(Path(str(trainer.log_dir)) / "lightning_qat" / "sensitivity.csv")
 

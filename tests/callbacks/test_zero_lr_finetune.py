@@ -281,6 +281,25 @@ def test_reference_that_is_missed_is_found(tmp_path: Path) -> None:
     assert result.verdict == "pipeline misaligned"
 
 
+def test_reference_of_a_metric_that_is_not_logged_is_an_error_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C4: a slip of the pen must not cost the whole check."""
+    monkeypatch.setattr("lightning_qat.callbacks.ladder.finetune_copy", lambda *_, **__: pytest.fail("trained"))
+    message = r"ZeroLRFinetune\(reference=...\).*'val_ac': did you mean 'val_acc'.*Choices: .*val_acc, train_loss"
+    with pytest.raises(MisconfigurationException, match=message):
+        checked(tmp_path, Digits(), reference={"train_loss": 0.1, "val_ac": 0.98})
+
+
+def test_such_a_reference_does_not_end_a_run_that_has_begun(tmp_path: Path) -> None:
+    check = ZeroLRFinetune(batches=2, at_epoch=1, reference={"val_ac": 0.98})
+    trainer = qat_trainer(tmp_path, check, max_epochs=2, limit_train_batches=2)
+    with pytest.warns(UserWarning, match=r"cannot tell: .*did you mean 'val_acc'.*Training goes on") as warned:
+        trainer.fit(pretrained())
+    assert not any("cannot be copied" in str(w.message) for w in warned)
+    assert trainer.global_step == 4
+
+
 # -- modules of all kinds
 
 
@@ -475,6 +494,8 @@ def test_bad_arguments_are_refused() -> None:
         ZeroLRFinetune(batches=0)
     with pytest.raises(MisconfigurationException, match=r"at_epoch=-1\): must be at least 0"):
         ZeroLRFinetune(at_epoch=-1)
+    with pytest.raises(MisconfigurationException, match=r"'val_acc': '98%'.*write a number, such as 0.98"):
+        ZeroLRFinetune(reference={"val_acc": "98%"})  # type: ignore[dict-item]
 
 
 def test_without_fake_quants_it_says_what_to_list(tmp_path: Path) -> None:

@@ -197,6 +197,9 @@ def test_check_calibrates_whatever_the_schedule(
     ("arguments", "message"),
     [
         (["check", "nowhere.py"], "error: there is no script 'nowhere.py'"),
+        (["check", "{tmp}/nothing.yaml"], "nothing.yaml' is a configuration, not a script: write train.py --config"),
+        (["check", "{tmp}/float.ckpt"], "float.ckpt' is not a Python script"),
+        (["fingerprint", "{tmp}/resume.py", "{tmp}"], "ckpt_path: there is no file 'nowhere.ckpt'"),
         (["check", "{tmp}/idle.py"], "idle.py ended without calling trainer.fit"),
         (["check", "--config", "{tmp}/nothing.yaml"], "give the script first: train.py --config fit.yaml"),
         (["check", "{tmp}/train.py", "{tmp}", "--calibration-batches", "many"], "'many' is not a number of batches"),
@@ -216,10 +219,44 @@ def test_bad_usage_is_one_error_and_status_2(
     tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script(tmp_path)
+    (tmp_path / "resume.py").write_text(
+        (tmp_path / "train.py").read_text().replace("loader(16))", 'loader(16), ckpt_path="nowhere.ckpt")')
+    )
+    (tmp_path / "float.ckpt").touch()
     (tmp_path / "idle.py").write_text("import sys\n")
     (tmp_path / "nothing.yaml").write_text("trainer: {accelerator: cpu}\n")
     assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        ("{class_path: lightning_qat.Calibration, init_args: {batchs: 3}}", "Option 'batchs' is not accepted"),
+        ("{class_path: lightning_qat.Calibration, init_args: {batches: -3}}", "Calibration(batches=-3)"),
+        ("{class_path: QuantizationAware}", "QuantizationAware"),
+        (
+            "{class_path: lightning_qat.QuantizationAwareTraining, init_args: "
+            "{qconfig: {activation: {observer: mes}}}}",
+            "Got value: mes",
+        ),
+    ],
+)
+@pytest.mark.parametrize("has_script", [True, False])
+def test_mistake_in_the_yaml_is_a_few_lines_and_status_2(
+    tmp_path: Path, callback: str, message: str, has_script: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LightningCLI itself prints its usage and all that was given; what is wrong is one line of dozens."""
+    config = tmp_path / "fit.yaml"
+    model = "" if has_script else "model: {class_path: tests.callbacks.runs.Classifier}\n"
+    config.write_text(f"seed_everything: 0\n{model}trainer:\n  callbacks:\n    - {callback}\n")
+    (tmp_path / "cli.py").write_text(CLI.format(arguments="", more=""))
+    arguments = [*([str(tmp_path / "cli.py")] if has_script else []), "--config", str(config)]
+    assert main(["check", *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("error: ")
+    assert message in lines[-1]
+    assert len(lines) <= 6
 
 
 def test_without_jsonargparse_the_extra_is_named(

@@ -1,32 +1,69 @@
-"""Which type each tensor has: against the planner's own way of following tensors, and by hand."""
+"""Which type each tensor has: against the values that come out of quantized models, and by hand."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_qat.quantization.deployed_part import deployed_part
-from lightning_qat.quantization.effective_dtypes import EffectiveDtypes, effective_dtypes
+from lightning_qat.quantization.effective_dtypes import effective_dtypes
+from lightning_qat.quantization.fake_quantize import FakeQuantize
 from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.plan import make_plan
-from lightning_qat.quantization.tensor_origins import TensorOrigins
-from lightning_qat.quantization.tracing import Call, trace
-from tests.quantization.models import ZOO
+from lightning_qat.quantization.tensor_leaves import is_float, leaves
+from tests.quantization.models import ZOO, calibrated
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_origins_are_those_that_the_planner_finds(name: str) -> None:
-    """The planner asks tensor by tensor; here it is one pass over all ops."""
-    module, args = ZOO[name].make()
-    graph = deployed_part(trace(module, [Call(args)])).graph
-    plan = make_plan(graph)
-    joins = {op.name for op in graph.ops if plan.status[op.name].reason == "all inputs share one scale"}
-    planner, dtypes = TensorOrigins(graph, joins), EffectiveDtypes(graph, plan)
-    for op in graph.ops:
-        for operand in op.operands:
-            expected = {(s.kind, s.name) for s in planner.of(operand.sources)}
-            assert {(s.kind, s.name) for s in dtypes.origins(operand.sources)} == expected
+class Moves(nn.Module):
+    """Returns what several kinds of data movement make of quantized and of float results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y, (h, c) = self.lstm(x)
+        y, c = torch.broadcast_tensors(y, c)
+        std, mean = torch.std_mean(x, 1)
+        joined = torch.cat([y.flip(0), y]).unbind(1)
+        return [*joined, *y.chunk(2, dim=2), y.amax(0), h.permute(0, 2, 1), c.flatten(), std[None], mean]
+
+
+MODELS = {name: example.make for name, example in ZOO.items()} | {"moves": lambda: (Moves(), (torch.randn(3, 5, 4),))}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_on_the_grid_of_the_type_they_are_said_to_have(name: str) -> None:
+    """Against the values: codes of a point behind an output if it is said to be quantized, else not."""
+    torch.manual_seed(0)
+    module, args = MODELS[name]()
+    region = calibrated(module.eval(), *args, qconfig={"activation": {"observer": "minmax"}})
+    dtypes = effective_dtypes(region)
+    values = leaves(module(*args))
+    assert len(values) == len(region.graph.outputs)
+    for value, output in zip(values, region.graph.outputs, strict=True):
+        if is_float(value):
+            made = [f"{s.name}.output" for s in dtypes.origins(output.sources)]
+            points = [region.points[point] for point in made if point in region.points]
+            on_a_grid = any(_is_on_grid(value, point) for point in points)
+            expected = points[0].dtype if on_a_grid else "float32"
+            assert dtypes.of_tensor(output.sources) == expected, (output.path, made)
+
+
+def _is_on_grid(value: Tensor, point: FakeQuantize) -> bool:
+    codes = value.detach() / point.scale
+    return torch.allclose(codes, codes.round(), atol=1e-3, rtol=0)
+
+
+def test_the_type_of_a_tensor_from_several_places_is_the_widest() -> None:
+    class Either(nn.Module):
+        def forward(self, x: Tensor, sine: bool) -> Tensor:
+            return torch.relu((x.sin() if sine else x.cos()).flatten())
+
+    overrides = [{"op_type": "sin", "activation": {"dtype": "int16"}}]
+    region = insert(Either(), batches=[(torch.randn(2, 3), True), (torch.randn(2, 3), False)], overrides=overrides)
+    dtypes, relu = effective_dtypes(region), region.graph.by_name["relu_0"]
+    assert {s.name for s in dtypes.origins(relu.operands[0].sources)} == {"sin_0", "cos_0"}
+    assert dtypes.of_operand(relu, relu.operands[0]) == "int16"
 
 
 def test_an_operand_without_a_point_has_the_type_of_its_producer() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import REGION_NAME
+from lightning_qat.quantization.module_walk import REGION_NAME
 from lightning_qat.quantization.tensor_leaves import leaves
 from tests.quantization.models import ZOO, Example, ResNet, calibrated
 

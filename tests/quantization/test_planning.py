@@ -300,7 +300,25 @@ def test_consumer_of_an_excluded_op_gets_an_input_quantizer(resnet: OpGraph) -> 
             "only points that stay float: fc.output: high-precision",
         ),
         ({"match": "layers.0.conv1.output", "activation": {"dtype": "int16"}}, "layers.0.conv1 .fused: fused into"),
-        ({"match": "mean_0", "weight": {"dtype": "int16"}}, "changes only weights where there are none"),
+        (
+            {"match": "mean_0", "weight": {"dtype": "int16"}},
+            r"'mean_0'\) has weight: and matches only activation points: mean_0.output. "
+            r"To change these, write activation: {dtype: int16} instead.$",
+        ),
+        (
+            {"match": "*.conv1.weight", "activation": {"dtype": "int16", "observer": "kl"}},
+            r"has activation: and matches only weight points: layers.0.conv1.weight, layers.1.conv1.weight. "
+            r"To change these, write weight: {dtype: int16, observer: kl} instead.$",
+        ),
+        (
+            {"match": "layers.0.conv1", "activation": {"threshold": 3}},
+            r"only weight points: layers.0.conv1.weight. To change these, write weight: {dtype: int16} instead. "
+            r"The output of layers.0.conv1 has no point of its own \(fused into layers.0.relu\).",
+        ),
+        (
+            {"op_type": "conv2d", "match": "*.output", "activation": {"dtype": "int16"}},
+            r"matches ops without quantization points, such as stem \(fused: fused into",
+        ),
         ({"match": "stem", "activation": {"dtype": "int18"}}, "unknown dtype 'int18': did you mean"),
         ({"match": "stem", "activation": {"observer": "msee"}}, "unknown observer 'msee': did you mean 'mse'"),
         ({"match": "stem", "activation": {"dtyp": "int8"}}, r"unknown key in overrides\[0\].activation.* 'dtyp'"),

@@ -258,6 +258,50 @@ def test_keyword_arguments_and_several_arguments() -> None:
     assert sources == {"0", "scale", "extra.y.0"}
 
 
+def test_forward_that_returns_before_its_ops_run_is_refused() -> None:
+    """Otherwise the plan would be empty, and nothing quantized, without a word."""
+
+    class Lazy(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return (x * i for i in range(2))
+
+    with pytest.raises(TracingError, match="returns a generator: its ops run after the forward"):
+        insert(Lazy(), (torch.ones(2),))
+
+
+# -- torch.func
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch uses it in forward mode itself
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+def test_function_transforms_of_a_region_equal_autograd(training: bool, scheme: str) -> None:
+    """Per-sample gradients and Jacobians, by vmap, grad, jacrev and jacfwd; the scales stay."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 2)).train(training)
+    x = torch.randn(3, 4)
+    qconfig = {"activation": {"scheme": scheme, "observer": "minmax"}}
+    region = calibrated(module, x / 2, qconfig=qconfig)  # half of the values are clipped below
+    parameters = dict(module.named_parameters())
+    scales = {name: f.scale.clone() for name, f in region.points.items()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for index, row in enumerate(x):
+        found = torch.autograd.grad(module(row).square().sum(), list(parameters.values()))
+        for name, gradient in zip(parameters, found, strict=True):
+            torch.testing.assert_close(each[name][index], gradient)
+    expected = torch.autograd.functional.jacobian(module, x)
+    assert torch.count_nonzero(expected)
+    torch.testing.assert_close(torch.func.jacrev(module)(x), expected)
+    torch.testing.assert_close(torch.func.jacfwd(module)(x), expected)
+    assert torch.equal(torch.func.vmap(module)(x), module(x))
+    assert region.unplanned == {}
+    assert all(torch.equal(f.scale, scales[name]) for name, f in region.points.items())
+
+
 # -- torch.compile, torch.export
 
 

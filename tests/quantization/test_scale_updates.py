@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_qat.quantization.calibration import calibrate
 from lightning_qat.quantization.fake_quantize import FakeQuantize
 from lightning_qat.quantization.insertion import insert
+from lightning_qat.quantization.region import find_regions
 from lightning_qat.quantization.scales import scale_from_bounds, scale_from_numbers, scale_from_range
+from tests.quantization.models import calibrated as calibrated_region
 
 DTYPES = ["int2", "int4", "int8", "int16", "uint2", "uint8", "uint16"]
 ends = st.floats(-(2.0**127), 2.0**127, width=32) | st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1.2e-38, 3.4028235e38])
@@ -140,10 +144,118 @@ def test_checkpoint_between_a_step_and_an_evaluation_says_so() -> None:
     torch.testing.assert_close(other_region.points["0.weight"].scale, scale_of_the_weight(module), rtol=1e-6, atol=0)
 
 
-def test_scales_that_are_kept_stay_in_evaluation() -> None:
-    """freeze_observers_after."""
+def test_scales_that_are_kept_are_those_of_the_weights_at_that_moment() -> None:
+    """freeze_observers_after: whether or not an evaluation or a checkpoint came between."""
     module, region, x = trained_int16()
-    before = region.points["0.weight"].scale.clone()
     region.keep_weight_scales()
+    kept = scale_of_the_weight(module)
+    module[0].weight.data.mul_(2)  # type: ignore[index, union-attr, operator]
+    module(x)
+    torch.testing.assert_close(region.points["0.weight"].scale, kept, rtol=1e-6, atol=0)
+
+
+def test_frozen_scales_are_those_of_the_frozen_weights() -> None:
+    module, region, x = trained_int16()
+    region.freeze("0")
+    module(x)
+    torch.testing.assert_close(region.points["0.weight"].scale, scale_of_the_weight(module), rtol=1e-6, atol=0)
+
+
+def test_a_saved_state_has_the_scales_of_the_saved_weights() -> None:
+    module, _, x = trained_int16()
+    saved = {name: value.clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    expected = saved["0.weight"].abs().amax(dim=1) / 32767
+    name = next(name for name in saved if name.endswith("0/weight.scale"))
+    torch.testing.assert_close(saved[name], expected, rtol=1e-6, atol=0)
+    module(x)
+    assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items() if name in saved)
+
+
+class Weights(nn.Module):
+    """A weight that is a part of a parameter, one with a batch norm folded into it, and one that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Parameter(torch.randn(8, 4))
+        self.conv = nn.Conv2d(1, 4, 1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.computed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = nn.functional.linear(x, self.both[:4]) + nn.functional.linear(x, self.both[4:])
+        y = self.norm(self.conv(parts[:, None, :, None]))
+        return self.computed(y.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+def test_refreshed_scales_are_those_that_an_evaluation_takes() -> None:
+    """All kinds of weights; one that is computed waits for the evaluation."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 4)
+    module = Weights()
+    region = calibrated_region(module, x, qconfig={"weight": {"granularity": "per_tensor"}})
+    assert any(point.batch_norm for point in region.plan.points)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    module.train()(x).square().sum().backward()
+    optimizer.step()
+    module.eval()
+    twin = copy.deepcopy(module)
+    twin(x)
+    expected = {name: point.scale for name, point in next(iter(find_regions(twin).values())).points.items()}
+    region.refresh_weight_scales()
+    waiting = [name for name, point in region.points.items() if point.outdated]
+    assert waiting == ["computed.linear_0.weight"]
+    for name, point in region.points.items():
+        assert torch.equal(point.scale, expected[name]) == (name not in waiting), name
+    module(x)
+    assert torch.equal(region.points["computed.linear_0.weight"].scale, expected["computed.linear_0.weight"])
+
+
+def test_refreshing_does_not_change_training() -> None:
+    """Bit for bit, at every step."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 4)
+    module = Weights()
+    region = calibrated_region(module, x)
+    twin = copy.deepcopy(module)
+    for net, saves in ((module, False), (twin, True)):
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+        net.train()
+        for _ in range(4):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+            if saves:
+                net.state_dict()
+    region.refresh_weight_scales()
+    other = twin.state_dict()
+    assert all(torch.equal(v, other[n]) for n, v in module.state_dict().items() if isinstance(v, Tensor))
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_weights_that_are_elsewhere_now(replaced: bool) -> None:
+    """`module.to(device)` gives a parameter new data; others put a new parameter in its place."""
+    torch.manual_seed(0)
+    module, x = Weights(), torch.randn(16, 4)
+    region = calibrated_region(module, x)
+    module.train()(x).square().sum().backward()
+    new = 2 * module.both.data
+    if replaced:
+        module.both = nn.Parameter(new)
+    else:
+        module.both.data = new
+    region.refresh_weight_scales()
+    names, halves = ["linear_0.weight", "linear_1.weight"], (new[:4], new[4:])
+    assert [region.points[name].outdated for name in names] == [replaced, replaced]
+    module.eval()(x)
+    for name, half in zip(names, halves, strict=True):
+        torch.testing.assert_close(region.points[name].scale, half.abs().amax(dim=1) / 127, rtol=1e-6, atol=0)
+
+
+def test_calibrating_again_after_a_step_gives_the_calibrated_scales() -> None:
+    """The evaluation behind it has nothing to take anew, which would change the last bits."""
+    module, region, x = trained_int16()
+    calibrate(region, [x])
+    before = region.points["0.weight"].scale.clone()
+    assert not region.points["0.weight"].outdated
     module(x)
     assert torch.equal(region.points["0.weight"].scale, before)

@@ -265,6 +265,47 @@ def test_function_transforms_stay_float_with_a_reason() -> None:
     assert "linear.input0" in region.points
 
 
+@pytest.mark.parametrize("layout", ["sparse", "csr", "nested", "jagged"])
+def test_sparse_and_nested_tensors_stay_float_with_a_reason(layout: str) -> None:
+    """foundation 4: they have no grid, and most of their functions are missing."""
+
+    def forward(self: Calls, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if layout in ("sparse", "csr"):
+            adjacency = torch.eye(3).to_sparse() if layout == "sparse" else torch.eye(3).to_sparse_csr()
+            return self.last(adjacency @ y)
+        options = {"layout": torch.jagged} if layout == "jagged" else {}
+        nested = torch.nested.as_nested_tensor([y[:1], y[1:]], **options)
+        return self.last(torch.cat(list(torch.relu(nested).unbind())))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*(nested tensors|Sparse CSR).*")
+        region = close_to_float(Calls(forward, first=nn.Linear(4, 4), last=nn.Linear(4, 2)), X)
+    reasons = {op.name: op.reason for op in region.plan.ops if op.status == "float"}
+    assert any("sparse or nested" in reason for reason in reasons.values())
+    assert {"first.weight", "last.weight"} <= set(region.points)
+    assert any(point.op == "last" or point.op.startswith("cat") for point in region.plan.points if not point.is_weight)
+
+
+@pytest.mark.parametrize("bag", [False, True])
+def test_embedding_that_rescales_its_table_does_so_to_the_weight_itself(bag: bool) -> None:
+    """``max_norm`` writes into the weight: no quantized value may get there, and training goes on."""
+    make = nn.EmbeddingBag if bag else nn.Embedding
+    module = nn.Sequential(make(6, 3, max_norm=1.0), nn.Linear(3, 2))
+    tokens = torch.tensor([[0, 2], [1, 1]])
+    reference = copy.deepcopy(module)
+    insert(module, (tokens,)).remove()
+    assert torch.equal(module[0].weight, reference[0].weight)
+    calibrated(module, tokens)
+    for run in (module, reference):
+        run.train()
+        run(tokens).square().sum().backward()
+        run[0].weight.data.mul_(3)
+        run(tokens)
+    torch.testing.assert_close(module[0].weight, reference[0].weight, rtol=1e-6, atol=0)  # rescaled once or twice more
+    assert module[0].weight.grad is not None
+
+
 # -- constants
 
 
@@ -355,6 +396,7 @@ MASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "full": lambda m: torch.full((3, 4), float("-inf")) * m if not m.any() else torch.full((3, 4), -1e9) * m,
     "two values": lambda m: torch.zeros(3, 4).masked_fill(m, -100.0),
     "triu": lambda m: torch.full((4, 4), float("-inf")).triu(1)[:3],
+    "log": lambda m: ((~m).float() + 1e-45).log(),
 }
 
 
@@ -386,6 +428,34 @@ def test_additive_mask_does_not_widen_a_scale_and_is_kept_exactly(make: Callable
     assert region.plan.status["add_0"].reason.startswith("mask") or region.plan.status["add_1"].reason.startswith(
         "mask"
     )
+
+
+PENALTIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "x - 1e9 * m": lambda x, m: x - 1e9 * m,
+    "x -= 1e30 * m": lambda x, m: x.sub_(1e30 * m),
+    "x - (1 - n) * 1e4": lambda x, m: x - (1 - (1 - m)) * 1e4,
+}
+
+
+@pytest.mark.parametrize("write", PENALTIES.values(), ids=PENALTIES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_mask_that_is_subtracted_does_not_widen_a_scale(
+    write: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    """foundation 4, design 4: XLNet and models ported from TensorFlow."""
+
+    def forward(self: Calls, x: Tensor, mask: Tensor) -> Tensor:
+        return write(self.linear(x), mask.float()).softmax(-1)
+
+    region = close_to_float(Calls(forward, linear=nn.Linear(4, 4)), X, LENGTHS.to(dtype))
+    out = region.target(X, LENGTHS.to(dtype))
+    assert (out[LENGTHS] == 0).all()
+    assert all(float(f.scale.max()) < 0.1 for f in region.points.values())
+
+
+def test_penalty_given_as_an_input_is_a_mask() -> None:
+    region = close_to_float(Calls(lambda self, x, m: (x - m).softmax(-1)), X, LENGTHS * 1e9)
+    assert list(region.points) == ["softmax_0.output"]
 
 
 def test_scores_filled_by_masked_fill_or_where_stay_on_their_grid() -> None:
@@ -452,6 +522,8 @@ def test_data_with_large_negative_values_is_not_taken_for_a_mask() -> None:
     x = torch.linspace(-1e6, 1e3, 12).reshape(3, 4)
     graph = trace(Calls(lambda self, x: x + 1), [x])
     assert not graph.ops[0].mask
+    graph = trace(Calls(lambda self, x: (1 - x) - -x), [x])
+    assert not any(op.mask for op in graph.ops)
 
 
 # -- joins

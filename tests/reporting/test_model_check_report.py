@@ -149,6 +149,8 @@ def test_markdown_of_a_large_check_is_short_and_names_the_file() -> None:
     text = markdown_report(RESULT, rows=5)
     assert CONVS[4].replace("_", "\\_") in text
     assert CONVS[5].replace("_", "\\_") not in text
+    assert CONVS[4] in text  # the rows of a table, which are not escaped
+    assert CONVS[5] not in text
     assert rendered_markdown(text).count("35 more rows in model_check_result.txt") == 1
     assert rendered_markdown(text).count("35 more names in model_check_result.txt") == 1
 

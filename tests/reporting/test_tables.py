@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from typing import ClassVar
 
 import pytest
 
 from lightning_qat.analysis.results import Result
-from lightning_qat.reporting.tables import console_text, escape_markdown, fixed_width, markdown
+from lightning_qat.reporting.tables import console_text, escape_markdown, fixed_width, markdown, panel
 
 LONG = "decoder.layers.11.cross_attention.sine_embed@12.gen_sineembed_for_position.div.mul_31.output"
 
@@ -47,6 +48,59 @@ def test_text_without_rows_has_its_header() -> None:
 def test_cells_stay_on_one_line() -> None:
     assert "a b" in fixed_width(["x"], [{"x": "a\nb"}])
     assert len(markdown(["x"], [{"x": "a\nb"}]).splitlines()) == 3
+
+
+SENTENCE = "Calibration saw only -0.17 to 0.9988: give it more, or more representative, batches."
+YAML = 'overrides:\n  - {match: "*.add_0.output", activation: {dtype: int16}}'
+
+
+def tensorboard_text(text: str) -> list[tuple[str, str]]:
+    """What TensorBoard makes of Markdown, by its own renderer: the texts and the tags they are in."""
+    plugin_util = pytest.importorskip("tensorboard.plugin_util")
+
+    class Parser(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tags: list[str] = []
+            self.texts: list[tuple[str, str]] = []
+
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            self.tags.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            while self.tags and self.tags.pop() != tag:
+                pass
+
+        def handle_data(self, data: str) -> None:
+            if data.strip():
+                self.texts.append(("/".join(self.tags), data.strip()))
+
+    parser = Parser()
+    parser.feed(plugin_util.markdown_to_safe_html(text))
+    return parser.texts
+
+
+@pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated:DeprecationWarning")
+def test_numbers_and_names_stay_whole_in_tensorboard() -> None:
+    """E: TensorBoard breaks the cells of a Markdown table anywhere ("0.00296", "5"); fixed-width text it scrolls."""
+    assert tensorboard_text(panel(TABLE.columns(), TABLE.to_dicts())) == [
+        ("pre/code", fixed_width(TABLE.columns(), TABLE.to_dicts(), digits=4))
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated:DeprecationWarning")
+def test_rows_with_sentences_are_paragraphs_and_yaml_can_be_copied_in_tensorboard() -> None:
+    """E: sentences wrap at words, no name is interpreted, lines of YAML stay lines."""
+    rows = [("a*b_c_.output", "clipping", 0.25, SENTENCE, YAML), ("fc", "rounding", None, SENTENCE, "")]
+    assert tensorboard_text(panel(("point", "verdict", "score", "action", "yaml"), rows)) == [
+        ("p/strong", "a*b_c_.output"),
+        ("p", ", verdict: clipping, score: 0.25"),
+        ("p", SENTENCE),
+        ("pre/code", YAML),
+        ("p/strong", "fc"),
+        ("p", ", verdict: rounding"),
+        ("p", SENTENCE),
+    ]
 
 
 @pytest.mark.parametrize("text", ["a|b", "__init__", "*x*", "<script>", "`c`", "[a](b)", "$x$", "a\\b", "# x", "~~x~~"])

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.quantization.qconfig import QConfig
-from tests.analysis.recorded import DIRECTORY, RecordedRun, save
+from tests.analysis.recorded import DIRECTORY, RecordedEpoch, RecordedRun, save
 from tests.sabotage.pipelines import HEALTHY, QAT_LR, SABOTAGES, Pipeline, Sabotage, qat_run
 from tests.sabotage.suite import float_reference
 
@@ -50,15 +50,16 @@ class Detached(Pipeline):
 
 
 class Recorder(ConvergenceMonitor):
-    """Keeps what the series has only of the last epoch."""
+    """Keeps what the series has only of the latest epoch."""
 
     def __init__(self) -> None:
         super().__init__(float_batches=16)
-        self.zero_gradients: list[tuple[str, ...]] = []
+        self.epochs: list[RecordedEpoch] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        self.zero_gradients.append(self.series.zero_gradients)
+        series = self.series
+        self.epochs.append(RecordedEpoch(series.metrics, series.points.latest, series.zero_gradients))
 
 
 def _int2() -> QuantizationAwareTraining:
@@ -80,8 +81,7 @@ def record(sabotage: Sabotage, is_sick: bool, name: str, seed: int = 0) -> None:
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         trainer = qat_run(sabotage, weights, Path(directory), monitor, max_epochs=EPOCHS)
-    zero = tuple(monitor.zero_gradients)
-    run = RecordedRun(name, is_sick, int(trainer.num_training_batches), monitor.series, zero)
+    run = RecordedRun(name, is_sick, int(trainer.num_training_batches), monitor.series, tuple(monitor.epochs))
     save(run, DIRECTORY / (re.sub(r"\W+", "_", name).strip("_") + ".json"))
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_qat.analysis.metrics import sqnr
 from lightning_qat.quantization.calibration import calibrate
 from lightning_qat.quantization.deployed_part import LOSS, TRAIN_ONLY
-from lightning_qat.quantization.region import REGION_NAME, Region
+from lightning_qat.quantization.module_walk import REGION_NAME
+from lightning_qat.quantization.region import Region
 from lightning_qat.quantization.tensor_leaves import leaves
 from tests.quantization.test_off_is_float import assert_identical
 from tests.zoo.limits import LIMITED
