@@ -1,16 +1,16 @@
 """Quantization-aware training for PyTorch Lightning, and finding out why it fails."""
 
-from lightning_qat.analysis.bad_cases import find_bad_cases
-from lightning_qat.analysis.comparison import compare
-from lightning_qat.analysis.diagnosis import diagnose
-from lightning_qat.analysis.model_check import check
-from lightning_qat.analysis.run_comparison import compare_runs
-from lightning_qat.analysis.sensitivity import sensitivity
+from lightning_qat.analysis.comparison.bad_cases import find_bad_cases
+from lightning_qat.analysis.comparison.comparison import compare
+from lightning_qat.analysis.comparison.diagnosis import diagnose
+from lightning_qat.analysis.comparison.run_comparison import compare_runs
+from lightning_qat.analysis.model_check.model_check import check
+from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
 from lightning_qat.callbacks.accuracy_table import AccuracyTable
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
-from lightning_qat.callbacks.float_checkpoint import load_quantized
 from lightning_qat.callbacks.float_finetune import FloatFinetune
+from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
 from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
 from lightning_qat.callbacks.model_check import ModelCheck
@@ -19,12 +19,8 @@ from lightning_qat.callbacks.pipeline_fingerprint import PipelineFingerprint
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
-from lightning_qat.quantization.calibration import calibrate
-from lightning_qat.quantization.dynamic_block import dynamic_block
-from lightning_qat.quantization.hardware_profile import HardwareProfile
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.parameter_groups import parameter_groups
-from lightning_qat.quantization.profile_violations import ProfileViolation, find_violations
+from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.profile_violations import ProfileViolation, find_violations
 from lightning_qat.quantization.qconfig import (
     ActivationConfig,
     ActivationOverride,
@@ -34,8 +30,12 @@ from lightning_qat.quantization.qconfig import (
     WeightConfig,
     WeightOverride,
 )
-from lightning_qat.quantization.region import Region
-from lightning_qat.quantization.shared_modules import split_shared_modules
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.parameter_groups import parameter_groups
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.shared_modules import split_shared_modules
+from lightning_qat.quantization.tracing.dynamic_block import dynamic_block
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""Writes ``lightning_qat/quantization/torch_functions.md``: ``python -m tests.function_table`` (``make tables``).
+"""Writes ``quantization/tracing/torch_functions.md``: ``python -m tests.function_table`` (``make tables``).
 
 The list of functions is that of ``torch.overrides``, so it belongs to one torch release.
 """
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch.overrides import get_overridable_functions, get_testing_overrides, resolve_name
 
-from lightning_qat.quantization.canonical_kinds import canonical_kind
-from lightning_qat.quantization.float_functions import FLOAT_FUNCTIONS
-from lightning_qat.quantization.function_table import SOMETIMES_QUANTIZED, TABLE
-from lightning_qat.quantization.op_spec import NO_FLOAT_RESULT, TRUE_OR_FALSE, OpSpec
-from lightning_qat.quantization.torch_functions import spec_of
+from lightning_qat.quantization.tracing.canonical_kinds import canonical_kind
+from lightning_qat.quantization.tracing.float_functions import FLOAT_FUNCTIONS
+from lightning_qat.quantization.tracing.function_table import SOMETIMES_QUANTIZED, TABLE
+from lightning_qat.quantization.tracing.op_spec import NO_FLOAT_RESULT, TRUE_OR_FALSE, OpSpec
+from lightning_qat.quantization.tracing.torch_functions import spec_of
 
-DOCUMENT = Path(__file__).parents[1] / "lightning_qat" / "quantization" / "torch_functions.md"
-ROW_FILES = "lightning_qat/quantization/function_table.py (or float_functions.py, with a reason)"
+DOCUMENT = Path(__file__).parents[1] / "lightning_qat" / "quantization" / "tracing" / "torch_functions.md"
+ROW_FILES = "lightning_qat/quantization/tracing/function_table.py (or float_functions.py, with a reason)"
 
 CLASSES = {
     "quantized": "Operands, weights and the result have quantization points.",

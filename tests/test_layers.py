@@ -1,6 +1,7 @@
 """The package's structure: which layer may import which, where Lightning may appear, how long a file may be.
 
-``quantization <- analysis <- reporting <- callbacks <- cli``: a layer imports itself and what stands left of it.
+``quantization <- analysis <- reporting <- callbacks <- cli``: a layer imports itself and what stands left of it. So do
+the parts of a layer.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ import pytest
 PACKAGE = "lightning_qat"
 ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS = ("quantization", "analysis", "reporting", "callbacks", "cli")
+PARTS = {  # folders, and files beside them; "" are the other files
+    "quantization": ("errors", "numerics", "qconfig", "tracing", "planning", "fake_quant", "region"),
+    "analysis": ("", "statistics", "sensitivity", "model_check", "pipeline", "comparison"),
+}
 LIGHTNING_LAYERS = ("callbacks", "cli")
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 DEPRECATED = ("torch.ao", "torch.quantization")
@@ -30,7 +35,7 @@ def test_package_keeps_to_its_layers() -> None:
     [
         ("quantization/a.py", "from lightning_qat.analysis import x", "quantization must not import analysis"),
         ("quantization/a.py", "from ..analysis.check import x", "quantization must not import analysis"),
-        ("quantization/deep/a.py", "from ... import reporting", "quantization must not import reporting"),
+        ("quantization/tracing/a.py", "from ... import reporting", "quantization must not import reporting"),
         ("quantization/__init__.py", "from ..analysis import x", "quantization must not import analysis"),
         ("analysis/a.py", "import lightning_qat.reporting.tables", "analysis must not import reporting"),
         ("analysis/a.py", "from lightning_qat import reporting", "analysis must not import reporting"),
@@ -45,6 +50,18 @@ def test_package_keeps_to_its_layers() -> None:
         ("quantization/a.py", "from torch import ao", "torch.ao is deprecated"),
         ("quantization/a.py", "import torch\nx = torch.ao.quantization.fuse_modules", "torch.ao is deprecated"),
         ("quantization/a.py", "x = 1\n" * (MAX_LINES + 1), f"{MAX_LINES + 1} lines"),
+        (
+            "quantization/numerics/a.py",
+            "from lightning_qat.quantization.region.region import x",
+            "numerics must not import region (order: errors <- numerics",
+        ),
+        ("quantization/errors.py", "from .numerics import x", "errors must not import numerics"),
+        (
+            "analysis/results.py",
+            "from lightning_qat.analysis.comparison import x",
+            "analysis must not import comparison",
+        ),
+        ("analysis/helpers/a.py", "x = 1", "helpers belongs to no part"),
         ("helpers.py", "x = 1", "helpers belongs to no layer"),
         ("utils/a.py", "x = 1", "utils belongs to no layer"),
     ],
@@ -81,10 +98,13 @@ def violations(root: Path) -> list[str]:
         layer = {"__init__": "", "__main__": "cli"}.get(first, first)
         source = path.read_text(encoding="utf-8")
         problems = [(1, f"{layer} belongs to no layer; LAYERS in {Path(__file__).name} names them")]
-        if not layer or layer in LAYERS:
+        part = part_of(relative)
+        if part is None:
+            problems = [(1, f"{relative.parts[1]} belongs to no part of {layer}; PARTS names them")]
+        elif not layer or layer in LAYERS:
             package = (PACKAGE, *relative.parent.parts)
             names = imported_names(ast.parse(source, str(path)), package)
-            problems = [(line, text) for line, name in names for text in [broken_rule(layer, name)] if text]
+            problems = [(line, text) for line, name in names for text in [broken_rule(layer, part, name)] if text]
         if (lines := len(source.splitlines())) > MAX_LINES:
             problems.append((lines, f"{lines} lines; split it: {MAX_LINES} is the limit"))
         # one statement can name the same thing twice
@@ -92,8 +112,16 @@ def violations(root: Path) -> list[str]:
     return found
 
 
-def broken_rule(layer: str, name: str) -> str | None:
-    """What is wrong with importing the dotted ``name`` in ``layer`` ("" is the top-level ``__init__``)."""
+def part_of(path: Path) -> str | None:
+    """The part of its layer that a file belongs to, "" if the layer has none; None for a folder that PARTS lacks."""
+    parts = PARTS.get(path.parts[0], ())
+    if len(path.parts) > 2 and parts:
+        return path.parts[1] if path.parts[1] in parts else None
+    return path.stem if path.stem in parts else ""
+
+
+def broken_rule(layer: str, part: str, name: str) -> str | None:
+    """What is wrong with importing the dotted ``name`` in a part of ``layer`` ("" is the top-level ``__init__``)."""
     first, _, rest = name.partition(".")
     if first in LIGHTNING and layer and layer not in LIGHTNING_LAYERS:
         return f"imports {name}; only {' and '.join(LIGHTNING_LAYERS)} may import {first}"
@@ -106,6 +134,9 @@ def broken_rule(layer: str, name: str) -> str | None:
     if imported in LAYERS:
         if LAYERS.index(imported) > LAYERS.index(layer):
             return f"imports {name}; {layer} must not import {imported} (order: {' <- '.join(LAYERS)})"
+        order, other = PARTS.get(layer, ()), rest.split(".")[1:2]
+        if imported == layer and part in order and other and other[0] in order[order.index(part) + 1 :]:
+            return f"imports {name}; {part or layer} must not import {other[0]} (order: {' <- '.join(order)})"
     elif imported != "__version__" and layer != "cli":
         return f"imports {name}; {layer} must not import the top level, which imports every layer"
     return None

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.quantization.module_walk import modules_outside_regions
-from lightning_qat.quantization.preservation import preserved
-from lightning_qat.quantization.region import Region
-from lightning_qat.quantization.tensor_leaves import leaves, map_call_leaves
-from lightning_qat.quantization.tracing import Call
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.module_walk import modules_outside_regions
+from lightning_qat.quantization.tracing.preservation import preserved
+from lightning_qat.quantization.tracing.tensor_leaves import leaves, map_call_leaves
+from lightning_qat.quantization.tracing.tracing import Call
 
 
 def capture_calls(regions: Mapping[str, Region], run: Callable[[], Any]) -> dict[str, list[Call]]:
@@ -37,7 +37,7 @@ def capture_calls(regions: Mapping[str, Region], run: Callable[[], Any]) -> dict
         For each region one Call per forward, in order; empty if its target was not called.
 
     Example:
-        >>> from lightning_qat.quantization.insertion import insert
+        >>> from lightning_qat.quantization.region.insertion import insert
         >>> model = nn.Sequential(nn.Linear(2, 2))
         >>> region = insert(model, (torch.ones(1, 2),))
         >>> capture_calls({"": region}, lambda: model(torch.zeros(1, 2)))[""][0].args

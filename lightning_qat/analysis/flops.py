@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lightning_qat.quantization.op_graph import Op, Operand
+from lightning_qat.quantization.tracing.op_graph import Op, Operand
 
 _CONVOLUTIONS = frozenset(["conv1d", "conv2d", "conv3d"])
 _TRANSPOSED = frozenset(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"])
@@ -30,7 +30,7 @@ def op_flops(op: Op) -> int:
 
     Example:
         >>> import torch
-        >>> from lightning_qat.quantization.tracing import trace
+        >>> from lightning_qat.quantization.tracing.tracing import trace
         >>> graph = trace(torch.nn.Linear(8, 4), [torch.ones(16, 8)])
         >>> op_flops(graph.ops[0]) == 2 * 16 * 8 * 4
         True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_qat.quantization.op_graph import Op, OpGraph
+from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
 
 # fmt: off
 PICKING = frozenset({
@@ -46,7 +46,7 @@ def influence_on(graph: OpGraph, output: str | None = None) -> Influence:
 
     Example:
         >>> import torch
-        >>> from lightning_qat.quantization.tracing import trace
+        >>> from lightning_qat.quantization.tracing.tracing import trace
         >>> class TwoHeads(torch.nn.Module):
         ...     def forward(self, x):
         ...         return {"a": x.sigmoid(), "b": x.tanh()}

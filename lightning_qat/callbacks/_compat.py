@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_qat.analysis.captured_calls import seed_generators
-from lightning_qat.callbacks.muted_loggers import muted_loggers
-from lightning_qat.quantization.preservation import preserved_random_state
+from lightning_qat.callbacks.passes.muted_loggers import muted_loggers
+from lightning_qat.quantization.tracing.preservation import preserved_random_state
 
 STAGES = {
     "train": RunningStage.TRAINING,

@@ -16,13 +16,13 @@ from typing_extensions import override
 from lightning_qat.analysis.accuracy import AccuracyResult, ResultTable, target_value
 from lightning_qat.analysis.results import write_atomically
 from lightning_qat.callbacks._compat import steps_taken
-from lightning_qat.callbacks.analysis_pass import is_calibrated
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.extra_pass import misconfiguration, require_regions
 from lightning_qat.callbacks.output_directory import console_of, shared_directory
-from lightning_qat.callbacks.shared_evaluations import SharedEvaluations
+from lightning_qat.callbacks.passes.analysis_pass import is_calibrated
+from lightning_qat.callbacks.passes.extra_pass import misconfiguration, require_regions
+from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
-from lightning_qat.quantization.region_state import State
+from lightning_qat.quantization.region.region_state import State
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.loggers import log_table
 from lightning_qat.reporting.tables import markdown

@@ -13,16 +13,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_qat.callbacks import _compat
-from lightning_qat.callbacks.extra_pass import (
+from lightning_qat.callbacks.passes.extra_pass import (
     analysis_batches,
     misconfiguration,
     require_regions,
     run_step,
     undisturbed,
 )
-from lightning_qat.callbacks.progress import progress
-from lightning_qat.quantization.calibration import CalibrationPass, CalibrationResult
-from lightning_qat.quantization.region import find_regions
+from lightning_qat.callbacks.passes.progress import progress
+from lightning_qat.quantization.region.calibration import CalibrationPass, CalibrationResult
+from lightning_qat.quantization.region.region import find_regions
 
 if TYPE_CHECKING:
     from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining

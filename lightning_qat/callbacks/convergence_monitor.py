@@ -14,20 +14,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_qat.analysis.convergence import FIRST_LOOK, ConvergenceResult, judge_convergence
-from lightning_qat.analysis.convergence_rows import LossHistory, PointHealth, PointHistory, TrainingSeries
 from lightning_qat.analysis.nan_origin import first_bad_point
-from lightning_qat.analysis.pipeline_rows import Measurement
-from lightning_qat.analysis.statistics import LayerStatisticsResult, WeightCodes
+from lightning_qat.analysis.pipeline.convergence import FIRST_LOOK, ConvergenceResult, judge_convergence
+from lightning_qat.analysis.pipeline.convergence_rows import LossHistory, PointHealth, PointHistory, TrainingSeries
+from lightning_qat.analysis.pipeline.pipeline_rows import Measurement
+from lightning_qat.analysis.statistics.statistics import LayerStatisticsResult, WeightCodes
 from lightning_qat.callbacks._compat import steps_taken
-from lightning_qat.callbacks.analysis_pass import is_calibrated, require_positive, require_quantization
-from lightning_qat.callbacks.extra_pass import ExtraBatch, run_step, undisturbed
-from lightning_qat.callbacks.finetune_copy import finetune_copy, measure_in_state
+from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
-from lightning_qat.callbacks.module_copy import copied_module
 from lightning_qat.callbacks.output_directory import run_directory
-from lightning_qat.quantization.module_walk import REGION_NAME
-from lightning_qat.quantization.region import find_regions
+from lightning_qat.callbacks.passes.analysis_pass import is_calibrated, require_positive, require_quantization
+from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, run_step, undisturbed
+from lightning_qat.callbacks.passes.module_copy import copied_module
+from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.tracing.module_walk import REGION_NAME
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_table
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_qat.analysis.pipeline import PipelineResult, Verdict, cannot_tell, judge_float_finetune
-from lightning_qat.callbacks.pipeline_rung import PipelineRung
+from lightning_qat.analysis.pipeline.pipeline import PipelineResult, Verdict, cannot_tell, judge_float_finetune
+from lightning_qat.callbacks.ladder.pipeline_rung import PipelineRung
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 
 

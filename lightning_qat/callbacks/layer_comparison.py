@@ -13,29 +13,29 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from typing_extensions import override
 
 from lightning_qat.analysis.captured_calls import RepeatableForward
-from lightning_qat.analysis.checked_region import rules_of
-from lightning_qat.analysis.comparison import compare
-from lightning_qat.analysis.comparison_result import CHOSEN, LayerComparisonResult
-from lightning_qat.analysis.diagnosis import check_declared_range, diagnose
-from lightning_qat.analysis.diagnosis_result import DiagnosisResult
+from lightning_qat.analysis.comparison.comparison import compare
+from lightning_qat.analysis.comparison.comparison_result import CHOSEN, LayerComparisonResult
+from lightning_qat.analysis.comparison.diagnosis import check_declared_range, diagnose
+from lightning_qat.analysis.comparison.diagnosis_result import DiagnosisResult
+from lightning_qat.analysis.comparison.point_inspection import inspect_point
+from lightning_qat.analysis.model_check.checked_region import rules_of
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.analysis.point_inspection import inspect_point
-from lightning_qat.analysis.sensitivity_result import SensitivityResult
+from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
 from lightning_qat.callbacks import _compat
-from lightning_qat.callbacks.analysis_pass import (
+from lightning_qat.callbacks.output_directory import console_of, run_directory
+from lightning_qat.callbacks.passes.analysis_pass import (
     AnalysisOutputs,
     is_calibrated,
     require_positive,
 )
-from lightning_qat.callbacks.epoch_end_analysis import EpochEndAnalysis
-from lightning_qat.callbacks.extra_pass import misconfiguration
-from lightning_qat.callbacks.output_directory import console_of, run_directory
-from lightning_qat.callbacks.progress import progress
+from lightning_qat.callbacks.passes.epoch_end_analysis import EpochEndAnalysis
+from lightning_qat.callbacks.passes.extra_pass import misconfiguration
+from lightning_qat.callbacks.passes.progress import progress
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.qconfig import glob_covers
-from lightning_qat.quantization.region import Region, find_regions
-from lightning_qat.quantization.tracing import Call
+from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.tracing.tracing import Call
 from lightning_qat.reporting.console import print_advice
 from lightning_qat.reporting.figures import value_histogram
 from lightning_qat.reporting.loggers import log_table, point_scalars
@@ -143,13 +143,8 @@ class LayerComparison(EpochEndAnalysis):
         with misconfiguration():
             for pattern, ends in self.ranges.items():
                 check_declared_range(pattern, ends, points)
-        if self.output is None and self.post_process is None:
-            return
-        select = OutputSelector(self.output, self.post_process)
-        with self._analysed(trainer, pl_module, 1, self.seed) as (regions, found):
-            for path, calls in found.items():
-                with RepeatableForward(regions[path].target, calls[0]) as forward:
-                    select(forward())
+        if self.output is not None or self.post_process is not None:
+            self._try_output(trainer, pl_module, OutputSelector(self.output, self.post_process), self.seed)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_qat.analysis.statistics import (
+from lightning_qat.analysis.statistics.statistics import (
     LayerStatisticsResult,
     LayerStatisticsRow,
     ScaleSnapshot,
@@ -18,15 +18,15 @@ from lightning_qat.analysis.statistics import (
     WeightCodes,
     scale_snapshot,
 )
-from lightning_qat.callbacks.analysis_pass import (
+from lightning_qat.callbacks.passes.analysis_pass import (
     analysis_pass,
     is_calibrated,
     require_positive,
     sampled_steps,
 )
-from lightning_qat.callbacks.epoch_end_analysis import EpochEndAnalysis
-from lightning_qat.callbacks.shared_evaluations import ModelKey, model_key
-from lightning_qat.quantization.region import find_regions
+from lightning_qat.callbacks.passes.epoch_end_analysis import EpochEndAnalysis
+from lightning_qat.callbacks.passes.shared_evaluations import ModelKey, model_key
+from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.reporting.loggers import point_scalars
 
 NUMBERS = (

@@ -12,15 +12,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_qat.analysis.model_check import check
-from lightning_qat.analysis.model_check_result import ModelCheckResult
+from lightning_qat.analysis.model_check.model_check import check
+from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
 from lightning_qat.callbacks import _compat
-from lightning_qat.callbacks.analysis_pass import is_calibrated, require_quantization
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.extra_pass import misconfiguration, require_regions
 from lightning_qat.callbacks.output_directory import console_of, run_directory
+from lightning_qat.callbacks.passes.analysis_pass import is_calibrated, require_quantization
+from lightning_qat.callbacks.passes.extra_pass import misconfiguration, require_regions
+from lightning_qat.callbacks.passes.trainer_findings import trainer_findings, training_batch_size
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat.callbacks.trainer_findings import trainer_findings, training_batch_size
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.files import write_result

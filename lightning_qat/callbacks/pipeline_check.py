@@ -12,16 +12,16 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_qat.analysis.fingerprint import Fingerprint
-from lightning_qat.analysis.pipeline_check import PipelineCheckResult, judge_pipeline
-from lightning_qat.analysis.pipeline_ladder import RUNGS
-from lightning_qat.callbacks.analysis_pass import is_calibrated
+from lightning_qat.analysis.pipeline.fingerprint import Fingerprint
+from lightning_qat.analysis.pipeline.pipeline_check import PipelineCheckResult, judge_pipeline
+from lightning_qat.analysis.pipeline.pipeline_ladder import RUNGS
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
-from lightning_qat.callbacks.extra_pass import misconfiguration, require_regions
+from lightning_qat.callbacks.ladder.pipeline_rung import PipelineRung
+from lightning_qat.callbacks.ladder.starting_point import StartingPoint
+from lightning_qat.callbacks.passes.analysis_pass import is_calibrated
+from lightning_qat.callbacks.passes.extra_pass import misconfiguration, require_regions
 from lightning_qat.callbacks.pipeline_fingerprint import take_fingerprint
-from lightning_qat.callbacks.pipeline_rung import PipelineRung
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat.callbacks.starting_point import StartingPoint
 
 _FINGERPRINT_BATCHES = 8
 _LONGER = 10

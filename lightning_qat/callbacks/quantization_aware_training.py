@@ -13,23 +13,23 @@ from typing_extensions import override
 
 from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.extra_pass import misconfiguration
-from lightning_qat.callbacks.frozen_parts import FrozenParts
-from lightning_qat.callbacks.insertion_hooks import InsertionHooks
-from lightning_qat.callbacks.learned_scales import (
+from lightning_qat.callbacks.insertion.frozen_parts import FrozenParts
+from lightning_qat.callbacks.insertion.insertion_hooks import InsertionHooks
+from lightning_qat.callbacks.insertion.learned_scales import (
     average_gradients,
     check_optimizers,
     freeze_learned,
     warn_about_step_size,
 )
+from lightning_qat.callbacks.insertion.trainer_checks import check_averaged_copies, check_trainer, warn_about_precision
 from lightning_qat.callbacks.output_directory import run_directory
-from lightning_qat.callbacks.shared_evaluations import SharedEvaluations
-from lightning_qat.callbacks.trainer_checks import check_averaged_copies, check_trainer, warn_about_precision
+from lightning_qat.callbacks.passes.extra_pass import misconfiguration
+from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
 from lightning_qat.quantization.errors import unknown_choice
-from lightning_qat.quantization.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.qconfig import Override, QConfig
-from lightning_qat.quantization.region import Region, find_regions
-from lightning_qat.quantization.region_state import State, Updates
+from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.region.region_state import State, Updates
 from lightning_qat.reporting.plan_files import write_plan
 
 ActivationScales = Literal["fixed", "ema", "learned"]

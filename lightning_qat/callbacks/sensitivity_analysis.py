@@ -11,20 +11,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_qat.analysis.captured_calls import RepeatableForward
 from lightning_qat.analysis.metrics import MetricName
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.region_memory import RegionMemory
-from lightning_qat.analysis.sample_axes import number_of_samples
-from lightning_qat.analysis.sensitivity import Method, sensitivity
-from lightning_qat.analysis.sensitivity_metric import MetricLike, SensitivityMetric
-from lightning_qat.analysis.sensitivity_result import SensitivityResult
-from lightning_qat.callbacks.analysis_pass import is_calibrated, require_positive
-from lightning_qat.callbacks.epoch_end_analysis import EpochEndAnalysis
-from lightning_qat.callbacks.extra_pass import misconfiguration
-from lightning_qat.callbacks.task_metric import TaskMetric
+from lightning_qat.analysis.sensitivity.sample_axes import number_of_samples
+from lightning_qat.analysis.sensitivity.sensitivity import Method, sensitivity
+from lightning_qat.analysis.sensitivity.sensitivity_metric import MetricLike, SensitivityMetric
+from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
+from lightning_qat.callbacks.passes.analysis_pass import is_calibrated, require_positive
+from lightning_qat.callbacks.passes.epoch_end_analysis import EpochEndAnalysis
+from lightning_qat.callbacks.passes.extra_pass import misconfiguration
+from lightning_qat.callbacks.passes.task_metric import TaskMetric
 from lightning_qat.quantization.errors import unknown_choice
-from lightning_qat.quantization.tracing import Call
+from lightning_qat.quantization.tracing.tracing import Call
 from lightning_qat.reporting.loggers import point_scalars
 
 _EPOCHS_SHARE = 32
@@ -157,13 +156,8 @@ class SensitivityAnalysis(EpochEndAnalysis):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._task is not None:
             self._task.check(trainer, pl_module)
-        if self.output is None and self.post_process is None:
-            return
-        select = OutputSelector(self.output, self.post_process)
-        with self._analysed(trainer, pl_module, 1, self.seed) as (regions, found):
-            for path, calls in found.items():
-                with RepeatableForward(regions[path].target, calls[0]) as forward:
-                    select(forward())
+        if self.output is not None or self.post_process is not None:
+            self._try_output(trainer, pl_module, OutputSelector(self.output, self.post_process), self.seed)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -8,7 +8,7 @@ from typing import get_args
 
 import lightning.pytorch as pl
 
-from lightning_qat.analysis.model_check_result import ModelCheckResult
+from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
 from lightning_qat.callbacks.model_check import FailOn, ModelCheck
 from lightning_qat.callbacks.output_directory import shared_directory
 from lightning_qat.cli.command import Command, add_common_options

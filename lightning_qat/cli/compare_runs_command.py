@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lightning_qat.analysis.run_comparison import compare_runs
+from lightning_qat.analysis.comparison.run_comparison import compare_runs
 from lightning_qat.cli.command import Command
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.console import print_text, show

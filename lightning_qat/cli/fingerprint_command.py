@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from lightning_qat.analysis.fingerprint import Fingerprint
+from lightning_qat.analysis.pipeline.fingerprint import Fingerprint
 from lightning_qat.callbacks.output_directory import shared_directory
 from lightning_qat.callbacks.pipeline_fingerprint import FILE_NAME, take_fingerprint
 from lightning_qat.cli.command import Command, number_of_batches

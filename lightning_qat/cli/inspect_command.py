@@ -8,15 +8,15 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from lightning_qat.analysis.point_inspection import PointInspection, inspect_point, unknown_point
-from lightning_qat.callbacks.analysis_pass import analysis_pass
-from lightning_qat.callbacks.chosen_samples import chosen_samples
-from lightning_qat.callbacks.extra_pass import run_step
+from lightning_qat.analysis.comparison.point_inspection import PointInspection, inspect_point, unknown_point
 from lightning_qat.callbacks.output_directory import shared_directory
+from lightning_qat.callbacks.passes.analysis_pass import analysis_pass
+from lightning_qat.callbacks.passes.chosen_samples import chosen_samples
+from lightning_qat.callbacks.passes.extra_pass import run_step
 from lightning_qat.cli.command import Command, add_common_options
 from lightning_qat.cli.project import Project, run_project
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.region.region import Region
 from lightning_qat.reporting.console import print_note, print_text
 from lightning_qat.reporting.inspection_files import summary, write_inspection
 

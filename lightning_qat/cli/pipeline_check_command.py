@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from lightning_qat.analysis.pipeline_check import PipelineCheckResult
+from lightning_qat.analysis.pipeline.pipeline_check import PipelineCheckResult
 from lightning_qat.callbacks.output_directory import shared_directory
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
 from lightning_qat.cli.command import Command, add_common_options, number_of_batches

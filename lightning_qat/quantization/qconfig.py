@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
-from lightning_qat.quantization.dtypes import DtypeName, quant_dtype
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
-from lightning_qat.quantization.observers import ObserverName
+from lightning_qat.quantization.numerics.dtypes import DtypeName, quant_dtype
+from lightning_qat.quantization.numerics.observers import ObserverName
 
 Scheme = Literal["symmetric", "affine"]
 Granularity = Literal["per_tensor", "per_channel"]

@@ -9,7 +9,7 @@ from rich import get_console
 from rich.console import Console
 from rich.text import Text
 
-from lightning_qat.analysis.model_check_result import ModelCheckResult
+from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
 from lightning_qat.analysis.results import Result
 from lightning_qat.reporting.model_check_report import ModelCheckSummary
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from lightning_qat.analysis.point_inspection import PointInspection, flat
+from lightning_qat.analysis.comparison.point_inspection import PointInspection, flat
 from lightning_qat.quantization.errors import ConfigurationError
 
 if TYPE_CHECKING:

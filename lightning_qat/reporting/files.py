@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lightning_qat.analysis.model_check_result import ModelCheckResult
+from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
 from lightning_qat.analysis.results import Result, write_atomically
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.reporting.model_check_report import text_report

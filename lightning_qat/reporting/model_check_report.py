@@ -17,8 +17,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lightning_qat.analysis.findings import Finding, Severity
-from lightning_qat.analysis.model_check_result import ModelCheckResult, Section
+from lightning_qat.analysis.model_check.findings import Finding, Severity
+from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult, Section
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.tables import escape_markdown, fenced, fixed_width, panel
 

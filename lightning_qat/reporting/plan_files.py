@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.analysis.results import plain, write_atomically
-from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.region.region import Region
 
 FORMAT_VERSION = 1
 """Changes when a reader of the file has to change; new keys alone do not change it."""
@@ -30,7 +30,7 @@ def plan_document(regions: Mapping[str, Region]) -> dict[str, Any]:
 
     Example:
         >>> import torch
-        >>> from lightning_qat.quantization.insertion import insert
+        >>> from lightning_qat.quantization.region.insertion import insert
         >>> region = insert(torch.nn.Sequential(torch.nn.Linear(4, 2)), (torch.ones(1, 4),))
         >>> document = plan_document({"": region})
         >>> [(p["name"], p["dtype"], p["scale"]) for p in document["regions"][""]["points"]]

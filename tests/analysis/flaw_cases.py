@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.analysis.model_check import check
-from lightning_qat.analysis.model_check_result import ModelCheckResult
-from lightning_qat.quantization.calibration import calibrate
-from lightning_qat.quantization.hardware_profile import HardwareProfile
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
+from lightning_qat.analysis.model_check.model_check import check
+from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
+from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
 from tests.analysis import flawed_models as flawed
 
 Expected = tuple[str, str, str, tuple[str, ...]]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qat.quantization.dynamic_block import dynamic_block
+from lightning_qat.quantization.tracing.dynamic_block import dynamic_block
 
 
 def mlp(last: nn.Module | None = None) -> nn.Sequential:

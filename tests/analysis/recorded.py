@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_qat.analysis.convergence import FIRST_LOOK, judge_convergence
-from lightning_qat.analysis.convergence_rows import PointHealth, PointHistory, TrainingSeries
-from lightning_qat.analysis.pipeline_rows import Measurement
+from lightning_qat.analysis.pipeline.convergence import FIRST_LOOK, judge_convergence
+from lightning_qat.analysis.pipeline.convergence_rows import PointHealth, PointHistory, TrainingSeries
+from lightning_qat.analysis.pipeline.pipeline_rows import Measurement
 
 DIRECTORY = Path(__file__).parent / "recorded_runs"
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_qat.analysis.bad_cases import find_bad_cases
-from lightning_qat.analysis.comparison import compare
-from lightning_qat.analysis.sensitivity import sensitivity
-from lightning_qat.quantization.calibration import calibrate
+from lightning_qat.analysis.comparison.bad_cases import find_bad_cases
+from lightning_qat.analysis.comparison.comparison import compare
+from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
 
 
 class TwoHeads(nn.Module):

@@ -16,15 +16,15 @@ from scipy import spatial, special
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_qat.analysis import comparison_metrics
-from lightning_qat.analysis.comparison import compare
-from lightning_qat.analysis.comparison_metrics import LayerErrors, TensorErrors
-from lightning_qat.analysis.comparison_result import CHOSEN, LayerComparisonResult
-from lightning_qat.analysis.statistics import layer_statistics
-from lightning_qat.quantization.calibration import calibrate
+from lightning_qat.analysis.comparison import comparison_metrics
+from lightning_qat.analysis.comparison.comparison import compare
+from lightning_qat.analysis.comparison.comparison_metrics import LayerErrors, TensorErrors
+from lightning_qat.analysis.comparison.comparison_result import CHOSEN, LayerComparisonResult
+from lightning_qat.analysis.statistics.statistics import layer_statistics
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
 
 B3_COLUMNS = [
     "index", "mod_name", "base_op_type", "analy_op_type", "shape", "quant_dtype", "qscale", "Cosine", "MSE", "L1", "KL",

@@ -9,15 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lightning_qat.analysis.convergence import ConvergenceResult, judge_convergence
-from lightning_qat.analysis.convergence_rows import (
+from lightning_qat.analysis.pipeline.convergence import ConvergenceResult, judge_convergence
+from lightning_qat.analysis.pipeline.convergence_rows import (
     ConvergenceRow,
     LossHistory,
     PointHealth,
     PointHistory,
     TrainingSeries,
 )
-from lightning_qat.analysis.pipeline_rows import Measurement
+from lightning_qat.analysis.pipeline.pipeline_rows import Measurement
 
 GOOD = Measurement({"val_acc": 0.9}, {"val_acc": 0.01})
 BAD = Measurement({"val_acc": 0.1})

@@ -13,16 +13,16 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_qat.analysis.comparison import compare
-from lightning_qat.analysis.diagnosis import diagnose
-from lightning_qat.analysis.diagnosis_result import Diagnosis, DiagnosisResult
-from lightning_qat.analysis.remedies import relative_rms
-from lightning_qat.analysis.sensitivity import sensitivity
-from lightning_qat.quantization.calibration import calibrate
-from lightning_qat.quantization.dynamic_block import dynamic_block
+from lightning_qat.analysis.comparison.comparison import compare
+from lightning_qat.analysis.comparison.diagnosis import diagnose
+from lightning_qat.analysis.comparison.diagnosis_result import Diagnosis, DiagnosisResult
+from lightning_qat.analysis.comparison.remedies import relative_rms
+from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.dynamic_block import dynamic_block
 
 INT16 = {"activation": {"dtype": "int16", "observer": "minmax"}, "weight": {"dtype": "int16"}}
 INT8 = {"activation": {"observer": "minmax"}}

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_qat.analysis.fingerprint import Fingerprint, batch_norm_summary, deviating_modes, weight_digests
-from lightning_qat.analysis.fingerprint_differences import compare_fingerprints
-from lightning_qat.analysis.tensor_summary import TensorSummarizer, TensorSummary
+from lightning_qat.analysis.pipeline.fingerprint import Fingerprint, batch_norm_summary, deviating_modes, weight_digests
+from lightning_qat.analysis.pipeline.fingerprint_differences import compare_fingerprints
+from lightning_qat.analysis.pipeline.tensor_summary import TensorSummarizer, TensorSummary
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.insertion import insert
+from lightning_qat.quantization.region.insertion import insert
 
 
 def summary(*batches: torch.Tensor, name: str = "image") -> TensorSummary:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_qat.analysis import metrics
 from lightning_qat.analysis.metrics import QuantizationError, error_sums, metric_of_sums
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.fake_quantize import fake_quantize
+from lightning_qat.quantization.fake_quant.fake_quantize import fake_quantize
 
 SHAPES = [(7,), (3, 5), (2, 4, 3), (2, 3, 4, 5)]
 

@@ -9,11 +9,11 @@ import torch
 import yaml
 from torch import nn
 
-from lightning_qat.analysis.findings import Finding
-from lightning_qat.analysis.fusion_check import LONG_LOOP
-from lightning_qat.analysis.model_check import check
-from lightning_qat.quantization.calibration import calibrate
-from lightning_qat.quantization.insertion import insert
+from lightning_qat.analysis.model_check.findings import Finding
+from lightning_qat.analysis.model_check.fusion_check import LONG_LOOP
+from lightning_qat.analysis.model_check.model_check import check
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
 from tests.analysis import flawed_models as flawed
 from tests.analysis.flaw_cases import CASES, Expected, ramp
 from tests.quantization.models import ZOO, calibrated

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.analysis.model_check import check
-from lightning_qat.analysis.model_check_result import ModelCheckResult, Section
-from lightning_qat.quantization.calibration import calibrate
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.shared_modules import split_shared_modules
+from lightning_qat.analysis.model_check.model_check import check
+from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult, Section
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.shared_modules import split_shared_modules
 from tests.analysis import flawed_models as flawed
 from tests.analysis.flaw_cases import CASES, ramp
 from tests.quantization.models import ZOO, calibrated

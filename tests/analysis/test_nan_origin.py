@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.analysis.nan_origin import first_bad_point, first_nan_op
-from lightning_qat.quantization.calibration import calibrate
-from lightning_qat.quantization.insertion import insert
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
 from tests.quantization.test_op_spellings import Calls
 
 X = torch.linspace(0.5, 2.0, 12).reshape(3, 4)

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from lightning_qat.analysis.metric_direction import is_worse_when_larger
-from lightning_qat.analysis.pipeline import PipelineResult, judge_float_finetune, judge_zero_lr
-from lightning_qat.analysis.pipeline_rows import Finetune, Measurement, PipelineRow
+from lightning_qat.analysis.pipeline.pipeline import PipelineResult, judge_float_finetune, judge_zero_lr
+from lightning_qat.analysis.pipeline.pipeline_rows import Finetune, Measurement, PipelineRow
 
 FLOAT = Measurement({"val_acc": 0.98, "val_loss": 0.06}, {"val_acc": 0.004, "val_loss": 0.02})
 CALIBRATED = Measurement({"val_acc": 0.97, "val_loss": 0.07}, {"val_acc": 0.005, "val_loss": 0.02})

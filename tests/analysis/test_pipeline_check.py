@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_qat.analysis.fingerprint import Fingerprint
-from lightning_qat.analysis.fingerprint_differences import compare_fingerprints, compare_stages
-from lightning_qat.analysis.pipeline_check import PipelineCheckResult, judge_pipeline
-from lightning_qat.analysis.pipeline_ladder import RUNGS, Ladder, OffComparison
-from lightning_qat.analysis.pipeline_rows import Finetune, Measurement
-from lightning_qat.analysis.tensor_summary import TensorSummary
+from lightning_qat.analysis.pipeline.fingerprint import Fingerprint
+from lightning_qat.analysis.pipeline.fingerprint_differences import compare_fingerprints, compare_stages
+from lightning_qat.analysis.pipeline.pipeline_check import PipelineCheckResult, judge_pipeline
+from lightning_qat.analysis.pipeline.pipeline_ladder import RUNGS, Ladder, OffComparison
+from lightning_qat.analysis.pipeline.pipeline_rows import Finetune, Measurement
+from lightning_qat.analysis.pipeline.tensor_summary import TensorSummary
 from lightning_qat.reporting.tables import console_text
 
 FLOAT = Measurement({"val_acc": 0.98, "val_loss": 0.06}, {"val_acc": 0.004, "val_loss": 0.02})

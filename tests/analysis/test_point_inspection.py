@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qat.analysis.point_inspection import inspect_point, representable_range
-from lightning_qat.quantization.calibration import calibrate
+from lightning_qat.analysis.comparison.point_inspection import inspect_point, representable_range
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.fake_quantize import FakeQuantize
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
 
 X = torch.linspace(-2.0, 2.0, 48).reshape(2, 1, 4, 6)
 

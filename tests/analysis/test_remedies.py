@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_qat.analysis.captured_calls import analysis_mode
-from lightning_qat.analysis.divided_values import constant_inputs, divisors
-from lightning_qat.analysis.point_evidence import AxisProfile, EvidenceCollector
-from lightning_qat.analysis.remedies import best_split, relative_rms, rounded_up
-from lightning_qat.quantization.insertion import insert
+from lightning_qat.analysis.comparison.point_evidence import AxisProfile, EvidenceCollector
+from lightning_qat.analysis.comparison.remedies import best_split, relative_rms, rounded_up
+from lightning_qat.analysis.model_check.divided_values import constant_inputs, divisors
 from lightning_qat.quantization.qconfig import positive_number
+from lightning_qat.quantization.region.insertion import insert
 
 
 class Divided(nn.Module):

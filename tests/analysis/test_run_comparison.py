@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from lightning_qat.analysis.accuracy import ResultTable
-from lightning_qat.analysis.comparison import compare
-from lightning_qat.analysis.run_comparison import compare_runs
-from lightning_qat.analysis.sensitivity import sensitivity
+from lightning_qat.analysis.comparison.comparison import compare
+from lightning_qat.analysis.comparison.run_comparison import compare_runs
+from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
 from lightning_qat.cli.command_line import main
-from lightning_qat.quantization.calibration import calibrate
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.insertion import insert
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.plan_files import write_plan
 

@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_qat.analysis import metrics
-from lightning_qat.analysis.isolation import choose_points
-from lightning_qat.analysis.sensitivity import sensitivity
-from lightning_qat.analysis.sensitivity_result import SensitivityResult, SensitivityRow, most_sensitive_first
+from lightning_qat.analysis.sensitivity.isolation import choose_points
+from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
+from lightning_qat.analysis.sensitivity.sensitivity_result import (
+    SensitivityResult,
+    SensitivityRow,
+    most_sensitive_first,
+)
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
 
 INT4 = {"activation": {"dtype": "int4"}, "weight": {"dtype": "int4"}}
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.analysis.region_memory import RegionMemory
-from lightning_qat.analysis.sample_axes import fewer_samples
-from lightning_qat.analysis.sensitivity import sensitivity
-from lightning_qat.analysis.sensitivity_result import SensitivityResult
+from lightning_qat.analysis.sensitivity.sample_axes import fewer_samples
+from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
+from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.region import Region
-from lightning_qat.quantization.tracing import Call
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.tracing import Call
 from tests.analysis.test_sensitivity_sketch import Net, region_of
 
 

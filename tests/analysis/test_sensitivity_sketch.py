@@ -20,14 +20,14 @@ from torchmetrics import MeanSquaredError
 
 from lightning_qat.analysis.captured_calls import analysis_mode
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.analysis.sensitivity import sensitivity
-from lightning_qat.analysis.sensitivity_result import SensitivityResult
-from lightning_qat.analysis.sensitivity_sketch import Sketch
-from lightning_qat.quantization.calibration import calibrate
+from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
+from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
+from lightning_qat.analysis.sensitivity.sensitivity_sketch import Sketch
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
-from lightning_qat.quantization.tracing import Call
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.tracing import Call
 from tests.benchmarks.trained_models import Trained, digits_vit
 
 
@@ -375,7 +375,7 @@ def test_model_without_gradients_is_measured_by_isolation_and_says_so(monkeypatc
 
     x = torch.randn(64, 4)
     region = region_of(Classes(), x, "int4")
-    monkeypatch.setattr("lightning_qat.analysis.sensitivity.forwards_of_sketch", lambda probes: 0)
+    monkeypatch.setattr("lightning_qat.analysis.sensitivity.sensitivity.forwards_of_sketch", lambda probes: 0)
     result = sensitivity(region, [x], confirm=0)
     assert result.method == "isolation"
     assert "isolation because no gradient reaches a point" in result.note
@@ -441,7 +441,7 @@ def test_errors_that_do_not_fit_are_computed_again(monkeypatch: pytest.MonkeyPat
     model, x = Net(), torch.randn(16, 2, 6, 6)
     region = region_of(model, x)
     before = estimated(region, x, probes=4)
-    monkeypatch.setattr("lightning_qat.analysis.error_products._KEPT_BYTES", 1000)
+    monkeypatch.setattr("lightning_qat.analysis.sensitivity.error_products._KEPT_BYTES", 1000)
     assert estimated(region, x, probes=4) == before
 
 

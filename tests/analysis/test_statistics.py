@@ -17,19 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_qat.analysis import point_statistics
-from lightning_qat.analysis.point_statistics import PointStatistics
-from lightning_qat.analysis.sensitivity import sensitivity
-from lightning_qat.analysis.statistics import (
+from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
+from lightning_qat.analysis.statistics import point_statistics
+from lightning_qat.analysis.statistics.point_statistics import PointStatistics
+from lightning_qat.analysis.statistics.statistics import (
     LayerStatisticsResult,
     LayerStatisticsRow,
     StatisticsCollector,
     layer_statistics,
     scale_snapshot,
 )
-from lightning_qat.quantization.fake_quantize import FakeQuantize
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
 
 
 def point(dtype: str, scale: float, channels: int | None = None, **kwargs: Any) -> FakeQuantize:

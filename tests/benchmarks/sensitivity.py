@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lightning_qat.analysis.sensitivity import TOP_SHARE, sensitivity
-from lightning_qat.analysis.sensitivity_result import SensitivityResult
-from lightning_qat.quantization.calibration import calibrate
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
+from lightning_qat.analysis.sensitivity.sensitivity import TOP_SHARE, sensitivity
+from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
 from tests.benchmarks.models import EncoderBlock, VisionTransformer
 from tests.benchmarks.trained_models import TRAINED, Trained
 

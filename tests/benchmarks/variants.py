@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from lightning_qat.analysis.fingerprint import weight_digests
+from lightning_qat.analysis.pipeline.fingerprint import weight_digests
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
-from lightning_qat.callbacks.finetune_copy import finetune_copy
+from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
 from lightning_qat.callbacks.pipeline_fingerprint import take_fingerprint
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat.quantization.parameter_groups import parameter_groups
 from lightning_qat.quantization.qconfig import QConfig
-from lightning_qat.quantization.region import find_regions
+from lightning_qat.quantization.region.parameter_groups import parameter_groups
+from lightning_qat.quantization.region.region import find_regions
 from tests.callbacks.small_digits import Digits, pretrained, qat_trainer
 
 FLAGGED = "ConvergenceMonitor, epoch"

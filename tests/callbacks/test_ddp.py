@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.evaluation import evaluate
-from lightning_qat.callbacks.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
+from lightning_qat.callbacks.passes.evaluation import evaluate
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat.quantization.region import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.callbacks.runs import Classifier, Net, assert_same, loader, scales, state_of, trainer
 
 pytestmark = [

@@ -15,7 +15,7 @@ from torchmetrics import MaxMetric, MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.evaluation import Evaluation, evaluate
+from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from tests.callbacks.runs import Classifier, assert_same, loader, only_region, state_of, trainer
 

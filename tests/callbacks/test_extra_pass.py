@@ -17,8 +17,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.evaluation import evaluate
-from lightning_qat.callbacks.extra_pass import analysis_batches, run_step, undisturbed
+from lightning_qat.callbacks.passes.evaluation import evaluate
+from lightning_qat.callbacks.passes.extra_pass import analysis_batches, run_step, undisturbed
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from tests.callbacks.runs import Classifier, assert_same, dataset, loader, state_of, trainer
 

@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR, StepLR
 
-from lightning_qat.analysis.pipeline import PipelineResult
-from lightning_qat.callbacks.finetune_copy import finetune_copy
+from lightning_qat.analysis.pipeline.pipeline import PipelineResult
 from lightning_qat.callbacks.float_finetune import FloatFinetune
+from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 from tests.callbacks.analysed_run import assert_same
 from tests.callbacks.small_digits import Digits, pretrained, qat_trainer
@@ -119,7 +119,7 @@ def test_copy_is_trained_as_lightning_trains(accumulate: int, tmp_path: Path) ->
             class Kept(Exception):
                 pass
 
-            import lightning_qat.callbacks.finetune_copy as module
+            import lightning_qat.callbacks.ladder.finetune_copy as module
 
             measure = module.measure
 
@@ -154,7 +154,7 @@ def test_gradients_scaled_for_float16_train_the_same(tmp_path: Path, monkeypatch
     class Finetuned(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             for scale in (1.0, 2.0**10, 2.0**140):
-                monkeypatch.setattr("lightning_qat.callbacks.training_copy._loss_scale", lambda trainer: scale)  # noqa: B023
+                monkeypatch.setattr("lightning_qat.callbacks.ladder.training_copy._loss_scale", lambda trainer: scale)  # noqa: B023
                 finetunes.append(
                     finetune_copy(trainer, pl_module, batches=5, eval_batches=9, state="off", zero_lr=False)
                 )

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_qat.callbacks.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat.quantization.profile_violations import find_violations
+from lightning_qat.quantization.planning.profile_violations import find_violations
 from tests.callbacks.runs import Classifier, only_region, qat_trainer, quantized_checkpoint
 
 INT16 = {"activation": {"dtype": "int16"}}

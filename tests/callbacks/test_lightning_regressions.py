@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_qat.callbacks.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat.quantization.region import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.callbacks.runs import (
     Classifier,
     Net,

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
-from lightning_qat.analysis.model_check_result import ModelCheckResult
+from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
 from lightning_qat.callbacks import model_check
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.model_check import ModelCheck

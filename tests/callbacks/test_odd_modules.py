@@ -18,12 +18,12 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, random_split
 
 from lightning_qat.callbacks.accuracy_table import AccuracyTable
-from lightning_qat.callbacks.finetune_copy import finetune_copy
-from lightning_qat.callbacks.module_copy import copied_module
-from lightning_qat.callbacks.muted_loggers import muted_loggers
+from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy
+from lightning_qat.callbacks.ladder.starting_point import StartingPoint
+from lightning_qat.callbacks.passes.module_copy import copied_module
+from lightning_qat.callbacks.passes.muted_loggers import muted_loggers
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
-from lightning_qat.callbacks.starting_point import StartingPoint
-from lightning_qat.quantization.insertion import insert
+from lightning_qat.quantization.region.insertion import insert
 from tests.callbacks.odd_modules import assert_no_trace, assert_same_trajectory, quantization, trajectory
 from tests.callbacks.runs import Classifier, dataset, loader, only_region, qat_trainer, trainer
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat.quantization.region import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.callbacks.runs import (
     Classifier,
     Net,

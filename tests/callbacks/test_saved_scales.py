@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor
 
-from lightning_qat.callbacks.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
 from tests.callbacks.runs import Classifier, assert_same, dataset, only_region, qat_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
-from lightning_qat.analysis.statistics import LayerStatisticsResult
-from lightning_qat.callbacks import shared_evaluations
+from lightning_qat.analysis.statistics.statistics import LayerStatisticsResult
 from lightning_qat.callbacks.accuracy_table import AccuracyTable
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
-from lightning_qat.callbacks.evaluation import Evaluation, evaluate
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
+from lightning_qat.callbacks.passes import shared_evaluations
+from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
+from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
-from lightning_qat.callbacks.shared_evaluations import SharedEvaluations
 from tests.callbacks.analysed_run import assert_same_run
 from tests.callbacks.small_digits import pretrained, qat_trainer
 

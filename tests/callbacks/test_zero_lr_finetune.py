@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR
 from torch.utils.data import DataLoader
 
-from lightning_qat.analysis.pipeline import PipelineResult
-from lightning_qat.callbacks.finetune_copy import finetune_copy
+from lightning_qat.analysis.pipeline.pipeline import PipelineResult
+from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 from tests.callbacks.analysed_run import Classifier, assert_same, run, trainer_of
@@ -285,7 +285,7 @@ def test_reference_of_a_metric_that_is_not_logged_is_an_error_before_anything_is
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C4: a slip of the pen must not cost the whole check."""
-    monkeypatch.setattr("lightning_qat.callbacks.ladder.finetune_copy", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr("lightning_qat.callbacks.ladder.ladder.finetune_copy", lambda *_, **__: pytest.fail("trained"))
     message = r"ZeroLRFinetune\(reference=...\).*'val_ac': did you mean 'val_acc'.*Choices: .*val_acc, train_loss"
     with pytest.raises(MisconfigurationException, match=message):
         checked(tmp_path, Digits(), reference={"train_loss": 0.1, "val_ac": 0.98})

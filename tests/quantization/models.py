@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qat.quantization.calibration import calibrate
-from lightning_qat.quantization.dynamic_block import dynamic_block
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
-from lightning_qat.quantization.tracing import Call
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.dynamic_block import dynamic_block
+from lightning_qat.quantization.tracing.tracing import Call
 
 
 class BasicBlock(nn.Module):

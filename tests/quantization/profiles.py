@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from lightning_qat.quantization.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 
 
 @functools.cache

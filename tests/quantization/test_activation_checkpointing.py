@@ -15,7 +15,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.region.region import Region
 from tests.quantization.models import calibrated
 
 KINDS = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.quantization.calibration import CalibrationPass, CalibrationResult, calibrate
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.region.calibration import CalibrationPass, CalibrationResult, calibrate
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
 from tests.quantization.test_op_spellings import Calls
 
 X = torch.linspace(0.5, 2.0, 12).reshape(3, 4)

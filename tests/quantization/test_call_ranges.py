@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lightning_qat.quantization.call_ranges import CallRanges
+from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
 
 
 def test_ranges_grow_over_batches_and_leave_out_what_is_not_finite() -> None:

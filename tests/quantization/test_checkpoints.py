@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.quantization.errors import PlanMismatchError
-from lightning_qat.quantization.insertion import attach, insert
-from lightning_qat.quantization.plan import PLAN_VERSION
-from lightning_qat.quantization.plan_compatibility import plan_differences, read_extra_state, rebound
-from lightning_qat.quantization.tracing import trace
+from lightning_qat.quantization.planning.plan import PLAN_VERSION
+from lightning_qat.quantization.planning.plan_compatibility import plan_differences, read_extra_state, rebound
+from lightning_qat.quantization.region.insertion import attach, insert
+from lightning_qat.quantization.tracing.tracing import trace
 from tests.quantization.models import MINMAX, ZOO, ResNet, calibrated
 
 IMAGE = torch.randn(4, 1, 8, 8)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qat.quantization.calibration import calibrate
-from lightning_qat.quantization.deployed_part import LOSS, TRAIN_ONLY
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.planning.deployed_part import LOSS, TRAIN_ONLY
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
 from tests.quantization.models import MINMAX
 
 
@@ -60,8 +60,8 @@ def test_stochastic_depth_leaves_the_plan_as_it_is_without() -> None:
 
 def test_ops_of_both_modes_are_kept_when_only_training_is_traced() -> None:
     """design 3: without a forward in eval mode nobody knows what only trains."""
-    from lightning_qat.quantization.plan import make_plan
-    from lightning_qat.quantization.tracing import Tracer
+    from lightning_qat.quantization.planning.plan import make_plan
+    from lightning_qat.quantization.tracing.tracing import Tracer
 
     module = Residual(0.5).train()
     with torch.no_grad(), Tracer(module) as tracer:

@@ -7,8 +7,8 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from lightning_qat.quantization.dtypes import DtypeName, QuantizedDtypeName, is_float, quant_dtype
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.numerics.dtypes import DtypeName, QuantizedDtypeName, is_float, quant_dtype
 
 
 @pytest.mark.parametrize("name", ["int8", "int16", "uint8", "uint16"])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.quantization.effective_dtypes import effective_dtypes
-from lightning_qat.quantization.fake_quantize import FakeQuantize
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.tensor_leaves import is_float, leaves
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.region.effective_dtypes import effective_dtypes
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.tracing.tensor_leaves import is_float, leaves
 from tests.quantization.models import ZOO, calibrated
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.fake_quantize import FakeQuantize
-from lightning_qat.quantization.fake_quantize_function import fake_quantize
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_quantize
 
 RANGES = [(-128, 127), (-127, 127), (0, 255), (-8, 7), (-2, 1), (0, 3), (-32768, 32767), (0, 65535), (-15, 16)]
 SCALES = [1.0, 0.1, 0.02, 100 / 32768, 0.7764707, 0.2642754, 1 / 3, 1e-3, 3e-20, 7e11, 2.0**-126, 1.2e-38]

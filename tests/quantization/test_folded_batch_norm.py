@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-from lightning_qat.analysis.sensitivity import sensitivity
-from lightning_qat.analysis.statistics import layer_statistics
-from lightning_qat.quantization.calibration import calibrate
-from lightning_qat.quantization.insertion import attach, insert
-from lightning_qat.quantization.region import Region
+from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
+from lightning_qat.analysis.statistics.statistics import layer_statistics
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import attach, insert
+from lightning_qat.quantization.region.region import Region
 
 FLOAT = {"dtype": "float32"}
 LAYERS: dict[str, Any] = {

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.quantization.calibration import calibrate
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.freezing import freeze
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region, find_regions
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.freezing import freeze
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region, find_regions
 
 
 class Backbone(nn.Module):

@@ -12,11 +12,11 @@ import torch.distributed
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_qat.quantization.canonical_kinds import canonical_kind
-from lightning_qat.quantization.function_table import TABLE
-from lightning_qat.quantization.op_spec import OpSpec
-from lightning_qat.quantization.tensor_leaves import call_leaves, is_float, leaves
-from lightning_qat.quantization.torch_functions import PARALLEL, spec_of, specialise
+from lightning_qat.quantization.tracing.canonical_kinds import canonical_kind
+from lightning_qat.quantization.tracing.function_table import TABLE
+from lightning_qat.quantization.tracing.op_spec import OpSpec
+from lightning_qat.quantization.tracing.tensor_leaves import call_leaves, is_float, leaves
+from lightning_qat.quantization.tracing.torch_functions import PARALLEL, spec_of, specialise
 from tests.function_table import DOCUMENT, document, documented_release, overridable_functions, without_row
 from tests.quantization.function_samples import NOT_SAMPLED, SAMPLES, Sample
 from tests.quantization.models import calibrated
@@ -222,7 +222,7 @@ def test_new_torch_function_is_reported_with_the_file_to_edit() -> None:
 
     (message,) = without_row({"torch.brand_new": brand_new, "torch.add": torch.add})
     assert message.startswith("torch.brand_new has no row")
-    assert "add 'brand_new' to lightning_qat/quantization/function_table.py" in message
+    assert "add 'brand_new' to lightning_qat/quantization/tracing/function_table.py" in message
 
 
 def test_float_rows_have_a_reason() -> None:

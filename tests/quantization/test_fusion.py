@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qat.quantization.fusion import find_fusions
-from lightning_qat.quantization.tracing import trace
+from lightning_qat.quantization.planning.fusion import find_fusions
+from lightning_qat.quantization.tracing.tracing import trace
 
 X = torch.randn(2, 4, 6, 6)
 

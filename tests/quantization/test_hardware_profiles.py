@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.fusion import find_fusions
-from lightning_qat.quantization.op_graph import OpGraph
-from lightning_qat.quantization.plan import QuantPlan, make_plan
-from lightning_qat.quantization.profile_files import parse_profile, shipped_profiles
-from lightning_qat.quantization.profile_violations import ProfileViolation, find_violations
-from lightning_qat.quantization.tracing import trace
+from lightning_qat.quantization.planning.fusion import find_fusions
+from lightning_qat.quantization.planning.plan import QuantPlan, make_plan
+from lightning_qat.quantization.planning.profile_files import parse_profile, shipped_profiles
+from lightning_qat.quantization.planning.profile_violations import ProfileViolation, find_violations
+from lightning_qat.quantization.tracing.op_graph import OpGraph
+from lightning_qat.quantization.tracing.tracing import trace
 from tests.quantization.models import ZOO, calibrated
 from tests.quantization.profiles import NARROW, shipped
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.histogram import Histogram
+from lightning_qat.quantization.numerics.histogram import Histogram
 
 any_float = st.floats(width=32, allow_nan=True, allow_infinity=True)
 wide_float = st.builds(lambda m, e: float(np.float32(m * 2.0**e)), st.floats(-1, 1), st.integers(-140, 127))

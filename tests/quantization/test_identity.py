@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qat.quantization.dynamic_block import dynamic_block
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
-from lightning_qat.quantization.tracing import trace
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.dynamic_block import dynamic_block
+from lightning_qat.quantization.tracing.tracing import trace
 from tests.quantization.models import MINMAX, Cameras, calibrated
 
 X = torch.linspace(0, 1, 8).reshape(2, 4)
@@ -658,7 +658,7 @@ class Net(nn.Module):
 
 
 if __name__ == "__main__":
-    from lightning_qat.quantization.tracing import trace
+    from lightning_qat.quantization.tracing.tracing import trace
     print(*[op.key for op in trace(Net(), [torch.ones(1, 4)]).ops])
 """
 

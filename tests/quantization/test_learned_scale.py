@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.fake_quantize import FakeQuantize
-from lightning_qat.quantization.fake_quantize_function import fake_quantize
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.learned_scale import fake_quantize_learned, gradient_scale
-from lightning_qat.quantization.parameter_groups import parameter_groups
-from lightning_qat.quantization.region import find_regions
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_quantize
+from lightning_qat.quantization.fake_quant.learned_scale import fake_quantize_learned, gradient_scale
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.parameter_groups import parameter_groups
+from lightning_qat.quantization.region.region import find_regions
 from tests.quantization.models import calibrated
 
 RANGES = [(-128, 127), (-127, 127), (0, 255), (-8, 7), (-2, 1), (0, 3), (-32768, 32767)]

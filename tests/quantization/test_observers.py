@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_qat.quantization.dtypes import quant_dtype
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.fake_quantize_function import fake_quantize
-from lightning_qat.quantization.observers import clip_range, scale_for
-from lightning_qat.quantization.range_search import expected_error
-from lightning_qat.quantization.range_statistics import PerChannelRange, RangeStatistics
-from lightning_qat.quantization.scales import scale_from_range
+from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_quantize
+from lightning_qat.quantization.numerics.dtypes import quant_dtype
+from lightning_qat.quantization.numerics.observers import clip_range, scale_for
+from lightning_qat.quantization.numerics.range_search import expected_error
+from lightning_qat.quantization.numerics.range_statistics import PerChannelRange, RangeStatistics
+from lightning_qat.quantization.numerics.scales import scale_from_range
 
 RANGES = {
     name: (quant_dtype(name).quant_min, quant_dtype(name).quant_max) for name in ("int4", "int8", "int16", "uint8")

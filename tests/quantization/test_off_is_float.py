@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.module_walk import REGION_NAME
-from lightning_qat.quantization.tensor_leaves import leaves
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.tracing.module_walk import REGION_NAME
+from lightning_qat.quantization.tracing.tensor_leaves import leaves
 from tests.quantization.models import ZOO, Example, ResNet, calibrated
 
 EXAMPLES = pytest.mark.parametrize("example", ZOO.values(), ids=ZOO.keys())

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.op_graph import OpGraph
-from lightning_qat.quantization.plan import QuantPlan, make_plan
+from lightning_qat.quantization.planning.plan import QuantPlan, make_plan
 from lightning_qat.quantization.qconfig import ActivationConfig, Override, QConfig, WeightOverride
-from lightning_qat.quantization.tracing import trace
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.tracing.op_graph import OpGraph
+from lightning_qat.quantization.tracing.tracing import trace
 from tests.quantization.models import ZOO, Example, ResNet, Shared, ViT, calibrated
 
 EXAMPLES = pytest.mark.parametrize("example", ZOO.values(), ids=ZOO.keys())

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.module_walk import modules_and_regions
-from lightning_qat.quantization.preservation import preserved
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.tracing.module_walk import modules_and_regions
+from lightning_qat.quantization.tracing.preservation import preserved
 
 
 class Graph(nn.Module):

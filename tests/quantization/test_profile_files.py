@@ -12,9 +12,9 @@ from torch import nn
 
 import lightning_qat
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.hardware_profile import HardwareProfile, nearest_dtype
-from lightning_qat.quantization.profile_files import parse_profile, shipped_profiles
-from lightning_qat.quantization.profile_violations import find_violations
+from lightning_qat.quantization.planning.hardware_profile import HardwareProfile, nearest_dtype
+from lightning_qat.quantization.planning.profile_files import parse_profile, shipped_profiles
+from lightning_qat.quantization.planning.profile_violations import find_violations
 from tests.quantization.models import calibrated
 from tests.quantization.profiles import NARROW, shipped
 

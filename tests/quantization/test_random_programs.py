@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_qat.quantization.calibration import calibrate
-from lightning_qat.quantization.fake_quantize import FakeQuantize, fake_quantize
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
-from lightning_qat.quantization.tracing import Call
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize, fake_quantize
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.tracing import Call
 from tests.quantization.models import MINMAX
 
 KINDS = ("linear", "add", "mul", "relu", "tanh", "scale", "view")

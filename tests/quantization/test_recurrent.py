@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from lightning_qat.quantization.fake_quantize_function import fake_quantize
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_quantize
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
 from tests.quantization.models import MINMAX, calibrated
 from tests.quantization.test_function_table import INT16, sqnr
 from tests.quantization.test_op_spellings import Calls

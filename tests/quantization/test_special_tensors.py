@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
-from lightning_qat.quantization.tracing import trace
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.tracing import trace
 from tests.quantization.models import Transformer, calibrated
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_qat.analysis.point_statistics import PointStatistics
-from lightning_qat.quantization.calibration import calibrate
+from lightning_qat.analysis.statistics.point_statistics import PointStatistics
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.fake_quantize import FakeQuantize
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.plan import QuantPlan
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.qconfig import Override, Split
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
 
 
 class PositionEmbedding(nn.Module):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_qat.quantization.tensor_leaves import call_leaves, map_call_leaves
+from lightning_qat.quantization.tracing.tensor_leaves import call_leaves, map_call_leaves
 
 Pair = namedtuple("Pair", "first second")
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_qat.quantization.dtypes import QuantizedDtypeName, quant_dtype
-from lightning_qat.quantization.parameter_groups import parameter_groups
+from lightning_qat.quantization.numerics.dtypes import QuantizedDtypeName, quant_dtype
+from lightning_qat.quantization.region.parameter_groups import parameter_groups
 from tests.quantization.models import calibrated
 
 KINDS = list(itertools.product(["symmetric", "affine"], ["per_tensor", "per_channel"], [False, True]))

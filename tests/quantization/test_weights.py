@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qat.quantization.insertion import insert
+from lightning_qat.quantization.region.insertion import insert
 from tests.quantization.models import calibrated
 
 

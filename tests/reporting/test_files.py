@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_qat.analysis.sensitivity import SensitivityResult, SensitivityRow
-from lightning_qat.analysis.statistics import LayerStatisticsResult, LayerStatisticsRow
+from lightning_qat.analysis.sensitivity.sensitivity import SensitivityResult, SensitivityRow
+from lightning_qat.analysis.statistics.statistics import LayerStatisticsResult, LayerStatisticsRow
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting import files
 from lightning_qat.reporting.files import write_result

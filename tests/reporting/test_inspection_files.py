@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qat.analysis.point_inspection import PointInspection, inspect_point
-from lightning_qat.quantization.calibration import calibrate
+from lightning_qat.analysis.comparison.point_inspection import PointInspection, inspect_point
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.insertion import insert
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.reporting.figures import error_histogram, quantized_against_float, value_histogram
 from lightning_qat.reporting.inspection_files import directory_name, write_inspection
 

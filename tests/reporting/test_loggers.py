@@ -10,7 +10,7 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_qat.analysis.sensitivity import SensitivityResult, SensitivityRow
+from lightning_qat.analysis.sensitivity.sensitivity import SensitivityResult, SensitivityRow
 from lightning_qat.reporting.loggers import log_histogram, log_scalars, log_table, point_scalars
 
 

@@ -13,13 +13,13 @@ import yaml
 from rich.markdown import Markdown
 from torch import Tensor, nn
 
-from lightning_qat.analysis.findings import Finding
-from lightning_qat.analysis.model_check import check
-from lightning_qat.analysis.model_check_result import ModelCheckResult, Section
-from lightning_qat.quantization.calibration import calibrate
+from lightning_qat.analysis.model_check.findings import Finding
+from lightning_qat.analysis.model_check.model_check import check
+from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult, Section
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.hardware_profile import HardwareProfile
-from lightning_qat.quantization.insertion import insert
+from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.reporting import files
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.model_check_report import (

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import lightning_qat.reporting.plan_files as plan_files
-from lightning_qat.quantization.calibration import calibrate
-from lightning_qat.quantization.insertion import insert
-from lightning_qat.quantization.region import Region
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
 from lightning_qat.reporting.plan_files import write_plan
 from tests.quantization.models import MINMAX, ZOO, calibrated
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lightning_qat.analysis.comparison_result import LayerComparisonResult, LayerComparisonRow
-from lightning_qat.analysis.sensitivity_result import SensitivityResult, SensitivityRow
+from lightning_qat.analysis.comparison.comparison_result import LayerComparisonResult, LayerComparisonRow
+from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult, SensitivityRow
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.sensitivity_figures import (
     log_figure,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightning_qat.analysis.metrics import sqnr
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.analysis.sensitivity import sensitivity
-from lightning_qat.quantization.calibration import calibrate
-from lightning_qat.quantization.region import Region
+from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.region import Region
 from tests.zoo.models import Batch, ZooModel, inputs
 
 CALIBRATION = (4, 8)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qat.quantization.calibration import calibrate
+from lightning_qat.quantization.region.calibration import calibrate
 from tests.zoo.models import ZOO, ZooModel, inputs
 
 pytest.importorskip("transformers", reason="transformers needs Python 3.11 or newer")

@@ -1,0 +1,353 @@
+"""Float model against quantized model, tensor by tensor (B3): ``compare(region, batches)``."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_qat.analysis.captured_calls import RepeatableForward, analysis_mode
+from lightning_qat.analysis.comparison.compared_forward import ComparedForward
+from lightning_qat.analysis.comparison.comparison_metrics import LayerErrors, TensorErrors
+from lightning_qat.analysis.comparison.comparison_result import (
+    CHOSEN,
+    LayerComparisonResult,
+    LayerComparisonRow,
+    Origin,
+)
+from lightning_qat.analysis.comparison.point_evidence import EvidenceCollector, with_configuration
+from lightning_qat.analysis.influence import influence_on
+from lightning_qat.analysis.model_check.checked_region import CheckedRegion, CheckOptions, rules_of
+from lightning_qat.analysis.model_check.configuration_check import hardware_types, unmet_requests
+from lightning_qat.analysis.nan_origin import first_nan_op
+from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.numerics.histogram import reduce_device
+from lightning_qat.quantization.planning.deployed_part import deployed_part
+from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.qconfig import Override
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.tracing import Call
+
+KEPT_BYTES = 2**28
+"""So much memory may hold float values that wait for those of the quantized model."""
+
+_OWN = ("Cosine", "MSE", "L1", "KL", "SQNR", "Atol", "Rtol")
+
+
+def compare(
+    region: Region,
+    batches: Iterable[object],
+    output: str | Callable[[Any], Any] | None = None,
+    post_process: Callable[[Any], Any] | None = None,
+    *,
+    seed: int = 0,
+    keep_bytes: int = KEPT_BYTES,
+    across_ranks: bool = False,
+    rules: Sequence[Override] | None = None,
+    profile: HardwareProfile | str | Path | None = None,
+) -> LayerComparisonResult:
+    """Compare every tensor of the quantized model with that of the float model, in evaluation mode.
+
+    Two questions, two sets of columns. The *accumulated* error: how far is the tensor off when the whole model is
+    quantized. The *own* error: how far is it off when its op gets the inputs of the float model and only its own
+    fake-quants are on. Both models get the same inputs, buffers and random numbers. Nothing of the region or its target
+    is changed.
+
+    Memory: the values of at most ``keep_bytes`` (or of one tensor, if that is larger) wait at a time. A model with more
+    runs in several rounds of two forwards; the activations of both models are never kept together.
+
+    Args:
+        region: a calibrated region.
+        batches: see :meth:`~lightning_qat.quantization.tracing.tracing.Call.of`.
+        output: path into the output such as ``map.layer_3``, or a callable on it; it is the last row. With a path, only
+            ops that act on it are compared. None: all outputs.
+        post_process: applied to the chosen output in float, such as ``torch.sigmoid``.
+        seed: of the random numbers that the forward draws.
+        keep_bytes: see above.
+        across_ranks: every rank calls this with its own batches; the result is that of all batches, on all ranks.
+        rules: the overrides as they are for this region, if the model has several regions and some name their paths.
+        profile: the hardware that a diagnosis has to respect; that of the plan if it is a shipped one.
+
+    Raises:
+        ConfigurationError: nothing is calibrated, there is no batch, the output does not exist, or it holds NaN.
+
+    Example:
+        >>> from lightning_qat.quantization.region.calibration import calibrate
+        >>> from lightning_qat.quantization.region.insertion import insert
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> x = torch.linspace(-1, 1, 32).reshape(8, 4)
+        >>> region = insert(model, (x,))
+        >>> _ = calibrate(region, [x])
+        >>> result = compare(region, [x])
+        >>> [(row.mod_name, row.analy_op_type, row.quant_dtype) for row in result.rows][:3]
+        [('0.input0', 'fake_quantize', 'int8'), ('0.weight', 'fake_quantize', 'int8'), ('1', 'linear+relu', 'int8')]
+        >>> result.rows[0].origin, result.by_name["2"].own_MSE < result.by_name["2"].MSE
+        ('own', True)
+    """
+    if not any(point.scale_source is not None for point in region.points.values()):
+        raise ConfigurationError("no point has a scale: calibrate the region before comparing it with the float model.")
+    if keep_bytes < 1:
+        raise ConfigurationError(f"keep_bytes must be a number of bytes such as {KEPT_BYTES}, not {keep_bytes}.")
+    comparison = _Comparison(region, OutputSelector(output, post_process), seed, keep_bytes, across_ranks)
+    options = CheckOptions(profile=HardwareProfile.of(profile))
+    checked = CheckedRegion(region, options, rules_of({"": region})[""] if rules is None else rules)
+    with analysis_mode(region):
+        for batch in batches:
+            comparison.add(Call.of(batch))
+    return comparison.result(checked)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What a row is about: its names, types and point, known before anything runs."""
+
+    name: str
+    mod_name: str
+    base_op_type: str
+    analy_op_type: str
+    point: str
+
+
+class _Comparison:
+    """The listener of both forwards, and all that is summed up."""
+
+    def __init__(self, region: Region, select: OutputSelector, seed: int, keep_bytes: int, across_ranks: bool) -> None:
+        self.region = region
+        self.select = select
+        self.seed = seed
+        self.keep_bytes = keep_bytes
+        self.across_ranks = across_ranks
+        self.subjects = _subjects(region, select.output if isinstance(select.output, str) else None)
+        self.number = {subject.name: i for i, subject in enumerate(self.subjects)}
+        rows = len(self.subjects) + 1
+        self.accumulated = LayerErrors(rows, sync_on_compute=across_ranks)
+        self.own = LayerErrors(rows, sync_on_compute=across_ranks)
+        self.evidence = EvidenceCollector(region)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.diverged: dict[str, None] = {}
+        self.batches = 0
+        self.most_kept = 0
+        self._round = _Round(0)
+
+    def add(self, call: Call) -> None:
+        """Compare the two models on one batch."""
+        with RepeatableForward(self.region.target, call, self.seed) as forward:
+            start: int | None = 0
+            while start is not None:
+                self._round = _Round(start)
+                reference = self._float_forward(forward, own=start == 0)
+                self.most_kept = max(self.most_kept, self._round.kept_bytes)
+                self._round.to_quantized()
+                with ComparedForward(self.region, self, quantized=True):
+                    analysed = self.select(forward())
+                self.diverged |= dict.fromkeys(name for name, _ in self._round.kept)
+                if start == 0:
+                    self._compare_output(reference, analysed)
+                start = self._round.next
+        self.batches += 1
+
+    def _float_forward(self, forward: RepeatableForward, own: bool) -> list[Tensor]:
+        if not own:
+            with self.region.only(()), ComparedForward(self.region, self, quantized=False):
+                forward()
+            return []
+        with ComparedForward(self.region, self, quantized=False, own=True):
+            reference = [tensor.clone() for tensor in self.select(forward())]
+        if any(bool(t.isnan().any()) for t in reference if t.is_floating_point()):
+            raise ConfigurationError(
+                f"{self.select.description} of the float model holds NaN, so that nothing can be compared with it. "
+                f"{first_nan_op(self.region, forward)}"
+            )
+        return reference
+
+    def _compare_output(self, reference: list[Tensor], analysed: list[Tensor]) -> None:
+        last = len(self.subjects)
+        for base, analy in zip(reference, analysed, strict=False):
+            self.shapes[CHOSEN] = tuple(base.shape)
+            if base.shape == analy.shape:
+                self.accumulated.update(last, base, analy)
+            else:
+                self.diverged[CHOSEN] = None
+        if len(reference) != len(analysed):
+            self.diverged[CHOSEN] = None
+
+    # -- what the forwards show
+
+    def on_value(self, name: str, value: Tensor) -> None:
+        """Keep a float value, or compare the quantized one with it."""
+        number = self.number.get(name)
+        if number is None:
+            return
+        key = (name, self._round.use(name))
+        if not self._round.quantized:
+            self._round.keep(key, value, self.keep_bytes)
+            self.shapes[name] = tuple(value.shape)
+            return
+        base = self._round.kept.pop(key, None)
+        if base is None:
+            return
+        if base.shape == value.shape:
+            self.accumulated.update(number, base, value)
+        else:
+            self.diverged[name] = None
+
+    def on_own(self, name: str, base: Tensor, analy: Tensor, direct: Tensor | None) -> None:
+        """Compare what an op alone makes of a float value with it."""
+        if direct is not None:
+            self.evidence.add(name, direct)
+        number = self.number.get(name)
+        if number is not None:
+            self.own.update(number, base, analy)
+
+    # -- the result
+
+    def result(self, checked: CheckedRegion) -> LayerComparisonResult:
+        """Return the table."""
+        if self.across_ranks:
+            self._all_reduce()
+        if self.batches == 0:
+            raise ConfigurationError("there was no batch to compare the models on.")
+        accumulated, own = _computed(self.accumulated), _computed(self.own)
+        rows = [self._row(i, s, accumulated[i], own[i]) for i, s in enumerate(self.subjects)]
+        chosen = _Subject(CHOSEN, CHOSEN, "output", "output", "")
+        rows.append(self._row(len(rows), chosen, accumulated[-1], None))
+        reached = [row for row in rows if row.MSE is not None or row.own_MSE is not None or row.mod_name == CHOSEN]
+        mod_names = {s.name: s.mod_name for s in self.subjects}
+        return LayerComparisonResult(
+            rows=tuple(reached),
+            output=self.select.description,
+            batches=self.batches,
+            diverged=tuple(mod_names.get(name, name) for name in self.diverged),
+            kept_bytes=self.most_kept,
+            evidence=with_configuration(self.evidence.evidence(), _unmet(checked), hardware_types(checked)),
+        )
+
+    def _all_reduce(self) -> None:
+        device = reduce_device(None)
+        self.accumulated.to(device), self.own.to(device)
+        self.evidence.all_reduce()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            batches = torch.tensor(self.batches, device=device)
+            dist.all_reduce(batches)
+            self.batches = int(batches)
+
+    def _row(
+        self, index: int, subject: _Subject, errors: TensorErrors | None, own: TensorErrors | None
+    ) -> LayerComparisonRow:
+        point = self.region.points.get(subject.point)
+        quantized = point is not None and point.scale_source is not None and point.enabled
+        scale = float(point.scale.detach().max()) if point is not None and quantized else None
+        if subject.name in self.diverged:
+            errors = None
+        values: dict[str, Any] = {name: getattr(errors, name) if errors else None for name in _COLUMNS}
+        own_values: dict[str, Any] = {f"own_{name}": getattr(own, name) if own else None for name in _OWN}
+        atol = values["Atol"]
+        return LayerComparisonRow(
+            index=index,
+            mod_name=subject.mod_name,
+            base_op_type=subject.base_op_type,
+            analy_op_type=subject.analy_op_type,
+            shape=str(list(self.shapes.get(subject.name, ()))),
+            quant_dtype=point.dtype if point is not None and quantized else "float32",
+            qscale=scale,
+            max_atol_diff=atol,
+            max_qscale_diff=atol / scale if atol is not None and scale else None,
+            origin=_origin(errors, own) if subject.name != CHOSEN else None,
+            point=subject.point,
+            **values,
+            **own_values,
+        )
+
+
+_COLUMNS = (
+    *_OWN,
+    *(f"{model}_model_{what}" for what in ("min", "max", "mean", "var") for model in ("base", "analy")),
+)
+
+
+class _Round:
+    """One float forward and the quantized one after it: the float values from ``start`` on, as far as there is room."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.next: int | None = None
+        self.quantized = False
+        self.kept: dict[tuple[str, int], Tensor] = {}
+        self.kept_bytes = 0
+        self._position = 0
+        self._uses: Counter[str] = Counter()
+
+    def to_quantized(self) -> None:
+        """The float forward is over."""
+        self.quantized = True
+        self._uses.clear()
+
+    def use(self, name: str) -> int:
+        """Count how often a row was shown in this forward."""
+        self._uses[name] += 1
+        return self._uses[name] - 1
+
+    def keep(self, key: tuple[str, int], value: Tensor, keep_bytes: int) -> None:
+        """Keep a copy of a float value, or leave it to the next round."""
+        position, self._position = self._position, self._position + 1
+        if position < self.start or self.next is not None:
+            return
+        size = value.numel() * value.element_size()
+        if self.kept and self.kept_bytes + size > keep_bytes:
+            self.next = position
+            return
+        self.kept[key] = value.detach().clone()
+        self.kept_bytes += size
+
+
+def _subjects(region: Region, output: str | None) -> list[_Subject]:
+    """The rows: per op its quantized inputs and weights, then its result unless it only moves data or is fused."""
+    graph, plan = region.graph, region.plan
+    influence = influence_on(graph, output)
+    deployed = {op.name for op in deployed_part(graph).graph.ops}
+    fused = {group.ops[-1]: "+".join(group.sequence) for group in plan.fusions}
+    found = []
+    for op in graph.ops:
+        if op.name not in deployed or (output is not None and not influence.reaches(op.name)):
+            continue
+        points = plan.by_op.get(op.name, ())
+        found += [_Subject(p.name, p.name, p.role, "fake_quantize", p.name) for p in points if p.role != "output"]
+        name = f"{op.name}.output"
+        computes = plan.status[op.name].status in ("quantized", "float") and op.data_dependent and op.role != "create"
+        if name in plan.by_name or (computes and op.has_float_output and not op.mask):
+            analy = fused.get(op.name, op.kind)
+            found.append(_Subject(name, op.name, op.kind, analy, name if name in plan.by_name else ""))
+    return found
+
+
+def _origin(errors: TensorErrors | None, own: TensorErrors | None) -> Origin | None:
+    """More than half of the error's energy from before makes it inherited."""
+    if errors is None or own is None:
+        return None
+    if errors.MSE == 0:
+        return "none"
+    if math.isnan(errors.MSE):
+        return "own" if math.isnan(own.MSE) else "inherited"
+    return "inherited" if own.MSE < errors.MSE / 2 else "own"
+
+
+def _computed(errors: LayerErrors) -> tuple[TensorErrors | None, ...]:
+    errors._update_count = max(1, errors._update_count)  # a rank without a batch has to take part, without a warning
+    return errors.errors()
+
+
+def _unmet(checked: CheckedRegion) -> dict[str, tuple[str, str]]:
+    """The type that an override asks for and that is not in effect, and that in words; by point."""
+    return {
+        r.point: (r.requested, f"{r.by} asks for {r.requested}, {r.effective} is in effect: {r.winner}")
+        for r in unmet_requests(checked)
+        if r.is_lowered and r.by != "default"
+    }

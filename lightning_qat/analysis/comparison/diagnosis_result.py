@@ -1,0 +1,107 @@
+"""The verdict on every point (B4, B5, B7), and the list of what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from lightning_qat.analysis.results import Result
+from lightning_qat.quantization.planning.target_paths import spelled_out
+
+Verdict = Literal["fine", "rounding", "clipping", "non-uniform", "bad scale", "config not applied", "inherited"]
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The verdict on one point.
+
+    Args:
+        point: name of the point.
+        verdict: ``fine``; ``rounding``: the step is too coarse; ``clipping``: values outside the range;
+            ``non-uniform``: in range, but one step cannot serve large and small values; ``bad scale``: the scale does
+            not fit the values or the declared range; ``config not applied``: an override is not in effect;
+            ``inherited``: the point itself is fine, its tensor is off because of what comes before.
+        evidence: why, in numbers.
+        action: what to do.
+        yaml: override to paste; empty if there is nothing to paste.
+        factor: what the error falls by, at least, if that is done; None if that cannot be told.
+        relative: the factor is about the error relative to every single value.
+        severity: root mean square error relative to the values; for a divisor, that of its small values.
+        score: sensitivity, None if not known.
+        region: path of the target in the model, ``""`` for the model itself.
+    """
+
+    point: str
+    verdict: Verdict
+    evidence: str
+    action: str = ""
+    yaml: str = ""
+    factor: float | None = None
+    relative: bool = False
+    severity: float = 0.0
+    score: float | None = None
+    region: str = ""
+
+
+@dataclass(frozen=True)
+class DiagnosisResult(Result[Diagnosis]):
+    """The verdict on every point with a scale; those to do something about first, the worst of them first."""
+
+    title: ClassVar[str] = "What to do"
+    shown: ClassVar[tuple[str, ...]] = ("point", "verdict", "evidence", "action")
+
+    def columns(self) -> tuple[str, ...]:
+        """Names of all columns, also without rows."""
+        return tuple(Diagnosis.__dataclass_fields__)
+
+    @property
+    def by_point(self) -> dict[str, Diagnosis]:
+        """Rows by the name of the point."""
+        return {row.point: row for row in self.rows}
+
+    @property
+    def culprits(self) -> tuple[Diagnosis, ...]:
+        """What to do something about, worst first."""
+        return tuple(row for row in self.rows if row.verdict not in ("fine", "inherited"))
+
+    @property
+    def note(self) -> str:
+        """Count the others."""
+        counts = {v: sum(row.verdict == v for row in self.rows) for v in ("fine", "inherited")}
+        return f"{len(self.culprits)} points to look at, {counts['fine']} fine, {counts['inherited']} inherited"
+
+    @classmethod
+    def merged(cls, results: Mapping[str, DiagnosisResult]) -> DiagnosisResult:
+        """Put the results of several regions together, by the paths of their targets; sorted anew.
+
+        With more than one, the overrides to paste say which target they are about.
+        """
+        rows = [replace(row, region=name) for name, result in results.items() for row in result.rows]
+        if len(results) > 1:
+            rows = [replace(row, yaml=spelled_out(row.yaml, row.region)) for row in rows]
+        return cls(tuple(sorted(rows, key=severest_first)))
+
+    def lines(self, limit: int = _SHOWN) -> tuple[str, ...]:
+        """Return the short list "what to do", worst first, with the YAML to paste."""
+        found = self.culprits
+        lines = [f"What to do: {self.note}."]
+        for number, row in enumerate(found[:limit], 1):
+            lines.append(f"{number}. {_name(row)}: {row.verdict}. {row.evidence} {row.action}".rstrip())
+            lines += [f"     {line}" for line in row.yaml.splitlines()]
+        if len(found) > limit:
+            lines.append(f"{len(found) - limit} more are in the json file.")
+        return tuple(lines)
+
+
+def severest_first(row: Diagnosis) -> tuple[bool, bool, float]:
+    """Sort by this: those to do something about first, by the sensitivity where it is known."""
+    done = row.verdict in ("fine", "inherited")
+    size = row.severity if row.score is None else row.score
+    return done, row.score is None, -math.inf if math.isnan(size) else -size  # nan: it breaks the output
+
+
+def _name(row: Diagnosis) -> str:
+    return f"{row.region}.{row.point}" if row.region else row.point

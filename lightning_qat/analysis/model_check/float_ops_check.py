@@ -1,0 +1,107 @@
+"""Ops that compute on float32 inside the region (A12), and into how many pieces they cut the deployed model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from lightning_qat.analysis.model_check.checked_region import CheckedRegion, module_type
+from lightning_qat.analysis.model_check.findings import Finding, shortened
+from lightning_qat.analysis.model_check.float_segments import FloatOp, Segments
+from lightning_qat.analysis.model_check.flops_table import flops_table
+from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.quantization.region.effective_dtypes import FLOAT
+
+_BY_DESIGN = ("mask", "computed from integer inputs alone")
+
+
+def check_float_ops(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
+    """Report ops that compute in float32 inside the region, and count the segments they make (A12)."""
+    segments = Segments(checked)
+    floats = segments.float_ops
+    rows = tuple(
+        (f.op.name, module_type(f.op), ", ".join(f.inputs), ", ".join(f.producers), f.place, f.reason) for f in floats
+    )
+    columns = ("name", "type", "float32 inputs", "producer", "place", "reason")
+    note = "" if rows else "no op of the region computes in float32."
+    by_reason = Counter(f.reason for f in floats)
+    total = (
+        ("accelerator segments", segments.accelerator_segments),
+        ("quantize and dequantize between ops", segments.boundary_casts),
+        ("float ops", len(floats)),
+        *((f"float ops: {reason}", count) for reason, count in by_reason.items()),
+    )
+    sections = [
+        Section("Ops that compute in float32:", columns, rows, "A12", note),
+        Section("Segments of the deployed model:", ("what", "count"), total, "A12"),
+    ]
+    return list(_findings(segments)), [*sections, flops_table(segments)]
+
+
+def _findings(segments: Segments) -> Iterable[Finding]:
+    grouped: dict[tuple[bool, str], list[FloatOp]] = {}
+    for found in segments.float_ops:
+        by_design = found.reason.startswith(_BY_DESIGN)
+        grouped.setdefault((found.place == "middle" and not by_design, found.reason), []).append(found)
+    for (middle, reason), ops in grouped.items():
+        yield _finding(segments, middle, reason, ops)
+
+
+def _finding(segments: Segments, middle: bool, reason: str, ops: list[FloatOp]) -> Finding:
+    names = tuple(f.op.name for f in ops)
+    producers = shortened(dict.fromkeys(name for f in ops for name in f.producers))
+    count = segments.accelerator_segments
+    places = dict.fromkeys("in the middle" if f.place == "middle" else f"at the {f.place}" for f in ops)
+    where = "between quantized ops" if middle else f"{' and '.join(places)} of the region"
+    action, yaml = _remedy(segments.checked, reason, ops)
+    return Finding(
+        severity="warning" if middle else "info",
+        kind="float op",
+        requirement="A12",
+        names=names,
+        what=f"{shortened(names)} {'compute' if len(names) > 1 else 'computes'} in float32 {where}"
+        + (f" on {producers}" if producers else "")
+        + f": {reason}.",
+        why=(
+            f"Every float op in the middle falls back to the CPU and cuts the deployed model, here into {count} "
+            f"{'segment' if count == 1 else 'segments'} with {segments.boundary_casts} casts between them."
+            if middle
+            else "It runs on the CPU, outside the accelerator's segments."
+        ),
+        action=action,
+        location=ops[0].op.location if len({f.op.location for f in ops}) == 1 else "",
+        yaml=yaml,
+    )
+
+
+def _remedy(checked: CheckedRegion, reason: str, ops: list[FloatOp]) -> tuple[str, str]:
+    if reason.startswith(_BY_DESIGN):
+        return "Nothing; most tools fold masks into softmax, and values made of integers are exact.", ""
+    if reason.startswith("float32 by"):
+        return "Quantize it again: remove the rule, or paste this behind it.", _quantized(checked, ops)
+    if "switched off" in reason:
+        return "Switch the point on again: region.points[name].enabled = True.", ""
+    if reason.startswith("profile"):
+        return "Use an op that the hardware has, or accept the fallback.", ""
+    return (
+        "Use a function that has a quantized form, or move the op to the beginning or the end of the region.",
+        "",
+    )
+
+
+def _quantized(checked: CheckedRegion, ops: list[FloatOp]) -> str:
+    default = str(checked.plan.qconfig["activation"]["dtype"])
+    dtype = "int8" if default == FLOAT else default
+    floats = checked.plan.float_points
+    names = [n for f in ops for n in (*f.inputs, f"{f.op.name}.output") if floats.get(n, "").startswith("float32 by")]
+    default = str(checked.plan.qconfig["weight"]["dtype"])
+    weight = "int8" if default == FLOAT else default
+    lines = []
+    for name in dict.fromkeys(names):
+        change = (
+            f"weight: {{dtype: {weight}}}"
+            if name.rpartition(".")[2].startswith("weight")
+            else f"activation: {{dtype: {dtype}}}"
+        )
+        lines.append(f'  - {{match: "{name}", {change}}}\n')
+    return "overrides:\n" + "".join(lines)

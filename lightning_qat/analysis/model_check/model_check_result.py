@@ -1,0 +1,61 @@
+"""The result of a model check: findings, and the tables they rest on. Frozen; rendering is elsewhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lightning_qat.analysis.model_check.findings import SEVERITIES, Finding, Severity, is_at_least
+from lightning_qat.analysis.results import Result
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table of the report.
+
+    Args:
+        title: line above the table, such as ``input dtype statistics:``; empty where the table continues the one
+            before it.
+        columns: headings.
+        rows: one tuple of cells per row, each as long as ``columns``.
+        requirement: the requirement it answers, such as ``A7``.
+        note: a line about the table: a cause, or why there is none.
+        region: path of the quantized module in the model, ``""`` for the model itself.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    requirement: str = ""
+    note: str = ""
+    region: str = ""
+
+
+@dataclass(frozen=True)
+class ModelCheckResult(Result[Finding]):
+    """The findings, most severe first, and the tables of the report in its order.
+
+    Args:
+        rows: the findings.
+        sections: the tables.
+    """
+
+    sections: tuple[Section, ...] = ()
+    title: ClassVar[str] = "Model check"
+    shown: ClassVar[tuple[str, ...]] = ("severity", "kind", "requirement", "what", "action", "location")
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """The rows."""
+        return self.rows
+
+    @property
+    def counts(self) -> dict[Severity, int]:
+        """Number of findings by severity, all three always present."""
+        found = Counter(finding.severity for finding in self.rows)
+        return {severity: found[severity] for severity in SEVERITIES}
+
+    def at_least(self, threshold: Severity) -> tuple[Finding, ...]:
+        """Findings as severe as a threshold."""
+        return tuple(finding for finding in self.rows if is_at_least(finding.severity, threshold))

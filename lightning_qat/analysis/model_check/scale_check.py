@@ -1,0 +1,205 @@
+"""Scales and ranges that will hurt: degenerate, beyond the type, unevenly used, or not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from lightning_qat.analysis.model_check.calls_check import extremes, representable
+from lightning_qat.analysis.model_check.checked_region import CheckedRegion
+from lightning_qat.analysis.model_check.findings import Finding, shortened
+from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.quantization.numerics.scales import MIN_SCALE
+from lightning_qat.quantization.planning.plan import PointPlan
+from lightning_qat.quantization.region.effective_dtypes import FLOAT, bits
+
+FLOAT16_MAX = torch.finfo(torch.float16).max
+INT16_STEP_LIMIT = 32768.0
+_SIGNIFICANT_BITS = {"bf16": 8, "16": 11}
+"""Bits of the significand, by the first part of the Trainer's ``precision``."""
+
+
+def check_scales(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
+    """Look at the scale and the observed range of every point, and whether learned ones are trained."""
+    return [
+        *_bad_scales(checked),
+        *_without_scale(checked),
+        *_wide_ranges(checked),
+        *_coarse_precision(checked),
+        *_one_sided(checked),
+        *_learned_scales(checked),
+    ], []
+
+
+def _present(checked: CheckedRegion) -> Iterable[tuple[str, PointPlan]]:
+    """The points that quantize with a scale now."""
+    for name, plan in checked.plan.by_name.items():
+        if plan.same_as is None and checked.points[name].scale_source is not None and checked.points[name].enabled:
+            yield name, plan
+
+
+def _bad_scales(checked: CheckedRegion) -> Iterable[Finding]:
+    broken, empty = [], []
+    for name, plan in _present(checked):
+        scale = checked.points[name].scale.detach()
+        if not bool((scale.isfinite() & (scale > MIN_SCALE)).all()):
+            broken.append(name)
+        elif checked.points[name].degenerate and not plan.is_weight and not _is_zero_for_good(checked, plan):
+            empty.append(name)
+    if broken:
+        yield Finding(
+            severity="error",
+            kind="broken scale",
+            requirement="",
+            names=tuple(broken),
+            what=f"The scale of {shortened(broken)} is zero, denormal or not finite.",
+            why="Dividing by it overflows, and the values behind the point are lost.",
+            action="Calibrate again with data of ordinary size; a learned scale that got there needs a smaller "
+            "learning rate and no weight decay.",
+        )
+    if empty:
+        yield Finding(
+            severity="warning",
+            kind="degenerate scale",
+            requirement="",
+            names=tuple(empty),
+            what=f"{shortened(empty)}: all values were zero in calibration, so the scale is a stand-in.",
+            why="Any other value that comes later is clipped to nearly zero.",
+            action="Calibrate with data that reach it, or give it the range it will have with a threshold.",
+        )
+
+
+def _is_zero_for_good(checked: CheckedRegion, point: PointPlan) -> bool:
+    """Whether a point quantizes a constant that is not trained: zero is exact with any scale."""
+    if point.role != "input":
+        return False
+    graph = checked.graph.by_name
+    pending = [s for o in graph[point.op].operands if o.index == point.operand for s in o.sources]
+    seen: set[str] = set()
+    while pending:
+        source = pending.pop()
+        if source.kind in ("op", "mutated"):
+            if graph[source.name].data_dependent:
+                return False
+            if source.name not in seen:
+                seen.add(source.name)
+                pending.extend(s for o in graph[source.name].operands for s in o.sources)
+        elif source.kind not in ("buffer", "constant"):
+            return False
+    return True
+
+
+def _without_scale(checked: CheckedRegion) -> Iterable[Finding]:
+    if not checked.is_calibrated:
+        return
+    names = tuple(name for name, point in checked.points.items() if point.scale_source is None)
+    if names:
+        yield Finding(
+            severity="warning",
+            kind="not calibrated",
+            requirement="",
+            names=names,
+            what=f"Calibration did not reach {shortened(names)}, so there is no scale.",
+            why="These points stay float when their code runs, and accuracy is measured without their error.",
+            action="Calibrate with batches that take this branch, or give them a fixed_scale or a threshold.",
+        )
+
+
+def _wide_ranges(checked: CheckedRegion) -> Iterable[Finding]:
+    wide, overflowing = [], []
+    half = checked.options.precision.split("-")[0] == "16"
+    for name, plan in _present(checked):
+        if plan.is_weight:
+            continue
+        point = checked.points[name]
+        largest = max(map(abs, representable(point)))
+        seen = extremes(point)
+        if half and max(map(abs, seen or (0.0,))) > FLOAT16_MAX:
+            overflowing.append(name)
+        elif bits(point.dtype) == 16 and largest > INT16_STEP_LIMIT * 1.001:
+            wide.append(name)
+    if overflowing:
+        yield Finding(
+            severity="error",
+            kind="float16 overflow",
+            requirement="",
+            names=tuple(overflowing),
+            what=f"{shortened(overflowing)}: calibration saw values above {FLOAT16_MAX:g}, and precision is "
+            f"{checked.options.precision}.",
+            why="float16 turns them into infinity, and the loss into NaN.",
+            action="Train with precision: bf16-mixed or 32-true, or scale the values down.",
+        )
+    if wide:
+        yield Finding(
+            severity="warning",
+            kind="range beyond int16",
+            requirement="",
+            names=tuple(wide),
+            what=f"{shortened(wide)}: the range is above {INT16_STEP_LIMIT:g}, so the step of int16 is more than 1.",
+            why="Whole numbers such as indices and coordinates are no longer exact, and small values vanish.",
+            action="Scale the values down in the model (metres for millimetres), or clip them with a threshold.",
+        )
+
+
+def _coarse_precision(checked: CheckedRegion) -> Iterable[Finding]:
+    precision = checked.options.precision
+    significant = _SIGNIFICANT_BITS.get(precision.split("-")[0])
+    if significant is None:
+        return
+    names = [n for n, d in checked.dtypes.points.items() if d != FLOAT and bits(d) > significant]
+    if names:
+        yield Finding(
+            severity="warning",
+            kind="precision below dtype",
+            requirement="",
+            names=tuple(names),
+            what=f"precision is {precision}, whose values have {significant} significant bits, and {shortened(names)} "
+            "have more.",
+            why="The rounding of the float type is coarser than that of the integer type, so training does not see the "
+            "precision of the deployed model.",
+            action="Train with precision: 32-true, or accept that these points behave like "
+            f"{significant}-bit ones in training.",
+        )
+
+
+def _one_sided(checked: CheckedRegion) -> Iterable[Finding]:
+    names, lines = [], []
+    for name, plan in _present(checked):
+        point = checked.points[name]
+        if plan.is_weight or point.scheme != "symmetric" or point.quant_min >= 0 or point.fixed_scale is not None:
+            continue
+        seen = extremes(point)
+        if seen is not None and (seen[0] >= 0 or seen[1] <= 0) and seen[0] != seen[1]:
+            names.append(name)
+            lines.append(f'  - {{match: "{name}", activation: {{scheme: affine}}}}\n')
+    if names:
+        yield Finding(
+            severity="info",
+            kind="one-sided range",
+            requirement="",
+            names=tuple(names),
+            what=f"{shortened(names)}: all values have one sign, and the type is symmetric and signed.",
+            why="Half of the codes are never used, which costs one bit.",
+            action="Where the hardware has it, use scheme: affine, or uint8 where no value is negative.",
+            yaml="overrides:\n" + "".join(lines),
+        )
+
+
+def _learned_scales(checked: CheckedRegion) -> Iterable[Finding]:
+    if not checked.options.optimizers:
+        return
+    trained = {id(p) for o in checked.options.optimizers for group in o.param_groups for p in group["params"]}
+    scales = checked.region.learned_scales
+    names = tuple(name for name, scale in scales.items() if scale.requires_grad and id(scale) not in trained)
+    if names:
+        yield Finding(
+            severity="warning",
+            kind="scale not trained",
+            requirement="",
+            names=names,
+            what=f"The learned scales of {shortened(names)} are in no optimizer.",
+            why="They keep the values of calibration while the model moves away from them.",
+            action="Build the optimizer after the scales are learned, from lightning_qat.parameter_groups(model) or "
+            "model.parameters().",
+        )

@@ -1,0 +1,133 @@
+"""Weights whose channels do not fit their scales, and weights that several ops quantize differently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from lightning_qat.analysis.model_check.checked_region import CheckedRegion
+from lightning_qat.analysis.model_check.findings import Finding, shortened
+from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.quantization.planning.plan import PointPlan
+from lightning_qat.quantization.region.effective_dtypes import bits
+
+
+def check_weights(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
+    """Look at the channels of every weight, and at parameters that several ops read."""
+    return [*_channels(checked), *_tied_weights(checked)], []
+
+
+def _channels(checked: CheckedRegion) -> Iterable[Finding]:
+    """Channels of weights that are all zero, or much smaller than others."""
+    dead: dict[str, int] = {}
+    apart: dict[str, float] = {}
+    lost: dict[str, int] = {}
+    parameters = dict(checked.region.target.named_parameters())
+    for point in checked.plan.points:
+        if not point.is_weight or point.same_as is not None:
+            continue
+        op = checked.graph.by_name[point.op]
+        operand = next(o for o in op.operands if o.index == point.operand)
+        weight = next((parameters[s.name] for s in operand.sources if s.name in parameters), None)
+        axis = point.axis if point.axis is not None else op.weight_axis
+        if weight is None or axis is None or weight.dim() != len(operand.shape) or not weight.numel():
+            continue
+        largest = _channel_maxima(weight, axis)
+        alive = largest[largest > 0]
+        if len(alive) < len(largest):
+            dead[point.name] = len(largest) - len(alive)
+        if not len(alive):
+            continue
+        levels = 2.0 ** (bits(point.dtype) - 1)
+        spread = float(alive.max() / alive.min())
+        if spread > levels and point.axis is not None:
+            apart[point.name] = spread
+        elif spread > levels and point.batch_norm is None:
+            lost[point.name] = int((alive < alive.max() / levels).sum())
+    yield from _dead(dead)
+    yield from _apart(apart)
+    yield from _lost(lost)
+
+
+def _channel_maxima(weight: Tensor, axis: int) -> Tensor:
+    return weight.detach().abs().movedim(axis, 0).flatten(1).amax(dim=1) if weight.dim() > 1 else weight.detach().abs()
+
+
+def _dead(dead: dict[str, int]) -> Iterable[Finding]:
+    if dead:
+        yield Finding(
+            severity="info",
+            kind="dead channels",
+            requirement="",
+            names=tuple(dead),
+            what=f"Channels whose weights are all zero: {shortened(f'{n} ({k})' for n, k in dead.items())}.",
+            why="They cost time on the device and give a constant; their scale is a stand-in.",
+            action="Remove them from the model, or leave them if they were pruned on purpose.",
+        )
+
+
+def _apart(apart: dict[str, float]) -> Iterable[Finding]:
+    if apart:
+        spelled = shortened(f"{name} ({spread:.3g})" for name, spread in apart.items())
+        yield Finding(
+            severity="info",
+            kind="channel spread",
+            requirement="",
+            names=tuple(apart),
+            what=f"The channels of a weight differ by more than its type has levels (largest / smallest): {spelled}.",
+            why="Each channel has its own scale, but the results share one, whose step the smallest do not reach.",
+            action="Look at the op's output with SensitivityAnalysis(); cross-layer equalization (Nagel et al., 2019, "
+            "arXiv:1906.04721) evens the channels out.",
+        )
+
+
+def _lost(lost: dict[str, int]) -> Iterable[Finding]:
+    if lost:
+        yield Finding(
+            severity="warning",
+            kind="lost channels",
+            requirement="",
+            names=tuple(lost),
+            what="Channels of weights with one scale that lie below its step: "
+            f"{shortened(f'{n} ({k})' for n, k in lost.items())}.",
+            why="These channels have no or one code left, so what they compute is lost.",
+            action="Give each channel its own scale.",
+            yaml=_overrides(lost, "weight: {granularity: per_channel}"),
+        )
+
+
+def _tied_weights(checked: CheckedRegion) -> Iterable[Finding]:
+    readers: dict[str, list[PointPlan]] = {}
+    for point in checked.plan.points:
+        if point.is_weight:
+            operand = next(o for o in checked.graph.by_name[point.op].operands if o.index == point.operand)
+            for source in operand.sources:
+                if source.kind == "parameter":
+                    readers.setdefault(source.name, []).append(point)
+    for parameter, points in readers.items():
+        dtypes = dict.fromkeys(p.dtype for p in points)
+        styles = dict.fromkeys((p.dtype, p.axis, p.observer, p.split_sizes) for p in points)
+        if len(styles) < 2:
+            continue
+        names = tuple(p.name for p in points)
+        differs = len(dtypes) > 1
+        spelled = ", ".join(
+            f"{p.name} ({p.dtype}, {'per tensor' if p.axis is None else 'per channel'})" for p in points
+        )
+        yield Finding(
+            severity="warning" if differs else "info",
+            kind="tied weight",
+            requirement="",
+            names=names,
+            what=f"The parameter {parameter} is quantized in {len(styles)} different ways: {spelled}.",
+            why="It is one tensor in training and several when deployed, each rounded in its own way.",
+            action="Give them one type, such as the widest."
+            if differs
+            else "Nothing, unless the device is to store it once.",
+            yaml=_overrides(names, f"weight: {{dtype: {max(dtypes, key=bits)}}}") if differs else "",
+        )
+
+
+def _overrides(names: Iterable[str], change: str) -> str:
+    return "overrides:\n" + "".join(f'  - {{match: "{name}", {change}}}\n' for name in names)

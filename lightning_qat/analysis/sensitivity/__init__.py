@@ -1,0 +1,1 @@
+"""Which point hurts the output, and how much."""

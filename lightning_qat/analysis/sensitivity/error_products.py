@@ -1,0 +1,232 @@
+"""What is done with the points of a watched forward: error times gradient, and where their samples are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lightning_qat.analysis.sensitivity.sample_axes import Key, SampleAxis, sample_axis
+from lightning_qat.quantization.region.region_mode import BoundPoint
+from lightning_qat.quantization.region.watched_forward import WeightUse
+from lightning_qat.quantization.tracing.tensor_leaves import call_leaves
+
+_KEPT_BYTES = 2**29
+"""So much memory may hold errors from one probe to the next; the others are computed again."""
+
+
+class ErrorProducts:
+    """Remembers what is needed to compute each point's error, and multiplies it with the gradient when that arrives.
+
+    Args:
+        owner: for every point the one that owns its quantizer.
+        names: the points to watch.
+        probes: how many backward passes there will be.
+        overwritten: points whose tensor is written later in the forward: their values are copied.
+
+    Attributes:
+        leaves: the tensors at which gradients start.
+        values: the watched tensors.
+        axes: where their samples are; elsewhere a product is summed over the batch.
+        seen: points that were run.
+        arrived: points that a gradient reached.
+        failed: points whose error could not be computed any more.
+    """
+
+    transparent = True
+
+    def __init__(
+        self, owner: Mapping[str, str], names: Container[str], probes: int, overwritten: Container[str] = ()
+    ) -> None:
+        self._owner = owner
+        self._names = names
+        self.left_torch = False
+        self.leaves: list[Tensor] = []
+        self.values: dict[Key, WatchedTensor] = {}
+        self.axes: dict[Key, SampleAxis] = {}
+        self.seen: set[str] = set()
+        self.arrived: set[str] = set()
+        self.failed: set[str] = set()
+        self._products: dict[str, Tensor] = {}
+        self._kept: dict[Key, Tensor] = {}
+        self._errors: dict[str, list[Callable[[], Tensor]]] = {}
+        self._overwritten = overwritten
+        self._room = _KEPT_BYTES if probes > 1 else 0
+        self._hooks: list[RemovableHandle] = []
+
+    def on_tensor(self, point: BoundPoint, use: int, tensor: Tensor) -> Tensor:
+        """Watch an activation. One without a gradient (a region input, a constant) becomes the start of one."""
+        name = self._owner[point.name]
+        if name not in self._names:
+            return tensor
+        self.seen.add(name)
+        if tensor.requires_grad and not _has_derivative(tensor):
+            tensor = tensor.detach()
+        if not tensor.requires_grad:
+            if point.written:  # others may know the tensor: it has to stay the same
+                self.failed.add(name)
+                return tensor
+            tensor = self.differentiable(tensor)
+        detached = tensor.detach()
+        overwritten = point.rewritten or point.written or point.name in self._overwritten
+        value = WatchedTensor(detached.clone() if overwritten else detached)
+        fake_quant = point.fake_quant
+
+        def error() -> Tensor:
+            return fake_quant.forward(value.tensor) - value.tensor
+
+        self._watch((point.name, use, 0), name, tensor, value, error)
+        return tensor
+
+    def differentiable(self, tensor: Tensor) -> Tensor:
+        """Return a tensor with a gradient."""
+        if tensor.requires_grad:
+            return tensor
+        leaf = tensor.detach().requires_grad_()
+        self.leaves.append(leaf)
+        return leaf.clone()
+
+    def on_weight(self, use: int, op: WeightUse) -> None:
+        """Watch the results of an op that uses a weight."""
+        name = self._owner[op.point.name]
+        if name not in self._names:
+            return
+        self.seen.add(name)
+        operands = [WatchedTensor(t) for t in call_leaves(op.args, op.kwargs)]
+        for index, result in enumerate(op.results):
+            if not result.requires_grad:
+                continue
+            value = WatchedTensor(result.detach())
+
+            def error(index: int = index, value: WatchedTensor = value) -> Tensor:
+                if any(v.written for v in operands) or (value.written and not op.is_linear):
+                    self.failed.add(name)
+                return op.errors()[index]
+
+            self._watch((op.point.name, use, index), name, result, value, error, needs_value=False)
+
+    def close(self) -> None:
+        """Let go of everything: a hook that knows its own tensor is a cycle that the garbage collector cannot see."""
+        for hook in self._hooks:
+            hook.remove()
+        for held in (self._hooks, self.leaves, self.values, self._kept, self._errors, self._products):
+            held.clear()
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the products of one backward pass, by point: one for each sample, or one for the batch."""
+        products, self._products = self._products, {}
+        return products
+
+    @torch.no_grad()
+    def has_error(self, name: str) -> bool:
+        """Whether quantizing a point changes its tensor at all."""
+        return any(bool(error().any()) for error in self._errors.get(name, ()))
+
+    def _error(self, key: Key, error: Callable[[], Tensor]) -> Tensor:
+        """The error at a point; kept for the next probe as long as there is room."""
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = _wide(error())
+            size = kept.numel() * kept.element_size()
+            if size <= self._room:
+                self._room -= size
+                self._kept[key] = kept
+        return kept
+
+    def _watch(
+        self,
+        key: Key,
+        name: str,
+        tensor: Tensor,
+        value: WatchedTensor,
+        error: Callable[[], Tensor],
+        needs_value: bool = True,
+    ) -> None:
+        self.values[key] = value
+        self._errors.setdefault(name, []).append(error)
+
+        def multiply(gradient: Tensor) -> None:  # a backward pass tracks no gradients
+            if needs_value and value.written:
+                self.failed.add(name)
+                return
+            d, axis = self._error(key, error), self.axes.get(key)
+            new = torch.sum(d * gradient).view(1) if axis is None else axis.products(d, gradient)
+            old = self._products.get(name)
+            if old is not None:  # used several times: the errors act together
+                new = old + new if old.numel() == new.numel() else (old.sum() + new.sum()).view(1)
+            self._products[name] = new
+            self.arrived.add(name)
+
+        self._hooks.append(tensor.register_hook(multiply))
+
+
+class SampleComparison:
+    """Compares the tensors at the points with those of a run with more samples.
+
+    Args:
+        whole: the run with all samples.
+        samples: how many.
+        fewer: how many this run has.
+
+    Attributes:
+        axes: where the samples are.
+    """
+
+    transparent = False
+    left_torch = False
+
+    def __init__(self, whole: ErrorProducts, samples: int, fewer: int) -> None:
+        self._whole = whole
+        self._samples = samples
+        self._fewer = fewer
+        self.axes: dict[Key, SampleAxis] = {}
+
+    def on_tensor(self, point: BoundPoint, use: int, tensor: Tensor) -> Tensor:
+        """Compare an activation."""
+        self._compare((point.name, use, 0), tensor)
+        return tensor
+
+    def differentiable(self, tensor: Tensor) -> Tensor:
+        """Return the tensor: there are no gradients here."""
+        return tensor
+
+    def on_weight(self, use: int, op: WeightUse) -> None:
+        """Compare the results of an op that uses a weight."""
+        for index, result in enumerate(op.results):
+            self._compare((op.point.name, use, index), result)
+
+    def _compare(self, key: Key, tensor: Tensor) -> None:
+        value = self._whole.values.get(key)
+        if value is None:
+            return
+        axis = sample_axis(value.tensor, tensor, self._samples, self._fewer, not value.written)
+        if axis is not None:
+            self.axes[key] = axis
+
+
+class WatchedTensor:
+    """A tensor as it was when it was met."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._version = tensor._version
+
+    @property
+    def written(self) -> bool:
+        """Whether somebody wrote into it since."""
+        return self.tensor._version != self._version
+
+
+def _has_derivative(tensor: Tensor) -> bool:
+    """Whether gradients pass the op that made a tensor: a custom autograd.Function may have no backward."""
+    function = getattr(type(tensor.grad_fn), "_forward_cls", None)
+    if function is None:
+        return True
+    default = torch.autograd.Function
+    return function.backward is not default.backward or function.vjp is not default.vjp
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

@@ -1,0 +1,134 @@
+"""Sensitivity by isolation: quantize one point in the float model, run it, compare (B2)."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_qat.analysis.captured_calls import RepeatableForward
+from lightning_qat.analysis.metrics import error_sums
+from lightning_qat.analysis.nan_origin import refuse_nan
+from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.analysis.sensitivity.sensitivity_metric import SensitivityMetric
+from lightning_qat.quantization.numerics.histogram import reduce_device
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.tracing import Call
+
+
+class Isolation:
+    """Measures what each chosen point does to the output, batch by batch.
+
+    Use it inside :func:`~lightning_qat.analysis.captured_calls.analysis_mode`. What happens is what a deployed model
+    with this one quantized tensor would do: indices that change (``topk``, ``argmax``) change the output.
+
+    Args:
+        region: a calibrated region.
+        names: the points to measure; of those that share a quantizer the one that owns it.
+        select: the chosen output.
+        metric: what to measure, beside the sums behind the mean squared change.
+        seed: of the random numbers that the forward draws.
+
+    Attributes:
+        sums: per point, see :func:`~lightning_qat.analysis.metrics.error_sums`.
+        reached: points that a batch ran.
+        batches: number of batches.
+    """
+
+    def __init__(
+        self, region: Region, names: list[str], select: OutputSelector, metric: SensitivityMetric, seed: int
+    ) -> None:
+        self.region = region
+        self.select = select
+        self.metric = metric
+        self.seed = seed
+        self.sums = {name: torch.zeros(7, dtype=torch.float64) for name in names}
+        self.custom = {name: metric.accumulator() for name in names}
+        self.reached: set[str] = set()
+        self.batches = 0
+        self._owner = {point.name: point.same_as or point.name for point in region.plan.points}
+
+    def run(self, call: Call) -> None:
+        """Add one batch.
+
+        Raises:
+            ConfigurationError: the float output holds NaN.
+        """
+        seen: set[str] = set()
+        with RepeatableForward(self.region.target, call, self.seed) as forward:
+            with self.region.only(()), self.region.tap(lambda name, *_: seen.add(self._owner[name])):
+                reference = [tensor.clone() for tensor in self.select(forward())]
+            refuse_nan(reference, self.select.description, self.region, forward)
+            unchanged = self._error(reference, reference)
+            for name in self.sums:
+                if name not in seen:  # quantizing it changes nothing here
+                    self.sums[name] += unchanged
+                    self.custom[name].update(reference, reference)
+                    continue
+                with self.region.only((name,)):
+                    analysed = self.select(forward())
+                    self.sums[name] += self._error(reference, analysed)
+                    self.custom[name].update(reference, analysed)
+        self.reached |= seen
+        self.batches += 1
+
+    def all_reduce(self) -> None:
+        """Add the sums of all ranks."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        custom = self.custom
+        rows = [[*s.tolist(), float(n in self.reached), *custom[n].sums] for n, s in self.sums.items()]
+        rows.append([0.0] * 7 + [float(self.batches), 0.0, 0.0])
+        table = torch.tensor(rows, dtype=torch.float64, device=reduce_device(None))
+        dist.all_reduce(table)
+        self.batches = int(table[-1, 7])
+        for (name, sums), row in zip(self.sums.items(), table.cpu(), strict=False):
+            sums.copy_(row[:7])
+            custom[name].sums = (float(row[8]), float(row[9]))
+            if row[7]:
+                self.reached.add(name)
+
+    def value(self, name: str) -> float:
+        """Return the metric of a point."""
+        return self.custom[name].compute(self.sums[name])
+
+    def _error(self, reference: list[Tensor], analysed: list[Tensor]) -> Tensor:
+        if [t.shape for t in reference] != [t.shape for t in analysed]:
+            return torch.full((7,), torch.nan, dtype=torch.float64)
+        total = torch.zeros(7, dtype=torch.float64)
+        for base, analy in zip(reference, analysed, strict=True):
+            finite = base.isfinite()
+            if not bool(finite.all()):
+                base, analy = torch.where(finite, base, 0), torch.where(finite, analy, 0)
+            sums = error_sums(base, analy, self.metric.name == "KL").cpu()
+            sums[0] = finite.sum()
+            total += sums
+        return total
+
+
+def choose_points(names: list[str], max_points: int | None, seed: int = 0, turn: int = 0) -> list[str]:
+    """Choose which points are measured: all, or the next ``max_points`` of a fixed random order.
+
+    The order depends on the seed only, and a turn continues where the one before ended, from the end on at the start.
+    So every point is measured equally often, and no part of the model (and no order in it) is preferred.
+
+    Args:
+        names: all points.
+        max_points: how many to choose; None for all.
+        seed: of the order.
+        turn: counts the choices.
+
+    Returns:
+        The chosen names, in the order of ``names``.
+
+    Example:
+        >>> [choose_points(["a", "b", "c"], 2, turn=turn) for turn in range(3)]
+        [['b', 'c'], ['a', 'b'], ['a', 'c']]
+    """
+    if max_points is None or max_points >= len(names):
+        return list(names)
+    order = random.Random(seed).sample(names, len(names))
+    chosen = {order[(turn * max_points + index) % len(order)] for index in range(max_points)}
+    return [name for name in names if name in chosen]

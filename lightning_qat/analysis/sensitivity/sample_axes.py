@@ -1,0 +1,147 @@
+"""Which axis of a tensor holds the samples of a batch, found by running the same forward with fewer samples.
+
+A product of gradient and error may be squared per sample only along an axis that really holds the samples. So an axis
+counts if its length follows the number of samples *and* the values of the first samples stay what they were. An axis
+where samples are folded with something else (``batch * cameras``, windows) is split by true samples, never along its
+own entries: those of one sample reach the same outputs, and squaring them apart is biased.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_qat.quantization.tracing.tensor_leaves import call_leaves, map_call_leaves
+from lightning_qat.quantization.tracing.tracing import Call
+
+Key = tuple[str, int, int]
+"""A watched tensor: point, number of its use, number of the op's result."""
+
+_TOLERANCE = 1e-3
+"""Other batch sizes take other kernels: results differ in the last digits."""
+_COMPARED = 1024
+"""So many values of each entry are compared."""
+
+
+@dataclass(frozen=True)
+class SampleAxis:
+    """Where the samples are in a tensor.
+
+    Args:
+        axis: the axis.
+        samples: how many there are; a divisor of the axis' length.
+        inner: of a folded axis: the samples are its fast index (``cameras * batch``).
+
+    Example:
+        >>> SampleAxis(axis=0, samples=2).sums(torch.tensor([[1.0], [2.0], [30.0], [40.0]]))
+        tensor([ 3., 70.])
+        >>> SampleAxis(axis=0, samples=2, inner=True).sums(torch.tensor([[1.0], [2.0], [30.0], [40.0]]))
+        tensor([31., 42.])
+    """
+
+    axis: int
+    samples: int
+    inner: bool = False
+
+    def products(self, a: Tensor, b: Tensor) -> Tensor:
+        """Scalar product of two tensors for each sample, ``(samples,)``."""
+        if self.axis == 0 and not self.inner and a.is_contiguous() and b.is_contiguous() and a.dtype == b.dtype:
+            return (a.view(self.samples, 1, -1) @ b.view(self.samples, -1, 1)).view(self.samples)
+        return self.sums(a.mul(b))
+
+    def sums(self, tensor: Tensor) -> Tensor:
+        """Sum of the entries of each sample, ``(samples,)``."""
+        others = [axis for axis in range(tensor.dim()) if axis != self.axis]
+        entries = tensor.sum(dim=others) if others else tensor
+        if entries.numel() == self.samples:
+            return entries
+        return entries.view(-1, self.samples).sum(0) if self.inner else entries.view(self.samples, -1).sum(1)
+
+
+def number_of_samples(call: Call) -> int | None:
+    """Return the length that most of a call's tensors have along their first axis; None without such a tensor.
+
+    Example:
+        >>> number_of_samples(Call.of((torch.zeros(8, 3), torch.zeros(8), torch.tensor(2.0))))
+        8
+    """
+    lengths = Counter(t.shape[0] for t in call_leaves(call.args, call.kwargs) if t.dim())
+    return max(lengths, key=lambda length: (lengths[length], length)) if lengths else None
+
+
+def fewer_samples(call: Call, at_most: int = 2) -> tuple[Call, int, int] | None:
+    """Return a call with the first samples only, the number of samples of ``call``, and that of the new one.
+
+    None if there are none to leave out. Of as many as ``at_most`` one is left out.
+
+    Example:
+        >>> part, samples, fewer = fewer_samples(Call.of(torch.zeros(8, 3)))
+        >>> part.args[0].shape, samples, fewer
+        (torch.Size([2, 3]), 8, 2)
+    """
+    samples = number_of_samples(call)
+    if samples is None or samples < 2:
+        return None
+    fewer = min(at_most, samples - 1)
+
+    def shorter(index: int, tensor: Tensor) -> Tensor:
+        return tensor[:fewer] if tensor.dim() and tensor.shape[0] == samples else tensor
+
+    return Call(*map_call_leaves(call.args, call.kwargs, shorter)), samples, fewer
+
+
+def sample_axis(whole: Tensor, part: Tensor, samples: int, fewer: int, unchanged: bool = True) -> SampleAxis | None:
+    """Find the axis of the samples by comparing a tensor with that of a run with fewer samples.
+
+    Args:
+        whole: of the run with all ``samples``.
+        part: the same tensor in a run with the first ``fewer`` of them.
+        samples: number of samples.
+        fewer: number of samples in ``part``.
+        unchanged: the values can be compared (False: ``whole`` was written since; then only its shape counts).
+
+    Returns:
+        None if no axis, or several, could hold them, or if the values of the first samples depend on the others.
+
+    Example:
+        >>> x = torch.arange(24.0).reshape(4, 2, 3)
+        >>> sample_axis(x, x[:2], 4, 2)
+        SampleAxis(axis=0, samples=4, inner=False)
+        >>> sample_axis(x.reshape(8, 3), x[:2].reshape(4, 3), 4, 2)
+        SampleAxis(axis=0, samples=4, inner=False)
+        >>> sample_axis(x - x.mean(0), x[:2] - x[:2].mean(0), 4, 2)  # samples are mixed
+    """
+    if whole.dim() != part.dim():
+        return None
+    differing = [axis for axis in range(whole.dim()) if whole.shape[axis] != part.shape[axis]]
+    if len(differing) != 1:
+        return None
+    axis = differing[0]
+    length, shorter = whole.shape[axis], part.shape[axis]
+    if length % samples or length * fewer != shorter * samples:
+        return None
+    folded = length // samples
+    if not unchanged:
+        return SampleAxis(axis, samples) if folded == 1 else None
+    first, second = _fingerprint(whole, axis), _fingerprint(part, axis)
+    outer = _close(first[:shorter], second)
+    if folded == 1:
+        return SampleAxis(axis, samples) if outer else None
+    inner = _close(first.view(folded, samples)[:, :fewer], second.view(folded, fewer))
+    return SampleAxis(axis, samples, inner) if outer != inner else None
+
+
+def _fingerprint(tensor: Tensor, axis: int) -> Tensor:
+    """One number for each entry of an axis: a product of some of its values with fixed pseudo-random weights."""
+    rows = tensor.detach().movedim(axis, 0)
+    rows = rows.reshape(rows.shape[0], -1)
+    rows = rows[:, :: max(1, rows.shape[1] // _COMPARED)]
+    rows = torch.nan_to_num(rows.float(), posinf=0.0, neginf=0.0)
+    return rows @ torch.arange(1, rows.shape[1] + 1, device=rows.device).float().square().sin()
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= _TOLERANCE * a.abs().max())

@@ -1,0 +1,283 @@
+"""Estimating the sensitivity of all points at once, from a float forward and a few backward passes.
+
+With ``d`` the error that quantizing a point adds to its tensor and ``J`` the Jacobian of the chosen output with respect
+to that tensor, the output changes by about ``J d``. For a vector ``v`` of random signs on the output,
+``E[<J^T v, d>^2] = |J d|^2`` (Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1990; the
+variance with signs is the smallest), and ``J^T v`` of *every* point is what one backward pass computes. The mean over
+several ``v`` (probes), and over samples where the samples of a batch are independent of each other, makes it exact
+enough to rank hundreds of points in the time of some ten forwards.
+
+It is a first-order estimate, at the float model's own decisions: indices (``topk``, ``argmax``), comparisons and
+rounding inside the model stay what they are in float.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_qat.analysis.captured_calls import RepeatableForward
+from lightning_qat.analysis.nan_origin import refuse_nan
+from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.analysis.region_memory import RegionMemory
+from lightning_qat.analysis.sensitivity.error_products import ErrorProducts, SampleComparison
+from lightning_qat.analysis.sensitivity.sample_axes import Key, SampleAxis, fewer_samples, sample_axis
+from lightning_qat.quantization.numerics.histogram import reduce_device
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.watched_forward import WatchedForward
+from lightning_qat.quantization.tracing.module_walk import modules_outside_regions
+from lightning_qat.quantization.tracing.tensor_leaves import call_leaves
+from lightning_qat.quantization.tracing.tracing import Call
+from lightning_qat.quantization.tracing.transparent_gradients import TransparentGradients
+
+
+@dataclass
+class Estimate:
+    """What is known of one point.
+
+    Args:
+        squared: sum over batches, samples and probes of the squared products.
+        fourth: sum of their squares.
+        products: how many there were.
+        reached: a batch ran the point.
+        failed: how often no gradient arrived, or one that is not finite, or zero in spite of an error (rounding), or
+            the tensor was written meanwhile.
+    """
+
+    squared: float = 0.0
+    fourth: float = 0.0
+    products: float = 0.0
+    reached: bool = False
+    failed: float = 0.0
+
+
+class Sketch:
+    """The estimates of all points, batch by batch.
+
+    Args:
+        region: a calibrated region; use it inside :func:`~lightning_qat.analysis.captured_calls.analysis_mode`.
+        names: the points; of those that share a quantizer the one that owns it.
+        select: the chosen output.
+        probes: backward passes per batch.
+        seed: of the probes, and of the random numbers that the forward draws.
+        max_samples: look at so many samples of each batch, where they are independent of each other; None for all.
+        memory: what earlier analyses of this region and output found out.
+
+    Attributes:
+        estimates: by name of the point.
+        elements: number of finite elements of the chosen output, over all batches.
+        batches: number of batches.
+        left_torch: a tensor became Python numbers in the forward; how they act on the output is not known.
+        unsplit: batches whose samples could not be told apart.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        names: list[str],
+        select: OutputSelector,
+        probes: int = 4,
+        seed: int = 0,
+        max_samples: int | None = None,
+        memory: RegionMemory | None = None,
+    ) -> None:
+        self.region = region
+        self.select = select
+        self.probes = probes
+        self.seed = seed
+        self.max_samples = max_samples
+        self.memory = memory or RegionMemory()
+        self.estimates = {name: Estimate() for name in names}
+        self.elements = 0
+        self.batches = 0
+        self.left_torch = False
+        self.unsplit = 0
+        self.failures = 0
+        self._owner = {point.name: point.same_as or point.name for point in region.plan.points}
+        operands = [o for op in region.graph.ops for o in op.operands if o.written]
+        self._overwritten = {f"{s.name}.output" for o in operands for s in o.sources if s.kind in ("op", "mutated")}
+
+    def run(self, call: Call) -> None:
+        """Add one batch.
+
+        Raises:
+            RuntimeError: an op of the model has no derivative, or memory does not suffice; and whatever the model and
+                the selection of the output raise.
+        """
+        if not self._run_part(call):
+            self._run(call)
+
+    def _run_part(self, call: Call) -> bool:
+        """Add a batch's first ``max_samples`` samples; return whether that was possible."""
+        shapes, plan = _shapes(call), self.region.plan
+        part = fewer_samples(call, self.max_samples) if self.max_samples is not None else None
+        if part is None or part[1] <= (self.max_samples or 0):
+            return False
+        if not self.memory.find(plan, ("divisible", shapes), lambda: True):
+            return False
+        if not self._run(part[0], partial=True):
+            self.memory.note(plan, ("divisible", shapes), False)
+            return False
+        return True
+
+    def _run(self, call: Call, partial: bool = False) -> bool:
+        """Add a batch. A partial one is not added, and False returned, if its samples are not independent."""
+        target = self.region.target
+        with (
+            closing(ErrorProducts(self._owner, self.estimates, self.probes, self._overwritten)) as watched,
+            self.region.only(self.estimates),
+            _no_parameter_gradients(target),
+            torch.enable_grad(),
+            RepeatableForward(target, call, self.seed, copies=True) as forward,
+        ):
+            try:
+                with WatchedForward(self.region, watched):
+                    output = forward()
+                with TransparentGradients():
+                    chosen = self.select.differentiable(output)
+            except Exception:
+                if partial:  # a model of one batch size
+                    return False
+                raise
+            del output
+            refuse_nan(chosen, self.select.description, self.region, forward)
+            split = self._sample_axes(call, watched, [t.detach() for t in chosen])
+            if partial and split is None:
+                return False
+            self.elements += sum(int(t.isfinite().sum()) for t in chosen)
+            self._probe(watched, chosen, split)
+        self.left_torch = self.left_torch or watched.left_torch
+        self.unsplit += split is None
+        self.batches += 1
+        return True
+
+    def mse(self, name: str) -> tuple[float, float]:
+        """Return a point's estimated mean squared change of the output, and its standard error."""
+        e = self.estimates[name]
+        scale = 1.0 / (self.probes * max(1, self.elements))
+        if e.products < 2:
+            return e.squared * scale, math.nan
+        mean = e.squared / e.products
+        variance = max(0.0, e.fourth / e.products - mean**2) * e.products / (e.products - 1)
+        return e.squared * scale, math.sqrt(e.products * variance) * scale
+
+    def all_reduce(self) -> None:
+        """Add the sums of all ranks. Every rank has to call this, also one whose forward failed (``failures``)."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        rows = [[e.squared, e.fourth, e.products, float(e.reached), e.failed] for e in self.estimates.values()]
+        rows.append([self.elements, self.batches, self.left_torch, self.unsplit, self.failures])
+        table = torch.tensor(rows, dtype=torch.float64, device=reduce_device(None))
+        dist.all_reduce(table)
+        *rows, totals = table.tolist()
+        for name, (squared, fourth, products, reached, failed) in zip(self.estimates, rows, strict=True):
+            self.estimates[name] = Estimate(squared, fourth, products, bool(reached), failed)
+        self.elements, self.batches, self.unsplit, self.failures = (int(totals[i]) for i in (0, 1, 3, 4))
+        self.left_torch = bool(totals[2])
+
+    def _sample_axes(self, call: Call, watched: ErrorProducts, chosen: list[Tensor]) -> dict[Key, SampleAxis] | None:
+        """Where the samples are in every watched tensor, or None if they depend on each other."""
+        values = tuple((key, tuple(value.tensor.shape)) for key, value in watched.values.items())
+        return self.memory.find(
+            self.region.plan, (_shapes(call), values), lambda: self._find_sample_axes(call, watched, chosen)
+        )
+
+    def _find_sample_axes(
+        self, call: Call, watched: ErrorProducts, chosen: list[Tensor]
+    ) -> dict[Key, SampleAxis] | None:
+        fewer = fewer_samples(call)
+        if fewer is None:
+            return None
+        part, samples, count = fewer
+        comparison = SampleComparison(watched, samples, count)
+        try:
+            with (
+                torch.no_grad(),
+                WatchedForward(self.region, comparison),
+                RepeatableForward(self.region.target, part, self.seed, copies=True) as forward,
+            ):
+                outputs = self.select(forward())
+        except Exception:  # a model of one batch size: its samples cannot be told apart
+            return None
+        if len(outputs) != len(chosen) or any(
+            sample_axis(a, b, samples, count) is None for a, b in zip(chosen, outputs, strict=True)
+        ):
+            return None
+        return comparison.axes
+
+    def _probe(self, watched: ErrorProducts, chosen: list[Tensor], axes: dict[Key, SampleAxis] | None) -> None:
+        differentiable = [t for t in chosen if t.requires_grad]
+        watched.axes = axes or {}
+        batch = self.batches * _ranks() + _rank()  # so that ranks together draw what one process would
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + batch)
+        moved: set[str] = set()
+        for probe in range(self.probes if differentiable else 0):
+            signs = [_signs(t, generator) for t in differentiable]
+            torch.autograd.grad(
+                differentiable, watched.leaves, signs, retain_graph=probe < self.probes - 1, allow_unused=True
+            )
+            moved |= self._add(watched.take())
+        for name in watched.seen:
+            estimate = self.estimates[name]
+            estimate.reached = True
+            lost = name in watched.failed or name not in watched.arrived
+            estimate.failed += lost or (name not in moved and watched.has_error(name))
+
+    def _add(self, products: dict[str, Tensor]) -> set[str]:
+        """Add the products of one backward pass; return the points for which one is not zero."""
+        moved: set[str] = set()
+        by_length: dict[int, list[str]] = {}
+        for name, tensor in products.items():
+            by_length.setdefault(tensor.numel(), []).append(name)
+        for length, names in by_length.items():
+            squares = torch.stack([products[name].double() for name in names]).square()
+            sums = torch.stack([squares.sum(1), squares.square().sum(1)], 1).tolist()
+            for name, (squared, fourth) in zip(names, sums, strict=True):
+                estimate = self.estimates[name]
+                if squared:
+                    moved.add(name)
+                if not math.isfinite(squared):
+                    estimate.failed += 1
+                    continue
+                estimate.squared += squared
+                estimate.fourth += fourth
+                estimate.products += length
+        return moved
+
+
+def _shapes(call: Call) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(t.shape) for t in call_leaves(call.args, call.kwargs))
+
+
+@contextmanager
+def _no_parameter_gradients(module: nn.Module) -> Iterator[None]:
+    """Gradients of parameters are not needed, and cost as much as everything else."""
+    parameters = (p for m in modules_outside_regions(module) for p in m._parameters.values() if p is not None)
+    tracked = [p for p in parameters if p.requires_grad]
+    try:
+        for parameter in tracked:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in tracked:
+            parameter.requires_grad_(True)
+
+
+def _signs(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Random signs where the output is finite, zero elsewhere."""
+    signs = torch.randint(0, 2, tensor.shape, generator=generator).mul_(2).sub_(1).to(tensor.device, tensor.dtype)
+    return torch.where(tensor.isfinite(), signs, 0.0)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

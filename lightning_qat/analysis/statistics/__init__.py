@@ -1,0 +1,1 @@
+"""Statistics of what is quantized, point by point."""

@@ -1,0 +1,1 @@
+"""What QuantizationAwareTraining does at which hook."""

@@ -1,0 +1,304 @@
+"""Inserting fake-quant at the one moment that works: after the layers exist, before weights are loaded.
+
+``Callback.setup`` is too early for layers built in ``configure_model``, and no callback hook follows it. So the module
+gets an instance-level ``configure_model`` that calls the original and inserts, and an instance-level
+``on_load_checkpoint`` that looks at the checkpoint before it is loaded; both are taken off in teardown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from torch import nn
+
+from lightning_qat.callbacks import _compat
+from lightning_qat.callbacks.insertion.float_checkpoint import (
+    FloatCheckpointError,
+    load_float_weights,
+    stored_regions,
+    stored_target,
+)
+from lightning_qat.callbacks.insertion.learned_scales import hide_from_ddp, show_to_ddp
+from lightning_qat.callbacks.insertion.target_discovery import AUTO, captured_calls
+from lightning_qat.callbacks.passes.extra_pass import misconfiguration, undisturbed
+from lightning_qat.quantization.errors import TracingError
+from lightning_qat.quantization.planning.plan import QuantPlan, make_plans
+from lightning_qat.quantization.planning.plan_compatibility import read_extra_state
+from lightning_qat.quantization.region.insertion import attach
+from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.tracing.op_graph import OpGraph
+from lightning_qat.quantization.tracing.tracing import trace
+
+if TYPE_CHECKING:
+    from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+
+
+class InsertionHooks:
+    """Owns the two instance-level hooks of one run.
+
+    Args:
+        callback: what to insert.
+        trainer: the running trainer.
+        pl_module: where to insert.
+    """
+
+    def __init__(self, callback: QuantizationAwareTraining, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.callback = callback
+        self.trainer = trainer
+        self.pl_module = pl_module
+        self._before: dict[str, Any] = {}
+        self._inserted = False
+        self._pending: MisconfigurationException | None = None
+
+    def install(self) -> None:
+        """Put the hooks on the module. Plain functions without ``__wrapped__``: Lightning looks behind wrappers."""
+        original_configure, original_load = self.pl_module.configure_model, self.pl_module.on_load_checkpoint
+
+        def configure_model() -> None:
+            original_configure()
+            self.insert()
+            self.callback.frozen_parts.apply(self.pl_module, self.trainer.current_epoch)
+            self._hide_learned_scales()
+
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            original_load(checkpoint)
+            self.check_checkpoint(checkpoint)
+            self.callback.frozen_parts.apply(self.pl_module, self.trainer.current_epoch)
+            self._hide_learned_scales()
+
+        for hook in (configure_model, on_load_checkpoint):
+            self._before[hook.__name__] = self.pl_module.__dict__.get(hook.__name__)
+            self.pl_module.__dict__[hook.__name__] = hook
+
+    def uninstall(self) -> None:
+        """Take the hooks off."""
+        show_to_ddp(self.pl_module)
+        for name, previous in self._before.items():
+            if previous is None:
+                self.pl_module.__dict__.pop(name, None)
+            else:
+                self.pl_module.__dict__[name] = previous
+        self._before = {}
+
+    def raise_pending_error(self) -> None:
+        """Raise what went wrong before weights were loaded, if no checkpoint has made up for it since."""
+        if self._pending is not None:
+            raise self._pending
+
+    def insert(self) -> None:
+        """Load the initial weights, learn the ops and insert; a module with calibrated fake-quants keeps them."""
+        if self._inserted:  # WeightAveraging calls configure_model before the Trainer does
+            return
+        regions = find_regions(self.pl_module)
+        if any(region.is_calibrated for region in regions.values()):
+            self._keep(regions)
+            return
+        for region in regions.values():  # left by a run that ended before calibration
+            region.remove()
+        _compat.convert_early(self.trainer, self.pl_module)
+        graphs: dict[str, OpGraph] = {}
+        try:
+            self._load_initial_weights()
+            graphs = self._traced()
+        except (TracingError, FileNotFoundError, FloatCheckpointError) as error:
+            # a checkpoint may still bring weights and a plan
+            self._pending = MisconfigurationException(str(error))
+            self._pending.__cause__ = error
+        if not self._all_ranks_ready():
+            return
+        graphs = self._agreed(graphs)
+        with misconfiguration():
+            plans = make_plans(graphs, self.callback.qconfig, self.callback.overrides, self.callback.profile)
+            for path, graph in graphs.items():
+                attach(_submodule(self.pl_module, path), graph, plans[path])
+        for region in find_regions(self.pl_module).values():
+            region.learn_scales(self.callback.learned_scales)
+        self._inserted = True
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Look at a checkpoint before its weights are loaded: its plan is taken, whether or not one was traced."""
+        stored = stored_regions(checkpoint["state_dict"])
+        if not stored:
+            raise MisconfigurationException(
+                "ckpt_path is a float checkpoint, and QuantizationAwareTraining is in the list of callbacks. To start "
+                'QAT from it, write QuantizationAwareTraining(init_from="<that path>") and leave ckpt_path empty: '
+                "weights are loaded, loops and optimizer start fresh."
+            )
+        regions = find_regions(self.pl_module)
+        with misconfiguration():
+            if self._pending is not None:
+                self._insert_stored(stored)
+                self._pending = None
+            elif set(stored) != set(regions) and self.callback.target == AUTO:
+                # the steps of this stage call other modules than those of training did
+                for region in regions.values():
+                    region.remove()
+                self._insert_stored(stored)
+            elif set(stored) != set(regions):
+                raise MisconfigurationException(
+                    f"the checkpoint has fake-quants on {_spelled(stored)}, this run puts them on {_spelled(regions)}: "
+                    f"set target: {_spelled(stored)} in QuantizationAwareTraining."
+                )
+            for path, region in find_regions(self.pl_module).items():
+                region.set_extra_state(stored[path])
+            self._warn_about_learned_scales()
+        self._inserted = True
+        if self.callback.init_from is not None:
+            rank_zero_info(
+                "QuantizationAwareTraining: ckpt_path brings the weights, so those of init_from are not used."
+            )
+        self._warn_about_differences(
+            "the checkpoint was made with", next(iter(find_regions(self.pl_module).values())).plan
+        )
+
+    def _insert_stored(self, stored: dict[str, dict[str, Any]]) -> None:
+        """Insert the plan of a checkpoint without a trace: the code is checked while it runs."""
+        for path, state in stored.items():
+            attach(stored_target(self.pl_module, path), *read_extra_state(state), traced=False)
+
+    def _load_initial_weights(self) -> None:
+        if self.callback.init_from is None or self.callback.was_initialized(self.pl_module):
+            return
+        load_float_weights(self.pl_module, self.callback.init_from)
+        self.callback.note_initialized(self.pl_module)
+
+    def _keep(self, regions: dict[str, Region]) -> None:
+        """The module was quantized by an earlier run (or insert()): that goes on."""
+        self._inserted = True
+        if self.trainer.state.fn == "fit":
+            for region in regions.values():
+                region.learn_scales(self.callback.learned_scales)
+        if self.callback.init_from is not None and not self.callback.was_initialized(self.pl_module):
+            rank_zero_warn(
+                f"{type(self.pl_module).__name__} has calibrated fake-quants already, so init_from is not used: to "
+                "start from the float checkpoint, create the module anew."
+            )
+        self._warn_about_differences("the module was quantized with", next(iter(regions.values())).plan)
+
+    def _warn_about_differences(self, what: str, plan: QuantPlan) -> None:
+        """Say that an older plan wins over what this run asks for."""
+        if not self.callback.is_configured:
+            return
+        lines = _differences(plan.qconfig, dataclasses.asdict(self.callback.qconfig))
+        wanted = [dataclasses.asdict(override) for override in self.callback.overrides]
+        if list(plan.overrides) != wanted:
+            lines.append(f"overrides: {list(map(_short, plan.overrides))} there, {list(map(_short, wanted))} here")
+        profile = self.callback.profile.identity() if self.callback.profile is not None else None
+        if plan.profile != profile:
+            lines.append(f"profile: {_profile_name(plan.profile)} there, {_profile_name(profile)} here")
+        if lines:
+            rank_zero_warn(
+                f"{what} another configuration than this run's, and keeps it ({'; '.join(lines)}). To apply this "
+                "run's, "
+                'start from the float checkpoint: QuantizationAwareTraining(init_from="float.ckpt") without ckpt_path, '
+                "and calibrate anew."
+            )
+
+    def _warn_about_learned_scales(self) -> None:
+        """Say that a run which is resumed learns the scales that it learned before: its optimizer state holds them."""
+        learned: dict[str, set[bool]] = {}
+        for region in find_regions(self.pl_module).values():
+            points = region.points
+            for point in region.plan.points:
+                if point.fixed_scale is None:
+                    role = "weight" if point.is_weight else "activation"
+                    learned.setdefault(role, set()).add(points[point.name].learned)
+        found = {role for role, kinds in learned.items() if True in kinds}
+        wanted = set(self.callback.learned_scales) & set(learned)
+        if self.trainer.state.fn == "fit" and found != wanted:
+            rank_zero_warn(
+                f"the checkpoint was made with learned scales for {sorted(found) or 'nothing'}, this run asks for "
+                f"{sorted(wanted) or 'nothing'}; it goes on as it was. To change it, fit without ckpt_path: "
+                "trainer.fit(lightning_qat.load_quantized(MyModule, path))."
+            )
+
+    def _hide_learned_scales(self) -> None:
+        if self.trainer.world_size > 1:
+            hide_from_ddp(self.pl_module)
+
+    def _traced(self) -> dict[str, OpGraph]:
+        """Trace the target(s) on what a few steps pass to them."""
+        device = self.trainer.strategy.root_device
+        with _on_device(self.pl_module, device), _quiet():
+            calls = captured_calls(self.trainer, self.pl_module, self.callback.target, self.callback.trace_batches)
+            with undisturbed(self.trainer, self.pl_module):  # a forward may count its calls
+                return {path: trace(_submodule(self.pl_module, path), c) for path, c in calls.items()}
+
+    def _all_ranks_ready(self) -> bool:
+        """Whether every rank has a graph: otherwise nobody inserts, and every rank waits for a checkpoint."""
+        if self.trainer.world_size == 1:
+            return self._pending is None
+        ready = self.trainer.strategy.reduce_boolean_decision(self._pending is None, all=True)
+        if not ready and self._pending is None:
+            self._pending = MisconfigurationException("another rank could not trace the module: see its error.")
+        return ready
+
+    def _agreed(self, graphs: dict[str, OpGraph]) -> dict[str, OpGraph]:
+        """All ranks use rank 0's graph; they may have drawn different batches."""
+        if self.trainer.world_size == 1:
+            return graphs
+        first = self.trainer.strategy.broadcast({path: graph.to_dict() for path, graph in graphs.items()})
+        if set(first) != set(graphs):
+            raise MisconfigurationException(
+                f"ranks disagree about the targets: {_spelled(first)} on rank 0, {_spelled(graphs)} on rank "
+                f"{self.trainer.global_rank}. Name them: target: [...]."
+            )
+        return {path: OpGraph.from_dict(graph) for path, graph in first.items()}
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    return [
+        f"{group}.{name}: {there.get(group, {}).get(name)} there, {value} here"
+        for group, values in here.items()
+        for name, value in values.items()
+        if there.get(group, {}).get(name) != value
+    ]
+
+
+def _profile_name(identity: dict[str, str] | None) -> str:
+    return f"{identity['name']} ({identity['sha256'][:8]})" if identity is not None else "none"
+
+
+def _short(value: Any) -> Any:
+    """A rule without the fields that are not set."""
+    return {k: _short(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+@contextmanager
+def _on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run a block with the module on the device it will train on (some kernels exist only there), and move it back."""
+    before = next((t.device for t in module.parameters()), device)
+    moved = before != device and before.type != "meta"
+    if moved:
+        module.to(device)
+    try:
+        yield
+    finally:
+        if moved:
+            module.to(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Tracing is not training: advice about it would only puzzle."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is no training data in this")  # calibration says it
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+        yield
+
+
+def _submodule(pl_module: pl.LightningModule, path: str) -> nn.Module:
+    return pl_module.get_submodule(path) if path else pl_module
+
+
+def _spelled(paths: Iterable[str]) -> str:
+    return "[" + ", ".join(repr(p) if p else "the whole module" for p in paths) + "]"

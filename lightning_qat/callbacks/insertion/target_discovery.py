@@ -1,0 +1,150 @@
+"""Finding out what a step passes to which module: the targets, and the calls to trace them with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug  # type: ignore[attr-defined]
+
+from lightning_qat.callbacks import _compat
+from lightning_qat.callbacks.passes.call_recorder import CallRecorder
+from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, run_step, undisturbed
+from lightning_qat.quantization.errors import TracingError, near_names
+from lightning_qat.quantization.tracing.tracing import Call
+
+AUTO = "auto"
+
+
+def captured_calls(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, target: str | list[str], batches: int
+) -> dict[str, list[Call]]:
+    """Run a few steps and return the calls of each target, by path (``""`` is the module itself).
+
+    Args:
+        trainer: the running trainer.
+        pl_module: the module whose steps run.
+        target: ``auto``, a path, or several.
+        batches: batches per step.
+
+    Raises:
+        MisconfigurationException: a target does not exist or was not called.
+        TracingError: no step could be run.
+    """
+    modules = dict(pl_module.named_modules())
+    wanted = None if target == AUTO else [target] if isinstance(target, str) else list(target)
+    for path in wanted or ():
+        if path not in modules:
+            near = near_names(path, [name for name in modules if name])
+            hint = f" Near names: {', '.join(near)}." if near else ""
+            raise MisconfigurationException(f"target: {type(pl_module).__name__} has no submodule {path!r}.{hint}")
+    _check_disjoint(wanted or [])
+    seen = _run_all_steps(trainer, pl_module, batches, CallRecorder(modules, wanted))
+    if wanted is None:
+        wanted = seen.recorder.common_targets()
+        if set(seen.recorder.calls) - set(wanted):  # some were called inside of others
+            seen = _run_all_steps(trainer, pl_module, batches, CallRecorder(modules, wanted))
+    recorder = seen.recorder
+    calls = {path: recorder.calls[path] for path in wanted if path in recorder.calls}
+    missing = [path for path in wanted if path not in calls]
+    if calls and not missing:
+        recorder.warn_about_float_stages(pl_module, wanted)
+        return calls
+    if seen.batches and missing and not seen.problems:
+        called = ", ".join(repr(p) for paths in recorder.outermost.values() for p in paths) or "nothing"
+        raise MisconfigurationException(
+            f"target: {missing[0]!r} is not called by the steps of {type(pl_module).__name__} (they call {called}). "
+            "Write one of these, or auto."
+        )
+    if seen.problems:
+        why = "; ".join(seen.problems)
+    elif seen.batches:
+        why = "its steps call no submodule that has parameters and takes tensors"
+    else:
+        why = "the data loaders gave no batch (empty, or limit_*_batches leaves nothing of them)"
+    raise TracingError(
+        f"the ops of {type(pl_module).__name__} could not be traced: {why}. Set target: to the submodule to quantize, "
+        "or define example_input_array."
+    )
+
+
+@dataclass
+class _Seen:
+    """What running the steps showed."""
+
+    recorder: CallRecorder
+    batches: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def _run_all_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int, recorder: CallRecorder) -> _Seen:
+    """Run the steps of this run; in a fit those of training too, before predictions those that calibration will run."""
+    seen = _Seen(recorder)
+    running = _compat.running_function(trainer)
+    stages = {"train": ("validate", "train"), "predict": ("calibration", "predict")}.get(running, (running,))
+    with undisturbed(trainer, pl_module, trains=True), recorder.recording():
+        for stage in stages:
+            recorder.stage = stage
+            count, problems = _run_steps(trainer, pl_module, stage, batches, recorder)
+            seen.batches += count
+            seen.problems += problems
+    if not recorder.calls and pl_module.example_input_array is not None:
+        recorder.stage = "example"
+        with undisturbed(trainer, pl_module), recorder.recording(), torch.no_grad():
+            example = Call.of(pl_module._apply_batch_transfer_handler(pl_module.example_input_array))
+            pl_module.eval()
+            pl_module(*example.args, **example.kwargs)
+    return seen
+
+
+def _run_steps(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, batches: int, recorder: CallRecorder
+) -> tuple[int, list[str]]:
+    """Run one kind of step; it may fail once the targets were called (losses may need what is not there yet).
+
+    Returns:
+        The number of batches there were, and what went wrong.
+    """
+    if stage == "train" and not _compat.is_overridden("training_step", pl_module):
+        return 0, []
+    before = recorder.total
+    taken = 0
+    try:
+        for extra in _batches(trainer, pl_module, stage, batches):
+            taken += 1
+            pl_module.train(stage == "train")
+            with torch.no_grad():
+                run_step(trainer, pl_module, extra, "validate" if stage == "calibration" else stage)
+    except MisconfigurationException as error:
+        return taken, [str(error)]
+    except Exception as error:
+        if recorder.total == before and _compat.lacks_optimizers(trainer):  # it may have looked at them
+            with suppress(Exception), _compat.stand_in_optimizers(trainer, pl_module):
+                return _run_steps(trainer, pl_module, stage, batches, recorder)
+        if recorder.total > before:
+            rank_zero_debug(f"{stage} step stopped after its forward while tracing: {error!r}")
+            return taken, []
+        return taken, [f"its {stage} step failed with {type(error).__name__}: {error}"]
+    return taken, []
+
+
+def _batches(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, batches: int) -> Iterator[ExtraBatch]:
+    """Batches of a stage; a run that has no loader for it uses what it calibrates with."""
+    try:
+        attached = stage != "calibration" and _compat.attached_loader(trainer, stage) is not None
+    except Exception:  # a hook that needs a setup() of another stage
+        attached = False
+    return analysis_batches(trainer, pl_module, batches, stage if attached else "calibration")  # type: ignore[arg-type]
+
+
+def _check_disjoint(paths: list[str]) -> None:
+    for outer in paths:
+        for inner in paths:
+            if inner != outer and (outer == "" or inner.startswith(outer + ".")):
+                raise MisconfigurationException(
+                    f"target: {inner!r} lies inside {outer or 'the whole module'!r}. Name disjoint submodules."
+                )

@@ -1,0 +1,100 @@
+"""What cannot work together with QuantizationAwareTraining, said before anything is trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+
+from lightning_qat.callbacks import _compat
+from lightning_qat.quantization.numerics.dtypes import quant_dtype
+from lightning_qat.quantization.region.region import find_regions
+
+if TYPE_CHECKING:
+    from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+
+
+def check_trainer(trainer: pl.Trainer, callback: QuantizationAwareTraining, stage: str) -> None:
+    """Look at the strategy and the other callbacks.
+
+    Raises:
+        MisconfigurationException: they cannot work.
+    """
+    from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        raise MisconfigurationException(
+            f"QuantizationAwareTraining does not work with {type(trainer.strategy).__name__} yet: it shards the "
+            'parameters that fake-quant has to see whole. Use Trainer(strategy="ddp") or a single device.'
+        )
+    if stage == "fit" and _compat.replaces_batch_norm(trainer):
+        raise MisconfigurationException(
+            "Trainer(sync_batchnorm=True) replaces batch norm by other ops after fake-quant was inserted. Write "
+            "sync_batchnorm=False; if the batches of one rank are too small for their own statistics, also "
+            "QuantizationAwareTraining(freeze_batch_norm_after=0), which keeps those of the float model."
+        )
+    if stage == "fit" and _compat.runs_in_child_processes(trainer):
+        rank_zero_warn(
+            "this strategy trains in child processes: afterwards the module of this process has the new weights, but "
+            "no fake-quants. Add ModelCheckpoint, and go on with ckpt_path= or lightning_qat.load_quantized.",
+            category=PossibleUserWarning,
+        )
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if sum(isinstance(other, QuantizationAwareTraining) for other in callbacks) > 1:
+        raise MisconfigurationException(
+            "there are several QuantizationAwareTraining callbacks: use one, with target: [a, b] and overrides."
+        )
+    for other in callbacks[: callbacks.index(callback)]:
+        if stage == "fit" and isinstance(other, WeightAveraging):
+            raise MisconfigurationException(
+                f"{type(other).__name__} is listed before QuantizationAwareTraining: it copies the model before "
+                "fake-quant is inserted. List QuantizationAwareTraining first."
+            )
+    for other in callbacks:
+        if stage == "fit" and isinstance(other, (LearningRateFinder, BatchSizeFinder)):
+            rank_zero_warn(
+                f"{type(other).__name__} runs before calibration: what it finds is for the float model. "
+                + (
+                    "QAT usually wants a smaller learning rate."
+                    if isinstance(other, LearningRateFinder)
+                    else "Fake-quant needs more memory than that: leave a margin."
+                ),
+                category=PossibleUserWarning,
+            )
+
+
+def check_averaged_copies(trainer: pl.Trainer) -> None:
+    """Look at the copies that WeightAveraging made.
+
+    Raises:
+        MisconfigurationException: one has no fake-quants.
+    """
+    for copy in _compat.averaged_copies(trainer):
+        if not find_regions(copy):
+            raise MisconfigurationException(
+                "WeightAveraging copied the model before fake-quant was inserted: build the layers in __init__ or "
+                "configure_model, not in setup."
+            )
+
+
+def warn_about_precision(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Say that half precision has fewer digits than the wide types it is asked to carry."""
+    precision = str(trainer.precision)
+    digits = 8 if "bf16" in precision else 11 if "16" in precision else 24
+    wide = [
+        point.name
+        for region in find_regions(pl_module).values()
+        for point in region.plan.points
+        if quant_dtype(point.dtype).bits > digits
+    ]
+    if wide:
+        rank_zero_warn(
+            f"Trainer(precision={precision!r}) computes with {digits} binary digits, fewer than the type of "
+            f"{len(wide)} points has (such as {wide[0]}): they lose what it would keep. Use precision=32 for them.",
+            category=PossibleUserWarning,
+        )

@@ -1,0 +1,158 @@
+"""Measuring the rungs of the pipeline ladder: every one starts from the same state and sees the same batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_qat.analysis.pipeline.pipeline_ladder import Ladder
+from lightning_qat.analysis.pipeline.pipeline_rows import TRAIN_LOSS, Finetune, Measurement
+from lightning_qat.analysis.statistics.statistics import LayerStatisticsRow
+from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state, moves_batch_norm
+from lightning_qat.callbacks.ladder.off_comparison import compare_off
+from lightning_qat.callbacks.layer_statistics import LayerStatistics
+from lightning_qat.callbacks.passes.analysis_pass import is_calibrated
+from lightning_qat.callbacks.passes.extra_pass import require_regions
+from lightning_qat.callbacks.passes.progress import progress
+from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.quantization.errors import unknown_choice
+from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.region_state import State, Updates
+
+_OFF_BATCHES = 2
+_MANUAL = (
+    "{module} optimizes manually, and a copy of it would step the optimizers of the run. Train the float model "
+    "yourself, with the same script and without QuantizationAwareTraining: if it collapses too, quantization is not "
+    "the cause. ZeroLRFinetune works here."
+)
+
+
+def measure_ladder(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    rungs: Collection[int],
+    batches: int,
+    eval_batches: float,
+    who: str,
+    reference: Collection[str] = (),
+) -> Ladder:
+    """Measure some rungs; a rung that cannot be measured says why in ``missing``.
+
+    Args:
+        trainer: the running trainer.
+        pl_module: its module, which is not changed.
+        rungs: numbers of those wanted; the float model is evaluated in any case.
+        batches: training batches per rung and rank.
+        eval_batches: validation batches per evaluation and rank.
+        who: the callback, for messages and the progress bar.
+        reference: names of metrics that the evaluation has to log.
+
+    Raises:
+        MisconfigurationException: it logs others; before anything is trained.
+    """
+    require_regions(pl_module, who)
+    calibrated, moving = is_calibrated(pl_module), moves_batch_norm(pl_module)
+    trains = pl_module.automatic_optimization
+    missing = {} if trains else {n: _MANUAL.format(module=type(pl_module).__name__) for n in (5, 6) if n in rungs}
+    if 6 in rungs and not calibrated:
+        missing.setdefault(6, "no calibrated scales")
+    finetunes = {
+        number: number in rungs and number not in missing and possible
+        for number, possible in {2: True, 3: moving, 4: calibrated, 5: trains, 6: trains and calibrated}.items()
+    }
+    total = batches * sum(finetunes.values()) + (2 * _OFF_BATCHES if 1 in rungs else 0)
+    with progress(trainer, who, total) as advance:
+        run = _Rungs(trainer, pl_module, batches, eval_batches, advance)
+        float_model = measure_in_state(trainer, pl_module, "off", eval_batches)
+        _require_logged(reference, float_model, who)
+        needs_calibrated = calibrated and (4 in rungs or 6 in rungs)
+        return Ladder(
+            float_model=float_model,
+            off=compare_off(trainer, pl_module, _OFF_BATCHES, advance) if 1 in rungs else None,
+            batch_norm_frozen=run.zero_lr("off", freeze=True) if finetunes[2] else None,
+            batch_norm_moving=run.zero_lr("off") if finetunes[3] else None,
+            calibrated=measure_in_state(trainer, pl_module, "quantize", eval_batches) if needs_calibrated else None,
+            quantized=run.zero_lr("quantize") if finetunes[4] else None,
+            float_finetune=run.trained("off") if finetunes[5] else None,
+            qat=run.trained("quantize") if finetunes[6] else None,
+            missing=missing,
+            points=worst_points(trainer, pl_module) if needs_calibrated and 6 in rungs else (),
+            total_steps=_total_steps(trainer),
+        )
+
+
+def _require_logged(reference: Collection[str], float_model: Measurement, who: str) -> None:
+    logged = [*float_model.metrics, TRAIN_LOSS]
+    unknown = [name for name in reference if name not in logged]
+    if unknown and float_model.metrics:  # an evaluation that logs nothing has a verdict of its own
+        raise MisconfigurationException(
+            f"{who}(reference=...) has what the evaluation does not log: {unknown_choice('metric', unknown[0], logged)}"
+        )
+
+
+class _Rungs:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batches: int,
+        eval_batches: float,
+        advance: Callable[[], Any],
+    ) -> None:
+        self._trainer, self._module = trainer, pl_module
+        self._settings: dict[str, Any] = {"batches": batches, "eval_batches": eval_batches, "advance": advance}
+
+    def zero_lr(self, state: State, freeze: bool = False) -> Finetune:
+        return self._finetune(state, zero_lr=True, freeze_batch_norm=freeze)
+
+    def trained(self, state: State) -> Finetune:
+        return self._finetune(state, zero_lr=False)
+
+    def _finetune(self, state: State, **kwargs: Any) -> Finetune:
+        updates: tuple[Updates, ...] = _scale_updates(self._trainer) if state == "quantize" else ()
+        return finetune_copy(self._trainer, self._module, state=state, updates=updates, **self._settings, **kwargs)
+
+
+def worst_points(trainer: pl.Trainer, pl_module: pl.LightningModule, count: int = 3) -> tuple[str, ...]:
+    """Return the points with the worst signal-to-noise ratio of their own, with the reason, in words."""
+    rows = LayerStatistics().measure(trainer, pl_module, batches=1).rows
+    known = [row for row in rows if row.sqnr is not None and not math.isnan(row.sqnr)]
+    fixed = {
+        (path, point.name)
+        for path, region in find_regions(pl_module).items()
+        for point in region.plan.points
+        if point.fixed_scale is not None
+    }
+    ordered = sorted(known, key=lambda row: row.sqnr or 0.0)[:count]
+    return tuple(_spelled(row, (row.region, row.point) in fixed) for row in ordered)
+
+
+def _spelled(row: LayerStatisticsRow, is_fixed: bool) -> str:
+    name = f"{row.region}:{row.point}" if row.region else row.point
+    words = [row.dtype, f"{row.sqnr:.3g} dB"]
+    largest = max(abs(row.min or 0.0), abs(row.max or 0.0))
+    if row.scale is not None:
+        words.append(f"scale {row.scale:.3g}{' fixed in the configuration' if is_fixed else ''}")
+    if row.error_source == "clipping":
+        words.append(f"{row.clipped_share or 0.0:.0%} of its values, up to {largest:.3g}, are clipped: too small")
+    elif row.used_share is not None:
+        words.append(f"its values, up to {largest:.3g}, use {row.used_share:.1%} of the codes: too coarse")
+    return f"{name} ({', '.join(words)})"
+
+
+def _scale_updates(trainer: pl.Trainer) -> tuple[Updates, ...]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    qat = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
+    return qat.scale_updates(trainer) if qat is not None else ("weight",)
+
+
+def _total_steps(trainer: pl.Trainer) -> int:
+    try:
+        steps = float(trainer.estimated_stepping_batches)
+    except Exception:  # loaders that cannot say how long they are
+        return 0
+    return int(steps) if math.isfinite(steps) and steps > 0 else 0

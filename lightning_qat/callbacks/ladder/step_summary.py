@@ -1,0 +1,147 @@
+"""What the loaders deliver, what the steps make of it, and whether the answers of the model fit the targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.analysis.pipeline.fingerprint import weight_digests
+from lightning_qat.analysis.pipeline.tensor_summary import TensorSummarizer, TensorSummary
+from lightning_qat.callbacks import _compat
+from lightning_qat.callbacks.passes.analysis_loaders import Stage
+from lightning_qat.callbacks.passes.analysis_pass import seeded
+from lightning_qat.callbacks.passes.call_recorder import CallRecorder
+from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, run_step
+from lightning_qat.quantization.tracing.module_walk import REGION_NAME
+from lightning_qat.quantization.tracing.preservation import preserved_modes
+from lightning_qat.quantization.tracing.tensor_leaves import named_leaves
+from lightning_qat.quantization.tracing.tracing import Call
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """One stage of a pipeline.
+
+    Args:
+        data: what the loader delivers.
+        inputs: what the outermost modules receive.
+        agreement: of their outputs with integer targets.
+        swapped: modules whose weights were others in the step than before it.
+    """
+
+    data: tuple[TensorSummary, ...]
+    inputs: tuple[TensorSummary, ...]
+    agreement: dict[str, float]
+    swapped: list[str]
+
+
+def summarize(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, batches: int) -> StageSummary:
+    """Run steps of a stage and summarize data, inputs of the model, and agreement of its outputs with the targets.
+
+    Args:
+        trainer: the running trainer.
+        pl_module: its module; call this inside ``undisturbed``.
+        stage: whose loader and step; training steps run in train mode.
+        batches: batches on this rank.
+    """
+    data: dict[str, TensorSummarizer] = {}
+    inputs: dict[str, TensorSummarizer] = {}
+    agreement: dict[str, list[float]] = {}
+    before, swapped = weight_digests(pl_module) if stage == "validate" else {}, dict[str, None]()
+    for extra in analysis_batches(trainer, pl_module, batches, stage):
+        _update(data, "", extra.batch)
+        recorder = _record(trainer, pl_module, extra, stage)
+        for path, calls in recorder.calls.items():
+            for call in calls:
+                _update(inputs, path or "model", (call.args, call.kwargs) if call.kwargs else call.args)
+        for name, share in _agreement(extra.batch, recorder.results).items():
+            agreement.setdefault(name, []).append(share)
+        if before and not swapped:
+            swapped |= {name: None for name, digest in weight_digests(pl_module).items() if before.get(name) != digest}
+            before = {}
+    means = {name: sum(shares) / len(shares) for name, shares in agreement.items()}
+    return StageSummary(
+        tuple(s.result() for s in data.values()), tuple(s.result() for s in inputs.values()), means, list(swapped)
+    )
+
+
+def evaluates_randomly(trainer: pl.Trainer, pl_module: pl.LightningModule, seed: int) -> bool:
+    """Whether the same batch, evaluated twice, has different results although the model gets the same inputs.
+
+    That is dropout which is active in evaluation, or sampling. Random preprocessing changes the inputs: it does not
+    count here.
+    """
+    stage = next((s for s in ("validate", "test") if _compat.attached_loader(trainer, s) is not None), None)
+    if stage is None:
+        return False
+    with seeded(seed):
+        extra = next(iter(analysis_batches(trainer, pl_module, 1, stage)), None)  # type: ignore[arg-type]
+    if extra is None:
+        return False
+    runs = []
+    for number in range(2):
+        with seeded(seed + number):
+            runs.append(_record(trainer, pl_module, extra, stage))
+    one, other = runs
+    calls = [[(c.args, c.kwargs) for calls in r.calls.values() for c in calls] for r in runs]
+    return _same(*calls) and not _same(one.results, other.results)
+
+
+class _ResultRecorder(CallRecorder):
+    """Keeps the results of the outermost calls as well."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        super().__init__(modules, None)
+        self.results: list[tuple[str, Any]] = []
+
+    def _note(self, path: str, call: Call, outermost: bool, result: Any) -> None:
+        before = self.total
+        super()._note(path, call, outermost, result)
+        if self.total > before:
+            self.results.append((path, result))
+
+
+def _record(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBatch, stage: str) -> _ResultRecorder:
+    modules = {path: m for path, m in pl_module.named_modules() if REGION_NAME not in path.split(".")}
+    recorder = _ResultRecorder(modules)
+    with preserved_modes(pl_module), recorder.recording(), torch.no_grad():
+        pl_module.train(stage == "train")
+        if stage == "validate" and _compat.is_overridden("on_validation_model_eval", pl_module):
+            _compat.call_hook(pl_module, "on_validation_model_eval")
+        run_step(trainer, pl_module, extra, stage)
+    return recorder
+
+
+def _update(summarizers: dict[str, TensorSummarizer], prefix: str, value: Any) -> None:
+    for path, tensor in named_leaves(value):
+        name = ".".join(part for part in (prefix, path) if part) or "batch"
+        summarizers.setdefault(name, TensorSummarizer(name)).update(tensor)
+
+
+def _agreement(batch: Any, results: list[tuple[str, Any]]) -> dict[str, float]:
+    """For every integer tensor of the batch and every output with one axis of classes more."""
+    targets = [(name, t) for name, t in named_leaves(batch) if not t.is_floating_point() and not t.is_complex()]
+    shares = {}
+    for path, result in results:
+        for name, output in named_leaves(result):
+            if not output.is_floating_point() or output.dim() < 2 or output.shape[1] < 2:
+                continue
+            for target_name, target in targets:
+                if target.shape == output.shape[:1] + output.shape[2:] and target.dtype != torch.bool:
+                    answer = output.argmax(dim=1)
+                    spelled = ".".join(part for part in (path or "model", name) if part)
+                    shares[f"{spelled}={target_name or 'batch'}"] = float((answer == target).double().mean())
+    return shares
+
+
+def _same(one: Any, other: Any) -> bool:
+    first, second = dict(named_leaves(one)), dict(named_leaves(other))
+    return first.keys() == second.keys() and all(_equal(first[name], second[name]) for name in first)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())

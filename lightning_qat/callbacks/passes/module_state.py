@@ -1,0 +1,203 @@
+"""What the steps of a module can change beside its weights, and putting it back: attributes, metrics, parameters.
+
+``validation_step`` of real modules appends to lists, keeps the last output, updates metrics and momentum encoders. A
+pass in between must leave all of that as it was.
+"""
+
+from __future__ import annotations
+
+import collections
+import random
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_qat.quantization.tracing.module_walk import modules_outside_regions
+
+_OF_MODULES = frozenset(nn.Module().__dict__)
+_CONTAINERS = (list, dict, set, collections.deque)
+_FIXED = frozenset({bool, int, float, str, bytes, complex, range, type(None), types.FunctionType, types.MethodType})
+"""Types of most attributes."""
+_RANDOM = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+_SCANNED = 10_000
+"""Larger containers are not searched for random generators and objects: datasets have long lists of files."""
+Restore = Callable[[], None]
+
+
+@contextmanager
+def preserved_attributes(module: nn.Module) -> Iterator[None]:
+    """Put back the plain attributes of every submodule on exit, with the contents of lists, dicts and tensors.
+
+    This covers the state of torchmetrics. Parameters, buffers and hooks are not attributes in this sense, and regions
+    are left out: what an analysis changes there is its own business.
+    """
+    with _restored(_attributes_of(m, _OF_MODULES, contents=True) for m in modules_outside_regions(module)):
+        yield
+
+
+@contextmanager
+def preserved_loader_state(loaders: Iterable[Any]) -> Iterator[None]:
+    """Put back attributes and random generators of loaders, their samplers and their datasets on exit.
+
+    So are a datamodule's. Contents of large lists and of tensors are left alone: they are the data.
+    """
+    found: dict[int, Any] = {}
+    pending = list(loaders)
+    while pending:
+        owner = pending.pop()
+        if owner is None or id(owner) in found or not hasattr(owner, "__dict__"):
+            continue
+        found[id(owner)] = owner
+        pending += [owner.__dict__.get(name) for name in ("sampler", "batch_sampler", "dataset", "collate_fn")]
+    with _restored(_attributes_of(owner, frozenset({"_iterator"}), contents=False) for owner in found.values()):
+        yield
+
+
+@contextmanager
+def preserved_parameters(module: nn.Module) -> Iterator[None]:
+    """Put back the values of all parameters on exit: training steps may update a momentum encoder, for example."""
+    saved = [(p, p.data, p.detach().clone()) for p in module.parameters()]
+    try:
+        yield
+    finally:
+        with torch.inference_mode(False), torch.no_grad():  # in this order: the former turns gradients on
+            for parameter, data, content in saved:
+                if parameter.data_ptr() != data.data_ptr():
+                    parameter.data = data
+                if not torch.equal(parameter, content):
+                    parameter.copy_(content)
+
+
+@contextmanager
+def _restored(restores: Iterable[Restore]) -> Iterator[None]:
+    """Collect what to put back, and put it back on exit."""
+    collected = list(restores)
+    try:
+        yield
+    finally:
+        for restore in collected:
+            restore()
+
+
+def _attributes_of(owner: Any, skip: frozenset[str], contents: bool) -> Restore:
+    before = {name: value for name, value in owner.__dict__.items() if name not in skip}
+    inner = [r for r in (_state_of(value, contents) for value in before.values()) if r is not None]
+
+    def restore() -> None:
+        for name in [name for name in owner.__dict__ if name not in skip and name not in before]:
+            del owner.__dict__[name]
+        owner.__dict__.update(before)
+        for restore_one in inner:
+            restore_one()
+
+    return restore
+
+
+def _state_of(value: Any, contents: bool) -> Restore | None:
+    """Return a function that puts the inside of a value back, for values that can be changed from inside."""
+    if type(value) in _FIXED:
+        return None
+    if isinstance(value, _RANDOM):
+        return _random(value)
+    if contents and isinstance(value, Tensor):
+        return _tensor(value)
+    if contents and isinstance(value, np.ndarray):
+        return _array(value)
+    if isinstance(value, nn.Module):  # those that are not submodules may be the module itself, or hold it
+        return _metric(value) if contents and isinstance(value, (Metric, MetricCollection)) else None
+    if isinstance(value, (*_CONTAINERS, tuple)):
+        return _container(value, contents)
+    return _attributes_of(value, frozenset(), contents) if _is_data(value) else None
+
+
+def _random(value: Any) -> Restore | None:
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: _ignore(value.set_state(state))
+    if isinstance(value, random.Random):
+        python_state = value.getstate()
+        return lambda: value.setstate(python_state)
+    if isinstance(value, np.random.RandomState):
+        legacy_state = value.get_state()
+        return lambda: value.set_state(legacy_state)
+    if isinstance(value, np.random.Generator):
+        numpy_state = value.bit_generator.state
+        return lambda: setattr(value.bit_generator, "state", numpy_state)
+    return None
+
+
+def _tensor(value: Tensor) -> Restore | None:
+    if value.requires_grad or value.is_meta:
+        return None
+    content = value.detach().clone()
+
+    def restore() -> None:
+        if not torch.equal(value, content):
+            with torch.no_grad(), torch.inference_mode(value.is_inference()):
+                value.copy_(content)
+
+    return restore
+
+
+def _array(value: Any) -> Restore | None:
+    content = value.copy()
+
+    def restore() -> None:
+        if value.flags.writeable:
+            value[...] = content
+
+    return restore
+
+
+def _metric(value: nn.Module) -> Restore:
+    restores = [_attributes_of(m, _OF_MODULES, contents=True) for m in value.modules()]
+
+    def restore() -> None:
+        for restore_one in restores:
+            restore_one()
+
+    return restore
+
+
+def _container(value: Any, contents: bool) -> Restore | None:
+    if not contents and len(value) > _SCANNED:
+        return None
+    items = dict(value) if isinstance(value, dict) else list(value)
+    members = items.values() if isinstance(items, dict) else items
+    nested = [r for member in members if (r := _state_of(member, contents)) is not None]
+    can_change = not isinstance(value, tuple)
+    if not nested and not can_change:
+        return None
+
+    def restore() -> None:
+        if can_change:
+            value.clear()
+            (value.update if isinstance(value, (dict, set)) else value.extend)(items)
+        for restore_one in nested:
+            restore_one()
+
+    return restore
+
+
+def _is_data(value: Any, depth: int = 5) -> bool:
+    """Whether an object holds nothing but data: no lock, no connection, nothing that another thread may work with."""
+    if type(value) in _FIXED or isinstance(value, (Tensor, np.ndarray, np.generic, *_RANDOM)):
+        return True
+    if depth == 0 or isinstance(value, (type, types.ModuleType)):
+        return False
+    if isinstance(value, (*_CONTAINERS, tuple)):
+        members = value.values() if isinstance(value, dict) else value
+        return len(value) <= _SCANNED and all(_is_data(member, depth - 1) for member in members)
+    if not hasattr(value, "__dict__") or type(value).__module__.partition(".")[0] in ("torch", "lightning"):
+        return False
+    return all(_is_data(member, depth - 1) for member in vars(value).values())
+
+
+def _ignore(value: object) -> None:
+    """Drop a result."""

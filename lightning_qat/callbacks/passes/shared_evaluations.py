@@ -1,0 +1,92 @@
+"""What several callbacks want to know about the model as it is now, found out once."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from contextlib import ExitStack
+
+import lightning.pytorch as pl
+
+from lightning_qat.analysis.pipeline.fingerprint import tensor_digest
+from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
+from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.region_state import State
+
+ModelKey = tuple[int, int, str, frozenset[str]]
+"""Step, epoch, digest of the tensors, and the points whose scale is about to follow the weight: the same key, the same
+model."""
+
+
+def model_key(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelKey:
+    """Return the key of the model as it is now; it changes with every bit of a parameter, a buffer or a scale.
+
+    What steps keep in other attributes is taken to be the same, as it is not changed by extra passes.
+    """
+    tensors = itertools.chain(pl_module.named_parameters(), pl_module.named_buffers())
+    outdated = (
+        f"{path}:{name}"
+        for path, region in find_regions(pl_module).items()
+        for name, fake_quant in region.points.items()
+        if fake_quant.outdated
+    )
+    return trainer.global_step, trainer.current_epoch, tensor_digest(tensors), frozenset(outdated)
+
+
+class SharedEvaluations:
+    """The evaluations of a model in one state of its weights; QuantizationAwareTraining keeps them for a trainer.
+
+    An evaluation is handed on to who asks for the same one: same model, state of the fake-quants, stage and batches.
+    Another number of batches is another evaluation, unless both are all that there are. Where an evaluation draws
+    random numbers, everybody gets those of the first one.
+    """
+
+    def __init__(self) -> None:
+        self._model: ModelKey | None = None
+        self._known: dict[tuple[State, str, float], Evaluation] = {}
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer) -> SharedEvaluations:
+        """Return those of a trainer; without QuantizationAwareTraining nothing is shared."""
+        kept = (getattr(callback, "evaluations", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        return next((shared for shared in kept if isinstance(shared, cls)), None) or cls()
+
+    def evaluate(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        state: State,
+        *,
+        stage: str = "validate",
+        limit: float = math.inf,
+    ) -> Evaluation:
+        """Evaluate the module with all its regions in one state and no scale moving. Call it on all ranks.
+
+        Args:
+            trainer: the running trainer.
+            pl_module: its module, which is not changed.
+            state: of the fake-quants.
+            stage: see :func:`~lightning_qat.callbacks.passes.evaluation.evaluate`.
+            limit: number of batches on this rank at most.
+
+        Raises:
+            MisconfigurationException: there is no data.
+        """
+        model = model_key(trainer, pl_module)
+        if model != self._model:
+            self._model, self._known = model, {}
+        known = self._find(state, stage, limit)
+        if trainer.strategy.reduce_boolean_decision(known is not None, all=True) and known is not None:
+            return known
+        with ExitStack() as stack:
+            for region in find_regions(pl_module).values():
+                stack.enter_context(region.state(state, updates=()))
+            found = self._known[state, stage, limit] = evaluate(trainer, pl_module, stage=stage, limit=limit)
+        return found
+
+    def _find(self, state: State, stage: str, limit: float) -> Evaluation | None:
+        for (of_state, of_stage, of_limit), known in self._known.items():
+            all_there_are = known.batches < of_limit and known.batches <= limit
+            if (of_state, of_stage) == (state, stage) and (of_limit == limit or all_there_are):
+                return known
+        return None

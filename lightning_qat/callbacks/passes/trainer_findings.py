@@ -1,0 +1,118 @@
+"""What only the Trainer knows about a quantized model: how it will be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from torch import nn
+
+from lightning_qat.analysis.model_check.findings import Finding
+from lightning_qat.callbacks.calibration import Calibration
+from lightning_qat.callbacks.passes.analysis_loaders import fresh_loaders
+from lightning_qat.callbacks.passes.extra_pass import undisturbed
+from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.quantization.region.region import find_regions
+
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+def trainer_findings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Finding]:
+    """Look at the callbacks of a run; what cannot work at all was refused before.
+
+    Args:
+        trainer: the running trainer.
+        pl_module: its module.
+    """
+    return [*_tuners(trainer), *_initial_weights(trainer), *_calibration(trainer)]
+
+
+def training_batch_size(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int | None:
+    """Return the number of samples per training batch and rank, if batch norm makes it matter and it can be told."""
+    targets = [region.target for region in find_regions(pl_module).values()]
+    if trainer.state.fn != "fit" or not any(isinstance(m, _BATCH_NORM) for t in targets for m in t.modules()):
+        return None
+    try:
+        with undisturbed(trainer, pl_module), fresh_loaders(trainer, pl_module, "train") as (loaders, _):
+            sizes = [size for loader in loaders.flattened if (size := _batch_size(loader)) is not None]
+    except MisconfigurationException:  # no training data
+        return None
+    return min(sizes, default=None)
+
+
+def _batch_size(loader: object) -> int | None:
+    for owner in (getattr(loader, "batch_sampler", None), loader):
+        size = getattr(owner, "batch_size", None)
+        if isinstance(size, int):
+            return size
+    return None
+
+
+def _tuners(trainer: pl.Trainer) -> Iterator[Finding]:
+    tuners = [type(c).__name__ for c in _callbacks(trainer) if isinstance(c, (LearningRateFinder, BatchSizeFinder))]
+    if tuners and trainer.state.fn == "fit":
+        yield Finding(
+            severity="warning",
+            kind="tuner before calibration",
+            requirement="",
+            names=tuple(tuners),
+            what=f"{' and '.join(tuners)} ran on the float model, before calibration.",
+            why="QAT usually wants a tenth of the float learning rate, and fake-quant needs more memory.",
+            action="Leave the callback out, and write the learning rate and the batch size down.",
+        )
+
+
+def _initial_weights(trainer: pl.Trainer) -> Iterator[Finding]:
+    quantization = next((c for c in _callbacks(trainer) if isinstance(c, QuantizationAwareTraining)), None)
+    if quantization is None or trainer.state.fn != "fit":
+        return
+    if quantization.init_from is None and trainer.ckpt_path is None:
+        yield Finding(
+            severity="info",
+            kind="initial weights",
+            requirement="",
+            names=(),
+            what="Training starts from the weights that the module was created with.",
+            why="QAT is a finetuning of a trained float model; from random weights it rarely gets there.",
+            action="Give the float checkpoint, unless the module loads pretrained weights itself.",
+            yaml="- class_path: QuantizationAwareTraining\n  init_args:\n    init_from: float.ckpt",
+        )
+
+
+def _calibration(trainer: pl.Trainer) -> Iterator[Finding]:
+    """What calibration saw in the data; the result is that of this run."""
+    results = [c.result for c in _callbacks(trainer) if isinstance(c, Calibration) and c.result is not None]
+    for kind, (what, why, action) in _CALIBRATION.items():
+        found = [finding for result in results for finding in result.findings if finding.kind == kind]
+        if found:
+            yield Finding(
+                severity="warning",
+                kind=f"{kind} in calibration",
+                requirement="",
+                names=tuple(finding.point for finding in found),
+                what=what.format(n=len(found), first=found[0].point, batch=found[0].batch),
+                why=why,
+                action=action,
+            )
+
+
+_CALIBRATION = {
+    "nan": (
+        "NaN in calibration at {n} points, first at {first} in batch {batch}.",
+        "The float model computes NaN there; no scale can help.",
+        "Look at the inputs of the op (division by zero, log of a negative number) before quantizing.",
+    ),
+    "inf": (
+        "Infinite values in calibration at {n} points, first at {first} in batch {batch}.",
+        "Infinities were left out of the range and will be clipped to it.",
+        "If it is a mask, keep the point in float32; else look at the inputs of the op.",
+    ),
+}
+"""What calibration can find and the check of the regions cannot: what, why, what to do."""
+
+
+def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks

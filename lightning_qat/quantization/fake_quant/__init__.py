@@ -1,0 +1,1 @@
+"""The fake-quants: modules that quantize a tensor and give it back as float."""

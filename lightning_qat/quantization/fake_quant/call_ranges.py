@@ -1,0 +1,90 @@
+"""The range of every single call of what runs several times per forward with one scale (A5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_qat.quantization.numerics.histogram import reduce_device
+from lightning_qat.quantization.planning.plan import QuantPlan
+from lightning_qat.quantization.tracing.op_graph import OpGraph
+
+Range = tuple[float, float]
+EMPTY: Range = (math.inf, -math.inf)
+
+
+class CallRanges:
+    """Smallest and largest finite value of every call of a point, over all calibration batches.
+
+    Attributes:
+        points: by point, the range of its first, second, ... call within a forward; ``(inf, -inf)`` without a value.
+
+    Example:
+        >>> ranges = CallRanges()
+        >>> ranges.observe("sine.output", 0, torch.tensor([0.0, 4.59]))
+        >>> ranges.observe("sine.output", 1, torch.tensor([0.0, 6.28]))
+        >>> [round(high, 2) for low, high in ranges.points["sine.output"]]
+        [4.59, 6.28]
+    """
+
+    def __init__(self) -> None:
+        self.points: dict[str, list[Range]] = {}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.points.clear()
+
+    @torch.no_grad()
+    def observe(self, point: str, call: int, x: Tensor) -> None:
+        """Record one call.
+
+        Args:
+            point: name of the point.
+            call: number of the call within the forward, from 0.
+            x: what flows through.
+        """
+        calls = self.points.setdefault(point, [])
+        calls.extend([EMPTY] * (call + 1 - len(calls)))
+        finite = x.detach()[x.isfinite()]
+        if finite.numel():
+            low, high = torch.aminmax(finite)
+            calls[call] = (min(calls[call][0], low.item()), max(calls[call][1], high.item()))
+
+    def all_reduce(self, points: Iterable[str], group: dist.ProcessGroup | None = None) -> None:
+        """Combine the ranges of all ranks; every rank must call this, with the same points in the same order."""
+        names = list(points)
+        if not names:
+            return
+        counts = torch.tensor([len(self.points.get(name, ())) for name in names], device=reduce_device(group))
+        dist.all_reduce(counts, dist.ReduceOp.MAX, group)
+        own = [[*self.points.get(name, ())] for name in names]
+        padded = [r + [EMPTY] * (count - len(r)) for r, count in zip(own, counts.tolist(), strict=True)]
+        ends = torch.tensor(
+            [(-low, high) for ranges in padded for low, high in ranges],
+            dtype=torch.float64,
+            device=reduce_device(group),
+        )
+        if ends.numel():
+            dist.all_reduce(ends, dist.ReduceOp.MAX, group)
+        rows = iter((-low, high) for low, high in ends.tolist())
+        self.points = {
+            name: [next(rows) for _ in range(count)] for name, count in zip(names, counts.tolist(), strict=True)
+        }
+        self.points = {name: ranges for name, ranges in self.points.items() if ranges}
+
+    def state_dict(self) -> dict[str, list[list[float]]]:
+        """Return lists of numbers."""
+        return {name: [list(r) for r in ranges] for name, ranges in self.points.items()}
+
+    def load_state_dict(self, state: Mapping[str, list[list[float]]]) -> None:
+        """Take the state of :meth:`state_dict`."""
+        self.points = {name: [(low, high) for low, high in ranges] for name, ranges in state.items()}
+
+
+def repeating_points(graph: OpGraph, plan: QuantPlan) -> list[str]:
+    """Return the activation points that several calls within one forward share: those in dynamic blocks."""
+    return [p.name for p in plan.points if not p.is_weight and graph.by_name[p.op].calls > 1]

@@ -1,0 +1,300 @@
+"""What a quantization point keeps: the statistics of its data, and the scale derived from them."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
+from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_quantize
+from lightning_qat.quantization.fake_quant.learned_scale import fake_quantize_learned, gradient_scale
+from lightning_qat.quantization.fake_quant.quantization_parameters import QuantizationParameters, Scheme
+from lightning_qat.quantization.numerics.observers import ObserverName, clip_range
+from lightning_qat.quantization.numerics.range_statistics import PerChannelRange, RangeStatistics
+from lightning_qat.quantization.numerics.scales import MIN_SCALE, greatest_scale
+from lightning_qat.quantization.numerics.split_statistics import SplitStatistics, repeat_groups
+
+
+class FakeQuantize(QuantizationParameters):
+    """A quantization point: it records what flows through, derives a scale from that and fake-quantizes.
+
+    These are three separate steps: :meth:`observe` only records, :meth:`compute_scale` only derives (again and again,
+    with other methods or types, from the same statistics) and calling the module only quantizes with the scale it has.
+    Until it has one (``scale_source`` is ``None``), or while ``enabled`` is false, calling it returns its input.
+
+    Args:
+        dtype: Name of the quantized type, such as ``int8``.
+        scheme: ``symmetric`` (zero point 0) or ``affine`` (the range of the data, extended to contain zero).
+        axis: Channel axis for one scale per channel; ``None`` for one scale.
+        channels: Number of channels; needed with ``axis`` and only then.
+        split_sizes: Lengths of groups of neighbouring channels, for one scale per group instead of per channel.
+        batch_axis: The axis of the samples, ``None`` for a weight; only the gradient of a learned scale looks at it.
+        observer: The method that derives the scale, see
+            :func:`~lightning_qat.quantization.numerics.observers.clip_range`.
+        percentile: For the ``percentile`` observer: share of the values inside the range, in percent.
+        ema_momentum: Weight of a new batch in moving averages.
+        fixed_scale: A scale given by the user. It is used at once and never changed; statistics are still recorded.
+        narrow_range: Leave out the smallest code of a signed type, so that the codes are symmetric (int8: -127 ...
+            127).
+
+    Attributes:
+        scale: float32 whatever the type of the model, ``()``, ``(channels,)`` or ``(groups,)``. A buffer, or once
+            :meth:`learn_scale` was called a parameter.
+        zero_point: Buffer, int32, of the same shape.
+        scale_source: The method the scale came from, ``None`` before calibration.
+        enabled: Set to false to switch this point off.
+        frozen: Set to true to keep the scale as it is, once there is one; see :meth:`Region.freeze`.
+        outdated: Whether the scale is a weight's and was taken in a training forward: the optimizer may have stepped
+            since, so the next evaluation takes it anew.
+        statistics: What was observed.
+
+    Raises:
+        ConfigurationError: If an argument is out of its set, or two of them contradict each other.
+
+    Example:
+        >>> point = FakeQuantize("int8", observer="minmax")
+        >>> point.observe(torch.tensor([-1.0, 2.54]))
+        >>> point.compute_scale()
+        >>> round(point.scale.item(), 4), point(torch.tensor([0.031, 9.0]))
+        (0.02, tensor([0.0400, 2.5400]))
+    """
+
+    def __init__(
+        self,
+        dtype: str,
+        *,
+        scheme: Scheme = "symmetric",
+        axis: int | None = None,
+        channels: int | None = None,
+        split_sizes: tuple[int, ...] | None = None,
+        batch_axis: int | None = None,
+        observer: ObserverName = "mse",
+        percentile: float = 99.99,
+        ema_momentum: float = 0.01,
+        fixed_scale: float | None = None,
+        narrow_range: bool = False,
+    ) -> None:
+        if scheme not in get_args(Scheme):
+            raise unknown_choice("scheme", scheme, get_args(Scheme))
+        _check_observer(observer, fixed_scale)
+        if (axis is None) != (channels is None):
+            raise ConfigurationError(f"axis and channels belong together, got axis={axis} and channels={channels}.")
+        if split_sizes is not None and (channels != sum(split_sizes) or min(split_sizes) < 1):
+            raise ConfigurationError(
+                f"split_sizes must be positive and add up to the {channels} channels, not {list(split_sizes)}."
+            )
+        if not 0.0 < percentile <= 100.0:
+            raise ConfigurationError(f"percentile must be above 0 and at most 100, such as 99.99, not {percentile}.")
+        if not 0.0 < ema_momentum <= 1.0:
+            raise ConfigurationError(f"ema_momentum must be above 0 and at most 1, such as 0.01, not {ema_momentum}.")
+        if fixed_scale is not None and not 2.0**-126 <= fixed_scale <= 2.0**126:
+            raise ConfigurationError(f"fixed_scale must be a positive float32, such as 100/32768, not {fixed_scale}.")
+        scales = channels if split_sizes is None else len(split_sizes)
+        super().__init__(dtype, scheme, scales, split_sizes, fixed_scale, narrow_range)
+        self.axis = axis
+        self.batch_axis = batch_axis
+        self.observer: ObserverName = observer
+        self.percentile = percentile
+        self.enabled = True
+        self.frozen = False
+        self.outdated = False
+        self.statistics: RangeStatistics | PerChannelRange | SplitStatistics
+        if axis is None or channels is None:
+            self.statistics = RangeStatistics(ema_momentum)
+        elif split_sizes is None:
+            self.statistics = PerChannelRange(axis, channels, ema_momentum)
+        else:
+            self.statistics = SplitStatistics(axis, split_sizes, ema_momentum)
+        with torch.inference_mode(False):
+            # Clip range relative to the whole and to the averaged range of the data: row 0 for the lower end, 1 for
+            # the upper.
+            self._ratio = torch.ones(2, scales or 1, dtype=torch.float64, device="cpu")
+            self._ema_ratio = self._ratio.clone()
+        if fixed_scale is not None:
+            self.compute_scale("fixed")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize ``x`` with the present scale; return ``x`` itself when not calibrated or not enabled."""
+        if self.scale_source is None or not self.enabled:
+            return x
+        if self._parameters:
+            return self._forward_learned(x)
+        scale, zero_point = self.scale, self.zero_point if self.scheme == "affine" else 0
+        if self.split_sizes is not None:
+            scale, zero_point = self.channel_scale, self.channel_zero_point
+        return fake_quantize(x, scale, zero_point, self.quant_min, self.quant_max, self.axis)
+
+    def _forward_learned(self, x: Tensor) -> Tensor:
+        scale = self.scale
+        if not torch.compiler.is_exporting():  # an optimizer may have stepped across zero; the gradient is not cut
+            scale.detach().clamp_(MIN_SCALE, greatest_scale(self.quant_max - self.quant_min))
+        zero_point = self.channel_zero_point if self.scheme == "affine" else 0
+        arguments = (x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self.axis)
+        if self.frozen or not (scale.requires_grad and torch.is_grad_enabled()):
+            return fake_quantize(*arguments)
+        factors = gradient_scale(tuple(x.shape), self.quant_max, self.axis, self.batch_axis, self.split_sizes)
+        if self.split_sizes is None:
+            return fake_quantize_learned(*arguments, factors[0])
+        return fake_quantize_learned(*arguments, repeat_groups(scale.new_tensor(factors), self.split_sizes))
+
+    def observe(self, x: Tensor) -> None:
+        """Record the statistics of ``x``; the scale stays."""
+        self.statistics.observe(x)
+
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether the point is frozen with a scale: neither training nor a new calibration changes it."""
+        return self.frozen and self.scale_source is not None
+
+    @torch.no_grad()
+    @torch.inference_mode(False)
+    def compute_scale(self, observer: str | None = None, dtype: str | None = None) -> None:
+        """Derive scale and zero point from the kept statistics, in place. What was learned is lost.
+
+        Args:
+            observer: The method, by default the one given at construction (``fixed`` if there is a fixed scale).
+            dtype: Change to this type first.
+
+        Raises:
+            ConfigurationError: If nothing finite was observed, or the method or type does not exist.
+        """
+        source = observer or ("fixed" if self.fixed_scale is not None else self.observer)
+        _check_observer(source, self.fixed_scale)
+        statistics = self.statistics
+        if source != "fixed" and statistics.count == 0:
+            raise ConfigurationError(
+                "there is no scale to compute, as no finite value was observed at this point: calibrate with batches "
+                "that reach it, give it a fixed_scale, or leave it in float32."
+            )
+        if dtype is not None:
+            self.set_dtype(dtype)
+        if source == "fixed":
+            self.scale.fill_(self.fixed_scale or 1.0)
+            self.zero_point.zero_()
+        else:
+            low, high = clip_range(
+                statistics, source, self.quant_min, self.quant_max, scheme=self.scheme, percentile=self.percentile
+            )
+            self._ratio = self._relative(low, high, *statistics.range)
+            self._ema_ratio = self._relative(low, high, *statistics.ema_range)
+            self._write_range(low, high)
+        self.scale_source = source
+
+    def change_dtype(self, dtype: str) -> None:
+        """Change the quantized type, and re-derive the scale by the method it came from. A fixed scale stays.
+
+        Raises:
+            ConfigurationError: If there is no such quantized type.
+        """
+        if self.scale_source is None:
+            self.set_dtype(dtype)
+        else:
+            self.compute_scale(self.scale_source, dtype)
+
+    @torch.no_grad()
+    @torch.inference_mode(False)
+    def update_scale(self, x: Tensor, *, ema: bool | None = None) -> None:
+        """Let the scale follow the data in training, without a jump from the calibrated one.
+
+        The new scale is that of the range of ``x`` (a weight), or of its moving average over batches (an activation),
+        times the ratio of the calibrated range to the same kind of range at calibration. Cheap: it looks at minimum
+        and maximum only; a tensor with NaN or infinities changes nothing, nor does one that ``torch.func`` transforms.
+        A fixed, learned or uncalibrated scale stays.
+
+        Args:
+            x: The present weight, or this batch's activation.
+            ema: Whether to average over batches; by default if the observer is ``ema``.
+        """
+        if self.scale_source is None or self.scale_source == "fixed" or x.numel() == 0 or self._parameters:
+            return
+        if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
+            return
+        ema = self.observer == "ema" if ema is None else ema
+        if not ema and self.axis is None and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = torch.aminmax(x.detach())
+            (low_ratio,), (high_ratio,) = self._ratio.tolist()
+            self._write_number(low.item() * low_ratio, high.item() * high_ratio)
+        elif (
+            not ema
+            and isinstance(self.statistics, PerChannelRange)
+            and self.scheme == "symmetric"
+            and self.quant_min < 0
+        ):
+            rows = self.statistics.rows(x.detach())
+            bounds = torch.maximum(rows.amin(dim=1).neg_(), rows.amax(dim=1)).double()  # NaN is handed on
+            self._write_bounds(bounds * self._ratio[1].to(bounds.device))
+        elif ema:
+            self._write_ema_range(*self.statistics.update_ema(*self.statistics.extremes(x)))
+        else:
+            low, high = self.statistics.extremes(x)
+            ratio = self._ratio.to(low.device)
+            self._write_range(low * ratio[0], high * ratio[1])
+
+    @torch.no_grad()
+    @torch.inference_mode(False)
+    def set_averages(self, averages: Tensor) -> None:
+        """Replace the moving averages of the range, ``(2, channels)``, and take the scale from them (over ranks)."""
+        self.statistics.averages = averages
+        if not self.learned:
+            self._write_ema_range(*self.statistics.ema_range)
+
+    def reset_statistics(self) -> None:
+        """Forget what was observed, to calibrate anew; the scale stays."""
+        self.statistics.reset()
+
+    def get_statistics_state(self) -> dict[str, Any]:
+        """Return what is not in ``state_dict``: ints, floats, strings, lists and CPU tensors only."""
+        return {
+            "dtype": self.dtype,
+            "scale_source": self.scale_source,
+            "learned": self.learned,
+            "outdated": self.outdated,
+            "ratio": self._ratio.to("cpu", copy=True),
+            "ema_ratio": self._ema_ratio.to("cpu", copy=True),
+            "statistics": self.statistics.state_dict(),
+        }
+
+    def load_statistics_state(self, state: dict[str, Any]) -> None:
+        """Take the state of :meth:`get_statistics_state`, with the dtype the stored scale belongs to.
+
+        Raises:
+            ConfigurationError: If the state belongs to a point with other channels.
+        """
+        self.statistics.load_state_dict(state["statistics"])
+        self.set_dtype(state["dtype"])
+        self.scale_source = state["scale_source"]
+        self.learn_scale(state["learned"])
+        self.outdated = state["outdated"]
+        with torch.inference_mode(False):
+            self._ratio = state["ratio"].cpu().clone()
+            self._ema_ratio = state["ema_ratio"].cpu().clone()
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        axis = "" if self.axis is None else f", axis={self.axis}"
+        axis += "" if self.split_sizes is None else f", split_sizes={list(self.split_sizes)}"
+        source = f"{self.scale_source}, learned" if self.learned else self.scale_source
+        return f"{self.dtype}, {self.scheme}{axis}, observer={self.observer}, scale_source={source}"
+
+    def _write_ema_range(self, low: Tensor, high: Tensor) -> None:
+        ratio = self._ema_ratio.to(low.device)
+        self._write_range(low * ratio[0], high * ratio[1])
+
+    def _relative(self, low: Tensor, high: Tensor, whole_low: Tensor, whole_high: Tensor) -> Tensor:
+        """The given range relative to another; 1 where an end of that other is zero."""
+        if self.scheme == "symmetric":
+            signed = self.quant_min < 0
+            low = high = torch.maximum(-low, high) if signed else high
+            whole_low = whole_high = torch.maximum(-whole_low, whole_high) if signed else whole_high
+        ratios = [a / b for a, b in ((low, whole_low), (high, whole_high))]
+        return torch.stack([torch.where(r.isfinite() & (r > 0), r, 1.0) for r in ratios])
+
+
+def _check_observer(observer: str, fixed_scale: float | None) -> None:
+    if observer not in get_args(ObserverName):
+        raise unknown_choice("observer", observer, get_args(ObserverName))
+    if observer == "fixed" and fixed_scale is None:
+        raise ConfigurationError("the observer 'fixed' needs a fixed_scale, such as 100/32768.")

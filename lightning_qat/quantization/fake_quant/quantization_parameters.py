@@ -1,0 +1,154 @@
+"""Type, scale and zero point of a quantization point, as a module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lightning_qat.quantization.numerics.dtypes import quant_dtype
+from lightning_qat.quantization.numerics.scales import (
+    ZERO_RANGE_SCALE,
+    scale_from_bounds,
+    scale_from_numbers,
+    scale_from_range,
+)
+from lightning_qat.quantization.numerics.split_statistics import repeat_groups
+
+Scheme = Literal["symmetric", "affine"]
+
+
+class QuantizationParameters(torch.nn.Module):
+    """The type, scale and zero point of a point: where they live, and how a range becomes a scale.
+
+    Args:
+        dtype: Name of the quantized type.
+        scheme: ``symmetric`` or ``affine``.
+        scales: Number of scales, ``None`` for one without an axis.
+        split_sizes: Lengths of the groups of channels that share a scale, if they do.
+        fixed_scale: A scale given by the user, which is never learned.
+        narrow_range: Leave out the smallest code of a signed type.
+
+    Attributes:
+        scale: float32 whatever the type of the model, ``()`` or ``(scales,)``. A buffer, or once :meth:`learn_scale`
+            was called a parameter.
+        zero_point: Buffer, int32, of the same shape.
+        scale_source: The method the scale came from, ``None`` before there is one.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        dtype: str,
+        scheme: Scheme,
+        scales: int | None,
+        split_sizes: tuple[int, ...] | None,
+        fixed_scale: float | None,
+        narrow_range: bool,
+    ) -> None:
+        super().__init__()
+        self.scheme: Scheme = scheme
+        self.split_sizes = split_sizes
+        self.fixed_scale = fixed_scale
+        self.narrow_range = narrow_range
+        self.scale_source: str | None = None
+        self.set_dtype(dtype)
+        shape = () if scales is None else (scales,)
+        # A buffer born under inference_mode would break the next backward.
+        with torch.inference_mode(False):
+            self.register_buffer("scale", torch.ones(shape, dtype=torch.float32))
+            self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+
+    @property
+    def degenerate(self) -> bool:
+        """Whether a scale was derived from data that were all zero: it is a stand-in that fits no other data."""
+        return self.scale_source is not None and bool((self.scale == ZERO_RANGE_SCALE).any())
+
+    @property
+    def channel_scale(self) -> Tensor:
+        """The scale as it broadcasts along the axis: ``(channels,)`` also where groups of channels share one."""
+        return self.scale if self.split_sizes is None else repeat_groups(self.scale, self.split_sizes)
+
+    @property
+    def channel_zero_point(self) -> Tensor:
+        """The zero point likewise."""
+        return self.zero_point if self.split_sizes is None else repeat_groups(self.zero_point, self.split_sizes)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the scale is a parameter."""
+        return "scale" in self._parameters
+
+    def learn_scale(self, learn: bool = True) -> None:
+        """Make the scale a parameter, with the gradient of LSQ, or a buffer again. Its name and its value stay.
+
+        It starts from the calibrated value (the paper starts from ``2 mean(|v|) / sqrt(Q_P)``), so that training starts
+        from the model that calibration left. Do this before the optimizer is built; calibration fills it in place. A
+        ``fixed_scale`` of the user stays a buffer.
+
+        Args:
+            learn: False for a buffer.
+        """
+        learn = learn and self.fixed_scale is None
+        if learn == self.learned:
+            return
+        with torch.inference_mode(False):
+            scale, zero_point = self.scale.detach().clone(), self.zero_point
+            del self.scale, self.zero_point  # to keep the order of the state_dict
+            if learn:
+                self.scale = torch.nn.Parameter(scale)
+            else:
+                self.register_buffer("scale", scale)
+            self.register_buffer("zero_point", zero_point)
+
+    def set_dtype(self, dtype: str) -> None:
+        """Change the type and its codes; the scale stays.
+
+        Raises:
+            ConfigurationError: If there is no such quantized type.
+        """
+        found = quant_dtype(dtype)
+        self.dtype = found.name
+        self.quant_max = found.quant_max
+        self.quant_min = -found.quant_max if self.narrow_range and found.signed else found.quant_min
+
+    def _write_number(self, low: float, high: float) -> None:
+        """One range, without the many small tensors that :meth:`_write_range` makes. The result is the same."""
+        if math.isfinite(low) and math.isfinite(high):
+            scale, zero_point = scale_from_numbers(low, high, self.quant_min, self.quant_max, self.scheme)
+            self.scale.fill_(scale)
+            self.zero_point.fill_(zero_point)
+
+    def _write_bounds(self, bounds: Tensor) -> None:
+        """Symmetric signed ranges by their largest magnitudes; the result is that of :meth:`_write_range`."""
+        usable = bounds.isfinite()
+        scale = scale_from_bounds(bounds, self.quant_min, self.quant_max)
+        torch.where(usable, scale, self.scale, out=self.scale)
+
+    def _write_range(self, low: Tensor, high: Tensor) -> None:
+        scale, zero_point = scale_from_range(low, high, self.quant_min, self.quant_max, self.scheme)
+        usable = (low.isfinite() & high.isfinite()).reshape(self.scale.shape).to(self.scale.device)
+        present = self.scale.detach()  # in place also where it is a parameter
+        present.copy_(torch.where(usable, scale.reshape(present.shape).to(present.device), present))
+        if self.scheme == "affine":
+            zero_point = zero_point.reshape(self.zero_point.shape).to(self.scale.device)
+            self.zero_point.copy_(torch.where(usable, zero_point, self.zero_point))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move to another device, but keep the types: a scale rounded to bfloat16 would be another scale."""
+        scale, zero_point = self.scale.detach(), self.zero_point
+        with torch.inference_mode(False):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            if self.scale.dtype != torch.float32:
+                self.scale.data = scale.to(self.scale.device)  # the same parameter, if it is one
+                if self.scale.grad is not None:
+                    self.scale.grad.data = self.scale.grad.float()
+            if self.zero_point.dtype != torch.int32:
+                self.zero_point = zero_point.to(self.zero_point.device)
+        return self

@@ -1,0 +1,1 @@
+"""Numbers: integer types, ranges of data, and the scales that follow from them."""

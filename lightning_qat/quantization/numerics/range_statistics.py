@@ -1,0 +1,241 @@
+"""What is kept about the data of a point: extremes, moving averages and a histogram, for any observer to use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.numerics.histogram import CHANNEL_BINS, TENSOR_BINS, Histogram, reduce_device
+
+
+class Statistics:
+    """Histogram, extremes and moving averages of the data of a point, as one row or one row per channel."""
+
+    def __init__(self, channels: int, axis: int | None, bins: int, ema_momentum: float) -> None:
+        self.axis = axis
+        self.ema_momentum = ema_momentum
+        self.histogram = Histogram(channels, bins)
+        self.batches = 0
+        with torch.inference_mode(False):
+            self._ema = torch.zeros(2, channels, dtype=torch.float64, device="cpu")
+
+    @property
+    def count(self) -> int:
+        """Number of finite values observed."""
+        return self.histogram.count
+
+    @property
+    def nan_count(self) -> int:
+        """Number of NaN observed."""
+        return self.histogram.nan_count
+
+    @property
+    def inf_count(self) -> int:
+        """Number of infinities observed."""
+        return self.histogram.inf_count
+
+    @property
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value, float64 ``(channels,)``; 0 for a channel without a finite value."""
+        low, high = self.histogram.low, self.histogram.high
+        return torch.where(low.isfinite(), low, 0.0), torch.where(high.isfinite(), high, 0.0)
+
+    @property
+    def ema_range(self) -> tuple[Tensor, Tensor]:
+        """Moving averages of the batches' smallest and largest values, float64 ``(channels,)``."""
+        low, high = self._ema.to(self.histogram.counts.device)
+        return low, high
+
+    @torch.no_grad()
+    @torch.inference_mode(False)
+    def observe(self, x: Tensor) -> None:
+        """Record ``x``. Nothing of ``x`` itself is kept.
+
+        Args:
+            x: Floating-point tensor of any shape; for per-channel statistics with the channels at the axis.
+
+        Raises:
+            ConfigurationError: If ``x`` does not have the expected number of channels.
+        """
+        low, high = self.histogram.observe(self.rows(x))
+        if bool((low <= high).all()):  # else a channel is empty or has no finite value
+            self.update_ema(low, high)
+
+    def extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value of ``x``, float64 ``(channels,)``; nothing is recorded, and NaN is handed on."""
+        rows = self.rows(x.detach())
+        if len(rows) == 1:
+            low, high = torch.aminmax(rows)
+            return low.reshape(1).double(), high.reshape(1).double()
+        return rows.amin(dim=1).double(), rows.amax(dim=1).double()
+
+    def update_ema(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the averages towards a batch's extremes, float64 ``(channels,)``, and return them.
+
+        The first batches are averaged evenly until a share falls to ``ema_momentum``: otherwise the first one would
+        outweigh a short calibration. A batch with an extreme that is not finite is left out.
+        """
+        self.batches += 1
+        batch = torch.stack([low, high])
+        self._ema = self._ema.to(batch.device)
+        moved = self._ema + max(self.ema_momentum, 1.0 / self.batches) * (batch - self._ema)
+        self._ema = torch.where(batch.isfinite(), moved, self._ema)
+        return self._ema[0], self._ema[1]
+
+    @property
+    def averages(self) -> Tensor:
+        """The moving averages in one tensor, ``(2, channels)``: smallest values, largest values."""
+        return self._ema
+
+    @averages.setter
+    def averages(self, value: Tensor) -> None:
+        with torch.inference_mode(False):
+            self._ema = value.to(self._ema.device, torch.float64, copy=True)
+
+    def merge(self, other: Statistics) -> None:
+        """Add what ``other`` has observed; moving averages are averaged by their number of batches.
+
+        Raises:
+            ConfigurationError: If the two differ in their channels.
+        """
+        self.histogram.merge(other.histogram)
+        total = self.batches + other.batches
+        if total:
+            self._ema = (self._ema * self.batches + other._ema.to(self._ema.device) * other.batches) / total
+        self.batches = total
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Merge the statistics of all ranks, so that all have the same; every rank of ``group`` must call this."""
+        self.histogram.all_reduce(group)
+        device = reduce_device(group)
+        sums = torch.cat([self._ema.flatten().to(device) * self.batches, torch.tensor([self.batches], device=device)])
+        dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+        self.batches = int(sums[-1])
+        self._ema = (sums[:-1] / max(1, self.batches)).reshape(2, -1).to(self._ema.device)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.histogram = Histogram(self.histogram.channels, self.histogram.bins)
+        self._ema = torch.zeros_like(self._ema)
+        self.batches = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as ints, dicts and CPU tensors, loadable with ``torch.load(weights_only=True)``."""
+        return {
+            "histogram": self.histogram.state_dict(),
+            "ema": self._ema.to("cpu", copy=True),
+            "batches": self.batches,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state of :meth:`state_dict`.
+
+        Raises:
+            ConfigurationError: If the state has another number of channels.
+        """
+        self.histogram.load_state_dict(state["histogram"])
+        with torch.inference_mode(False):
+            self._ema = state["ema"].cpu().clone()
+        self.batches = state["batches"]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """View or copy ``x`` as ``(channels, values)``.
+
+        Raises:
+            ConfigurationError: If ``x`` does not have the expected number of channels.
+        """
+        if self.axis is None:
+            # In the order of memory, so that channels-last data are not copied.
+            strides = x.stride()
+            order = sorted(range(x.dim()), key=lambda d: -strides[d])
+            return x.permute(order).reshape(1, -1)
+        if x.dim() == 0 or x.shape[self.axis] != self.histogram.channels:
+            raise ConfigurationError(
+                f"a tensor of shape {tuple(x.shape)} does not have {self.histogram.channels} channels "
+                f"at axis {self.axis}."
+            )
+        # The size is written out as -1 would be ambiguous for an empty tensor.
+        return x.movedim(self.axis, 0).reshape(self.histogram.channels, x.numel() // self.histogram.channels)
+
+
+class RangeStatistics(Statistics):
+    """What is kept about the tensors of a point with one scale: extremes, their moving averages and a histogram.
+
+    Args:
+        ema_momentum: Weight of a new batch in the moving averages.
+
+    Example:
+        >>> statistics = RangeStatistics()
+        >>> statistics.observe(torch.tensor([-1.0, 3.0, float("nan")]))
+        >>> statistics.min, statistics.max, statistics.count, statistics.nan_count
+        (-1.0, 3.0, 2, 1)
+    """
+
+    def __init__(self, ema_momentum: float = 0.01) -> None:
+        super().__init__(1, None, TENSOR_BINS, ema_momentum)
+
+    @property
+    def min(self) -> float:
+        """Smallest finite value observed; ``inf`` before the first."""
+        return self.histogram.low.item()
+
+    @property
+    def max(self) -> float:
+        """Largest finite value observed; ``-inf`` before the first."""
+        return self.histogram.high.item()
+
+    @property
+    def ema_min(self) -> float:
+        """Moving average of the batches' smallest values."""
+        return self._ema[0].item()
+
+    @property
+    def ema_max(self) -> float:
+        """Moving average of the batches' largest values."""
+        return self._ema[1].item()
+
+
+class PerChannelRange(Statistics):
+    """The same per channel, with histograms of fewer bins, so that per-channel scales can be re-derived as well.
+
+    A weight does not change during calibration: observe it once. (Observing it again changes no scale, it takes time.)
+    After training steps, :meth:`reset` first.
+
+    Args:
+        axis: The channel axis.
+        channels: Number of channels.
+        ema_momentum: Weight of a new batch in the moving averages.
+
+    Example:
+        >>> statistics = PerChannelRange(axis=0, channels=2)
+        >>> statistics.observe(torch.tensor([[1.0, 2.0], [-5.0, 3.0]]))
+        >>> statistics.min.tolist(), statistics.max.tolist()
+        ([1.0, -5.0], [2.0, 3.0])
+    """
+
+    def __init__(self, axis: int, channels: int, ema_momentum: float = 0.01) -> None:
+        super().__init__(channels, axis, CHANNEL_BINS, ema_momentum)
+
+    @property
+    def min(self) -> Tensor:
+        """Smallest finite values observed, float64 ``(channels,)``; ``inf`` before the first."""
+        return self.histogram.low
+
+    @property
+    def max(self) -> Tensor:
+        """Largest finite values observed, float64 ``(channels,)``; ``-inf`` before the first."""
+        return self.histogram.high
+
+    @property
+    def ema_min(self) -> Tensor:
+        """Moving averages of the batches' smallest values, float64 ``(channels,)``."""
+        return self._ema[0]
+
+    @property
+    def ema_max(self) -> Tensor:
+        """Moving averages of the batches' largest values, float64 ``(channels,)``."""
+        return self._ema[1]

@@ -1,0 +1,175 @@
+"""What a piece of hardware can compute: which types each op takes and gives, and which ops it computes as one.
+
+A profile is data, usually a small YAML file; ``lightning_qat/profiles/README.md`` says how to write one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning_qat.quantization.numerics.dtypes import is_float, quant_dtype
+from lightning_qat.quantization.planning.fusion_patterns import DEFAULT_PATTERNS, FusionPatterns
+
+FLOAT = "float32"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One combination of types that an op is computed with.
+
+    Args:
+        input: types an input may have, each input its own. ``float32``: the op reads floats, and quantized inputs are
+            dequantized before.
+        weight: types a weight may have; empty for an op without one.
+        output: types the result may have. ``float32``: the accumulator is dequantized.
+    """
+
+    input: tuple[str, ...]
+    weight: tuple[str, ...]
+    output: tuple[str, ...]
+
+    def takes(self, dtype: str) -> bool:
+        """Whether an input of this type can be read."""
+        return dtype in self.input or FLOAT in self.input
+
+    def takes_weight(self, dtype: str) -> bool:
+        """Whether a weight of this type can be used."""
+        return dtype in self.weight
+
+    def __str__(self) -> str:
+        weight = f", weight {_either(self.weight)}" if self.weight else ""
+        return f"input {_either(self.input)}{weight} -> output {_either(self.output)}"
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """What an op can be computed with.
+
+    Args:
+        signatures: the combinations of types, the preferred one first.
+        schemes: of activations.
+        weight_granularity: of weights.
+    """
+
+    signatures: tuple[Signature, ...]
+    schemes: tuple[str, ...] = ("symmetric",)
+    weight_granularity: tuple[str, ...] = ("per_tensor", "per_channel")
+
+    def moves(self, dtype: str) -> bool:
+        """Whether values of this type can pass through with their type."""
+        return any(dtype in s.input and dtype in s.output for s in self.signatures)
+
+    def inputs(self) -> tuple[str, ...]:
+        """All types an input may have."""
+        return _union(s.input for s in self.signatures)
+
+    def weights(self) -> tuple[str, ...]:
+        """All types a weight may have."""
+        return _union(s.weight for s in self.signatures)
+
+    def outputs(self) -> tuple[str, ...]:
+        """All types the result may have."""
+        return _union(s.output for s in self.signatures)
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """A hardware profile.
+
+    Args:
+        name: as reports show it.
+        rules: what each kind of op can be computed with. An op that computes and has no rule is not supported: it runs
+            in float. One that only moves data and has no rule takes every type.
+        patterns: what is computed as one.
+        version: of the profile.
+        description: what it is about.
+        source: where its facts are from.
+        unsupported: kinds without a rule on purpose, with the reason.
+
+    Example:
+        >>> profile = HardwareProfile.of("generic_int8_int16")
+        >>> print(profile.rules["conv2d"].signatures[0])
+        input int8, weight int8 -> output int8|int16|float32
+    """
+
+    name: str
+    rules: Mapping[str, OpRule]
+    patterns: FusionPatterns = DEFAULT_PATTERNS
+    version: str = "1"
+    description: str = ""
+    source: str = ""
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: HardwareProfile | str | Path | Mapping[str, Any] | None) -> HardwareProfile | None:
+        """Accept a profile, the name of a shipped one, the path of a YAML file, the content of one, or None.
+
+        Raises:
+            ConfigurationError: there is no such profile, or it says something unknown.
+        """
+        if value is None or isinstance(value, cls):
+            return value
+        from lightning_qat.quantization.planning.profile_files import parse_profile, read_profile
+
+        return parse_profile(value, "profile") if isinstance(value, Mapping) else read_profile(value)  # type: ignore[arg-type]
+
+    def why_unsupported(self, kind: str) -> str:
+        """Say why an op without a rule runs in float."""
+        given = self.unsupported.get(kind)
+        return f"profile {self.name}: {kind} is not supported{f' ({given})' if given else ''}: runs in float"
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the profile allows: the same for profiles that differ in name or description only."""
+        content = {
+            "rules": {
+                kind: {
+                    "signatures": [[s.input, s.weight, s.output] for s in rule.signatures],
+                    "schemes": rule.schemes,
+                    "weight_granularity": rule.weight_granularity,
+                }
+                for kind, rule in sorted(self.rules.items())
+            },
+            "patterns": sorted(self.patterns.sequences),
+        }
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def identity(self) -> dict[str, str]:
+        """What a plan remembers of the profile it was made under."""
+        return {"name": self.name, "version": self.version, "sha256": self.digest}
+
+
+def nearest_dtype(wanted: str, options: Iterable[str]) -> str:
+    """Return the type that can replace another: at least as wide and of the same sign if possible, float32 last.
+
+    Args:
+        wanted: a quantized type.
+        options: at least one.
+
+    Example:
+        >>> nearest_dtype("int4", ["float32", "int16", "int8"]), nearest_dtype("int16", ["uint8", "int8"])
+        ('int8', 'int8')
+    """
+    dtype = quant_dtype(wanted)
+
+    def distance(name: str) -> tuple[bool, bool, bool, int]:
+        if is_float(name):
+            return (True, True, True, 0)
+        option = quant_dtype(name)
+        return (False, option.signed != dtype.signed, option.bits < dtype.bits, abs(option.bits - dtype.bits))
+
+    return min(options, key=distance)
+
+
+def _union(sets: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for names in sets for name in names))
+
+
+def _either(names: Iterable[str]) -> str:
+    return "|".join(names)

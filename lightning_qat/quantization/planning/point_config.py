@@ -1,0 +1,142 @@
+"""What the defaults and overrides say about one quantization point."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.numerics.dtypes import quant_dtype
+from lightning_qat.quantization.planning.plan import PointRole
+from lightning_qat.quantization.qconfig import Override, QConfig, Split
+
+
+@dataclasses.dataclass(frozen=True)
+class PointConfig:
+    """The configuration of one point after all rules.
+
+    Args:
+        dtype: quantized type, or ``float32``.
+        scheme: ``symmetric`` or ``affine``.
+        observer: how the scale is found.
+        percentile: for the percentile observer.
+        per_channel: one scale per channel, where there is a channel axis.
+        fixed_scale: scale given by the user.
+        split: one scale for each of these groups along an axis.
+        rule: the rule that changed it last, in words.
+    """
+
+    dtype: str
+    scheme: str
+    observer: str
+    percentile: float
+    per_channel: bool
+    fixed_scale: float | None
+    split: Split | None
+    rule: str
+
+    def split_sizes(self, point: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Return the lengths of the groups along ``split.axis`` that have a scale each, if there are any.
+
+        Args:
+            point: name of the point, for the message.
+            shape: of the tensor, as traced.
+
+        Raises:
+            ConfigurationError: the tensor has no such axis, or the groups do not add up to its length.
+        """
+        if self.split is None:
+            return None
+        axis, sizes = self.split.axis, self.split.sizes
+        if not -len(shape) <= axis < len(shape):
+            problem = f"has no axis {axis}: write one from {-len(shape)} to {len(shape) - 1}"
+        elif sum(sizes) != shape[axis]:
+            problem = (
+                f"has {shape[axis]} channels along axis {axis}, and the sizes {sizes} add up to {sum(sizes)}: write "
+                f"sizes that add up to {shape[axis]}"
+            )
+        else:
+            return tuple(sizes)
+        raise ConfigurationError(f"split of {point} ({self.rule}): its tensor of shape {shape} {problem}.")
+
+
+class PointConfigs:
+    """Applies overrides from general to specific, field by field, and remembers which ones matched.
+
+    Args:
+        qconfig: the defaults.
+        overrides: the rules; the last one that matches wins.
+    """
+
+    def __init__(self, qconfig: QConfig, overrides: list[Override]) -> None:
+        self.qconfig = qconfig
+        self.overrides = overrides
+        self.used_overrides: set[int] = set()
+
+    def resolve(
+        self, point: str, op_type: str, role: PointRole, required: Mapping[str, Any] | None = None
+    ) -> PointConfig:
+        """Return the configuration of a point.
+
+        Args:
+            point: its name.
+            op_type: canonical kind of its op.
+            role: what it quantizes.
+            required: fields that the hardware decides.
+
+        Raises:
+            ConfigurationError: the rules leave it without what it needs.
+        """
+        activation, weight = self.qconfig.activation, self.qconfig.weight
+        values: dict[str, Any] = {
+            "scheme": "symmetric",
+            "percentile": activation.percentile,
+            "granularity": "per_tensor",
+        }
+        values |= {"threshold": None, "fixed_scale": None, "split": None}
+        values |= dataclasses.asdict(weight if role == "weight" else activation)
+        rule = "default"
+        for index, override in enumerate(self.overrides):
+            change = override.weight if role == "weight" else override.activation
+            if not override.selects(point, op_type) or change is None:
+                continue
+            self.used_overrides.add(index)
+            given = {key: value for key, value in dataclasses.asdict(change).items() if value is not None}
+            if "threshold" in given or "fixed_scale" in given:
+                values |= {"threshold": None, "fixed_scale": None, "split": None}
+            if "split" in given:
+                values |= {"threshold": None, "fixed_scale": None}
+            values |= given
+            rule = f"override {index + 1} ({override.label})"
+        return _checked(point, values | dict(required or {}), rule)
+
+    def explicit_rule(self, field: str, point: str, op_type: str, role: PointRole) -> str | None:
+        """Return the override that decides a field of a point, in words; None if the default does."""
+        found = None
+        for index, override in enumerate(self.overrides):
+            change = override.weight if role == "weight" else override.activation
+            if override.selects(point, op_type) and change is not None and getattr(change, field) is not None:
+                found = f"override {index + 1} ({override.label})"
+        return found
+
+
+def _checked(point: str, values: dict[str, Any], rule: str) -> PointConfig:
+    fixed = values["fixed_scale"]
+    if values["threshold"] is not None and values["dtype"] != "float32":
+        dtype = quant_dtype(values["dtype"])
+        fixed = values["threshold"] / (2 ** (dtype.bits - 1) if dtype.signed else 2**dtype.bits - 1)
+    if values["observer"] == "fixed" and fixed is None and values["dtype"] != "float32":
+        raise ConfigurationError(
+            f"{point}: observer fixed needs a scale: write threshold: 100 or fixed_scale: 100/32768 beside it."
+        )
+    return PointConfig(
+        dtype=values["dtype"],
+        scheme=values["scheme"],
+        observer=values["observer"],
+        percentile=values["percentile"],
+        per_channel=values["granularity"] == "per_channel",
+        fixed_scale=fixed,
+        split=Split(**values["split"]) if values["split"] is not None else None,
+        rule=rule,
+    )

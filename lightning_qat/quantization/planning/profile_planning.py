@@ -1,0 +1,312 @@
+"""Choosing types that the hardware has: what planning asks when it works under a profile."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.numerics.dtypes import quant_dtype
+from lightning_qat.quantization.planning.fusion import FusionGroup
+from lightning_qat.quantization.planning.hardware_profile import (
+    FLOAT,
+    HardwareProfile,
+    OpRule,
+    Signature,
+    nearest_dtype,
+)
+from lightning_qat.quantization.planning.plan import PointPlan, PointRole
+from lightning_qat.quantization.planning.point_config import PointConfig, PointConfigs
+from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
+from lightning_qat.quantization.tracing.tensor_origins import TensorOrigins, moved
+
+
+class RunsInFloat(Exception):
+    """What is asked for exists in float only; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class InputDemand:
+    """An input of an op from outside its fused group.
+
+    Args:
+        point: name of the input point it has or could have.
+        origins: points that quantize it at its producers; empty if it needs a point of its own.
+    """
+
+    point: str
+    origins: tuple[PointPlan, ...]
+
+
+class ProfileChoices:
+    """Picks types under a profile. An override that asks for what the hardware has not is an error; a default gives
+    way to the nearest type, and an op that cannot be computed runs in float.
+
+    Args:
+        profile: what the hardware can do.
+        graph: the traced ops.
+        configs: what the user asks for.
+        groups: the fused group of each op that is in one.
+    """
+
+    def __init__(
+        self, profile: HardwareProfile, graph: OpGraph, configs: PointConfigs, groups: Mapping[str, FusionGroup]
+    ) -> None:
+        self.profile = profile
+        self.graph = graph
+        self.configs = configs
+        self.groups = groups
+        self.floats: dict[str, str] = {}
+        self._position = {op.name: i for i, op in enumerate(graph.ops)}
+        self._signatures: dict[str, tuple[Signature, ...]] = {}
+        for op in graph.ops:
+            computes = op.role in ("quantize", "join") and op.data_dependent
+            if computes and self.head(op) is op and op.kind not in profile.rules:
+                self.run_in_float(op, profile.why_unsupported(op.kind))
+
+    def run_in_float(self, op: Op, reason: str) -> None:
+        """Take the op, and what it is fused with, off the hardware."""
+        group = self.groups.get(op.name)
+        for name in group.ops if group else (op.name,):
+            self.floats[name] = reason
+
+    def head(self, op: Op) -> Op:
+        """Return the op whose rule holds for the group: the first one."""
+        group = self.groups.get(op.name)
+        return self.graph.by_name[group.ops[0]] if group else op
+
+    def rule(self, op: Op) -> OpRule:
+        """Return the rule for an op's own inputs: a fused one without a rule takes what the group takes."""
+        return self.profile.rules.get(op.kind) or self.profile.rules[self.head(op).kind]
+
+    # -- outputs
+
+    def has_float_output(self, op: Op) -> bool:
+        """Whether the result can leave in float32."""
+        return any(FLOAT in s.output for s in self._candidates(self.head(op)))
+
+    def settle_output(self, op: Op, point: str) -> tuple[PointConfig, str]:
+        """Return the configuration of an output point and, if the profile changed it, why.
+
+        Raises:
+            ConfigurationError: an override asks for what the hardware has not.
+            RunsInFloat: float32 is asked for, and the op has no float32 result.
+        """
+        head = self.head(op)
+        candidates = self._candidates(head)
+        options = _union(s.output for s in candidates)
+        what = f"{head.kind} output only {_either(options)}"
+        for kind, moves in self._movement(op).items():
+            if not moves >= {o for o in options if o != FLOAT}:
+                options = tuple(o for o in options if o == FLOAT or o in moves)
+                what = f"{kind}, which its result goes through, has only {_either(sorted(moves))}"
+        config, why = self._settle(op, point, "output", options, what)
+        self.note_output(op, config.dtype)
+        return config, why
+
+    def note_output(self, op: Op, dtype: str | None) -> None:
+        """Remember the type of a result, which decides what the inputs may be; None for any."""
+        head = self.head(op)
+        self._signatures[head.name] = tuple(s for s in self._candidates(head) if dtype is None or dtype in s.output)
+
+    def _candidates(self, head: Op) -> tuple[Signature, ...]:
+        """The signatures that have the weight type that an override gives, if one does."""
+        signatures = self.profile.rules[head.kind].signatures
+        point = f"{head.name}.weight"
+        if self.configs.explicit_rule("dtype", point, head.kind, "weight") is None:
+            return signatures
+        wanted = self.configs.resolve(point, head.kind, "weight").dtype
+        return tuple(s for s in signatures if wanted in s.weight) or signatures
+
+    def _movement(self, op: Op) -> dict[str, frozenset[str]]:
+        """The kinds of the data movement behind an op, with the types that can pass, where the profile has a rule."""
+        joins: set[str] = set()
+        origins = TensorOrigins(self.graph, joins)
+        pending = [self._position[c.name] for c in self.graph.consumers.get(op.name, ())]
+        heapq.heapify(pending)
+        seen: set[int] = set()
+        found: dict[str, frozenset[str]] = {}
+        while pending:
+            index = heapq.heappop(pending)
+            consumer = self.graph.ops[index]
+            if index in seen or not consumer.data_dependent or consumer.role not in ("pass", "join"):
+                continue
+            seen.add(index)
+            if consumer.role == "join":
+                operands = [operand for operand in consumer.operands if operand.is_float]
+                if {s.name for operand in operands for s in origins.of(operand.sources)} != {op.name}:
+                    continue
+                joins.add(consumer.name)  # all its inputs share one scale: it only moves
+            elif op.name not in {s.name for o in range(len(consumer.outputs)) for s in origins.of(moved(consumer, o))}:
+                continue
+            rule = self.profile.rules.get(consumer.kind)
+            if rule is not None:
+                found[consumer.kind] = frozenset(d for d in rule.inputs() if rule.moves(d))
+            for following in self.graph.consumers.get(consumer.name, ()):
+                heapq.heappush(pending, self._position[following.name])
+        return found
+
+    # -- operands
+
+    def signature(self, op: Op, inputs: Sequence[InputDemand], weight: str | None) -> Signature:
+        """Pick the combination of types that changes least.
+
+        Args:
+            op: a quantized op.
+            inputs: its inputs from outside the group.
+            weight: name of its weight point, if it has a weight.
+        """
+        head = self.head(op)
+        candidates = self._signatures[head.name] if op is head else self.rule(op).signatures
+
+        def cost(signature: Signature) -> int:
+            changes = sum(self._input_cost(op, demand, signature) for demand in inputs)
+            return changes + (self._cost(op, weight, "weight", signature.weight) if weight is not None else 0)
+
+        return min(candidates, key=cost)
+
+    def accepts(self, op: Op, signature: Signature, origins: Iterable[PointPlan]) -> bool:
+        """Whether an input that is quantized like this can be read as it is."""
+        schemes = self.rule(op).schemes
+        return FLOAT in signature.input or all(p.dtype in signature.input and p.scheme in schemes for p in origins)
+
+    def settle_input(
+        self, op: Op, point: str, signature: Signature, requantizes: bool = False
+    ) -> tuple[PointConfig, str]:
+        """Return the configuration of an input point and, if the profile changed it, why.
+
+        Args:
+            op: the reader.
+            point: name of the point.
+            signature: the combination that was picked.
+            requantizes: the input has a quantizer at its producer: a general rule that covers the point, such as
+                ``*``, was not meant for it.
+
+        Raises:
+            ConfigurationError, RunsInFloat: as for outputs.
+        """
+        what = f"{op.kind} input only {_either(signature.input)}"
+        return self._settle(op, point, "input", signature.input, what, requantizes)
+
+    def settle_weight(self, op: Op, point: str, signature: Signature, has_axis: bool) -> tuple[PointConfig, str]:
+        """Return the configuration of a weight point and, if the profile changed it, why.
+
+        Args:
+            op: the op that uses the weight.
+            point: name of the point.
+            signature: the combination that was picked.
+            has_axis: the weight has a channel axis.
+
+        Raises:
+            ConfigurationError, RunsInFloat: as for outputs.
+        """
+        what = f"{op.kind} weight only {_either(signature.weight) or FLOAT}"
+        if not has_axis and "per_tensor" not in self.rule(op).weight_granularity:
+            raise RunsInFloat(f"profile {self.profile.name}: {what} per channel, and this one has no channel axis")
+        return self._settle(op, point, "weight", signature.weight, what)
+
+    def _input_cost(self, op: Op, demand: InputDemand, signature: Signature) -> int:
+        if demand.origins:
+            return 0 if self.accepts(op, signature, demand.origins) else 1
+        return self._cost(op, demand.point, "input", signature.input)
+
+    def _cost(self, op: Op, point: str, role: PointRole, options: tuple[str, ...]) -> int:
+        """How much has to change: nothing, the width, the sign, something that the user has fixed."""
+        wanted = self.configs.resolve(point, op.kind, role).dtype
+        if wanted in options:
+            return 0
+        if wanted == FLOAT or not options or self.configs.explicit_rule("dtype", point, op.kind, role):
+            return 1000
+        return 10 if _loses_sign(wanted, nearest_dtype(wanted, options)) else 1
+
+    # -- one point
+
+    def _settle(
+        self, op: Op, point: str, role: PointRole, options: tuple[str, ...], what: str, requantizes: bool = False
+    ) -> tuple[PointConfig, str]:
+        config = self.configs.resolve(point, op.kind, role)
+        required: dict[str, Any] = {}
+        reasons: list[str] = []
+        dtype = self._dtype(op, point, role, config, options, what, requantizes)
+        if dtype != config.dtype:
+            required["dtype"] = dtype
+            reasons.append(f"profile {self.profile.name}: {what}")
+        if _loses_sign(config.dtype, dtype) and role != "weight" and "affine" in self._style(op, role)[1]:
+            required["scheme"] = "affine"  # else all negative values would become zero
+        elif dtype != FLOAT:
+            given = config.scheme if role != "weight" else "per_channel" if config.per_channel else "per_tensor"
+            field, allowed = self._style(op, role)
+            if given not in allowed:
+                rule = self.configs.explicit_rule(field, point, op.kind, role)
+                if rule is not None and not requantizes:
+                    raise self._refusal(rule, given, op, point, role, field, allowed, allowed[0])
+                required[field] = allowed[0]
+                reasons.append(f"profile {self.profile.name}: {op.kind} {role} only {_either(allowed)}")
+        if required:
+            config = self.configs.resolve(point, op.kind, role, required)
+        return config, "; ".join(reasons)
+
+    def _style(self, op: Op, role: PointRole) -> tuple[str, tuple[str, ...]]:
+        if role == "weight":
+            return "granularity", self.rule(op).weight_granularity
+        return "scheme", self.rule(op if role == "input" else self.head(op)).schemes
+
+    def _dtype(
+        self,
+        op: Op,
+        point: str,
+        role: PointRole,
+        config: PointConfig,
+        options: tuple[str, ...],
+        what: str,
+        requantizes: bool,
+    ) -> str:
+        wanted = config.dtype
+        if wanted in options:
+            return wanted
+        if role == "weight" and wanted != FLOAT:  # weights are symmetric: an unsigned type would lose half of them
+            options = tuple(o for o in options if not _loses_sign(wanted, o))
+        if wanted == FLOAT or not options:
+            by = f"{point.rpartition('.')[2]} is float32 by {config.rule}, and " if wanted == FLOAT else ""
+            raise RunsInFloat(f"{by}profile {self.profile.name}: {what}: runs in float")
+        nearest = nearest_dtype(wanted, options)
+        rule = self.configs.explicit_rule("dtype", point, op.kind, role)
+        exact = any(o.names_exactly(point) for o in self.configs.overrides)
+        if rule is not None and (exact or not requantizes):
+            raise self._refusal(rule, wanted, op, point, role, "dtype", options, nearest, what)
+        return nearest
+
+    def _refusal(
+        self,
+        rule: str,
+        wanted: str,
+        op: Op,
+        point: str,
+        role: PointRole,
+        field: str,
+        allowed: Iterable[str],
+        instead: str,
+        what: str = "",
+    ) -> ConfigurationError:
+        kind = "weight" if role == "weight" else "activation"
+        return ConfigurationError(
+            f"{rule} asks for {wanted} at {point}, which the hardware has not: profile {self.profile.name}: "
+            f"{what or f'{op.kind} {role} only {_either(allowed)}'}. Change the rule, or add one for this point behind "
+            f"it: {{match: {point!r}, {kind}: {{{field}: {instead}}}}}."
+        )
+
+
+def _loses_sign(wanted: str, instead: str) -> bool:
+    if FLOAT in (wanted, instead):
+        return False
+    return quant_dtype(wanted).signed and not quant_dtype(instead).signed
+
+
+def _union(sets: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for names in sets for name in names))
+
+
+def _either(names: Iterable[str]) -> str:
+    return "|".join(names)

@@ -1,0 +1,1 @@
+"""The quantized region of a model: inserting, running, calibrating, freezing and removing it."""

@@ -1,0 +1,141 @@
+"""What calibration saw that will hurt later, and how it is said: what has one cause is one message."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_qat.quantization.planning.plan import PointPlan
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.op_graph import Operand, OpGraph
+from lightning_qat.quantization.tracing.tensor_origins import TensorOrigins
+
+FindingKind = Literal["nan", "inf", "constant", "no data", "unplanned"]
+
+
+@dataclass(frozen=True)
+class CalibrationFinding:
+    """Something calibration saw that will hurt later.
+
+    Args:
+        kind: ``nan``, ``inf``: activations that are not finite. ``constant``: only zeros, so there is no scale.
+            ``no data``: the point was never reached. ``unplanned``: an op that was not seen while tracing.
+        point: point name (or place in the code).
+        batch: the batch in which it was first seen, if that can be told.
+        message: what it means and what to do.
+        origin: the point where it began: NaN and infinities spread to all that is computed from them. The point itself
+            if it began there.
+    """
+
+    kind: FindingKind
+    point: str
+    batch: int | None
+    message: str
+    origin: str
+
+
+def finding(kind: Literal["constant", "no data", "unplanned"], path: str, name: str) -> CalibrationFinding:
+    """Return what there is to say of one point (or place in the code) of the region on ``path``."""
+    qualified = _qualified(path, name)
+    return CalibrationFinding(kind, qualified, None, _MESSAGES[kind].format(name=qualified), qualified)
+
+
+def spread_findings(
+    path: str, region: Region, kind: Literal["nan", "inf"], batches: Mapping[str, int | None]
+) -> Iterator[CalibrationFinding]:
+    """Return the findings of all points of a region that were not finite, each with the point where it began.
+
+    Args:
+        path: of the region's target.
+        region: the region.
+        kind: what they were.
+        batches: the points, each with the first batch in which it was so; None if that was on another rank.
+    """
+    points = [point for point in region.plan.points if point.name in batches]  # in execution order
+    points.sort(key=lambda point: math.inf if (batch := batches[point.name]) is None else batch)
+    while points:
+        origin = points[0]
+        batch, name = batches[origin.name], _qualified(path, origin.name)
+        message = _NOT_FINITE[kind].format(
+            name=name,
+            batch="a calibration batch of another rank" if batch is None else f"calibration batch {batch}",
+            maker=_maker(region.graph, origin),
+            location=region.graph.by_name[origin.op].location,
+        )
+        behind = _behind(region.graph, origin)
+        for point in points:
+            if point.op in behind:
+                yield CalibrationFinding(kind, _qualified(path, point.name), batches[point.name], message, name)
+        points = [point for point in points if point.op not in behind]
+
+
+def messages(findings: Iterable[CalibrationFinding]) -> tuple[str, ...]:
+    """Return one message for NaN or infinities that began at one point, and one for each other kind."""
+    groups: dict[tuple[str, str], list[CalibrationFinding]] = {}
+    for found in findings:
+        groups.setdefault((found.kind, found.origin if found.kind in _NOT_FINITE else ""), []).append(found)
+    return tuple(found[0].message + _others(kind, [f.point for f in found[1:]]) for (kind, _), found in groups.items())
+
+
+def depends_on_data(region: Region, name: str) -> bool:
+    """Whether a point quantizes data. Zeros in weights and constants are exact, and no sign of missing data."""
+    point = region.plan.by_name[name]
+    if point.role != "input":
+        return not point.is_weight
+    return not TensorOrigins(region.graph, ()).is_constant(_operand(region.graph, point))
+
+
+_NOT_FINITE = {
+    "nan": "{name} is NaN in {batch} ({location}): {maker}. Look there (bad data, division by zero, log of a "
+    "negative number) before quantizing.",
+    "inf": "{name} is infinite in {batch} ({location}): {maker}. Infinities were left out of its range. If they are a "
+    "mask, keep the point in float: activation: {{dtype: float32}}.",
+}
+_MESSAGES = {
+    "constant": "{name} was zero in every batch, so it has no meaningful scale. Calibrate with data that reach it, or "
+    "keep it in float: activation: {{dtype: float32}}.",
+    "no data": "{name} was never reached by the calibration data and stays float. Calibrate with batches that take "
+    "this branch, or give it a fixed_scale.",
+    "unplanned": "{name} ran in calibration but not while tracing, and stays float. Trace more batches, or mark the "
+    "code with dynamic_block.",
+}
+
+
+def _others(kind: str, points: list[str]) -> str:
+    if not points:
+        return ""
+    names = ", ".join(points[:3]) + (" ..." if len(points) > 3 else ".")
+    where = " behind it" if kind in _NOT_FINITE else ""
+    return f" The same at {len(points)} more {'points' if len(points) > 1 else 'point'}{where}: {names}"
+
+
+def _behind(graph: OpGraph, point: PointPlan) -> set[str]:
+    """Names of the ops that read what is at a point, or what is computed from it."""
+    found = {point.op}
+    if point.role != "output":
+        sources = set(_operand(graph, point).sources)
+        found |= {op.name for op in graph.ops if any(sources & set(operand.sources) for operand in op.operands)}
+    pending = list(found)
+    while pending:
+        readers = {op.name for op in graph.consumers.get(pending.pop(), ())} - found
+        found |= readers
+        pending.extend(readers)
+    return found
+
+
+def _maker(graph: OpGraph, point: PointPlan) -> str:
+    """Say where the values at a point come from."""
+    if point.role == "output":
+        return "the float model computes it here"
+    makers = TensorOrigins(graph, ()).of(_operand(graph, point).sources)
+    return f"it comes from {', '.join(s.name if s.kind == 'op' else f'{s.kind} {s.name}' for s in makers)}"
+
+
+def _operand(graph: OpGraph, point: PointPlan) -> Operand:
+    return next(operand for operand in graph.by_name[point.op].operands if operand.index == point.operand)
+
+
+def _qualified(path: str, name: str) -> str:
+    return f"{path}:{name}" if path else name

@@ -1,0 +1,196 @@
+"""Freezing parts of regions: a sub-tree stays at its quantized state while the rest trains.
+
+Typical use: train the backbone under quantization first, freeze it, then train the heads on what it will compute when
+deployed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lightning_qat.quantization.errors import ConfigurationError, near_names
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.planning.plan import PointPlan, QuantPlan
+from lightning_qat.quantization.planning.target_paths import local_patterns
+from lightning_qat.quantization.qconfig import glob_covers
+from lightning_qat.quantization.tracing.op_graph import OpGraph
+
+if TYPE_CHECKING:
+    from lightning_qat.quantization.region.region import Region
+
+_REGION = "_quantization"
+_CALL_NUMBER = re.compile(r"@\d+")
+
+
+def freeze(regions: Mapping[str, Region], patterns: str | Iterable[str]) -> None:
+    """Freeze parts of several regions, see :meth:`Region.freeze`.
+
+    Args:
+        regions: the regions by the path of their target, as :func:`find_regions` returns them.
+        patterns: relative to each target, or beginning with the path of one (``backbone.*``).
+
+    Raises:
+        ConfigurationError: a pattern matches nothing; then nothing is frozen.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    local: dict[str, list[str]] = {path: [] for path in regions}
+    for pattern in patterns:
+        found = local_patterns(pattern, regions, lambda path, rest: bool(_selected(regions[path], [rest])))
+        if not any(_selected(regions[path], [rest]) for path, rest in found.items()):
+            raise _unmatched(pattern, regions)
+        for path, rest in found.items():
+            local[path].append(rest)
+    for path, region in regions.items():
+        if local[path]:
+            region.freezing.add(region, local[path])
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What some patterns select of a region, by name."""
+
+    modules: frozenset[str]
+    parameters: frozenset[str]
+    points: frozenset[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.modules or self.parameters or self.points)
+
+
+class Freezing:
+    """What of one region is frozen, and how it was before. Kept by name: parameters may be replaced meanwhile."""
+
+    def __init__(self) -> None:
+        self.patterns: tuple[str, ...] = ()
+        self._target_training = True
+        self._training: dict[str, bool] = {}
+        self._requires_grad: dict[str, bool] = {}
+        self._scales_require_grad: dict[str, dict[str, bool]] = {}
+        self._modules: tuple[nn.Module, ...] = ()
+        self._points: dict[str, FakeQuantize] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.patterns)
+
+    def add(self, region: Region, patterns: Iterable[str]) -> None:
+        """Freeze what the patterns select, beside what is frozen already."""
+        region.refresh_weight_scales()
+        if not self.patterns:
+            self._target_training = region.target.training
+        self.patterns = tuple(dict.fromkeys((*self.patterns, *patterns)))
+        self.apply(region)
+
+    def apply(self, region: Region) -> None:
+        """Freeze everything the patterns select now: again after the plan or its fake-quants were replaced."""
+        selection = _selected(region, self.patterns)
+        modules, parameters = _modules(region.target), _parameters(region.target)
+        for name in selection.modules:
+            self._training.setdefault(name, modules[name].training)
+        self._modules = tuple(modules[name] for name in sorted(self._training) if name in modules)
+        for name in selection.parameters:
+            self._requires_grad.setdefault(name, parameters[name].requires_grad)
+            parameters[name].requires_grad_(False)
+            parameters[name].grad = None  # optimizers skip it then: no weight decay, no momentum
+        points = region.points
+        self._points = {name: points[name] for name in selection.points}
+        self.hold()
+
+    def hold(self) -> None:
+        """Undo what may have happened since: ``train()`` on a module above, scales that became parameters."""
+        for module in self._modules:
+            if module.training:
+                module.training = False
+        for name, fake_quant in self._points.items():
+            fake_quant.frozen = True
+            for scale, parameter in fake_quant._parameters.items():
+                if parameter is not None and parameter.requires_grad:
+                    self._scales_require_grad.setdefault(name, {}).setdefault(scale, True)
+                    parameter.requires_grad_(False)
+                    parameter.grad = None
+
+    def release_modes(self, region: Region) -> None:
+        """Put back the modes until the next forward: Lightning warns of modules in eval mode when training starts."""
+        modules = _modules(region.target)
+        for name, training in self._training.items():
+            modules[name].training = training
+
+    def undo(self, region: Region) -> None:
+        """Put everything back as it was before."""
+        modules, parameters = _modules(region.target), _parameters(region.target)
+        now = self._training.get("", region.target.training)
+        for name, training in self._training.items():
+            if name in modules:
+                modules[name].training = now if training == self._target_training else training
+        for name, flag in self._requires_grad.items():
+            if name in parameters:
+                parameters[name].requires_grad_(flag)
+        for name, fake_quant in self._points.items():
+            fake_quant.frozen = False
+            for scale, parameter in fake_quant._parameters.items():
+                if parameter is not None and scale in self._scales_require_grad.get(name, {}):
+                    parameter.requires_grad_(True)
+        self.__init__()  # type: ignore[misc]
+
+
+def _selected(region: Region, patterns: Iterable[str]) -> Selection:
+    """A pattern that names a module means its whole sub-tree, and ``backbone.*`` means the same as ``backbone``.
+
+    The scale of a weight belongs to its parameters, wherever they are used: it is frozen if they are.
+    """
+    covering = [pattern.removesuffix(".*") for pattern in patterns]
+
+    def covered(name: str) -> bool:
+        return any(glob_covers(pattern, name) for pattern in covering)
+
+    modules = {name: m for name, m in _modules(region.target).items() if covered(name)}
+    held = {id(p) for m in modules.values() for p in m._parameters.values() if p is not None}
+    parameters = {n for n, p in _parameters(region.target).items() if id(p) in held or covered(n)}
+    frozen_ids = {id(p) for n, p in _parameters(region.target).items() if n in parameters}
+    everywhere = region.target.named_parameters(remove_duplicate=False)
+    names_of_frozen = {name for name, p in everywhere if id(p) in frozen_ids}
+    identities = {id(m) for m in modules.values()}
+    scopes = {name for name, m in region.target.named_modules() if id(m) in identities}
+
+    def is_frozen(point: PointPlan, graph: OpGraph) -> bool:
+        op = graph.by_name[point.op]
+        sources = [source for o in op.operands if o.index == point.operand for source in o.sources]
+        if sources and all(source.kind == "parameter" for source in sources):
+            stay = all(source.name in names_of_frozen for source in sources)
+            if stay or point.is_weight:
+                return stay
+        return covered(_CALL_NUMBER.sub("", point.name)) or _CALL_NUMBER.sub("", op.scope) in scopes
+
+    plan: QuantPlan = region.plan
+    points = {p.name for p in plan.points if is_frozen(p, region.graph)}
+    return Selection(frozenset(modules), frozenset(parameters), frozenset(points))
+
+
+def _modules(target: nn.Module) -> dict[str, nn.Module]:
+    """Every registration of every submodule; the region itself is none of the model's."""
+    named = target.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if name.partition(".")[0] != _REGION}
+
+
+def _parameters(target: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in target.named_parameters() if name.partition(".")[0] != _REGION}
+
+
+def _unmatched(pattern: str, regions: Mapping[str, Region]) -> ConfigurationError:
+    names = {
+        f"{path}.{name}" if path else name
+        for path, region in regions.items()
+        for name in (*_modules(region.target), *_parameters(region.target), *region.points)
+        if name
+    }
+    inside = {name.removeprefix(f"{path}.") for path in regions for name in names}
+    near = near_names(pattern.removesuffix(".*"), sorted(names | inside))
+    hint = f" Near names: {', '.join(near)}." if near else ""
+    return ConfigurationError(
+        f"freeze: {pattern!r} matches no module, parameter or point of the quantized region.{hint} Write a path such "
+        "as backbone.*, where only * and ? are special."
+    )

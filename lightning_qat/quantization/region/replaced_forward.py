@@ -1,0 +1,41 @@
+"""Running a region's target under another mode than the region's own, for the duration of a block."""
+
+from __future__ import annotations
+
+from types import FrameType, TracebackType
+
+from typing_extensions import Self
+
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.interception import CallPathMode, Intercepted, active_mode
+
+
+class ReplacedForward:
+    """Context manager in which the forwards of a region's target run under :meth:`mode`.
+
+    Args:
+        region: whose target.
+    """
+
+    is_off = False
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self.run = region.run
+
+    def mode(self, frame: FrameType) -> CallPathMode:
+        """Return the mode of one forward, which starts at a frame."""
+        raise NotImplementedError
+
+    def open(self, frame: FrameType) -> CallPathMode | None:
+        """Start a forward; a recursive entry is part of the forward that runs."""
+        return None if active_mode(self.region.call_paths) else self.mode(frame)
+
+    def __enter__(self) -> Self:
+        self._intercepted = Intercepted.install(self.region.target, self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._intercepted.uninstall()

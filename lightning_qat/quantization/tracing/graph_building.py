@@ -1,0 +1,347 @@
+"""Collecting the ops of several traced forwards into one :class:`OpGraph` with names for people."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from lightning_qat.quantization.tracing.call_path import ScopeNode
+from lightning_qat.quantization.tracing.op_dependence import data_dependent, is_float_name, mask_ops, written_with_data
+from lightning_qat.quantization.tracing.op_graph import Op, Operand, OperandRole, OpGraph, RegionOutput, Source
+from lightning_qat.quantization.tracing.op_options import call_options
+from lightning_qat.quantization.tracing.op_spec import OpSpec
+from lightning_qat.quantization.tracing.tensor_leaves import dtype_name, is_float, named_leaves
+from lightning_qat.quantization.tracing.torch_functions import is_interceptable
+
+_FUNCTORCH_REASON = "runs inside a function transform (vmap, grad), where values are wrapped"
+_LAYOUT_REASON = "reads or returns a sparse or nested tensor, which has no grid"
+
+
+class OpRecord:
+    """What is known so far of one op."""
+
+    def __init__(self, key: str, node: ScopeNode, builder: GraphBuilder) -> None:
+        self.key = key
+        self.node = node
+        self.spec = OpSpec("", "float")
+        self.location = "?"
+        self.reason = ""
+        self.operands: dict[int, OperandRecord] = {}
+        self.outputs: list[tuple[str, tuple[int, ...]]] = []
+        self.calls: dict[int, int] = {}
+        self.inplace = False
+        self.mask = False
+        self.twins: list[str] = []
+        self.options: dict[str, Any] = {}
+        self._builder = builder
+
+    def observe(
+        self,
+        spec: OpSpec,
+        location: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: list[tuple[Tensor, Source, bool]],
+        outputs: list[Tensor],
+        written: list[Tensor],
+    ) -> list[OperandRecord]:
+        """Add one call to the record, and return what is known of its operands."""
+        self._builder.met(self)
+        self.spec, self.location, self.reason = spec, location, spec.reason
+        obstacle = _obstacle([tensor for tensor, _, _ in operands], outputs)
+        if obstacle:
+            self.spec, self.reason = OpSpec(spec.kind, "float", reason=obstacle), obstacle
+        self.options |= call_options(spec.kind, args, kwargs, self._builder._training)
+        names = _parameter_names(spec, args, kwargs)
+        for index, (tensor, source, mask) in enumerate(operands):
+            record = self.operands.setdefault(index, OperandRecord(names[index]))
+            record.dtype, record.shape = dtype_name(tensor.dtype), _shape(tensor)
+            record.sources[source] = None
+            record.mask = record.mask or mask
+            record.written = record.written or any(tensor is t for t in written)
+        if not self.outputs or outputs:
+            self.outputs = [(dtype_name(t.dtype), _shape(t)) for t in outputs]
+        return [self.operands[index] for index in range(len(operands))]
+
+    def absorb(self, twin: OpRecord) -> None:
+        """Take over what was observed of the same op on another way."""
+        self.twins.append(twin.key)
+        self.calls |= twin.calls
+        self.options |= twin.options
+        self.inplace, self.mask = self.inplace or twin.inplace, self.mask or twin.mask
+        for index, operand in twin.operands.items():
+            own = self.operands[index]
+            own.sources |= operand.sources
+            own.mask, own.written = own.mask or operand.mask, own.written or operand.written
+            own.rewritten = own.rewritten or operand.rewritten
+
+    def role_of(self, operand: OperandRecord) -> OperandRole:
+        """What an operand is to the op."""
+        spec = self.spec
+        if not is_float_name(operand.dtype):
+            return "index"
+        parameter, _, in_list = operand.name.partition(".")
+        if parameter == "out":
+            return "parameter"
+        if parameter and parameter in spec.weights:
+            return "parameter" if in_list and len(operand.shape) < 2 else "weight"
+        if spec.operands is None or not spec.parameters:
+            return "data"
+        return "data" if operand.name in spec.operands else "parameter"
+
+
+class OperandRecord:
+    """What is known so far of one operand."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.dtype = ""
+        self.shape: tuple[int, ...] = ()
+        self.sources: dict[Source, None] = {}
+        self.mask = False
+        self.written = False
+        self.rewritten = False
+
+
+class GraphBuilder:
+    """Collects records over forwards."""
+
+    def __init__(self, target_type: str) -> None:
+        self.target_type = target_type
+        self.forwards = 0
+        self._records: dict[str, OpRecord] = {}
+        self._order: list[OpRecord] = []
+        self._cursor = 0
+        self._met: set[str] = set()
+        self._training = False
+        self._seen_by_mode: dict[bool, list[set[str]]] = {False: [], True: []}
+        self._forward = 0
+        self._outputs: dict[str, tuple[str, dict[Source, None]]] = {}
+        self._not_scalar: set[str] = set()
+
+    def record(self, digest: str, node: ScopeNode, kind: str) -> OpRecord:
+        """Return the record of an op: one per digest, as there will be one set of quantizers per digest."""
+        return self._records.setdefault(digest, OpRecord(digest, node, self))
+
+    def begin(self, training: bool) -> None:
+        """Start a forward."""
+        self._forward += 1
+        self._cursor, self._met, self._training = 0, set(), training
+
+    def met(self, record: OpRecord) -> None:
+        """Note a call of an op; a new op goes behind the one before it, so that the order is that of execution."""
+        record.calls[self._forward] = record.calls.get(self._forward, 0) + 1
+        if record.key in self._met:
+            return
+        self._met.add(record.key)
+        if len(record.calls) == 1:
+            self._order.insert(self._cursor, record)
+            self._cursor += 1
+        else:
+            self._cursor = max(self._cursor, self._index(record) + 1)
+
+    def _index(self, record: OpRecord) -> int:
+        try:
+            return self._order.index(record, self._cursor)  # nearly always right at the cursor
+        except ValueError:
+            return self._order.index(record)
+
+    def leaving(self, path: str, tensor: Tensor, source: Source) -> None:
+        """Note a tensor that leaves the region."""
+        _, sources = self._outputs.setdefault(path, (dtype_name(tensor.dtype), {}))
+        sources[source] = None
+        if tensor.ndim:
+            self._not_scalar.add(path)
+
+    def end(self) -> None:
+        """Finish a forward."""
+        self.forwards += 1
+        self._seen_by_mode[self._training].append(self._met)
+
+    def graph(self, constants: set[str], carried: dict[str, str], writers: dict[str, set[str]]) -> OpGraph:
+        """Freeze what was collected.
+
+        Args:
+            constants: unknown tensors that stayed the same.
+            carried: unknown tensors that an op made in an earlier forward, with the key of that op.
+            writers: buffers that were written in a forward, with the keys of the ops that did it.
+        """
+        renamed = self._merge_modes()
+        carried = {name: renamed.get(key, key) for name, key in carried.items()}
+        writers = {name: {renamed.get(key, key) for key in keys} for name, keys in writers.items()}
+        changing = written_with_data(self._order, constants, carried, writers)
+        dependent = data_dependent(self._order, constants, carried, changing)
+        computed = data_dependent(self._order, constants, carried, changing, integers=False)
+        train_only = self._train_only()
+        names = _display_names(self._order)
+
+        def resolve(sources: dict[Source, None]) -> tuple[Source, ...]:
+            resolved: dict[Source, None] = {}
+            for source in sources:
+                if source.kind in ("op", "mutated"):
+                    resolved[Source(source.kind, names[source.name], source.output)] = None
+                elif source.kind == "buffer" and source.name in changing:
+                    resolved[Source("opaque", f"buffer {source.name}, which is written while running")] = None
+                elif source.kind == "opaque" and source.name in carried:
+                    maker = carried[source.name]
+                    kept = f"a result of {names[maker]} that is kept from an earlier forward"
+                    resolved[Source("opaque" if maker in dependent else "constant", kept)] = None
+                elif source.kind == "opaque":
+                    constant = source.name in constants
+                    resolved[Source("constant", "tensor") if constant else Source("opaque", "unknown")] = None
+                else:
+                    resolved[source] = None
+            return tuple(resolved)
+
+        masks = mask_ops(self._order)
+        ops = []
+        for record in self._order:
+            operands = tuple(
+                Operand(
+                    index,
+                    operand.name,
+                    record.role_of(operand),
+                    operand.dtype,
+                    operand.shape,
+                    resolve(operand.sources),
+                    operand.mask or any(s.kind in ("op", "mutated") and s.name in masks for s in operand.sources),
+                    operand.written,
+                    operand.rewritten,
+                )
+                for index, operand in sorted(record.operands.items())
+            )
+            ops.append(
+                Op(
+                    name=names[record.key],
+                    kind=record.spec.kind,
+                    role=record.spec.role,
+                    scope=record.node.display,
+                    module_type=record.node.module_type,
+                    key=record.key,
+                    location=record.location,
+                    reason=record.reason,
+                    gemm=record.spec.gemm,
+                    weight_axis=record.spec.weight_axis,
+                    operands=operands,
+                    outputs=tuple(record.outputs),
+                    forwards=len(record.calls),
+                    calls=max(record.calls.values(), default=0),
+                    inplace=record.inplace,
+                    mask=record.key in masks,
+                    data_dependent=record.key in dependent,
+                    options=record.options,
+                    index_only=record.key in dependent and record.key not in computed,
+                    train_only=record.key in train_only,
+                    twins=tuple(record.twins),
+                )
+            )
+        outputs = tuple(
+            RegionOutput(path, dtype, resolve(s), path not in self._not_scalar)
+            for path, (dtype, s) in self._outputs.items()
+        )
+        return OpGraph(self.target_type, tuple(ops), outputs, self.forwards, self._varying())
+
+    def _merge_modes(self) -> dict[str, str]:
+        """Make one op of two where eval and train mode reach the same place of a module on different ways.
+
+        ``checkpoint(self.block, x) if self.training else self.block(x)`` runs the same ops on two call paths. They are
+        the same where one ran in eval mode only and the other in train mode only, from the same line for the same
+        module, and there are as many of them.
+
+        Returns:
+            The keys that are gone, each with the one that took its place.
+        """
+        in_eval, in_train = (set().union(*self._seen_by_mode[mode]) for mode in (False, True))
+        places: dict[tuple[str, str, str], tuple[list[OpRecord], list[OpRecord]]] = {}
+        for record in self._order:
+            if (record.key in in_eval) != (record.key in in_train):
+                place = record.node.module_path, record.spec.kind, record.location
+                places.setdefault(place, ([], []))[record.key in in_train].append(record)
+        renamed: dict[str, str] = {}
+        for evals, trains in places.values():
+            if [record.operands.keys() for record in evals] == [record.operands.keys() for record in trains]:
+                for kept, twin in zip(evals, trains, strict=True):
+                    kept.absorb(twin)
+                    renamed[twin.key] = kept.key
+        if renamed:
+            self._rename(renamed)
+        return renamed
+
+    def _rename(self, renamed: dict[str, str]) -> None:
+        def new(sources: dict[Source, None]) -> dict[Source, None]:
+            return {dataclasses.replace(s, name=renamed.get(s.name, s.name)): None for s in sources}
+
+        self._order = [record for record in self._order if record.key not in renamed]
+        for record in self._order:
+            for operand in record.operands.values():
+                operand.sources = new(operand.sources)
+        self._outputs = {path: (dtype, new(sources)) for path, (dtype, sources) in self._outputs.items()}
+        for forwards in self._seen_by_mode.values():
+            forwards[:] = [{renamed.get(key, key) for key in met} for met in forwards]
+
+    def _train_only(self) -> set[str]:
+        """Keys of the ops that ran in train mode and never in eval mode; none if no forward ran in eval mode."""
+        in_eval, in_train = self._seen_by_mode[False], self._seen_by_mode[True]
+        return set().union(*in_train).difference(*in_eval) if in_eval else set()
+
+    def _varying(self) -> tuple[str, ...]:
+        """Locations of ops that ran in some forwards of a mode and not in others (and are in no dynamic block)."""
+        some: set[str] = set()
+        for forwards in self._seen_by_mode.values():
+            if forwards:
+                some |= forwards[0].union(*forwards) - forwards[0].intersection(*forwards)
+        varying = (r for r in self._order if r.key in some and not r.node.is_dynamic and is_interceptable(r.spec))
+        return tuple(dict.fromkeys(r.location for r in varying))
+
+
+def _parameter_names(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Return the name of the parameter of each leaf of a call, empty where the row does not know it."""
+    names = (*spec.parameters[: len(args)], *[""] * (len(args) - len(spec.parameters)))
+    arguments = [*zip(names, args, strict=True), *((name, kwargs[name]) for name in sorted(kwargs))]
+    return [path if name else "" for name, value in arguments for path, _ in named_leaves(value, name)]
+
+
+def _display_names(order: list[OpRecord]) -> dict[str, str]:
+    """Name ops: the module path where a module is one op, else ``<scope>.<kind>_<n>``."""
+    substantial = Counter(record.node.key for record in order if _is_substantial(record))
+    counters: Counter[str] = Counter()
+    names: dict[str, str] = {}
+    taken = {record.node.display for record in order}
+    for record in order:
+        node, kind = record.node, record.spec.kind
+        alone = substantial[node.key] == 1 and not node.children and node.is_module
+        if alone and _is_substantial(record):
+            names[record.key] = node.display
+            continue
+        prefix = f"{node.display}.{kind}" if node.display else kind
+        name = f"{prefix}_{counters[prefix]}"
+        while name in taken:  # a module of the user is called add_0
+            counters[prefix] += 1
+            name = f"{prefix}_{counters[prefix]}"
+        counters[prefix] += 1
+        names[record.key] = name
+    return names
+
+
+def _is_substantial(record: OpRecord) -> bool:
+    """Whether an op computes floating-point values rather than moving them or counting."""
+    return record.spec.role not in ("pass", "create") and any(is_float_name(dtype) for dtype, _ in record.outputs)
+
+
+def _obstacle(operands: list[Tensor], outputs: list[Tensor]) -> str:
+    """Why an op stays float whatever its row says; nothing if it need not."""
+    if any(is_functorch_wrapped_tensor(tensor) and is_float(tensor) for tensor in outputs):
+        return _FUNCTORCH_REASON
+    if any((tensor.layout is not torch.strided or tensor.is_nested) for tensor in (*operands, *outputs)):
+        return _LAYOUT_REASON
+    return ""
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape; that of a nested tensor is no numbers."""
+    return () if tensor.is_nested else tuple(tensor.shape)

@@ -1,0 +1,39 @@
+"""Walking the modules of a model quickly: small analyses spend much of their time on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+REGION_NAME = "_quantization"
+"""The child of a target that holds everything fake-quant adds to it."""
+
+
+def modules_and_regions(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what ``named_modules`` yields, in the same order, but for the inside of regions."""
+    seen: set[int] = set()
+    pending: list[tuple[str, str, nn.Module]] = [("", "", module)]
+    while pending:
+        path, name, current = pending.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield path, current
+        if name != REGION_NAME:
+            children = [(f"{path}.{n}" if path else n, n, m) for n, m in current._modules.items() if m is not None]
+            pending += reversed(children)
+
+
+def modules_outside_regions(module: nn.Module) -> list[nn.Module]:
+    """Return a module and all modules below it, each once, but for regions and what is in them.
+
+    Example:
+        >>> import torch
+        >>> from lightning_qat.quantization.region.insertion import insert
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> region = insert(model, (torch.ones(1, 2),))
+        >>> [type(m).__name__ for m in modules_outside_regions(model)]
+        ['Sequential', 'Linear']
+    """
+    return [m for path, m in modules_and_regions(module) if path.rpartition(".")[2] != REGION_NAME]

@@ -1,0 +1,110 @@
+"""Which traced ops depend on the data, and which hold masks; both spread through the graph from op to op."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_qat.quantization.tracing.op_graph import Source
+
+if TYPE_CHECKING:
+    from lightning_qat.quantization.tracing.graph_building import OperandRecord, OpRecord
+
+
+def data_dependent(
+    order: list[OpRecord], constants: set[str], carried: dict[str, str], changing: set[str], integers: bool = True
+) -> set[str]:
+    """Ops whose result depends on an input of the region (or on something unseen).
+
+    With ``integers=False``, ops that only turn integer inputs and constants into other numbers do not count: what they
+    compute is exact, until it meets floating-point data or a parameter (as in an embedding).
+    """
+    parameters = set() if integers else _parameter_dependent(order)
+
+    def depends(source: Source, operand: OperandRecord) -> bool:
+        if source.kind in ("op", "mutated"):
+            return source.name in found
+        if source.kind == "opaque":
+            return carried[source.name] in found if source.name in carried else source.name not in constants
+        if source.kind == "input":
+            return integers or operand.dtype not in _INDEX_TYPES
+        return source.kind == "buffer" and source.name in changing
+
+    def mixes(record: OpRecord) -> bool:
+        """Whether an op puts a parameter and integer inputs together."""
+        return not integers and record.key in parameters and record.key in dependent
+
+    dependent = set() if integers else data_dependent(order, constants, carried, changing)
+    found: set[str] = set()
+    changed = True
+    while changed:  # more than one pass only where a dynamic block or a kept tensor feeds earlier ops
+        before = len(found)
+        for record in order:
+            if record.key in found or record.spec.role == "create":
+                continue
+            pairs = ((s, operand) for operand in record.operands.values() for s in operand.sources)
+            if mixes(record) or any(depends(s, operand) for s, operand in pairs):
+                found.add(record.key)
+        changed = len(found) != before
+    return found
+
+
+def written_with_data(
+    order: list[OpRecord], constants: set[str], carried: dict[str, str], writers: dict[str, set[str]]
+) -> set[str]:
+    """Buffers that hold data: what is written to them depends on an input, on random numbers or on something unseen.
+
+    The others are made of parameters alone, such as the vectors of ``spectral_norm``'s power iteration: the weight that
+    is computed with them is a weight, and a constant once it is deployed.
+
+    Args:
+        order: the ops.
+        constants: unknown tensors that stayed the same.
+        carried: unknown tensors that an op made in an earlier forward, with the key of that op.
+        writers: the buffers that were written in a forward, with the keys of the ops that did it.
+    """
+    computing = {record.key for record in order if record.spec.role != "create"}
+    changing = {name for name, keys in writers.items() if not keys <= computing}
+    while True:
+        found = data_dependent(order, constants, carried, changing)
+        more = {name for name, keys in writers.items() if keys & found} | changing
+        if more == changing:
+            return changing
+        changing = more
+
+
+_INDEX_TYPES = frozenset(["int64", "int32", "int16", "bool"])  # uint8 holds pixels
+
+
+def _parameter_dependent(order: list[OpRecord]) -> set[str]:
+    """Ops that read a floating-point parameter, or something computed from one."""
+    found: set[str] = set()
+    for record in order:
+        sources = [s for o in record.operands.values() if is_float_name(o.dtype) for s in o.sources]
+        if record.spec.role != "create" and any(
+            s.kind == "parameter" or (s.kind in ("op", "mutated") and s.name in found) for s in sources
+        ):
+            found.add(record.key)
+    return found
+
+
+_MASK_CARRIERS = {"add", "sub", "baddbmm", "addmm", "mul", "maximum", "minimum", "clamp"}
+
+
+def mask_ops(order: list[OpRecord]) -> set[str]:
+    """Ops whose result holds "never attend here" fills, or what is subtracted to get them; adding carries them on."""
+    subtracted = (s for r in order if r.mask and r.spec.kind == "sub" for s in r.operands[1].sources)
+    found = {s.name for s in subtracted if s.kind == "op"}
+    for record in order:
+        kind, role = record.spec.kind, record.spec.role
+        incoming = any(
+            operand.mask or any(s.kind in ("op", "mutated") and s.name in found for s in operand.sources)
+            for operand in record.operands.values()
+        )
+        if record.mask or (incoming and (role in ("pass", "join") or kind in _MASK_CARRIERS)):
+            found.add(record.key)
+    return found
+
+
+def is_float_name(dtype: str) -> bool:
+    """Whether a dtype name is that of floating-point numbers."""
+    return dtype.startswith(("float", "bfloat"))

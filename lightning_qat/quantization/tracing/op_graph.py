@@ -1,0 +1,224 @@
+"""What was traced: ops, where their operands come from, and what leaves the region. Plain frozen data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from lightning_qat.quantization.tracing.op_spec import Role
+
+SourceKind = Literal["op", "mutated", "input", "parameter", "buffer", "constant", "opaque"]
+OperandRole = Literal["data", "weight", "parameter", "index"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor comes from.
+
+    ``op``: the result of the op ``name``. ``mutated``: a tensor that op ``name`` wrote into while its result was not
+    used (``y.mul_(2)``), or its result, written by somebody through a view.
+    ``input``: a leaf of the region's arguments. ``parameter``, ``buffer``: a tensor of the target.
+    ``constant``: any other tensor that stays the same. ``opaque``: a tensor whose producer was not seen, or that was
+    made in another forward.
+    """
+
+    kind: SourceKind
+    name: str
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One tensor argument of an op.
+
+    Args:
+        index: number among the tensor leaves of the call.
+        name: name of the parameter, where the op's row knows it.
+        role: what it is to the op.
+        dtype: name of its type.
+        shape: its shape in the last traced forward.
+        sources: where it came from, over all forwards.
+        mask: it looks like an additive mask.
+        written: the op writes into it.
+        rewritten: somebody writes into it later in the same forward.
+    """
+
+    index: int
+    name: str
+    role: OperandRole
+    dtype: str
+    shape: tuple[int, ...]
+    sources: tuple[Source, ...]
+    mask: bool = False
+    written: bool = False
+    rewritten: bool = False
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the operand is a floating-point tensor."""
+        return self.dtype.startswith(("float", "bfloat"))
+
+
+@dataclass(frozen=True)
+class Op:
+    """One call of a torch function inside the region.
+
+    Args:
+        name: display name, unique in the graph.
+        kind: canonical torch function (``conv2d``).
+        role: what planning does with it.
+        scope: name of the module call it happened in.
+        module_type: class of that module.
+        key: run-time identity (digest of the call path).
+        location: ``file.py:line`` of the user's code.
+        reason: why the op stays float, if it does.
+        gemm: whether it is a matrix product.
+        weight_axis: channel axis of the weight, if it has one.
+        operands: its tensor arguments.
+        outputs: ``(dtype, shape)`` of each tensor it returns.
+        forwards: in how many traced forwards it ran.
+        calls: the most often it ran within one forward (more than once only inside a dynamic block).
+        inplace: it wrote into an argument.
+        mask: its result is an additive mask.
+        data_dependent: its result depends on an input of the region.
+        index_only: it depends on integer inputs of the region, and on no floating-point input or parameter (positions
+            and masks computed from token masks or lengths).
+        train_only: it ran in train mode and, though forwards in eval mode were traced, never in eval mode.
+        twins: more run-time identities: the op is reached on another way in train mode (activation checkpointing).
+    """
+
+    name: str
+    kind: str
+    role: Role
+    scope: str
+    module_type: str
+    key: str
+    location: str
+    reason: str
+    gemm: bool
+    weight_axis: int | None
+    operands: tuple[Operand, ...]
+    outputs: tuple[tuple[str, tuple[int, ...]], ...]
+    forwards: int
+    calls: int
+    inplace: bool
+    mask: bool
+    data_dependent: bool
+    options: dict[str, Any] = field(default_factory=dict)
+    index_only: bool = False
+    train_only: bool = False
+    twins: tuple[str, ...] = ()
+
+    @property
+    def has_float_output(self) -> bool:
+        """Whether the first result is a floating-point tensor."""
+        return bool(self.outputs) and self.outputs[0][0].startswith(("float", "bfloat"))
+
+
+@dataclass(frozen=True)
+class RegionOutput:
+    """A tensor that leaves the region.
+
+    Args:
+        path: where it is in the output.
+        dtype: name of its type.
+        sources: where it came from, over all forwards.
+        is_scalar: it had no dimensions in any forward (a loss).
+    """
+
+    path: str
+    dtype: str
+    sources: tuple[Source, ...]
+    is_scalar: bool = False
+
+
+@dataclass(frozen=True)
+class OpGraph:
+    """The union of all traced forwards of one target, in execution order.
+
+    Args:
+        target_type: class name of the target.
+        ops: every torch function call that returned a tensor.
+        outputs: the tensors that leave the region.
+        forwards: number of traced forwards.
+        varying: locations whose op sequence differed between traced forwards.
+    """
+
+    target_type: str
+    ops: tuple[Op, ...]
+    outputs: tuple[RegionOutput, ...]
+    forwards: int
+    varying: tuple[str, ...] = ()
+
+    @cached_property
+    def by_name(self) -> dict[str, Op]:
+        """Ops by display name."""
+        return {op.name: op for op in self.ops}
+
+    @cached_property
+    def consumers(self) -> dict[str, tuple[Op, ...]]:
+        """Which ops read the result of an op; an op that reads it twice is listed once."""
+        found: dict[str, dict[str, Op]] = {}
+        for op in self.ops:
+            for operand in op.operands:
+                for source in operand.sources:
+                    if source.kind in ("op", "mutated"):
+                        found.setdefault(source.name, {})[op.name] = op
+        return {name: tuple(ops.values()) for name, ops in found.items()}
+
+    @cached_property
+    def leaving(self) -> frozenset[str]:
+        """Names of the ops whose result is itself an output of the region."""
+        return frozenset(s.name for o in self.outputs for s in o.sources if s.kind in ("op", "mutated"))
+
+    def counts(self) -> dict[str, int]:
+        """Number of data-dependent ops per role."""
+        return dict(Counter(op.role for op in self.ops if op.data_dependent))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return primitives only (JSON, ``weights_only`` checkpoints)."""
+        return {
+            "target_type": self.target_type,
+            "forwards": self.forwards,
+            "varying": list(self.varying),
+            "ops": [_plain(op) for op in self.ops],
+            "outputs": [_plain(output) for output in self.outputs],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> OpGraph:
+        """Rebuild a graph from :meth:`to_dict`."""
+        return cls(
+            target_type=data["target_type"],
+            forwards=data["forwards"],
+            varying=tuple(data["varying"]),
+            ops=tuple(_op(item) for item in data["ops"]),
+            outputs=tuple(RegionOutput(**{**item, "sources": _sources(item["sources"])}) for item in data["outputs"]),
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Like dataclasses.asdict, with lists for tuples so that JSON and back gives the same."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _sources(items: list[dict[str, Any]]) -> tuple[Source, ...]:
+    return tuple(Source(**item) for item in items)
+
+
+def _op(item: dict[str, Any]) -> Op:
+    operands = tuple(
+        Operand(**{**o, "shape": tuple(o["shape"]), "sources": _sources(o["sources"])}) for o in item["operands"]
+    )
+    outputs = tuple((dtype, tuple(shape)) for dtype, shape in item["outputs"])
+    twins = tuple(item.get("twins", ()))
+    return Op(**{**item, "operands": operands, "outputs": outputs, "twins": twins})
