@@ -86,9 +86,19 @@ def _recorded(region: Region, contents: list[_Contents]) -> Iterator[list[Call]]
 
 
 @contextmanager
-def analysis_mode(region: Region) -> Iterator[None]:
-    """Evaluation mode without gradients, with the region quantizing and no scale moving; all put back on exit."""
-    with preserved(region.target), region.state("quantize", updates=()), torch.inference_mode(False), torch.no_grad():
+def analysis_mode(region: Region, buffers: bool = True) -> Iterator[None]:
+    """Evaluation mode without gradients, with the region quantizing and no scale moving; all put back on exit.
+
+    Args:
+        region: what to analyse.
+        buffers: those of the target too; not needed where all forwards are repeatable ones.
+    """
+    with (
+        preserved(region.target, buffers),
+        region.state("quantize", updates=()),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
         if any(module.training for module in region.target.modules()):  # quicker than setting it again
             region.target.eval()
         yield

@@ -26,8 +26,8 @@ from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.tracing.tracing import Call
 from lightning_qat.reporting.loggers import point_scalars
 
-_EPOCHS_SHARE = 32
-"""A sketch of so small a part of an epoch's samples takes some 3 % of the epoch: with one probe it is a forward, a
+_EPOCHS_SHARE = 40
+"""A sketch of so small a part of an epoch's samples takes 2 to 3 % of the epoch: with one probe it is a forward, a
 backward and one more product for each weight, and training steps do more."""
 
 _FEWEST_SAMPLES = 16
@@ -65,7 +65,7 @@ class SensitivityAnalysis(EpochEndAnalysis):
             many that are measured by isolation. A tenth of all points if not given.
         max_samples: a sketch at the end of an epoch looks at the first so many samples of each batch, where they are
             independent of each other; None for all. With a quarter of the samples the standard errors double. ``auto``:
-            all of them, but for short epochs, where that would be felt: not more than a 32nd of the samples that an
+            all of them, but for short epochs, where that would be felt: not more than a 40th of the samples that an
             epoch trains on, and at least 16.
         max_points: by isolation, points per analysis; None for all. With more, the points take turns, in a fixed random
             order: after ``ceil(points / max_points)`` analyses all of them were measured.

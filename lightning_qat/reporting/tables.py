@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import Any
 
@@ -40,17 +40,16 @@ def fixed_width(columns: Sequence[str], rows: Sequence[Row], title: str = "", no
         fc            1
     """
     values = [_values(row, columns) for row in rows]
-    cells = [[_single_line(cell_text(value, digits)) for value in row] for row in values]
-    widths = [max(len(text) for text in texts) for texts in zip(columns, *cells, strict=True)]
-    right = _numeric(values, len(columns))
-
-    def line(texts: Sequence[str]) -> str:
-        padded = (t.rjust(w) if r else t.ljust(w) for t, w, r in zip(texts, widths, right, strict=True))
-        return " ".join(padded).rstrip()
-
+    padded, widths = [], []
+    for index, column in enumerate(columns):
+        texts = [column, *(_single_line(cell_text(row[index], digits)) for row in values)]
+        width = max(map(len, texts))
+        pad = str.rjust if _is_numeric(row[index] for row in values) else str.ljust
+        padded.append([pad(text, width) for text in texts])
+        widths.append(width)
+    heading, *lines = (" ".join(texts).rstrip() for texts in zip(*padded, strict=True)) if columns else ("",)
     rule = "-" * (sum(widths) + max(0, len(widths) - 1))
-    head = [text for text in (title, note) if text]
-    return "\n".join([*head, line(columns), rule, *(line(texts) for texts in cells)])
+    return "\n".join([*(text for text in (title, note) if text), heading, rule, *lines])
 
 
 def panel(columns: Sequence[str], rows: Sequence[Row]) -> str:
@@ -121,7 +120,8 @@ def markdown(columns: Sequence[str], rows: Sequence[Row]) -> str:
         return f"| {' | '.join(texts)} |"
 
     values = [_values(row, columns) for row in rows]
-    rules = "|".join("--:" if right else ":--" for right in _numeric(values, len(columns)))
+    right = (_is_numeric(row[index] for row in values) for index in range(len(columns)))
+    rules = "|".join("--:" if numeric else ":--" for numeric in right)
     body = [line([escape_markdown(cell_text(value, digits=4)) for value in row]) for row in values]
     return "\n".join([line([escape_markdown(column) for column in columns]), f"|{rules}|", *body])
 
@@ -177,11 +177,9 @@ def _values(row: Row, columns: Sequence[str]) -> list[Any]:
     return [row[column] for column in columns] if isinstance(row, Mapping) else list(row)
 
 
-def _numeric(rows: Sequence[list[Any]], columns: int) -> list[bool]:
-    """Whether each column holds numbers."""
-    return [
-        any(isinstance(row[i], (int, float)) and not isinstance(row[i], bool) for row in rows) for i in range(columns)
-    ]
+def _is_numeric(values: Iterable[Any]) -> bool:
+    """Whether a column holds numbers."""
+    return any(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
 
 
 def _single_line(text: str) -> str:

@@ -191,7 +191,7 @@ class _Analysis:
         """Estimate all points; None, and why, if that is impossible."""
         sketch = Sketch(self.region, self.calibrated, self.select, probes, self.seed, max_samples, self.memory)
         problem = "a rank could not compute gradients"
-        with analysis_mode(self.region):
+        with analysis_mode(self.region, buffers=False):
             try:
                 for call in calls:
                     sketch.run(call)
@@ -244,7 +244,7 @@ class _Analysis:
 
     def _measure(self, batches: Iterable[object], names: list[str]) -> Isolation:
         isolation = Isolation(self.region, names, self.select, self.metric, self.seed)
-        with analysis_mode(self.region):
+        with analysis_mode(self.region, buffers=False):
             for batch in batches:
                 isolation.run(Call.of(batch))
         if self.across_ranks:

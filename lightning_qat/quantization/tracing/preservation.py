@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -74,9 +74,9 @@ def preserved_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def preserved(module: nn.Module) -> Iterator[None]:
-    """All of the above together."""
-    with preserved_random_state(), preserved_modes(module), preserved_buffers(module):
+def preserved(module: nn.Module, buffers: bool = True) -> Iterator[None]:
+    """Random state, modes and, unless somebody else sees to them, buffers."""
+    with preserved_random_state(), preserved_modes(module), preserved_buffers(module) if buffers else nullcontext():
         yield
 
 
