@@ -105,10 +105,12 @@ def test_additions_need_no_import_in_the_script() -> None:
 
 
 def test_init_from_on_the_command_line_as_the_config_says(tmp_path: Path, digits_float_checkpoint: Path) -> None:
-    """E: an argument of a callback belongs to the last one listed so far."""
+    """E: an argument of a callback belongs to the last one listed so far. A missing file shows that it is read."""
     first, second = CONFIGS / "quantization_aware_training.yaml", CONFIGS / "calibration.yaml"
-    extra = f"--trainer.callbacks.init_from={digits_float_checkpoint}"
-    run("fit", [first], tmp_path, extra, f"--config={second}", "--trainer.accelerator=cpu", "--trainer.logger=false")
+    others = f"--config={second}", "--trainer.accelerator=cpu", "--trainer.logger=false"
+    run("fit", [first], tmp_path, f"--trainer.callbacks.init_from={digits_float_checkpoint}", *others)
+    with pytest.raises(MisconfigurationException, match=r"there is no file .*missing\.ckpt"):
+        run("fit", [first], tmp_path / "again", f"--trainer.callbacks.init_from={tmp_path / 'missing.ckpt'}", *others)
 
 
 def test_config_with_a_missing_float_checkpoint_says_so(tmp_path: Path) -> None:

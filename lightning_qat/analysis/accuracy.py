@@ -240,7 +240,7 @@ def _sentence(
             and _reaches(row.metric, calibrated[row.metric], row.target)
             for row in failed
         )
-        parts.append(_TRAINING_LOST_IT if by_training else _QUANTIZATION_LOST_IT)
+        parts.append(_TRAINING_LOST_IT if by_training else _NOT_TRAINING)
     elif judged:
         parts.append(f"{stage}: target reached for {', '.join(row.metric for row in judged)}.")
     unknown = [row.metric for row in rows if row.float_value is None]
@@ -255,10 +255,13 @@ def _sentence(
 
 
 _TRAINING_LOST_IT = (
-    "Calibration alone reaches it, so training has lost it and not quantization: list ZeroLRFinetune() and "
-    "FloatFinetune() before you change learning rate or dtypes."
+    "Calibration alone reaches it, so training has lost it and not quantization: see what PipelineCheck() (or "
+    "ZeroLRFinetune() and FloatFinetune()) says before you change learning rate or dtypes."
 )
-_QUANTIZATION_LOST_IT = "Next: list SensitivityAnalysis(), and raise its first points to int16 with overrides."
+_NOT_TRAINING = (
+    "Next: PipelineCheck() says whether it is quantization. If it is, raise the points that SensitivityAnalysis() "
+    "puts first to int16 with overrides."
+)
 
 
 def _reaches(metric: str, value: float, target: float) -> bool:

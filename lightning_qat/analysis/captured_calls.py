@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.call import Call
 from lightning_qat.quantization.tracing.module_walk import modules_outside_regions
 from lightning_qat.quantization.tracing.preservation import preserved
 from lightning_qat.quantization.tracing.tensor_leaves import leaves, map_call_leaves
-from lightning_qat.quantization.tracing.tracing import Call
 
 
 def capture_calls(regions: Mapping[str, Region], run: Callable[[], Any]) -> dict[str, list[Call]]:

@@ -30,7 +30,7 @@ def op_flops(op: Op) -> int:
 
     Example:
         >>> import torch
-        >>> from lightning_qat.quantization.tracing.tracing import trace
+        >>> from lightning_qat.quantization.tracing.tracer import trace
         >>> graph = trace(torch.nn.Linear(8, 4), [torch.ones(16, 8)])
         >>> op_flops(graph.ops[0]) == 2 * 16 * 8 * 4
         True

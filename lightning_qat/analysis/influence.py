@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
 
 # fmt: off
-PICKING = frozenset({
-    "argmax", "argmin", "argsort", "argwhere", "nonzero", "topk", "sort", "kthvalue", "median", "mode", "max", "min",
-    "searchsorted", "bucketize", "multinomial", "floor", "ceil", "round", "trunc", "floor_divide", "frac", "sign",
-    "eq", "ne", "lt", "le", "gt", "ge", "long", "int", "short", "byte", "bool",
+_STEPS = frozenset({
+    "floor", "ceil", "round", "trunc", "frac", "sign", "sgn", "floor_divide", "remainder", "fmod", "heaviside",
+    "bernoulli", "histc",
 })
 # fmt: on
-"""Kinds of ops with a result that jumps: indices, comparisons, whole numbers."""
-
-_VALUES_TOO = frozenset({"topk", "sort", "kthvalue", "median", "mode", "max", "min"})
+"""Kinds of ops with a floating-point result that jumps."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Influence:
     Args:
         ops: names of the ops whose result reaches it, in any way.
         known: False if tensors with an unknown producer reach it: then any op may.
-        picking: ``name at file:line`` of ops among them whose result jumps.
+        picking: ``name at file:line`` of ops among them whose result jumps: indices, comparisons, whole numbers.
     """
 
     ops: frozenset[str]
@@ -46,7 +44,7 @@ def influence_on(graph: OpGraph, output: str | None = None) -> Influence:
 
     Example:
         >>> import torch
-        >>> from lightning_qat.quantization.tracing.tracing import trace
+        >>> from lightning_qat.quantization.tracing.tracer import trace
         >>> class TwoHeads(torch.nn.Module):
         ...     def forward(self, x):
         ...         return {"a": x.sigmoid(), "b": x.tanh()}
@@ -55,7 +53,8 @@ def influence_on(graph: OpGraph, output: str | None = None) -> Influence:
         (['sigmoid_0'], ['sigmoid_0', 'tanh_0'])
     """
     chosen = [o for o in graph.outputs if output is not None and f"{o.path}.".startswith(f"{output}.")]
-    waiting = [s for o in chosen or graph.outputs for s in o.sources]
+    leaving = [s for o in chosen or graph.outputs for s in o.sources]
+    waiting = list(leaving)
     found: set[str] = set()
     known = True
     while waiting:
@@ -64,11 +63,20 @@ def influence_on(graph: OpGraph, output: str | None = None) -> Influence:
         if source.kind in ("op", "mutated") and source.name not in found:
             found.add(source.name)
             waiting += [s for operand in graph.by_name[source.name].operands for s in operand.sources]
-    reaching = [op for op in graph.ops if op.name in found and op.kind in PICKING and _picks_by_values(op)]
-    read = {(s.name, s.output) for op in graph.ops if op.name in found for o in op.operands for s in o.sources}
-    picking = [op for op in reaching if op.kind not in _VALUES_TOO or (op.name, 1) in read]
+    reaching = [op for op in graph.ops if op.name in found]
+    read = {(s.name, s.output) for s in (*leaving, *(s for op in reaching for o in op.operands for s in o.sources))}
+    picking = [op for op in reaching if _jumps(op, read)]
     return Influence(frozenset(found), known, tuple(f"{op.name} at {op.location}" for op in picking))
 
 
-def _picks_by_values(op: Op) -> bool:
-    return op.data_dependent and any(operand.is_float for operand in op.operands)
+def _jumps(op: Op, read: Container[tuple[str, int]]) -> bool:
+    """Whether an op makes of floating-point data something that jumps, and somebody reads it."""
+    if not op.data_dependent or not any(operand.is_float for operand in op.operands):
+        return False
+    if op.kind in _STEPS or "rounding_mode" in op.options:
+        return True
+    return any(_is_discrete(dtype) and (op.name, index) in read for index, (dtype, _) in enumerate(op.outputs))
+
+
+def _is_discrete(dtype: str) -> bool:
+    return not dtype.startswith(("float", "bfloat", "complex"))

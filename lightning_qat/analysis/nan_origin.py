@@ -90,9 +90,10 @@ class _FirstNaN(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        operands = call_leaves(args, kwargs or {})
+        searching = self.message.startswith("No op") and not _any_nan(operands)
         result = func(*args, **(kwargs or {}))
-        searching = self.message.startswith("No op")
-        if searching and _any_nan(leaves(result)) and not _any_nan(call_leaves(args, kwargs or {})):
+        if searching and _any_nan([*leaves(result), *operands]):  # an op in place writes into an operand
             kind, location = canonical_kind(func), user_location(sys._getframe(1))
             if kind in _UNINITIALIZED:
                 return result

@@ -14,7 +14,7 @@ _REMEMBERED = 64
 class RegionMemory:
     """Remembers what follows from the code of a region's target, such as where in a tensor the samples are.
 
-    It holds for all weights, as long as the region's plan is the same object.
+    It holds for all weights, as long as the region's plan is the same object and the analyses look at the same output.
 
     Example:
         >>> memory = RegionMemory()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.data_connector import (
     _DataLoaderSource,
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_qat.analysis.captured_calls import seed_generators
+from lightning_qat.callbacks.passes.listed_callbacks import listed
 from lightning_qat.callbacks.passes.muted_loggers import muted_loggers
 from lightning_qat.quantization.tracing.preservation import preserved_random_state
 
@@ -41,6 +43,21 @@ STAGES = {
 ResultCollection = _ResultCollection
 
 __all__ = ["STAGES", "ResultCollection", "RunningStage", "TrainerFn", "is_overridden"]
+
+
+@contextmanager
+def preserved_trainer(trainer: pl.Trainer) -> Iterator[None]:
+    """Put back the attributes of the trainer, which a step may ask to stop, and the metrics that it shows."""
+    connector = trainer._logger_connector
+    metrics = (connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics)
+    before = [(owner, dict(owner)) for owner in (*metrics, vars(trainer))]
+    try:
+        yield
+    finally:
+        for owner, content in before:
+            owner.update(content)
+            for name in owner.keys() - content.keys():
+                del owner[name]
 
 
 @contextmanager
@@ -140,7 +157,7 @@ def call_hook(pl_module: pl.LightningModule, name: str, *args: Any, **kwargs: An
 
 def log_levels(pl_module: pl.LightningModule, on_step: bool | None, on_epoch: bool | None) -> tuple[bool, bool]:
     """Return ``on_step`` and ``on_epoch`` as ``self.log`` would take them in the hook that runs."""
-    name = pl_module._current_fx_name or "validation_step"
+    name = running_hook(pl_module)
     return _FxValidator.check_logging_and_get_default_levels(name, on_step=on_step, on_epoch=on_epoch)
 
 
@@ -214,12 +231,47 @@ def _created_optimizers(
             owner.__dict__.update(attributes)
 
 
+def looks_after_each_epoch(stopping: EarlyStopping) -> bool:
+    """Whether it looks at its metric at the end of training epochs, not of validation. Known after its ``setup``."""
+    return bool(stopping._check_on_train_epoch_end)
+
+
 def runs_in_child_processes(trainer: pl.Trainer) -> bool:
     """Whether the strategy trains a copy of the module in other processes (spawn, fork, notebook)."""
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
+def bare(optimizer: Any) -> Optimizer:
+    """Return the torch optimizer inside Lightning's wrapper, whose step would go through the strategy."""
+    return cast(Optimizer, getattr(optimizer, "_optimizer", optimizer))
+
+
+def finds_unused_parameters(strategy: DDPStrategy) -> bool:
+    """Whether DistributedDataParallel was told that parameters may get no gradient."""
+    return bool(strategy._ddp_kwargs.get("find_unused_parameters"))
+
+
+def before_transfer(pl_module: pl.LightningModule, batch: Any, dataloader_idx: int) -> Any:
+    """Run the module's hook ahead of the transfer to the device."""
+    return pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+
+
+def transferred_example(pl_module: pl.LightningModule) -> Any:
+    """Return ``example_input_array`` with the module's transfer hooks applied."""
+    return pl_module._apply_batch_transfer_handler(pl_module.example_input_array)
+
+
+def mode_of(loader: CombinedLoader) -> str:
+    """How the batches of several loaders are put together."""
+    return str(loader._mode)
+
+
+def running_hook(pl_module: pl.LightningModule) -> str:
+    """Return the hook or step that :func:`call_hook` runs."""
+    return pl_module._current_fx_name or "validation_step"
+
+
 def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:
     """Return the modules in which WeightAveraging callbacks keep their averages."""
-    averages = (c._average_model for c in trainer.callbacks if isinstance(c, WeightAveraging))  # type: ignore[attr-defined]
+    averages = (callback._average_model for callback in listed(trainer, WeightAveraging))
     return [average.module for average in averages if average is not None]

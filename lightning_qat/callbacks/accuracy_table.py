@@ -17,10 +17,11 @@ from lightning_qat.analysis.accuracy import AccuracyResult, ResultTable, target_
 from lightning_qat.analysis.results import write_atomically
 from lightning_qat.callbacks._compat import steps_taken
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.output_directory import console_of, shared_directory
-from lightning_qat.callbacks.passes.analysis_pass import is_calibrated
-from lightning_qat.callbacks.passes.extra_pass import misconfiguration, require_regions
-from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
+from lightning_qat.callbacks.output_directory import console_of, leaves_files, shared_directory
+from lightning_qat.callbacks.passes.analysis_pass import require_positive
+from lightning_qat.callbacks.passes.extra_pass import misconfiguration
+from lightning_qat.callbacks.passes.listed_callbacks import listed
+from lightning_qat.callbacks.quantized_run import evaluations_of, is_calibrated, require_regions
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.region.region_state import State
 from lightning_qat.reporting.console import show
@@ -61,8 +62,7 @@ class AccuracyTable(Callback):
             for one in target.values() if isinstance(target, dict) else [target]:
                 if one is not None:
                     target_value("", 1.0, one)
-        if batches is not None and batches < 1:
-            raise MisconfigurationException(f"AccuracyTable(batches={batches}): must be at least 1.")
+        require_positive("AccuracyTable", batches=batches)
         self.metrics = metrics
         self.target = target
         self.name = name
@@ -74,13 +74,14 @@ class AccuracyTable(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(c, Calibration) for c in callbacks[callbacks.index(self) :]):
+        callbacks = listed(trainer, Callback)
+        behind = callbacks[callbacks.index(self) :]
+        if any(isinstance(c, Calibration) for c in behind):
             raise MisconfigurationException(
                 "AccuracyTable is listed before Calibration, so it would evaluate before there are scales. List it "
                 "after Calibration."
             )
-        averaging = [c for c in callbacks[callbacks.index(self) :] if isinstance(c, WeightAveraging)]
+        averaging = [c for c in behind if isinstance(c, WeightAveraging)]
         if stage == "fit" and averaging:
             raise MisconfigurationException(
                 f"AccuracyTable is listed before {type(averaging[0]).__name__}, so at the end of training it would "
@@ -118,7 +119,7 @@ class AccuracyTable(Callback):
         self._measure_without_training(trainer, pl_module, "test")
 
     def _measure_calibrated(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        regions = require_regions(pl_module, "AccuracyTable")
+        regions = require_regions(trainer, pl_module, "AccuracyTable")
         if self._awaits_scales and all(region.is_calibrated for region in regions.values()):
             self._awaits_scales = False
             self._measure(trainer, pl_module, "calibrated", "quantize")
@@ -140,15 +141,15 @@ class AccuracyTable(Callback):
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, column: str, state: State, stage: str = "validate"
     ) -> None:
-        for path, region in require_regions(pl_module, "AccuracyTable").items():
+        for path, region in require_regions(trainer, pl_module, "AccuracyTable").items():
             if state == "quantize" and not region.is_calibrated:
                 raise MisconfigurationException(
                     f"AccuracyTable: the fake-quants of {path or type(pl_module).__name__} have no scales: add "
                     "Calibration(batches=32) before it, or pass the checkpoint of a calibrated model as ckpt_path."
                 )
         limit = math.inf if self.batches is None else self.batches
-        evaluations = SharedEvaluations.of(trainer)
-        chosen = self._chosen(evaluations.evaluate(trainer, pl_module, state, stage=stage, limit=limit).metrics, stage)
+        evaluation = evaluations_of(trainer).evaluate(trainer, pl_module, state, stage=stage, limit=limit)
+        chosen = self._chosen(evaluation.metrics, stage)
         if chosen:
             self.result = self._recorded(trainer, column, chosen)
 
@@ -191,14 +192,14 @@ class AccuracyTable(Callback):
             if run != name:
                 rank_zero_info(f"AccuracyTable: there is a run called {name!r} already; this one is noted as {run!r}.")
         table.record(run, column, metrics)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if leaves_files(trainer):
             table.write(self._path(trainer))
         return run, table.result(run, list(metrics), self.target)
 
     def _report(self, trainer: pl.Trainer) -> None:
         if self.result is None or not trainer.is_global_zero:
             return
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if leaves_files(trainer):
             path = self._path(trainer)
             table = ResultTable.read(path)
             whole = table.result(self.result.run, table.metrics(), self.target)  # the run's own metrics and all others

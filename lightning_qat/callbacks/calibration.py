@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.callbacks import _compat
-from lightning_qat.callbacks.passes.extra_pass import (
-    analysis_batches,
-    misconfiguration,
-    require_regions,
-    run_step,
-    undisturbed,
-)
+from lightning_qat.callbacks.insertion.scale_source import ScaleSource
+from lightning_qat.callbacks.passes.extra_pass import analysis_batches, misconfiguration, run_step, undisturbed
 from lightning_qat.callbacks.passes.progress import progress
+from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization, require_regions
 from lightning_qat.quantization.region.calibration import CalibrationPass, CalibrationResult
 from lightning_qat.quantization.region.region import find_regions
 
-if TYPE_CHECKING:
-    from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 
-
-class Calibration(Callback):
+class Calibration(ScaleSource):
     """Run a pass over calibration data before quantization starts, and derive all scales from it.
 
     In a fit this is before the sanity check, or at the start of QuantizationAwareTraining's ``start_epoch``: the scales
@@ -72,11 +63,7 @@ class Calibration(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if _quantization(trainer) is None:
-            raise MisconfigurationException(
-                "Calibration needs fake-quants in the model: add QuantizationAwareTraining() to the Trainer's "
-                "callbacks."
-            )
+        require_quantization(trainer, "Calibration")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -100,12 +87,10 @@ class Calibration(Callback):
 
     def should_calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Whether quantization is on and a region has no scales yet. Override to calibrate again."""
-        callback = _quantization(trainer)
-        regions = require_regions(pl_module, "Calibration")
-        return (callback is None or callback.should_quantize(trainer)) and any(
-            not region.is_calibrated for region in regions.values()
-        )
+        require_regions(trainer, pl_module, "Calibration")
+        return require_quantization(trainer, "Calibration").should_quantize(trainer) and not is_calibrated(pl_module)
 
+    @override
     def calibrate_if_needed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Calibrate unless there are scales. QuantizationAwareTraining calls this if it would quantize without."""
         if not self.should_calibrate(trainer, pl_module):
@@ -121,7 +106,7 @@ class Calibration(Callback):
             rank_zero_warn(f"Calibration: {message}")
 
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> CalibrationResult:
-        regions = require_regions(pl_module, "Calibration")
+        regions = require_regions(trainer, pl_module, "Calibration")
         per_rank = math.ceil(self.batches / trainer.world_size) if self.batches is not None else math.inf
         with (
             undisturbed(trainer, pl_module),
@@ -137,10 +122,3 @@ class Calibration(Callback):
                     advance()
         with torch.inference_mode(False):
             return calibration.finish()
-
-
-def _quantization(trainer: pl.Trainer) -> QuantizationAwareTraining | None:
-    from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)

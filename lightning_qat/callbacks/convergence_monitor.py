@@ -19,13 +19,15 @@ from lightning_qat.analysis.pipeline.convergence import FIRST_LOOK, ConvergenceR
 from lightning_qat.analysis.pipeline.convergence_rows import LossHistory, PointHealth, PointHistory, TrainingSeries
 from lightning_qat.analysis.pipeline.pipeline_rows import Measurement
 from lightning_qat.analysis.statistics.statistics import LayerStatisticsResult, WeightCodes
-from lightning_qat.callbacks._compat import steps_taken
+from lightning_qat.callbacks._compat import bare, steps_taken
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
-from lightning_qat.callbacks.output_directory import run_directory
-from lightning_qat.callbacks.passes.analysis_pass import is_calibrated, require_positive, require_quantization
+from lightning_qat.callbacks.output_directory import leaves_files, run_directory
+from lightning_qat.callbacks.passes.analysis_pass import require_positive
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, run_step, undisturbed
+from lightning_qat.callbacks.passes.listed_callbacks import listed
 from lightning_qat.callbacks.passes.module_copy import copied_module
+from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.quantization.tracing.module_walk import REGION_NAME
 from lightning_qat.reporting.files import write_result
@@ -95,9 +97,8 @@ class ConvergenceMonitor(Callback):
         if stage == "fit":
             self.series, self.result = TrainingSeries(), None
             self._reset()
-            callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            listed = (c for c in callbacks if isinstance(c, LayerStatistics) and c.is_every_epoch)
-            self._statistics = next(listed, self._own_statistics)
+            of_every_epoch = (c for c in listed(trainer, LayerStatistics) if c.is_every_epoch)
+            self._statistics = next(of_every_epoch, self._own_statistics)
 
     @override
     def on_train_batch_start(
@@ -147,7 +148,7 @@ class ConvergenceMonitor(Callback):
                 and not bool(p.grad.any())
                 and REGION_NAME not in name.split(".")  # a learned scale of values that are all zero has none
             }
-            number = next((i for i, o in enumerate(trainer.optimizers) if _is_same(o, optimizer)), 0)
+            number = next((i for i, o in enumerate(trainer.optimizers) if bare(o) is bare(optimizer)), 0)
             self._zero[number] = self._zero[number] & zero if number in self._zero else zero
 
     @override
@@ -221,7 +222,7 @@ class ConvergenceMonitor(Callback):
         result: ConvergenceResult = trainer.strategy.broadcast(judge_convergence(self.series))
         self.result = result
         directory = run_directory(trainer)  # broadcasts: on all ranks
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if leaves_files(trainer):
             write_result(result, directory, "convergence", formats=("txt", "json"))
         if result.is_bad and result.verdict not in self._warned:
             self._warned.add(result.verdict)
@@ -274,10 +275,6 @@ class ConvergenceMonitor(Callback):
 
 def _quantizes(pl_module: pl.LightningModule) -> bool:
     return any(region.current_state == "quantize" for region in find_regions(pl_module).values())
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    return getattr(one, "_optimizer", one) is getattr(other, "_optimizer", other)
 
 
 def _health(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_qat.analysis.pipeline.pipeline import PipelineResult, Verdict, cannot_tell, judge_float_finetune
+from lightning_qat.analysis.pipeline.pipeline import PipelineResult, cannot_tell, judge_float_finetune
+from lightning_qat.analysis.pipeline.rung_evidence import Verdict
 from lightning_qat.callbacks.ladder.pipeline_rung import PipelineRung
+from lightning_qat.callbacks.passes.listed_callbacks import listed
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 
 
@@ -46,6 +48,5 @@ class FloatFinetune(PipelineRung):
 
 
 def _zero_lr_verdict(trainer: pl.Trainer) -> Verdict | None:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    results = [c.result for c in callbacks if isinstance(c, ZeroLRFinetune) and c.result is not None]
+    results = [check.result for check in listed(trainer, ZeroLRFinetune) if check.result is not None]
     return results[-1].verdict if results else None

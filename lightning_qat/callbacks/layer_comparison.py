@@ -22,20 +22,17 @@ from lightning_qat.analysis.model_check.checked_region import rules_of
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
 from lightning_qat.callbacks import _compat
-from lightning_qat.callbacks.output_directory import console_of, run_directory
-from lightning_qat.callbacks.passes.analysis_pass import (
-    AnalysisOutputs,
-    is_calibrated,
-    require_positive,
-)
+from lightning_qat.callbacks.output_directory import console_of, leaves_files, run_directory
+from lightning_qat.callbacks.passes.analysis_pass import AnalysisOutputs, require_positive
 from lightning_qat.callbacks.passes.epoch_end_analysis import EpochEndAnalysis
 from lightning_qat.callbacks.passes.extra_pass import misconfiguration
+from lightning_qat.callbacks.passes.listed_callbacks import listed
 from lightning_qat.callbacks.passes.progress import progress
-from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.qconfig import glob_covers
 from lightning_qat.quantization.region.region import Region, find_regions
-from lightning_qat.quantization.tracing.tracing import Call
+from lightning_qat.quantization.tracing.call import Call
 from lightning_qat.reporting.console import print_advice
 from lightning_qat.reporting.figures import value_histogram
 from lightning_qat.reporting.loggers import log_table, point_scalars
@@ -98,6 +95,8 @@ class LayerComparison(EpochEndAnalysis):
         )
     """
 
+    monitored = ("min_own_sqnr", "output_sqnr")
+
     def __init__(
         self,
         every_n_epochs: int | None = None,
@@ -139,6 +138,7 @@ class LayerComparison(EpochEndAnalysis):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse an output or a declared range that does not exist before anything is trained."""
+        super().on_train_start(trainer, pl_module)
         points = [name for region in find_regions(pl_module).values() for name in region.points]
         with misconfiguration():
             for pattern, ends in self.ranges.items():
@@ -152,15 +152,16 @@ class LayerComparison(EpochEndAnalysis):
         if sensitivity is not None and self.figures:
             self._sensitivities[trainer.current_epoch] = sensitivity
         if not self.should_analyse(trainer) or not is_calibrated(pl_module):
+            self._log_numbers(trainer, pl_module, {})
             return
         result = self.tried(trainer, lambda: self._analyse(trainer, pl_module))
         if result is None:
+            self._log_numbers(trainer, pl_module, {})
             return
         self.note_analysed(trainer)
         self._outputs.write(trainer, result, trainer.current_epoch)
         self._log(trainer, result)
-        for name, value in _aggregates(result).items():
-            pl_module.log(f"layer_comparison/{name}", value, sync_dist=trainer.world_size > 1)
+        self._log_numbers(trainer, pl_module, _aggregates(result))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -174,7 +175,7 @@ class LayerComparison(EpochEndAnalysis):
         self._outputs.write(trainer, result)
         if not again:
             self._log(trainer, result)
-        if trainer.is_global_zero and self.diagnosis is not None and self.diagnosis.culprits:
+        if trainer.is_global_zero and self.diagnosis is not None:
             print_advice(self.diagnosis.lines(), console_of(trainer))
 
     def _analyse(
@@ -185,8 +186,7 @@ class LayerComparison(EpochEndAnalysis):
         with self._analysed(trainer, pl_module, self.batches, self.seed) as (regions, calls):
             total = sum(map(len, calls.values()))
             rules = rules_of(regions)
-            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-            profile = next((c.profile for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
+            profile = require_quantization(trainer, "LayerComparison").profile
             with trainer.precision_plugin.forward_context(), progress(trainer, "layer comparison", total) as advance:
                 for path, region in regions.items():
                     results[path] = compare(
@@ -217,7 +217,8 @@ class LayerComparison(EpochEndAnalysis):
             step, rows = _compat.steps_taken(trainer), len(self.diagnosis.culprits)  # they come first
             log_table(trainer.loggers, "layer_comparison/what_to_do", self.diagnosis, step, WHAT_TO_DO, rows)
         if self.log_points:
-            scalars = point_scalars(result, "layer_comparison", COLUMNS, point="mod_name")
+            tensors = replace(result, rows=tuple(row for row in result.rows if not row.loop))  # no curve per round
+            scalars = point_scalars(tensors, "layer_comparison", COLUMNS, point="mod_name")
             values = {name: [getattr(row, name) for row in result.rows] for name in ("SQNR", "own_SQNR")}
             # without the list, which is a text of its own
             self._outputs.log(trainer, replace(result, what_to_do=()), scalars, TABLE, values)
@@ -243,7 +244,7 @@ class LayerComparison(EpochEndAnalysis):
                 inspection = inspect_point(region, worst.point, forward, worst.region)
             figures[f"values_{re.sub(r'[^A-Za-z0-9_.@-]', '_', worst.point)}"] = value_histogram(inspection)
         directory = run_directory(trainer) / "figures"
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not leaves_files(trainer):
             return
         for name, figure in figures.items():
             write_figure(figure, directory / f"{name}.png")
@@ -252,9 +253,8 @@ class LayerComparison(EpochEndAnalysis):
 
 def _sensitivity(trainer: pl.Trainer) -> SensitivityResult | None:
     """The latest result of a SensitivityAnalysis among the callbacks."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    found = [c.result for c in callbacks if isinstance(c, SensitivityAnalysis) and c.result is not None]
-    return found[-1] if found else None
+    results = [analysis.result for analysis in listed(trainer, SensitivityAnalysis) if analysis.result is not None]
+    return results[-1] if results else None
 
 
 def _of_region(result: SensitivityResult | None, path: str) -> SensitivityResult | None:

@@ -18,14 +18,10 @@ from lightning_qat.analysis.statistics.statistics import (
     WeightCodes,
     scale_snapshot,
 )
-from lightning_qat.callbacks.passes.analysis_pass import (
-    analysis_pass,
-    is_calibrated,
-    require_positive,
-    sampled_steps,
-)
+from lightning_qat.callbacks.passes.analysis_pass import analysis_pass, require_positive, sampled_steps
 from lightning_qat.callbacks.passes.epoch_end_analysis import EpochEndAnalysis
 from lightning_qat.callbacks.passes.shared_evaluations import ModelKey, model_key
+from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.reporting.loggers import point_scalars
 
@@ -72,6 +68,8 @@ class LayerStatistics(EpochEndAnalysis):
 
         trainer = Trainer(callbacks=[QuantizationAwareTraining(), Calibration(), LateStatistics()])
     """
+
+    monitored = ("max_clipped_share", "min_sqnr", "max_scale_drift", "max_flip_rate")
 
     def __init__(
         self,
@@ -124,17 +122,20 @@ class LayerStatistics(EpochEndAnalysis):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.should_analyse(trainer):
-            self._report(trainer, pl_module, trainer.current_epoch)
-            for name, value in _aggregates(self.result.rows if self.result else ()).items():
-                pl_module.log(f"layer_statistics/{name}", value, sync_dist=trainer.world_size > 1)
+        if not self.should_analyse(trainer):
+            self._log_numbers(trainer, pl_module, {})
+            return
+        result = self._report(trainer, pl_module, trainer.current_epoch)
+        self._log_numbers(trainer, pl_module, _aggregates(result.rows))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.is_analysed(trainer):
             self._report(trainer, pl_module)
 
-    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int | None = None) -> None:
+    def _report(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int | None = None
+    ) -> LayerStatisticsResult:
         self.result = result = self.measure_once(trainer, pl_module)
         self.note_analysed(trainer)
         if epoch is not None:
@@ -147,6 +148,7 @@ class LayerStatistics(EpochEndAnalysis):
                 "sqnr": [r.sqnr for r in result.rows],
             }
             self._outputs.log(trainer, result, scalars, TABLE, histograms)
+        return result
 
     def measure_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LayerStatisticsResult:
         """Return the statistics of the present model, measured now unless they were."""

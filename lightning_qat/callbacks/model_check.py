@@ -15,12 +15,17 @@ from typing_extensions import override
 from lightning_qat.analysis.model_check.model_check import check
 from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
 from lightning_qat.callbacks import _compat
-from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.output_directory import console_of, run_directory
-from lightning_qat.callbacks.passes.analysis_pass import is_calibrated, require_quantization
-from lightning_qat.callbacks.passes.extra_pass import misconfiguration, require_regions
-from lightning_qat.callbacks.passes.trainer_findings import trainer_findings, training_batch_size
-from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.callbacks.insertion.scale_source import ScaleSource
+from lightning_qat.callbacks.output_directory import console_of, leaves_files, run_directory
+from lightning_qat.callbacks.passes.extra_pass import misconfiguration
+from lightning_qat.callbacks.passes.listed_callbacks import listed
+from lightning_qat.callbacks.quantized_run import (
+    is_calibrated,
+    quantization_of,
+    require_quantization,
+    require_regions,
+)
+from lightning_qat.callbacks.trainer_findings import trainer_findings, training_batch_size
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.files import write_result
@@ -103,9 +108,8 @@ class ModelCheck(Callback):
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelCheckResult:
         """Check the model as it is now; nothing is written or printed. All ranks get the result of rank zero."""
-        regions = require_regions(pl_module, "ModelCheck")
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        quantization = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
+        regions = require_regions(trainer, pl_module, "ModelCheck")
+        quantization = quantization_of(trainer)
         batch_size = training_batch_size(trainer, pl_module)
         with misconfiguration(), torch.inference_mode(False), torch.no_grad():
             result = check(
@@ -122,9 +126,8 @@ class ModelCheck(Callback):
     def _check_before_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":  # the validation of a fit
             return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Calibration):  # listed later
-                callback.calibrate_if_needed(trainer, pl_module)
+        for source in listed(trainer, ScaleSource):  # perhaps listed behind this
+            source.calibrate_if_needed(trainer, pl_module)
         self._check_once(trainer, pl_module)
 
     def _check_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -136,13 +139,11 @@ class ModelCheck(Callback):
         self._waits_for_scales = not is_calibrated(pl_module)
         result = self.check(trainer, pl_module)
         directory = run_directory(trainer)  # broadcasts: on all ranks
-        writes = not trainer.fast_dev_run  # type: ignore[attr-defined]
-        file = str(directory / f"{FILE_NAME}.txt") if writes else ""
-        if trainer.is_global_zero:
-            if writes:
-                write_result(result, directory, FILE_NAME, formats=("txt", "json"))
-            if self.show:
-                show(result, console_of(trainer), file=file)
+        file = ""
+        if leaves_files(trainer):
+            file = str(write_result(result, directory, FILE_NAME, formats=("txt", "json"))[0])
+        if self.show and trainer.is_global_zero:
+            show(result, console_of(trainer), file=file)
         if self.log_text:
             without = log_text(trainer.loggers, "model_check", markdown_report(result), _compat.steps_taken(trainer))
             if without:

@@ -22,6 +22,11 @@ def shared_directory(trainer: pl.Trainer) -> Path:
     return Path(trainer.default_root_dir) / "lightning_qat"
 
 
+def leaves_files(trainer: pl.Trainer) -> bool:
+    """Whether this rank writes files in this run; a ``fast_dev_run`` leaves none."""
+    return bool(trainer.is_global_zero and not trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
 def console_of(trainer: pl.Trainer) -> Console:
     """Return the console to print on: that of a running rich progress bar, so that neither overwrites the other."""
     progress = getattr(trainer.progress_bar_callback, "progress", None)

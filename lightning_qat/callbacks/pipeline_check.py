@@ -16,12 +16,12 @@ from lightning_qat.analysis.pipeline.fingerprint import Fingerprint
 from lightning_qat.analysis.pipeline.pipeline_check import PipelineCheckResult, judge_pipeline
 from lightning_qat.analysis.pipeline.pipeline_ladder import RUNGS
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
-from lightning_qat.callbacks.ladder.pipeline_rung import PipelineRung
+from lightning_qat.callbacks.ladder.pipeline_rung import PipelineRung, check_reference
 from lightning_qat.callbacks.ladder.starting_point import StartingPoint
-from lightning_qat.callbacks.passes.analysis_pass import is_calibrated
-from lightning_qat.callbacks.passes.extra_pass import misconfiguration, require_regions
+from lightning_qat.callbacks.passes.extra_pass import misconfiguration
+from lightning_qat.callbacks.passes.listed_callbacks import listed
 from lightning_qat.callbacks.pipeline_fingerprint import take_fingerprint
-from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.callbacks.quantized_run import is_calibrated, quantization_of, require_regions
 
 _FINGERPRINT_BATCHES = 8
 _LONGER = 10
@@ -57,7 +57,8 @@ class PipelineCheck(PipelineRung):
         rungs: numbers of the rungs; all if not given.
 
     Raises:
-        MisconfigurationException: a value is not one of the choices, or the reference cannot be read.
+        MisconfigurationException: a value is not one of the choices, or the reference cannot be read; before the first
+            step also if the validation step logs no metric of the reference's name.
 
     Attributes:
         result: evidence and verdict, after it ran.
@@ -94,6 +95,8 @@ class PipelineCheck(PipelineRung):
             raise MisconfigurationException(
                 f"PipelineCheck(reference={reference!r}): write the path of a fingerprint, or {{'val_acc': 0.98}}."
             )
+        if isinstance(reference, dict):
+            check_reference("PipelineCheck", reference)
         self.reference = reference
         self.after_flag = after_flag
         self.rungs = tuple(sorted({0, *(rungs if rungs is not None else RUNGS)}))
@@ -154,7 +157,7 @@ class PipelineCheck(PipelineRung):
     @override
     def measure_rungs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineCheckResult:
         """Measure and judge the rungs, from the weights that the run started from."""
-        require_regions(pl_module, "PipelineCheck")
+        require_regions(trainer, pl_module, "PipelineCheck")
         started, start = self._start if self._start is not None else (trainer.global_step, None)
         known = self._known
         if started > 0 and known is not None:
@@ -170,7 +173,8 @@ class PipelineCheck(PipelineRung):
             here = take_fingerprint(trainer, pl_module, size or _FINGERPRINT_BATCHES)
             if _freezes(trainer):  # asked for, so it is nothing to be suspicious of
                 here = replace(here, modes={mode: names for mode, names in here.modes.items() if mode != "eval"})
-            ladder = self.measure_ladder(trainer, pl_module, self.rungs, batches)
+            metrics = known if isinstance(known, dict) else ()
+            ladder = self.measure_ladder(trainer, pl_module, self.rungs, batches, metrics)
         return judge_pipeline(ladder, known, here, self.rungs, self._flag)
 
     def _run_after_flag(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -183,8 +187,7 @@ class PipelineCheck(PipelineRung):
         self.run_check(trainer, pl_module)
 
     def _monitor(self, trainer: pl.Trainer) -> ConvergenceMonitor | None:
-        callbacks = trainer.callbacks if self.after_flag else ()  # type: ignore[attr-defined]
-        return next((c for c in callbacks if isinstance(c, ConvergenceMonitor)), None)
+        return next(iter(listed(trainer, ConvergenceMonitor)), None) if self.after_flag else None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -201,6 +204,7 @@ class PipelineCheck(PipelineRung):
 
 def _freezes(trainer: pl.Trainer) -> bool:
     """Whether QuantizationAwareTraining keeps modules in eval mode."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    qat = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
-    return qat is not None and (qat.freeze_batch_norm_after is not None or bool(qat.frozen_parts.first_epochs))
+    quantization = quantization_of(trainer)
+    if quantization is None:
+        return False
+    return quantization.freeze_batch_norm_after is not None or bool(quantization.frozen_parts.first_epochs)

@@ -28,7 +28,7 @@ from lightning_qat.analysis.pipeline.fingerprint import (
 from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.ladder.step_summary import StageSummary, evaluates_randomly, summarize
 from lightning_qat.callbacks.ladder.training_copy import loss_of
-from lightning_qat.callbacks.output_directory import run_directory
+from lightning_qat.callbacks.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.passes.analysis_loaders import Stage
 from lightning_qat.callbacks.passes.analysis_pass import require_positive, seeded
 from lightning_qat.callbacks.passes.evaluation import evaluate
@@ -87,7 +87,7 @@ class PipelineFingerprint(Callback):
         fingerprint = take_fingerprint(trainer, pl_module, self.batches, self.seed)
         self.fingerprint = replace(fingerprint, optimizers=self._optimizers or fingerprint.optimizers)
         directory = run_directory(trainer)  # broadcasts: on all ranks
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if leaves_files(trainer):
             path = self.fingerprint.to_json(Path(directory) / FILE_NAME)
             rank_zero_info(f"Fingerprint of this pipeline: {path}. In QAT: PipelineCheck(reference={str(path)!r}).")
 
@@ -189,16 +189,15 @@ def _modes(pl_module: pl.LightningModule) -> dict[str, list[str]]:
 
 def _optimizer(optimizer: Any, pl_module: pl.LightningModule) -> dict[str, Any]:
     """Class and settings of an optimizer; learned scales are left out, a float run has none."""
-    bare = getattr(optimizer, "_optimizer", optimizer)
     scales = {id(p) for name, p in pl_module.named_parameters() if REGION_NAME in name.split(".")}
     groups = []
-    for group in bare.param_groups:
+    for group in optimizer.param_groups:
         weights = [p for p in group["params"] if id(p) not in scales]
         if group["params"] and not weights:
             continue
         settings = {k: _primitive(v) for k, v in group.items() if k != "params"}
         groups.append({**settings, "parameters": sum(p.numel() for p in weights)})
-    return {"class": type(bare).__name__, "groups": groups}
+    return {"class": type(_compat.bare(optimizer)).__name__, "groups": groups}
 
 
 def _settings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:

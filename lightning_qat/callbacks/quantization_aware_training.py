@@ -12,7 +12,6 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_qat.callbacks import _compat
-from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.insertion.frozen_parts import FrozenParts
 from lightning_qat.callbacks.insertion.insertion_hooks import InsertionHooks
 from lightning_qat.callbacks.insertion.learned_scales import (
@@ -21,9 +20,11 @@ from lightning_qat.callbacks.insertion.learned_scales import (
     freeze_learned,
     warn_about_step_size,
 )
+from lightning_qat.callbacks.insertion.scale_source import ScaleSource
 from lightning_qat.callbacks.insertion.trainer_checks import check_averaged_copies, check_trainer, warn_about_precision
-from lightning_qat.callbacks.output_directory import run_directory
+from lightning_qat.callbacks.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.passes.extra_pass import misconfiguration
+from lightning_qat.callbacks.passes.listed_callbacks import listed
 from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
@@ -45,6 +46,8 @@ class QuantizationAwareTraining(Callback):
     ``state_dict``: nothing is lost with ``save_weights_only``. Needs :class:`Calibration` in the list of callbacks
     (anywhere in it) unless a checkpoint brings calibrated scales. A checkpoint's plan wins over ``qconfig`` and
     ``overrides``; so does that of a module that was calibrated before. List ``WeightAveraging`` after this callback.
+    The plan is the one entry of the ``state_dict`` that is no tensor: a module that averages its own writes ``{k:
+    v.clone() for k, v in self.state_dict().items() if torch.is_tensor(v)}``, and loads that with ``strict=False``.
 
     Args:
         qconfig: defaults for activations and weights; int8 if not given.
@@ -127,6 +130,7 @@ class QuantizationAwareTraining(Callback):
         self.frozen_parts = FrozenParts(freeze)
         self.trace_batches = trace_batches
         self.evaluations = SharedEvaluations()
+        self._has_trained = False
         self._hooks: InsertionHooks | None = None
         self._regions: tuple[Region, ...] = ()
         self._batch_norms: tuple[nn.Module, ...] = ()
@@ -136,10 +140,15 @@ class QuantizationAwareTraining(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if len(listed(trainer, QuantizationAwareTraining)) > 1:
+            raise MisconfigurationException(
+                "there are several QuantizationAwareTraining callbacks: use one, with target: [a, b] and overrides."
+            )
         check_trainer(trainer, self, stage)
         if stage == "fit":
             self.frozen_parts.check(trainer)
         self.evaluations = SharedEvaluations()
+        self._has_trained = False
         self._hooks = InsertionHooks(self, trainer, pl_module)
         self._hooks.install()
 
@@ -212,25 +221,26 @@ class QuantizationAwareTraining(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not any(isinstance(callback, Calibration) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if not listed(trainer, ScaleSource):
             self._require_scales(trainer, pl_module, at_once=True)  # rather now than at start_epoch
         self.frozen_parts.start(pl_module)
         self._apply(trainer, pl_module)
         self._write_plan(trainer, pl_module)
+        self._has_trained = True
         warn_about_step_size(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write_plan(trainer, pl_module)
         self._expect_other_weights(trainer, pl_module)  # callbacks that average weights put them in place now
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write_plan(trainer, pl_module)
+        if self._has_trained:  # only now are the weights those that are kept: see on_train_end
+            self._write_plan(trainer, pl_module)
 
     def _write_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         directory = run_directory(trainer)  # broadcasts: on all ranks
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if leaves_files(trainer):
             write_plan(find_regions(pl_module), directory)
 
     @override
@@ -343,9 +353,8 @@ class QuantizationAwareTraining(Callback):
             return
         regions = find_regions(pl_module)
         if not all(region.is_calibrated for region in regions.values()):
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, Calibration):  # listed later, or a schedule that starts within an epoch
-                    callback.calibrate_if_needed(trainer, pl_module)
+            for source in listed(trainer, ScaleSource):  # listed later, or a schedule that starts within an epoch
+                source.calibrate_if_needed(trainer, pl_module)
         for path, region in regions.items():
             if not region.is_calibrated and any(r.is_calibrated for r in regions.values()):
                 raise MisconfigurationException(

@@ -18,12 +18,13 @@ from lightning_qat.analysis.sensitivity.sample_axes import number_of_samples
 from lightning_qat.analysis.sensitivity.sensitivity import Method, sensitivity
 from lightning_qat.analysis.sensitivity.sensitivity_metric import MetricLike, SensitivityMetric
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
-from lightning_qat.callbacks.passes.analysis_pass import is_calibrated, require_positive
+from lightning_qat.callbacks.passes.analysis_pass import require_positive
 from lightning_qat.callbacks.passes.epoch_end_analysis import EpochEndAnalysis
 from lightning_qat.callbacks.passes.extra_pass import misconfiguration
 from lightning_qat.callbacks.passes.task_metric import TaskMetric
+from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.quantization.errors import unknown_choice
-from lightning_qat.quantization.tracing.tracing import Call
+from lightning_qat.quantization.tracing.call import Call
 from lightning_qat.reporting.loggers import point_scalars
 
 _EPOCHS_SHARE = 40
@@ -91,6 +92,8 @@ class SensitivityAnalysis(EpochEndAnalysis):
         trainer = Trainer(callbacks=[QuantizationAwareTraining(), Calibration(), LateAnalysis(metric="SQNR")])
     """
 
+    monitored = ("max_score", "max", "min")
+
     def __init__(
         self,
         every_n_epochs: int = 1,
@@ -154,6 +157,7 @@ class SensitivityAnalysis(EpochEndAnalysis):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         if self._task is not None:
             self._task.check(trainer, pl_module)
         if self.output is not None or self.post_process is not None:
@@ -162,22 +166,21 @@ class SensitivityAnalysis(EpochEndAnalysis):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.should_analyse(trainer) or not is_calibrated(pl_module):
+            self._log_numbers(trainer, pl_module, {})
             return
         result = self.tried(trainer, lambda: self._analyse(trainer, pl_module))
         if result is None:
-            pl_module.log("sensitivity/max_score", math.nan, sync_dist=trainer.world_size > 1)
+            self._log_numbers(trainer, pl_module, {"max_score": math.nan})
             return
         self._turn += 1
         self.note_analysed(trainer)
         self._outputs.write(trainer, result, trainer.current_epoch)
         self._log(trainer, result)
-        if not result.rows:
-            return
-        together = trainer.world_size > 1
-        pl_module.log("sensitivity/max_score", max(row.score for row in result.rows), sync_dist=together)
-        worst = result.rows[0].value
+        numbers = {"max_score": max(row.score for row in result.rows)} if result.rows else {}
+        worst = result.rows[0].value if result.rows else None
         if worst is not None:
-            pl_module.log(f"sensitivity/{'min' if result.ascending else 'max'}", worst, sync_dist=together)
+            numbers["min" if result.ascending else "max"] = worst
+        self._log_numbers(trainer, pl_module, numbers)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_qat.analysis.pipeline.pipeline import PipelineResult, judge_zero_lr
-from lightning_qat.callbacks.ladder.pipeline_rung import PipelineRung
+from lightning_qat.callbacks.ladder.pipeline_rung import PipelineRung, check_reference
 
 
 class ZeroLRFinetune(PipelineRung):
@@ -57,11 +57,7 @@ class ZeroLRFinetune(PipelineRung):
                 f"ZeroLRFinetune(reference={reference!r}): write the metrics of the float run: {{'val_acc': 0.98}}. "
                 "A fingerprint file is for PipelineCheck."
             )
-        for metric, value in (reference or {}).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise MisconfigurationException(
-                    f"ZeroLRFinetune(reference={{{metric!r}: {value!r}}}): write a number, such as 0.98."
-                )
+        check_reference("ZeroLRFinetune", reference or {})
         self.reference = reference
 
     @override

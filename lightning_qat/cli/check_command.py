@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
 from lightning_qat.callbacks.model_check import FailOn, ModelCheck
 from lightning_qat.callbacks.output_directory import shared_directory
-from lightning_qat.cli.command import Command, add_common_options
+from lightning_qat.cli.command import Command, add_quantization_options
 from lightning_qat.cli.project import Project, run_project
 from lightning_qat.reporting.console import print_note, show
 from lightning_qat.reporting.files import write_result
@@ -25,7 +25,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         default="never",
         help="exit with status 1 if there is a finding as severe as this (default: never)",
     )
-    add_common_options(parser)
+    add_quantization_options(parser)
 
 
 def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) -> int:
@@ -35,7 +35,7 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
 
         return *project.before_training(work, options.calibration_batches), project.notes
 
-    result, directory, notes = run_project(script, arguments, check)
+    result, directory, notes = run_project(script, arguments, check, options.ckpt_path)
     path, _ = write_result(result, options.output or directory, FILE_NAME, formats=("txt", "json"))
     for note in notes:
         print_note(note)

@@ -32,13 +32,12 @@ class Command:
     usage: str = ""
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every command on a quantized model has."""
+def add_project_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every command on the user's project has."""
     parser.add_argument(
-        "--calibration-batches",
-        type=number_of_batches,
-        metavar="N",
-        help="calibrate with N batches, 0 for none; as the project's Calibration says if not given, else 8",
+        "--ckpt_path",
+        metavar="FILE",
+        help="checkpoint with the weights, as for trainer.fit; those that the project starts with if not given",
     )
     parser.add_argument(
         "--output",
@@ -46,6 +45,17 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the files go; <default_root_dir>/lightning_qat if not given",
     )
+
+
+def add_quantization_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every command on a quantized model has."""
+    parser.add_argument(
+        "--calibration-batches",
+        type=number_of_batches,
+        metavar="N",
+        help="calibrate with N batches, 0 for none; as the project's Calibration says if not given, else 8",
+    )
+    add_project_options(parser)
 
 
 def number_of_batches(text: str) -> int:

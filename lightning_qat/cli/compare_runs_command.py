@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from lightning_qat.analysis.comparison.run_comparison import compare_runs
@@ -12,6 +13,8 @@ from lightning_qat.reporting.console import print_text, show
 from lightning_qat.reporting.files import write_result
 
 FILE_NAME = "run_comparison"
+_SHOWN = 40
+"""Rows on the terminal; all that were changed are."""
 _USAGE = "python -m lightning_qat compare-runs BEFORE AFTER [--output DIR]"
 
 
@@ -28,8 +31,10 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
     if script is None or len(arguments) != 1:
         raise ConfigurationError(f"compare-runs takes two runs, the earlier one first: {_USAGE}")
     result = compare_runs(script, arguments[0])
-    for part in result.parts():
-        show(part)
+    shown = replace(result, rows=result.rows[: max(_SHOWN, len(result.changed))])
+    show(shown)
+    if len(shown.rows) < len(result.rows):
+        print_text(f"{len(result.rows) - len(shown.rows)} more rows: all are in the files that --output DIR writes.")
     if options.output is not None:
         print_text("\n".join(map(str, write_result(result, options.output, FILE_NAME))))
     return 0

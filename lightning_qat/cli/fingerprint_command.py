@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning_qat.analysis.pipeline.fingerprint import Fingerprint
 from lightning_qat.callbacks.output_directory import shared_directory
 from lightning_qat.callbacks.pipeline_fingerprint import FILE_NAME, take_fingerprint
-from lightning_qat.cli.command import Command, number_of_batches
+from lightning_qat.cli.command import Command, add_project_options, number_of_batches
 from lightning_qat.cli.project import Project, run_project
 from lightning_qat.reporting.console import print_note, print_text
 
@@ -19,9 +19,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batches", type=number_of_batches, default=8, metavar="N", help="batches per stage to look at (default: 8)"
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="where the file goes; <default_root_dir>/lightning_qat if not given"
-    )
+    add_project_options(parser)
 
 
 def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) -> int:
@@ -32,14 +30,17 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
         has_weights = bool(project.arguments.get("ckpt_path"))
         return *project.without_fake_quant(work), has_weights
 
-    fingerprint, directory, has_weights = run_project(script, arguments, look)
+    fingerprint, directory, has_weights = run_project(script, arguments, look, options.ckpt_path)
     if not has_weights:
         print_note(
-            "no --ckpt_path was given, so this is the fingerprint with untrained weights, or those of the script."
+            "no --ckpt_path was given: this is the fingerprint of the weights that the project starts with. "
+            "If it does not load trained ones itself, give them: --ckpt_path float.ckpt"
         )
     path = fingerprint.to_json((options.output or directory) / FILE_NAME)
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in {**fingerprint.metrics, **fingerprint.losses}.items())
-    print_text(f"{path}\n{numbers}\nIn QAT: PipelineCheck(reference={str(path)!r})")
+    print_text(
+        f"{path}\n{numbers}\nIn QAT: PipelineCheck(reference={str(path)!r}), or pipeline-check --reference {path}"
+    )
     return 0
 
 
@@ -48,8 +49,8 @@ FINGERPRINT = Command(
     summary="what a float pipeline looks like: data, preprocessing, loss, modes, weights; to compare QAT with",
     description=f"""Look at the first batches of a float project with its trained weights, and write {FILE_NAME}.
 
-Give the checkpoint as for fit: --ckpt_path float.ckpt. Nothing is quantized. Hand the file to
-PipelineCheck(reference=...), or to compare-pipelines.
+Give the checkpoint with --ckpt_path float.ckpt, unless the script loads the trained weights itself. Nothing is
+quantized. Hand the file to pipeline-check, to PipelineCheck(reference=...), or to compare-pipelines.
 """,
     example=" --ckpt_path float.ckpt",
     add_options=_add_options,

@@ -13,7 +13,7 @@ from lightning_qat.callbacks.output_directory import shared_directory
 from lightning_qat.callbacks.passes.analysis_pass import analysis_pass
 from lightning_qat.callbacks.passes.chosen_samples import chosen_samples
 from lightning_qat.callbacks.passes.extra_pass import run_step
-from lightning_qat.cli.command import Command, add_common_options
+from lightning_qat.cli.command import Command, add_quantization_options
 from lightning_qat.cli.project import Project, run_project
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.region import Region
@@ -35,7 +35,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="numbers of samples of the validation data, from 0, such as 0,3; the first batch if not given",
     )
     parser.add_argument("--no-figures", action="store_true", help="draw nothing (then matplotlib is not needed)")
-    add_common_options(parser)
+    add_quantization_options(parser)
 
 
 def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) -> int:
@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
 
         return *project.before_training(work, options.calibration_batches), project.notes
 
-    inspection, directory, notes = run_project(script, arguments, inspect)
+    inspection, directory, notes = run_project(script, arguments, inspect, options.ckpt_path)
     for note in notes:
         print_note(note)
     print_text(summary(inspection))

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning_qat.analysis.pipeline.pipeline_check import PipelineCheckResult
 from lightning_qat.callbacks.output_directory import shared_directory
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
-from lightning_qat.cli.command import Command, add_common_options, number_of_batches
+from lightning_qat.cli.command import Command, add_quantization_options, number_of_batches
 from lightning_qat.cli.project import Project, run_project
 from lightning_qat.reporting.console import print_note, show
 from lightning_qat.reporting.files import write_result
@@ -23,7 +23,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batches", type=number_of_batches, default=50, metavar="N", help="training batches per rung (default: 50)"
     )
-    add_common_options(parser)
+    add_quantization_options(parser)
 
 
 def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) -> int:
@@ -36,7 +36,7 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
 
         return *project.before_training(work, options.calibration_batches), project.notes
 
-    result, directory, notes = run_project(script, arguments, climb)
+    result, directory, notes = run_project(script, arguments, climb, options.ckpt_path)
     path, _ = write_result(result, options.output or directory, PipelineCheck.name, formats=("txt", "json"))
     for note in notes:
         print_note(note)

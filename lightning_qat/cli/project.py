@@ -72,13 +72,8 @@ class Project:
         Returns:
             What ``work`` returned.
         """
-        trainer, last = self.trainer, _InPlaceOfTraining(work)
-        kept = [c for c in _callbacks(trainer) if not _is_left_out(c)]
-        trainer.callbacks = [*self._quantizing(kept, calibration_batches), last]  # type: ignore[attr-defined]
-        if trainer.loggers:
-            trainer.loggers = [DummyLogger()]
-        self.fit(self.module, **self.arguments)
-        return last.results[0]
+        kept = [c for c in _callbacks(self.trainer) if not _is_left_out(c)]
+        return self._in_place_of_training(work, self._quantizing(kept, calibration_batches))
 
     def without_fake_quant(self, work: Work[T]) -> T:
         """The same in float, for a float project: no callback of this package takes part.
@@ -86,10 +81,13 @@ class Project:
         Args:
             work: is given the trainer and the module.
         """
-        trainer, last = self.trainer, _InPlaceOfTraining(work)
         ours = (QuantizationAwareTraining, Calibration)
-        kept = [c for c in _callbacks(trainer) if not _is_left_out(c) and not isinstance(c, ours)]
-        trainer.callbacks = [*kept, last]  # type: ignore[attr-defined]
+        kept = [c for c in _callbacks(self.trainer) if not _is_left_out(c) and not isinstance(c, ours)]
+        return self._in_place_of_training(work, kept)
+
+    def _in_place_of_training(self, work: Work[T], callbacks: list[Callback]) -> T:
+        trainer, last = self.trainer, _InPlaceOfTraining(work)
+        trainer.callbacks = [*callbacks, last]  # type: ignore[attr-defined]
         if trainer.loggers:
             trainer.loggers = [DummyLogger()]
         self.fit(self.module, **self.arguments)
@@ -98,9 +96,11 @@ class Project:
     def _quantizing(self, callbacks: list[Callback], calibration_batches: int | None) -> list[Callback]:
         """Complete the callbacks: fake-quant from the first step on, and calibrated as asked for."""
         if not any(isinstance(c, QuantizationAwareTraining) for c in callbacks):
-            callbacks = [QuantizationAwareTraining(), *callbacks]
+            weights = self.arguments.pop("ckpt_path", None)  # of a float run
+            callbacks = [QuantizationAwareTraining(init_from=weights), *callbacks]
             self.notes.append(
-                "QuantizationAwareTraining is not among the callbacks of this project: its defaults were used (int8)."
+                "QuantizationAwareTraining is not among the callbacks of this project: its defaults were used (int8), "
+                + (f"from {weights}." if weights else "from the weights that the project starts with.")
             )
         if calibration_batches is not None:
             callbacks = [c for c in callbacks if not isinstance(c, Calibration)]
@@ -128,10 +128,11 @@ class _InPlaceOfTraining(Callback, Generic[T]):
         trainer.num_sanity_val_steps = 0
         trainer.fit_loop.epoch_loop.max_steps = 0
         trainer.fit_loop.max_epochs = -1  # a checkpoint of a finished training is restored after this
-        trainer.fast_dev_run = True  # type: ignore[attr-defined]  # what writes at the end writes nothing of this
 
 
-def run_project(script: str | None, arguments: Sequence[str], work: Callable[[Project], T]) -> T:
+def run_project(
+    script: str | None, arguments: Sequence[str], work: Callable[[Project], T], ckpt_path: str | None = None
+) -> T:
     """Run the user's project up to its call of ``trainer.fit``, and do some work in the place of that call.
 
     The work is done inside the user's script, which is ended then: everything the script has set is still in effect.
@@ -141,6 +142,7 @@ def run_project(script: str | None, arguments: Sequence[str], work: Callable[[Pr
             a LightningCLI of our own reads.
         arguments: those of the script; for LightningCLI, those that follow ``fit``.
         work: is given the project.
+        ckpt_path: checkpoint to give to ``trainer.fit``; what the project gives if None.
 
     Returns:
         What ``work`` returned.
@@ -157,7 +159,7 @@ def run_project(script: str | None, arguments: Sequence[str], work: Callable[[Pr
             "a configuration file without a script is read by LightningCLI, which needs jsonargparse: "
             "pip install 'lightning-qat[cli]'. Or give the script that trains: check train.py."
         )
-    outcome: _Outcome[T] = _Outcome(work)
+    outcome: _Outcome[T] = _Outcome(work, ckpt_path)
     with ExitStack() as stack:
         stack.enter_context(_replaced(pl.Trainer, "__init__", _on_one_device(pl.Trainer.__init__)))
         stack.enter_context(_replaced(pl.Trainer, "fit", _taken_over(pl.Trainer.fit, outcome)))
@@ -198,8 +200,9 @@ class _ProjectDone(BaseException):
 class _Outcome(Generic[T]):
     """What became of the work."""
 
-    def __init__(self, work: Callable[[Project], T]) -> None:
+    def __init__(self, work: Callable[[Project], T], ckpt_path: str | None = None) -> None:
         self.work = work
+        self.ckpt_path = ckpt_path
         self.results: list[T] = []
         self.error: BaseException | None = None
 
@@ -207,6 +210,8 @@ class _Outcome(Generic[T]):
         """Do the work, once."""
         if self.results or self.error is not None:
             return
+        if self.ckpt_path is not None:
+            project.arguments["ckpt_path"] = self.ckpt_path
         try:
             _check_checkpoint(project.arguments.get("ckpt_path"))
             self.results.append(self.work(project))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import math
 import operator
 import re
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
-from lightning_qat.quantization.numerics.dtypes import DtypeName, quant_dtype
+from lightning_qat.quantization.numerics.dtypes import DtypeName
 from lightning_qat.quantization.numerics.observers import ObserverName
 
 Scheme = Literal["symmetric", "affine"]
@@ -45,9 +46,7 @@ class ActivationConfig:
     percentile: float = 99.99
 
     def __post_init__(self) -> None:
-        _check_common(self.dtype, self.observer)
-        _check_choice("scheme", self.scheme, get_args(Scheme))
-        _check_percentile(self.percentile)
+        _check_values(self)
 
 
 @dataclass
@@ -68,13 +67,19 @@ class WeightConfig:
     granularity: Granularity = "per_channel"
 
     def __post_init__(self) -> None:
-        _check_common(self.dtype, self.observer)
-        _check_choice("granularity", self.granularity, get_args(Granularity))
+        _check_values(self)
 
 
 @dataclass
 class QConfig:
     """The defaults for every point of a region.
+
+    Args:
+        activation: for inputs and outputs of ops; a mapping of its fields will do.
+        weight: for weights; a mapping of its fields will do.
+
+    Raises:
+        ConfigurationError: a key or value is unknown.
 
     Example:
         >>> QConfig.of({"activation": {"dtype": "int16"}}).activation.dtype
@@ -83,6 +88,10 @@ class QConfig:
 
     activation: ActivationConfig = field(default_factory=ActivationConfig)
     weight: WeightConfig = field(default_factory=WeightConfig)
+
+    def __post_init__(self) -> None:
+        self.activation = _build(ActivationConfig, self.activation, "qconfig.activation")
+        self.weight = _build(WeightConfig, self.weight, "qconfig.weight")
 
     @classmethod
     def of(cls, value: QConfig | Mapping[str, Any] | None) -> QConfig:
@@ -129,6 +138,9 @@ class ActivationOverride:
             (``100`` gives ``100/32768`` for int16) and ``threshold / (2**bits - 1)`` for unsigned ones.
         fixed_scale: the scale itself, a number or an expression such as ``100/32768``.
         split: one scale for each of several groups along an axis: ``{axis: 0, sizes: [32, 96]}``.
+
+    Raises:
+        ConfigurationError: a value is not one of the choices, or two fields contradict each other.
     """
 
     dtype: DtypeName | None = None
@@ -140,10 +152,9 @@ class ActivationOverride:
     split: Split | None = None
 
     def __post_init__(self) -> None:
-        _check_common(self.dtype, self.observer)
-        _check_choice("scheme", self.scheme, get_args(Scheme))
-        if self.percentile is not None:
-            _check_percentile(self.percentile)
+        _check_values(self, optional=True)
+        if self.split is not None:
+            self.split = _build(Split, self.split, "split")
         if self.threshold is not None and self.fixed_scale is not None:
             raise ConfigurationError("give threshold or fixed_scale, not both: threshold is divided by the code range.")
         if self.split is not None and (self.threshold is not None or self.fixed_scale is not None):
@@ -158,15 +169,21 @@ class ActivationOverride:
 
 @dataclass
 class WeightOverride:
-    """Fields to change for the weights an override matches; None means inherit."""
+    """Fields to change for the weights an override matches; None means inherit.
+
+    Args:
+        dtype, observer, granularity: as in :class:`WeightConfig`.
+
+    Raises:
+        ConfigurationError: a value is not one of the choices.
+    """
 
     dtype: DtypeName | None = None
     observer: ObserverName | None = None
     granularity: Granularity | None = None
 
     def __post_init__(self) -> None:
-        _check_common(self.dtype, self.observer)
-        _check_choice("granularity", self.granularity, get_args(Granularity))
+        _check_values(self, optional=True)
 
 
 @dataclass
@@ -194,7 +211,15 @@ class Override:
     def __post_init__(self) -> None:
         if self.match is None and self.op_type is None:
             raise ConfigurationError('an override needs a selector: match: "decoder.*" or op_type: softmax.')
-        if self.activation is None and self.weight is None:
+        for name, selector in (("match", self.match), ("op_type", self.op_type)):
+            if selector is not None and not isinstance(selector, str):  # YAML reads match: 0 as a number
+                raise ConfigurationError(f'{name} is one text, in quotes (such as {name}: "0"), got {selector!r}.')
+        if self.activation is not None:
+            self.activation = _build(ActivationOverride, self.activation, f"activation of override {self.label}")
+        if self.weight is not None:
+            self.weight = _build(WeightOverride, self.weight, f"weight of override {self.label}")
+        changes = [change for change in (self.activation, self.weight) if change is not None]
+        if all(value is None for change in changes for value in vars(change).values()):
             raise ConfigurationError(
                 f"override {self.label} changes nothing: add activation: {{dtype: int16}} or weight: {{dtype: int16}}."
             )
@@ -208,10 +233,12 @@ class Override:
 
     @classmethod
     def list_of(cls, values: Iterable[Override | Mapping[str, Any]] | None) -> list[Override]:
-        """Accept overrides or their dictionaries."""
-        if isinstance(values, (Mapping, str)):
+        """Accept overrides or their dictionaries; None is no override."""
+        if values is None:
+            return []
+        if isinstance(values, (Mapping, str)) or not isinstance(values, Iterable):
             raise ConfigurationError("overrides is a list: write - {match: ..., activation: {...}} for each rule.")
-        return [_build(cls, value, f"overrides[{i}]") for i, value in enumerate(values or ())]
+        return [_build(cls, value, f"overrides[{i}]") for i, value in enumerate(values)]
 
     def selects(self, point: str, op_type: str) -> bool:
         """Whether the rule covers a point."""
@@ -231,7 +258,7 @@ def glob_covers(pattern: str, name: str) -> bool:
         >>> glob_covers("decoder", "decoder.add_0.output"), glob_covers("dec", "decoder.add_0.output")
         (True, False)
     """
-    return re.fullmatch(_glob_regex(pattern) + r"(\..*)?", name, flags=re.DOTALL) is not None
+    return _glob(pattern).fullmatch(name) is not None
 
 
 def positive_number(value: float | int | str, name: str) -> float:
@@ -242,7 +269,10 @@ def positive_number(value: float | int | str, name: str) -> float:
         0.0030517578125
     """
     try:
-        number = float(value) if not isinstance(value, str) else _evaluate(ast.parse(value, mode="eval").body)
+        if isinstance(value, str):
+            number = _evaluate(ast.parse(value.strip(), mode="eval").body)
+        else:
+            number = math.nan if isinstance(value, bool) else float(value)
     except (SyntaxError, ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise ConfigurationError(f"{name} {value!r} is not a number or an expression such as 100/32768.") from error
     if not (math.isfinite(number) and number > 0):
@@ -269,47 +299,47 @@ def _evaluate(node: ast.expr) -> float:
     raise ValueError("not arithmetic")
 
 
-def _glob_regex(pattern: str) -> str:
-    return "".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in pattern)
+@functools.lru_cache(maxsize=4096)  # planning asks for every rule at every point
+def _glob(pattern: str) -> re.Pattern[str]:
+    body = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+    return re.compile(rf"{body}(\..*)?", flags=re.DOTALL)
 
 
-def _check_choice(what: str, value: object, choices: Iterable[str]) -> None:
-    if value is not None and value not in tuple(choices):
-        raise unknown_choice(what, value, choices)
-
-
-def _check_common(dtype: str | None, observer: str | None) -> None:
-    if dtype is not None and dtype != "float32":
-        quant_dtype(dtype)
-    _check_choice("observer", observer, get_args(ObserverName))
-
-
-def _check_percentile(value: float) -> None:
-    if not 50.0 < value <= 100.0:
-        raise ConfigurationError(f"percentile is in percent, above 50 and at most 100 (such as 99.99), got {value!r}.")
-
-
-_T = TypeVar("_T")
-_NESTED: dict[str, dict[str, type]] = {
-    "QConfig": {"activation": ActivationConfig, "weight": WeightConfig},
-    "Override": {"activation": ActivationOverride, "weight": WeightOverride},
-    "ActivationOverride": {"split": Split},
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": get_args(DtypeName),
+    "observer": get_args(ObserverName),
+    "scheme": get_args(Scheme),
+    "granularity": get_args(Granularity),
 }
 
 
+def _check_values(config: object, optional: bool = False) -> None:
+    """Refuse values outside the closed sets; None too unless the fields are ``optional``."""
+    for name, value in vars(config).items():
+        if value is None and optional:
+            continue
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise unknown_choice(name, value, _CHOICES[name])
+        if name == "percentile" and not (isinstance(value, (int, float)) and 50.0 < value <= 100.0):
+            raise ConfigurationError(
+                f"percentile is in percent, above 50 and at most 100 (such as 99.99), got {value!r}."
+            )
+
+
+_T = TypeVar("_T")
+
+
 def _build(cls: type[_T], value: Any, where: str) -> _T:
-    """Build a dataclass from a mapping; unknown keys are named, with near ones."""
+    """Build a dataclass from a mapping of its fields; unknown keys are named, with near ones."""
     if isinstance(value, cls):
         return value
     if not isinstance(value, Mapping):
         raise ConfigurationError(f"{where} must be a mapping such as {{dtype: int8}}, got {value!r}.")
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in value:
-        if key not in names:
-            raise unknown_choice(f"key in {where}:", key, names)
-    nested = _NESTED.get(cls.__name__, {})
-    given = {
-        key: _build(nested[key], item, f"{where}.{key}") if key in nested and item is not None else item
-        for key, item in value.items()
-    }
-    return cls(**given)
+        if key not in fields:
+            raise unknown_choice(f"key in {where}:", key, fields)
+    for name, f in fields.items():
+        if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigurationError(f"{where}: {name!r} is missing.")
+    return cls(**value)

@@ -107,16 +107,30 @@ def quantized_against_float(inspection: PointInspection) -> Figure:
     return figure
 
 
-def _new_figure(inspection: PointInspection, what: str) -> tuple[Figure, Axes]:
+def blank_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a figure with its own canvas, and its axes.
+
+    Args:
+        width: in inches.
+        height: in inches.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigurationError("figures need matplotlib: pip install 'lightning-qat[plots]'.") from error
-    figure = Figure(figsize=(7.0, 4.2), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _new_figure(inspection: PointInspection, what: str) -> tuple[Figure, Axes]:
+    figure, axes = blank_figure(7.0, 4.2)
     # names come from the user's model: "$" would start mathematics
     title = "\n".join(textwrap.wrap(f"{inspection.point}: {what}", 86))
     figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_qat.analysis.comparison.point_inspection import PointInspection
 from lightning_qat.analysis.results import write_atomically
 from lightning_qat.reporting.figures import error_histogram, quantized_against_float, value_histogram
+from lightning_qat.reporting.sensitivity_figures import write_figure
 from lightning_qat.reporting.tables import cell_text, fixed_width
 
 if TYPE_CHECKING:
@@ -88,9 +89,7 @@ def write_inspection(
         write_atomically(place / "histogram.csv", f"low,high,float,quantized\n{table}\n"),
     ]
     for name, draw in FIGURES.items() if figures else ():
-        image = BytesIO()
-        draw(inspection).savefig(image, format="png")
-        paths.append(write_atomically(place / name, image.getvalue()))
+        paths.append(write_figure(draw(inspection), place / name))
     return paths
 
 

@@ -46,7 +46,8 @@ def text_report(result: ModelCheckResult) -> str:
         result: the check.
 
     Example:
-        >>> finding = Finding("warning", "unfused", "A2", ("conv", "add_0"), "They do not fuse.", "Slow.", "Mark it.")
+        >>> what, why, action = "They do not fuse.", "Slow.", "Mark it."
+        >>> finding = Finding("warning", "unfused", ("conv", "add_0"), what, why, action, requirement="A2")
         >>> print(text_report(ModelCheckResult((finding,))))
         Model check: 0 errors, 1 warning, 0 infos
         <BLANKLINE>

@@ -14,6 +14,7 @@ from lightning_qat.analysis.results import write_atomically
 from lightning_qat.analysis.sensitivity.break_away import break_away
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult, SensitivityRow
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.reporting.figures import blank_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -190,15 +191,7 @@ def log_figure(loggers: Iterable[Any], tag: str, figure: Figure, step: int) -> N
 
 
 def _new_figure(title: str, height: float = 4.2) -> tuple[Figure, Axes]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError("figures need matplotlib: pip install 'lightning-qat[plots]'.") from error
-    figure = Figure(figsize=(8.0, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, axes = blank_figure(8.0, height)
     axes.tick_params(which="both", labelsize=8)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure, axes

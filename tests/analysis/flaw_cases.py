@@ -151,6 +151,11 @@ CASES: dict[str, Case] = {
     "A7 float inside": Case(
         flawed.Recurrent, (("info", "float inside", "A7", ("lstm", "gru")),), batches=lambda: [ramp(3, 2, 4)]
     ),
+    "A7 attention in one call": Case(
+        flawed.FusedAttention,
+        (("info", "float inside", "A7", ("scaled_dot_product_attention_0",)),),
+        batches=lambda: [ramp(3, 5, 4)],
+    ),
     "A12 no quantized form": Case(flawed.FloatOp, (("warning", "float op", "A12", ("i1e_0",)),)),
     "A12 excluded": Case(
         flawed.mlp,
@@ -205,6 +210,11 @@ CASES: dict[str, Case] = {
         (("warning", "range beyond int16", "", ("0.input0", "0.output")),),
         options={"qconfig": INT16},
         batches=lambda: [ramp(4, 4) * 1e5],
+    ),
+    "clipping scale": Case(
+        flawed.mlp,
+        (("warning", "clipping scale", "", ("0.input0",)),),
+        options={"overrides": [{"match": "0.input0", "activation": {"fixed_scale": 0.2 / 127}}]},
     ),
     "float16 overflow": Case(
         flawed.mlp,

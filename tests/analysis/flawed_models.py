@@ -169,6 +169,22 @@ class BoxLoop(nn.Module):
         return torch.stack([torch.tanh(boxes[i] * 2.0) for i in range(self.rounds)])
 
 
+class FusedAttention(nn.Module):
+    """Attention in one call, whose scores and softmax have no quantizers; written out, it has the same weights."""
+
+    def __init__(self, fused: bool = True) -> None:
+        super().__init__()
+        self.fused = fused
+        self.qkv = nn.Linear(4, 12)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.fused:
+            return self.fc(F.scaled_dot_product_attention(q, k, v))  # type: ignore[no-any-return]
+        return self.fc(torch.softmax(q @ k.transpose(-2, -1) * 0.5, dim=-1) @ v)  # type: ignore[no-any-return]
+
+
 class Recurrent(nn.Module):
     """Recurrent layers, whose gates have no quantizers."""
 

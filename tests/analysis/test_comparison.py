@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torchmetrics.functional as tmf
 from scipy import spatial, special
 from torch import Tensor, nn
@@ -20,11 +21,14 @@ from lightning_qat.analysis.comparison import comparison_metrics
 from lightning_qat.analysis.comparison.comparison import compare
 from lightning_qat.analysis.comparison.comparison_metrics import LayerErrors, TensorErrors
 from lightning_qat.analysis.comparison.comparison_result import CHOSEN, LayerComparisonResult
+from lightning_qat.analysis.model_check.long_loops import LONG_LOOP
 from lightning_qat.analysis.statistics.statistics import layer_statistics
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.dynamic_block import dynamic_block
+from lightning_qat.reporting.files import write_result
 
 B3_COLUMNS = [
     "index", "mod_name", "base_op_type", "analy_op_type", "shape", "quant_dtype", "qscale", "Cosine", "MSE", "L1", "KL",
@@ -290,6 +294,27 @@ def test_model_whose_ops_follow_the_data_is_compared_as_far_as_possible() -> Non
     assert "cannot be compared" in result.note
 
 
+class Branching(nn.Module):
+    """A branch that tracing did not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        return torch.sigmoid(x) if x.shape[0] > 2 else torch.tanh(x)
+
+
+def test_op_that_tracing_did_not_reach_is_said_and_runs_in_float() -> None:
+    """A3, B3: as in the region's own forward, in both models."""
+    region = calibrated(Branching(), torch.linspace(-1, 1, 12).reshape(4, 3))
+    with pytest.warns(UserWarning, match="tanh at .*test_comparison.py.* was not seen while tracing"):
+        rows = compare(region, [torch.linspace(-1, 1, 6).reshape(2, 3)]).rows
+    assert [row.mod_name for row in rows] == ["fc.input0", "fc.weight", "fc", "<output>"]
+    assert [place.partition(" ")[0] for place in region.unplanned] == ["tanh"]
+
+
 def test_bad_input_is_refused(net: tuple[Net, Region, list[Tensor]]) -> None:
     _, region, batches = net
     with pytest.raises(ConfigurationError, match="there was no batch"):
@@ -348,3 +373,91 @@ def test_model_in_float64_stays_as_it_is() -> None:
     quantized = region.points["0.weight"].forward(weight)
     assert rows["0.weight"].rounding_energy == pytest.approx((quantized - weight).square().sum().item())
     assert result.by_name["0.weight"].own_MSE == pytest.approx((quantized - weight).square().mean().item())
+
+
+class Loop(nn.Module):
+    """Post-processing in a loop of Python: every round is an op of its own."""
+
+    def __init__(self, rounds: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+        self.rounds = rounds
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.head(x)
+        for i in range(self.rounds):
+            h = h * (1.0 + 0.001 * i)
+        return h + 1.0
+
+
+@pytest.mark.parametrize("rounds", [LONG_LOOP - 1, LONG_LOOP])
+def test_rounds_of_a_long_loop_are_one_row_for_people(rounds: int, tmp_path: Path) -> None:
+    """B3: thousands of rounds would bury the rest; csv and json hold them all."""
+    x = torch.linspace(-1, 1, 32).reshape(8, 4)
+    wide = [{"match": "mul_7.output", "activation": {"fixed_scale": 0.1}}]
+    region = insert(Loop(rounds), (x,), overrides=wide)
+    calibrate(region, [x])
+    result = compare(region, [x])
+    every = [row.mod_name for row in result.rows]
+    (shown,) = result.parts()
+    names = [row.mod_name for row in shown.rows]
+    assert len([name for name in every if name.startswith("mul_")]) == rounds
+    if rounds < LONG_LOOP:
+        assert names == every
+        return
+    assert names == ["head.input0", "head.weight", "head", f"mul_7 (worst of {rounds} rounds)", "add_0", CHOSEN]
+    assert result.by_name["mul_7"].loop.startswith("mul in ")
+    assert ".py:" in result.by_name["mul_7"].loop
+    assert result.by_name["head"].loop == ""
+    assert len(result.to_csv(tmp_path / "c.csv").read_text().splitlines()) == len(every) + 1
+    text = write_result(result, tmp_path, "c", formats=("txt",))[0].read_text()
+    assert f"mul_7 (worst of {rounds} rounds)" in text
+    assert "mul_8" not in text
+
+
+class Repeating(nn.Module):
+    """How often the block runs follows the values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.relu()
+        for _ in range(2 if float(h.detach().max()) > 0.8 else 1):
+            with dynamic_block(self, "again"):
+                h = h * 0.5
+        return h.sum(1)
+
+
+def test_more_rounds_in_the_quantized_model_cannot_be_compared() -> None:
+    """B3: 0.6 is rounded to 1, and the block runs once more than in float."""
+    x = torch.full((2, 4), 0.6)
+    region = insert(Repeating(), (x,), overrides=[{"match": "relu_0.output", "activation": {"fixed_scale": 1.0}}])
+    calibrate(region, [x])
+    result = compare(region, [x])
+    (name,) = result.diverged
+    assert name.endswith("mul_0")
+    assert result.by_name[name].MSE is None
+    assert result.by_name[name].own_MSE is not None
+
+
+def _compare_on_rank(rank: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    try:
+        region = insert(
+            Repeating(), (torch.ones(2, 4),), overrides=[{"match": "relu_0.output", "activation": {"fixed_scale": 1.0}}]
+        )
+        calibrate(region, [torch.full((2, 4), 0.6)])
+        result = compare(region, [torch.full((2, 4), (0.2, 0.6)[rank])], across_ranks=True)
+        Path(directory, f"{rank}.json").write_text(json.dumps([result.diverged, result.batches]))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.full
+def test_rows_that_diverge_on_one_rank_are_left_out_on_all(tmp_path: Path) -> None:
+    """B3: only the values of rank 1 make the quantized model run the block once more."""
+    torch.multiprocessing.spawn(_compare_on_rank, (str(tmp_path),), nprocs=2)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    (name,), batches = found[0]
+    assert name.endswith("mul_0")
+    assert batches == 2

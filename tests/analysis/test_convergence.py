@@ -90,6 +90,26 @@ def test_loss_that_is_not_finite_names_step_and_op(bad: float) -> None:
     assert "layer.div_0.output (model.py:7)" in result.note
 
 
+def test_step_of_a_long_run_is_counted_in_steps() -> None:
+    """C1: a value of the series stands for several steps then."""
+    history = LossHistory(capacity=8)
+    for loss in [0.5] * 31 + [math.nan]:
+        history.append(loss)
+    assert history.stride > 1
+    result = judge_convergence(TrainingSeries(losses=tuple(history.values), steps=history.steps))
+    step = float(row(result, "finite loss").value or 0.0)
+    assert 31 - history.stride <= step <= 31
+    assert f"at step {step:g} after 0.5" in result.note
+
+
+def test_what_calibration_has_lost_is_not_called_right() -> None:
+    """C2: the advice against sweeping is for a calibration that was right."""
+    result = judge_convergence(series(calibrated=Measurement({"val_acc": 0.6}), metrics=BAD))
+    assert result.verdict == "metric collapsed"
+    assert "Calibration alone had lost much already (val_acc 0.9 -> 0.6)" in result.note
+    assert "Calibration was right" not in result.note
+
+
 def test_collapsed_metric_advises_against_sweeping() -> None:
     """C1, C2: calibration 73.4, QAT 0."""
     calibrated = Measurement({"dynamic": 73.4, "static": 54.0}, {"dynamic": 0.5, "static": 0.5})

@@ -17,6 +17,7 @@ from lightning_qat.analysis.comparison.comparison import compare
 from lightning_qat.analysis.comparison.diagnosis import diagnose
 from lightning_qat.analysis.comparison.diagnosis_result import Diagnosis, DiagnosisResult
 from lightning_qat.analysis.comparison.remedies import relative_rms
+from lightning_qat.analysis.model_check.long_loops import LONG_LOOP
 from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.calibration import calibrate
@@ -270,7 +271,18 @@ def test_healthy_model_has_nothing_to_do() -> None:
     batches = images()
     result = diagnose(compare(quantized(Convs, batches, [], {}), batches))
     assert result.culprits == ()
-    assert result.lines() == (f"What to do: 0 points to look at, {result.note.split(', ', 1)[1]}.",)
+    head, advice = result.lines()
+    assert head == f"What to do: 0 points to look at, {result.note.split(', ', 1)[1]}."
+    assert advice.startswith("No point stands out. Where the target is missed all the same")
+
+
+@pytest.mark.parametrize(("clipped", "is_said"), [(1, False), (2, True), (3, True)])
+def test_clipping_at_many_points_has_one_cause(clipped: int, is_said: bool) -> None:
+    """C6: no override mends data of another kind; a single point is a matter of its own scale."""
+    rows = [Diagnosis(f"p{i}.output", "clipping" if i < clipped else "fine", "", "") for i in range(8)]
+    advice = DiagnosisResult(tuple(rows)).lines()[1]
+    assert advice.startswith(f"{clipped} of 8 points clip: the data, or the weights") == is_said
+    assert DiagnosisResult(tuple(rows)).lines(limit=8)[-1].startswith(f"{clipped}. p{clipped - 1}.output: clipping")
 
 
 def test_rule_that_an_older_one_beats_is_not_applied() -> None:
@@ -313,7 +325,7 @@ def test_lines_are_short_and_say_where_the_rest_is() -> None:
     lines = result.lines(limit=2)
     assert lines[1] == "1. p0.output: rounding. Evidence. Raise it."
     assert lines[2:4] == ("     overrides:", "       - {}")
-    assert lines[-1] == "10 more are in the json file."
+    assert lines[-1] == "10 more are in diagnosis.json and .txt."
 
 
 class ManyBranches(nn.Module):
@@ -389,7 +401,7 @@ def test_output_that_selects_by_values_does_not_make_culprits() -> None:
     batches = [torch.randn(512, 8, generator=torch.Generator().manual_seed(1))]
     region = quantized(Selects, batches, [], {})
     ranked = sensitivity(region, batches, method="isolation")
-    assert any(math.isnan(row.score) for row in ranked.rows)
+    assert ranked.reshaped
     assert diagnose(compare(region, batches), ranked).culprits == ()
 
 
@@ -477,3 +489,39 @@ def test_overrides_of_several_regions_name_their_target() -> None:
     assert yaml.safe_load(both.yaml)["overrides"][0]["match"] == "head.relu_0.output"
     (alone,) = DiagnosisResult.merged({"head": faulty}).culprits
     assert alone.yaml == faulty.culprits[0].yaml
+
+
+class Loop(nn.Module):
+    """A head, and post-processing whose rounds are ops of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.head(x).sigmoid()
+        for _ in range(LONG_LOOP):
+            h = h * 0.999
+        return h + 1.0
+
+
+def test_rounds_of_a_long_loop_are_one_entry_of_the_list() -> None:
+    """B4: they would fill it, and the last one would hide the head behind "more are in the json file"."""
+    x = torch.linspace(-1, 1, 32).reshape(8, 4)
+    wide: list[dict[str, Any]] = [
+        {"match": "mul_*.output", "activation": {"fixed_scale": 0.1}},
+        {"match": "sigmoid_0.output", "activation": {"fixed_scale": 0.1}},
+    ]
+    region = quantized(Loop, [x], wide, INT8)
+    result = diagnose(compare(region, [x]))
+    assert len(result.culprits) == LONG_LOOP + 1
+    entries = [line for line in result.lines() if line[:1].isdigit()]
+    assert len(entries) == 2
+    (loop,) = (entry for entry in entries if "mul_" in entry)
+    assert f"rounding, as in {LONG_LOOP} rounds of mul in " in loop
+    assert "keep it out of the target" in loop
+    assert "dynamic_block(self" in loop
+    assert sum("match" in line for line in result.lines()) == 2
+    (shown,) = result.parts()
+    assert sum("mul_" in row.point for row in shown.rows) == 1
+    assert len(result.to_dicts()) == len(result.rows)

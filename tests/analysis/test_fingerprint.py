@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +77,9 @@ def test_json_keeps_everything(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [(None, "make it in the float project"), ("{", "is no fingerprint"), ("{}", "has no weights"),
-     ('{"weights": {}, "version": 9}', "version 9")],
+     ('{"weights": {}, "version": 9}', "version 9"), ('{"weights": {}, "version": 1}', "no whole fingerprint"),
+     ('{"weights": {}, "version": 1, "data": {}, "model_inputs": {}, "losses": {}, "metrics": {}, '
+      '"standard_errors": {}, "colour": 1}', "no whole fingerprint")],
 )  # fmt: skip
 def test_bad_files_are_refused(text: str | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "fingerprint.json"
@@ -120,8 +124,9 @@ def test_missing_normalization_is_said_in_words() -> None:
     [
         (images(1).flip(1), "RGB and BGR"),
         (images(1) * 255, "0..255"),
-        (images(1)[:, :, :2], "other preprocessing"),
-        (images(1)[:, :1], "other preprocessing"),
+        (images(1)[:, :, :2], "shape (3, 4, 4) -> (3, 2, 4): resized, cropped or padded otherwise?"),
+        (images(1)[:, :1], "other preprocessing: grey, colour or an alpha channel?"),
+        (images(1).movedim(1, -1), "axes in another order (channels first or last)?"),
         (torch.full((64, 3, 4, 4), 0.5), "the input is destroyed"),
         (images(1) + 5, "other normalization"),
         (images(1).half(), "type float32 -> float16"),
@@ -131,6 +136,101 @@ def test_usual_mistakes_are_recognised(changed: torch.Tensor, words: str) -> Non
     """C5."""
     differences = compare_fingerprints(with_input(images(0)), with_input(changed))
     assert any(words in row.what for row in differences.strong)
+
+
+CONSTANTS = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 1, 3, 1, 1)  # of ImageNet
+
+
+def normalized(seed: int) -> torch.Tensor:
+    return images(seed, (0.0, 0.0, 0.0), 1.0)
+
+
+def uniform(seed: int) -> torch.Tensor:
+    return torch.rand(64, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def replaced(x: torch.Tensor, share: float, value: float) -> torch.Tensor:
+    """A share of the values becomes one value."""
+    chosen = torch.rand(x.shape, generator=torch.Generator().manual_seed(7)) < share
+    return torch.where(chosen, value, x)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("value", [-99.0, 255.0])
+@pytest.mark.parametrize("clean", [normalized, images])
+def test_fill_values_are_named_with_their_share(share: float, value: float, clean: Any) -> None:
+    """C5: a mark for what is missing looks like a missing normalization by mean and spread alone."""
+    marked = replaced(clean(1), share, value)
+    (row,) = compare_fingerprints(with_input(clean(0)), with_input(marked)).rows
+    assert row.suspicion == "strong"
+    percent = float(row.what.split("about ")[1].split("%")[0])
+    assert percent == pytest.approx(100 * float((marked[:, 0] == value).double().mean()), rel=0.1)
+    assert f"of the values are {value:g}: a fill value" in row.what
+    (row,) = compare_fingerprints(with_input(marked), with_input(clean(0))).rows
+    assert f"a fill value is missing here: {value:g}" in row.what
+
+
+def test_rare_fill_value_is_seen_by_the_range() -> None:
+    """B5: it moves neither mean nor spread, and sets the scale of the input."""
+    marked = normalized(1)
+    marked[0, 2, 0, 0] = -30.0
+    (row,) = compare_fingerprints(with_input(normalized(0)), with_input(marked)).rows
+    assert row.suspicion == "possible"
+    assert "channel 2: values from -30 to" in row.what
+
+
+@pytest.mark.parametrize(
+    ("clean", "changed", "words"),
+    [
+        (normalized(0), images(1) * 255, "normalization missing here?"),
+        (normalized(0), (images(1).flip(1) - CONSTANTS[0]) / CONSTANTS[1], "reversed order before the normalization"),
+        (normalized(0), normalized(1) * 0.2, "other normalization?"),
+        (images(0), images(1)[:, [1, 0, 2]], "channels in another order (1, 0, 2 of the reference)?"),
+        (images(0), images(1) * torch.tensor([1.0, 0.0, 1.0]).reshape(3, 1, 1), "channel 1 is constant here"),
+        (images(0), images(1) * 0 + CONSTANTS[0], "all channels are constant here"),
+        (uniform(0).square(), 1.0 - uniform(1).square(), "inverted, light for dark?"),
+        (normalized(0), replaced(normalized(1), 0.01, math.nan), "nan or inf here"),
+        (images(0), images(1)[:, :, :, :2].clamp(max=0.2), "an augmentation that destroys the input"),
+        (images(0) * 255, images(1), "scaled by 255"),
+    ],
+)
+def test_traces_are_told_apart(clean: torch.Tensor, changed: torch.Tensor, words: str) -> None:
+    """C5: what is named is what was done."""
+    differences = compare_fingerprints(with_input(clean), with_input(changed))
+    assert words in differences.strong[-1].what
+
+
+@pytest.mark.parametrize("clean", [normalized, images])
+def test_empty_samples_are_counted(clean: Any) -> None:
+    """C5: half of a batch that is empty halves the variance and moves no mean of normalized data."""
+    half = clean(1)
+    half[:32] = 0.0
+    rows = compare_fingerprints(with_input(clean(0)), with_input(half)).strong
+    assert any("50% of the samples are empty (one value all over), in the reference 0%" in row.what for row in rows)
+    assert compare_fingerprints(with_input(half), with_input(half)).rows == ()
+
+
+def test_lengths_that_vary_are_no_other_shape() -> None:
+    """C5: sequences are padded to the longest of their batch."""
+    one = summary(torch.ones(4, 7), torch.ones(4, 5), name="0")
+    assert one.shape == (-1,)
+    other = Fingerprint(data={"train": (summary(torch.ones(4, 6), torch.ones(4, 9), name="0"),)})
+    assert compare_fingerprints(Fingerprint(data={"train": (one,)}), other).rows == ()
+
+
+def test_bytes_of_a_picture_are_no_labels() -> None:
+    pictures = [torch.randint(0, 256, (8, 3, 8, 8), generator=torch.Generator().manual_seed(s)).byte() for s in (0, 1)]
+    assert summary(pictures[0]).labels is None
+    (row,) = compare_fingerprints(with_input(pictures[0]), with_input(pictures[1] // 2)).rows
+    assert "std" in row.what
+    assert summary(pictures[0] % 20).labels is not None  # classes of pixels
+
+
+def test_what_is_missing_here_is_said_as_well() -> None:
+    one = Fingerprint(data={"train": (summary(images(0)), summary(images(0), name="mask"))})
+    other = Fingerprint(data={"train": (summary(images(0)), summary(images(0), name="weight"))})
+    whats = [row.what for row in compare_fingerprints(one, other).rows]
+    assert whats == ["data (train), weight: exists only here", "data (train), mask: exists only in the reference"]
 
 
 @pytest.mark.parametrize("seed", range(1, 21))
@@ -149,7 +249,12 @@ def test_other_labels_are_found() -> None:
     shifted = Fingerprint(data={"train": (summary(labels + 1, name="1"),)})
     (row,) = compare_fingerprints(one, shifted).rows
     assert row.suspicion == "strong"
-    assert "values only here: 10" in row.what
+    assert "values only here: 10; values only in the reference: 0: every label one more than in the refer" in row.what
+    (row,) = compare_fingerprints(shifted, one).rows
+    assert row.what.endswith("every label one less than in the reference?")
+    rolled = Fingerprint(data={"train": (summary(labels.clamp(max=7), name="1"),)})
+    (row,) = compare_fingerprints(one, rolled).rows
+    assert row.what.endswith("values only in the reference: 8, 9: other labels?")
 
 
 def test_partly_loaded_weights_are_named() -> None:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_qat.analysis.flops import einsum_flops, op_flops
 from lightning_qat.analysis.model_check.model_check import check
 from lightning_qat.quantization.region.insertion import insert
-from lightning_qat.quantization.tracing.tracing import trace
+from lightning_qat.quantization.tracing.tracer import trace
 
 
 class Function(nn.Module):

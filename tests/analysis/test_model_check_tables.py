@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,6 +183,24 @@ def test_what_computes_in_float_between_quantized_tensors_is_not_counted_as_quan
     flops = {row[0]: row[3] for row in _section(result, "Ops and FLOPs by dtype:").rows}
     assert flops["float32"] == 2 * 3 * 2 * (4 + 3) * 4 * (4 + 4)
     assert flops["int8"] == 2 * 3 * 2 * 4 * 2
+
+
+def test_attention_in_one_call_is_counted_as_float_and_written_out_as_quantized() -> None:
+    """A7, A12: FLOPs by hand, two products of 5 x 4 x 5 for each of 3 samples; written out, only linears are left."""
+    case = CASES["A7 attention in one call"]
+    result = case.check()
+    inputs = {row[0]: row[1:] for row in _section(result, "input dtype statistics:").rows}
+    assert inputs["scaled_dot_product_attention (float32 inside)"] == (0, 3)
+    flops = {row[0]: row[3] for row in _section(result, "Ops and FLOPs by dtype:").rows}
+    assert flops["float32"] == 2 * 3 * 2 * (5 * 4 * 5)
+    assert flops["int8"] == 2 * 3 * 5 * (4 * 12 + 4 * 2)
+    (finding,) = result.findings
+    assert "write the attention out" in finding.action
+    assert "gates" not in finding.action
+    written_out = dataclasses.replace(case, build=lambda: flawed.FusedAttention(fused=False)).check()
+    assert "float inside" not in {f.kind for f in written_out.findings}
+    flops = {row[0]: row[3] for row in _section(written_out, "Ops and FLOPs by dtype:").rows}
+    assert "float32" not in flops
 
 
 def test_fused_groups_are_one_type() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -57,3 +58,22 @@ def test_first_point_that_receives_an_infinity_is_named() -> None:
         found = first_bad_point({"net": region}, lambda: region.target(broken))
     assert found is not None
     assert re.fullmatch(r"net:div_0\.output \(.*test_nan_origin\.py:\d+\)", found), found
+
+
+def _in_place(self: nn.Module, x: Tensor) -> Tensor:
+    y = x * 2
+    y.log_()
+    return y + 1
+
+
+def _assigned(self: nn.Module, x: Tensor) -> Tensor:
+    y = x * 2
+    y[0] = math.nan
+    return y + 1
+
+
+@pytest.mark.parametrize(("forward", "op"), [(_in_place, "log_0"), (_assigned, "setitem_0")])
+def test_op_that_writes_nan_in_place_is_named(forward: Callable[[nn.Module, Tensor], Tensor], op: str) -> None:
+    """Its operand holds NaN afterwards, and did not before."""
+    region = insert(Calls(forward), (X,))
+    assert first_nan_op(region, lambda: region.target(-X)).startswith(f"The first op that made one is {op} at ")

@@ -45,7 +45,7 @@ def test_everything_holds_is_healthy_and_says_what_to_run_next() -> None:
     result = zero_lr()
     assert result.verdict == "healthy"
     assert not result.is_bad
-    assert "list FloatFinetune() to test the hyperparameters" in result.note
+    assert "FloatFinetune() tests the hyperparameters" in result.note
     assert "reference" not in result.note
 
 
@@ -222,10 +222,10 @@ def test_calibration_that_lost_the_accuracy_points_to_sensitivity() -> None:
 @pytest.mark.parametrize(
     ("zero", "verdict", "words"),
     [
-        (None, "pipeline or hyperparameters", "List ZeroLRFinetune() before FloatFinetune()"),
+        (None, "pipeline or hyperparameters", "ZeroLRFinetune(), listed before FloatFinetune(), tells"),
         ("healthy", "hyperparameters", "lower the learning rate"),
         ("pipeline misaligned", "pipeline misaligned", "fix what it names first"),
-        ("cannot tell", "pipeline or hyperparameters", "List ZeroLRFinetune()"),
+        ("cannot tell", "pipeline or hyperparameters", "ZeroLRFinetune(), listed"),
     ],
 )
 def test_float_finetune_that_collapses(zero: Any, verdict: str, words: str) -> None:
@@ -245,7 +245,7 @@ def test_float_finetune_that_holds_points_to_quantization() -> None:
     """C3, C6."""
     result = judge_float_finetune(FLOAT, finetune(0.975, changed_parameters=("w",), learning_rates=(1e-4, 4e-4)))
     assert result.verdict == "healthy"
-    assert "it is quantization error: list SensitivityAnalysis()" in result.note
+    assert "it is quantization error: raise the points that SensitivityAnalysis() puts first" in result.note
     assert "(lr 0.0001 to 0.0004)" in result.note
 
 

@@ -58,6 +58,16 @@ def judged(
     return judge_pipeline(Ladder(**(healthy | kwargs)), reference, here, RUNGS, flag)
 
 
+def test_cost_that_breaks_while_the_scores_hold_is_said_in_the_healthy_verdict() -> None:
+    """C3: the table says that it breaks; the sentence may not say that everything holds and leave it at that."""
+    overconfident = Finetune(Measurement({"val_acc": 0.974, "val_loss": 0.6}), 50, changed_parameters=("w",))
+    result = judged(qat=overconfident)
+    assert [(row.rung, row.metric) for row in result.rows if row.status == "breaks"] == [(6, "val_loss")]
+    assert result.verdict == "healthy"
+    assert "A cost rises on rung 6 (val_loss 0.06 -> 0.6), and the scores hold" in result.note
+    assert "A cost rises" not in judged().note
+
+
 @pytest.mark.parametrize(
     ("broken", "verdict", "rung"),
     [
@@ -158,7 +168,7 @@ def test_flag_without_a_broken_rung_asks_for_a_longer_look() -> None:
 
 def test_other_loss_of_the_same_model_is_rung_2_with_its_cause() -> None:
     """C5: smaller is as suspicious as larger."""
-    for loss, words in ((0.2, "scaled by 4?"), (0.02, "a term missing")):
+    for loss, words in ((0.2, "scaled by 4?"), (0.0125, "divided by 4, or a term missing"), (0.02, "a term missing")):
         here = dataclasses.replace(HERE, losses={"train_loss (batch norm in eval)": loss})
         result = judged(here=here)
         assert (result.verdict, result.rung) == ("pipeline misaligned", 2)
@@ -183,14 +193,41 @@ def test_same_samples_must_give_the_same_metric() -> None:
         ({"swapped": ["conv"]}, "the weights of conv are others while validation runs"),
         ({"modes": {"train in evaluation": ["drop"]}}, "in train mode while evaluating, only here: drop"),
         ({"settings": {"gradient_clip_val": 1e-6}}, "gradients are clipped to less than a tenth"),
+        ({"modes": {"eval": ["bn"]}}, "in eval mode while training, only here: bn"),
     ],
 )
 def test_strong_differences_are_spelled(change: dict[str, Any], words: str) -> None:
     """C5; and the float run's own habits are no difference."""
+    known = dataclasses.replace(HERE, settings={"gradient_clip_val": 1.0} if "settings" in change else {})
     here = dataclasses.replace(HERE, **change)
-    (row,) = compare_fingerprints(HERE, here).strong
+    (row,) = compare_fingerprints(known, here).strong
     assert words in row.what
     assert compare_fingerprints(here, here).rows == ()
+
+
+def test_clipping_that_the_float_run_did_without_is_not_called_less_than_a_tenth() -> None:
+    """C5: a value of 1 is usual, and nothing says how long the gradients are."""
+    known, here = (dataclasses.replace(HERE, settings={"gradient_clip_val": value}) for value in (None, 1.0))
+    (row,) = compare_fingerprints(known, here).rows
+    assert (row.suspicion, row.what) == ("possible", "settings gradient_clip_val: None -> 1.0")
+
+
+def test_what_differs_alike_in_many_modules_is_one_row() -> None:
+    """C5."""
+    norms = {f"bn{i}": {"momentum": 0.1} for i in range(50)}
+    known = dataclasses.replace(HERE, batch_norm=norms)
+    here = dataclasses.replace(HERE, batch_norm={name: {"momentum": 0.01} for name in norms})
+    (row,) = compare_fingerprints(known, here).rows
+    assert row.what == "batch norm bn0, bn1, bn2 and 47 more: momentum 0.1 -> 0.01"
+    assert compare_fingerprints(known, here).note == "one difference, which alone explains no collapse"
+
+
+def test_other_numbers_of_parameter_groups_are_a_difference() -> None:
+    known, here = (
+        dataclasses.replace(HERE, optimizers=[{"class": "SGD", "groups": [{"lr": 0.1}] * count}]) for count in (2, 1)
+    )
+    (row,) = compare_fingerprints(known, here).rows
+    assert row.what == "2 -> 1 optimizer groups"
 
 
 def test_metric_that_alone_differs_is_computed_in_another_way() -> None:
@@ -202,8 +239,8 @@ def test_metric_that_alone_differs_is_computed_in_another_way() -> None:
 
 def test_training_inputs_are_compared_with_validation_inputs() -> None:
     """C5 without a reference."""
-    normal = TensorSummary("model.0", "float32", (1,), 64, (0.0,), (1.0,), (0.01,), (-2.0,), (2.0,))
-    raw = dataclasses.replace(normal, mean=(4.9,), std=(6.0,))
+    normal = TensorSummary("model.0", "float32", (1,), 64, (0.0,), (1.0,), (0.01,), (-0.8,), (1.8,))
+    raw = dataclasses.replace(normal, mean=(4.9,), std=(6.0,), min=(0.0,), max=(16.0,))
     here = Fingerprint(model_inputs={"train": (raw,), "validate": (normal,)})
     assert "normalization missing here?" in compare_stages(here).strong[0].what
     assert compare_stages(Fingerprint(model_inputs={"train": (normal,), "validate": (normal,)})).rows == ()

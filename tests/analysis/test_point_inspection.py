@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qat.analysis.comparison.point_inspection import inspect_point, representable_range
+from lightning_qat.analysis.comparison.point_inspection import inspect_point
+from lightning_qat.analysis.statistics.point_ranges import representable_range
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.region.calibration import calibrate

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_qat.analysis.captured_calls import analysis_mode
-from lightning_qat.analysis.comparison.point_evidence import AxisProfile, EvidenceCollector
+from lightning_qat.analysis.comparison.evidence_collector import EvidenceCollector
+from lightning_qat.analysis.comparison.point_evidence import AxisProfile
 from lightning_qat.analysis.comparison.remedies import best_split, relative_rms, rounded_up
 from lightning_qat.analysis.model_check.divided_values import constant_inputs, divisors
 from lightning_qat.quantization.qconfig import positive_number

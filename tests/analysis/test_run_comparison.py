@@ -59,7 +59,7 @@ def test_sensitivity_of_what_was_changed_fell(runs: tuple[Path, Path]) -> None:
     assert first.ratio < 0.01
     assert (first.after_own_sqnr or 0) > (first.before_own_sqnr or 0) + 10
     assert [row.point for row in result.changed] == ["1.output"]
-    assert "1 points were changed; of 1 measured in both runs, 1 fell" in result.note
+    assert "1 point was changed; of 1 measured in both runs, 1 fell" in result.note
     by_metric = {row.metric: row for row in result.accuracy}
     assert by_metric["val_acc"].better is None
     assert (by_metric["val_loss"].before, by_metric["val_loss"].after, by_metric["val_loss"].better) == (1.0, 0.5, True)
@@ -88,6 +88,7 @@ def test_command_prints_both_tables_and_writes_files(
 ) -> None:
     assert main(["compare-runs", *map(str, runs), "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
+    assert printed.count("Accuracy") == printed.count("Sensitivity of two runs") == 1
     assert "val_loss" in printed
     assert "1.output" in printed
     assert {path.name for path in tmp_path.iterdir()} == {f"run_comparison.{end}" for end in ("csv", "txt", "json")}
@@ -96,6 +97,20 @@ def test_command_prints_both_tables_and_writes_files(
     shown = capsys.readouterr().out
     assert "compare-runs BEFORE AFTER" in shown
     assert "Your project" not in shown
+
+
+def test_command_shows_what_was_changed_and_how_many_rows_are_left_out(
+    runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model of a thousand points does not scroll the note away."""
+    result = compare_runs(*runs)
+    monkeypatch.setattr("lightning_qat.cli.compare_runs_command._SHOWN", 0)
+    assert main(["compare-runs", *map(str, runs)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert len(result.changed) == 1
+    assert result.changed[0].point in printed
+    assert f"{len(result.rows) - 1} more rows" in printed
+    assert result.note in printed
 
 
 def test_bad_input_is_refused(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.tracing import Call
+from lightning_qat.quantization.tracing.call import Call
 from tests.analysis.test_sensitivity_sketch import Net, region_of
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lightning_qat.analysis.pipeline.trend import block_length, mann_kendall
+from lightning_qat.analysis.pipeline.trend import block_length, mann_kendall, mean_and_error
 
 SERIES = st.lists(st.floats(-100, 100, allow_subnormal=False).map(lambda v: round(v, 2)), min_size=4, max_size=40)
 
@@ -64,3 +64,23 @@ def test_trend_in_noise_is_found() -> None:
 @pytest.mark.parametrize("values", [[], [1.0], [1.0, 2.0, 3.0]])
 def test_too_short_a_series_has_no_trend(values: list[float]) -> None:
     assert mann_kendall(values).p_rise == 1.0
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.8])
+def test_error_of_a_mean_allows_for_correlation(correlation: float) -> None:
+    """Against the variance of the mean of a first-order autoregression, sigma^2 (1 + r) / (1 - r) / n."""
+    generator = np.random.default_rng(2)
+    errors = []
+    for _ in range(40):
+        noise = generator.normal(size=600)
+        series = np.convolve(noise, correlation ** np.arange(60))[60:560]
+        errors.append(mean_and_error(series)[1])
+    sigma = 1 / math.sqrt(1 - correlation**2)
+    expected = sigma * math.sqrt((1 + correlation) / (1 - correlation) / 500)
+    assert np.mean(errors) == pytest.approx(expected, rel=0.15)
+
+
+def test_error_of_few_values_is_that_of_independent_ones() -> None:
+    values = [0.3, 0.1, 0.4, 0.1, 0.5]
+    assert mean_and_error(values) == pytest.approx((np.mean(values), stats.sem(values)))
+    assert mean_and_error([1.0]) == (1.0, math.inf)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qat.quantization.planning.plan import make_plan
+from lightning_qat.quantization.planning.make_plan import make_plan
 from lightning_qat.quantization.region.insertion import attach
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.tracing import trace
+from lightning_qat.quantization.tracing.tracer import trace
 from tests.benchmarks.models import BATCH, Chain
 from tests.benchmarks.timing import Timing, cpu_once, interleaved, one_thread
 from tests.benchmarks.variants import ours_calibrated

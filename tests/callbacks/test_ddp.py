@@ -10,13 +10,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
+from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.passes.evaluation import evaluate
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.region.region import find_regions
-from tests.callbacks.runs import Classifier, Net, assert_same, loader, scales, state_of, trainer
+from tests.callbacks.runs import Classifier, Net, assert_same, dataset, loader, scales, state_of, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks"),
@@ -139,6 +142,41 @@ def test_a_rank_that_cannot_trace_stops_all_instead_of_hanging(tmp_path: Path) -
     run = trainer(tmp_path, QuantizationAwareTraining(), Calibration(), strategy="ddp_fork", devices=2)
     with pytest.raises(Exception, match=r"could not be traced|another rank could not trace"):
         run.fit(FailsOnOneRank())
+
+
+class NaNOnOneRank(Classifier):
+    """What is analysed holds NaN on one of the ranks, from the first step on."""
+
+    def calibration_dataloader(self) -> Any:
+        images, labels = dataset().tensors
+        factor = float("nan") if self.trainer.global_rank == 1 and self.trainer.global_step else 1.0
+        return DataLoader(TensorDataset(images * factor, labels), batch_size=8)
+
+
+class Arrived(Callback):
+    """Every rank writes down that it came to the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        (self.path / f"rank{trainer.global_rank}").touch()
+
+
+@pytest.mark.filterwarnings("ignore:(SensitivityAnalysis|LayerComparison), epoch")
+@pytest.mark.parametrize(
+    "analysis",
+    [
+        SensitivityAnalysis(method="isolation"),
+        SensitivityAnalysis(method="sketch"),
+        LayerComparison(every_n_epochs=1),
+    ],
+    ids=["isolation", "sketch", "comparison"],
+)
+def test_a_rank_that_cannot_analyse_does_not_leave_the_other_waiting(tmp_path: Path, analysis: Callback) -> None:
+    callbacks = [QuantizationAwareTraining(), Calibration(batches=4), analysis, Arrived(tmp_path)]
+    trainer(tmp_path, *callbacks, strategy="ddp_fork", devices=2, limit_train_batches=2).fit(NaNOnOneRank())
+    assert {path.name for path in tmp_path.glob("rank*")} == {"rank0", "rank1"}
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")

@@ -44,7 +44,7 @@ def test_misaligned_pipeline_collapses_in_float_too(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="pipeline or hyperparameters: the float model collapses too"):
         result = checked(tmp_path, pretrained(normalized_in_training=False), batches=20)
     assert "quantization is not the cause" in result.note
-    assert "List ZeroLRFinetune() before" in result.note
+    assert "ZeroLRFinetune(), listed before FloatFinetune(), tells" in result.note
 
 
 def test_after_zero_lr_finetune_a_misaligned_pipeline_is_called_so(tmp_path: Path) -> None:

@@ -66,7 +66,10 @@ def test_12896_test_with_a_checkpoint_path_works_after_fit(tmp_path: Path) -> No
     module = Classifier()
     run = qat_trainer(tmp_path, ModelCheckpoint(tmp_path))
     run.fit(module)
-    run.test(ckpt_path="best", verbose=False)
+    weights = module.net.conv2.weight.detach().clone()
+    (metrics,) = run.test(ckpt_path="best", verbose=False)
+    assert metrics
+    assert torch.equal(module.net.conv2.weight, weights)  # the only checkpoint is the last one
 
 
 def test_7427_a_second_fit_works(tmp_path: Path) -> None:
@@ -163,7 +166,9 @@ def test_training_works_after_calibrating_and_testing_under_inference_mode(tmp_p
     getattr(run, stage)(module)
     module.train()
     qat_trainer(tmp_path, qat={"activation_scales": "ema"}).fit(module)
+    module.zero_grad()
     module.net(IMAGES).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.net.parameters())
 
 
 # -- lightning-facts.md: where to insert
@@ -286,6 +291,7 @@ def test_weight_averaging_listed_after_works(tmp_path: Path, averaging: type[Wei
     checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     run = qat_trainer(tmp_path, Late(), checkpoint, Losses(), max_epochs=2)
     run.fit(module)
+    assert len(losses) == 3  # sanity check, two epochs
     assert all(loss < 2 for loss in losses[1:])
     for step in (1, 8):
         loaded = load_quantized(Classifier, tmp_path / f"step={step}.ckpt")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import SumMetric
 
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
@@ -110,6 +110,29 @@ def test_settings_of_optimizers_and_schedulers(tmp_path: Path) -> None:
     assert_no_trace(tmp_path, Schedules)
 
 
+class UsesTheTrainer(Classifier):
+    """Steps write to the trainer, and stop it after so many batches."""
+
+    def loss(self, batch: Any) -> Tensor:
+        seen = self.trainer.__dict__.setdefault("seen", [0])[0] + 1
+        self.trainer.seen = [seen]  # type: ignore[attr-defined]
+        self.trainer.callback_metrics["written"] = torch.tensor(float(seen))
+        self.trainer.should_stop = seen > 9
+        return super().loss(batch)
+
+
+def test_steps_that_write_to_the_trainer(tmp_path: Path) -> None:
+    assert_no_trace(tmp_path, UsesTheTrainer, max_epochs=4)
+    off = trajectory(tmp_path, UsesTheTrainer, *quantization(start_epoch=9), max_epochs=4)
+    assert_same_trajectory(trajectory(tmp_path, UsesTheTrainer, max_epochs=4), off)
+
+
+def test_batches_that_come_once_are_said_to_be_missing(tmp_path: Path) -> None:
+    batches = (batch for batch in loader())
+    with pytest.warns(UserWarning, match=r"the train data come from an iterator \(generator\), .*missing in the run"):
+        qat_trainer(tmp_path, num_sanity_val_steps=0, limit_train_batches=4).fit(Classifier(), batches, loader(16))
+
+
 class OwnOrder(Sampler[list[int]]):
     def __init__(self) -> None:
         super().__init__()
@@ -157,12 +180,28 @@ class Data(LightningDataModule):
         return (batch[0] + 0.01 * len(self.seen) + float(self.random.random()), batch[1])
 
 
+class Arrays(Dataset[tuple[Tensor, Tensor]]):
+    """Images as torchvision's CIFAR10 keeps them."""
+
+    def __init__(self) -> None:
+        images, labels = dataset().tensors
+        self.images, self.labels = images.numpy(), labels.numpy()
+        self.deviation = np.float32(1.0)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self.images[index] / self.deviation), torch.tensor(self.labels[index])
+
+
 FITS: dict[str, Callable[[], dict[str, Any]]] = {
     "datamodule": lambda: {"datamodule": Data()},
     "loader": lambda: {
         "train_dataloaders": DataLoader(dataset(), batch_sampler=OwnOrder(), collate_fn=Collate()),
         "val_dataloaders": loader(16),
     },
+    "arrays": lambda: {"train_dataloaders": DataLoader(Arrays(), batch_size=8), "val_dataloaders": loader(16)},
 }
 
 

@@ -82,7 +82,7 @@ def test_same_pipeline_differs_in_nothing(seed: int, tmp_path: Path) -> None:
         (OtherLabels, "of the labels are distributed differently"),
         (Tripled, ": scaled by 3?"),
         (Destroyed, "constant here: the input is destroyed?"),
-        (FrozenNorm, "bn1 stay in eval mode while training only here"),
+        (FrozenNorm, "in eval mode while training, only here: bn1"),
     ],
     ids=["normalization", "learning rate", "rolled", "labels", "loss", "input", "mode"],
 )

@@ -60,6 +60,14 @@ def test_training_quantizes_in_every_stage(tmp_path: Path) -> None:
     assert {state for _, _, state in states.seen} == {"quantize"}
 
 
+def test_a_fit_that_trains_nothing_writes_no_plan(tmp_path: Path) -> None:
+    """Nothing was made that it could describe, and one that is there may be that of a training."""
+    qat_trainer(tmp_path, max_steps=0).fit(Classifier())
+    assert not (tmp_path / "lightning_qat").exists()
+    qat_trainer(tmp_path).fit(Classifier())
+    assert (tmp_path / "lightning_qat" / "quant_plan.json").exists()
+
+
 def test_steps_that_call_a_submodule_make_it_the_target(tmp_path: Path) -> None:
     """`target: auto` (design.md section 2)."""
     module = Classifier()
@@ -82,14 +90,14 @@ def test_float_state_dict_keys_stay(tmp_path: Path) -> None:
 
 
 def test_training_moves_weights_and_follows_them_with_weight_scales(tmp_path: Path) -> None:
+    """The validation behind the last step sees the present weights, and so do the scales."""
     module = Classifier()
+    before = module.net.conv2.weight.detach().clone()
     qat_trainer(tmp_path, max_epochs=2).fit(module)
     region = only_region(module)
-    for name, point in region.points.items():
-        if name.endswith("conv2.weight"):
-            weight = region.target.conv2.weight.detach()
-            # the last training forward saw the weights before the last step
-            assert torch.allclose(point.scale, weight.abs().amax(dim=(1, 2, 3)) / 127, rtol=0.2)
+    weight = region.target.conv2.weight.detach()
+    assert not torch.equal(weight, before)
+    assert torch.equal(region.points["conv2.weight"].scale, weight.abs().amax(dim=(1, 2, 3)) / 127)
 
 
 class ScaleLog(Callback):

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_qat.callbacks.passes import region_inputs
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
-from lightning_qat.quantization.tracing.tracing import Call
+from lightning_qat.quantization.tracing.call import Call
 from tests.callbacks.analysed_run import trainer_of
 from tests.callbacks.runs import Classifier
 

@@ -17,6 +17,7 @@ from lightning_qat.callbacks.passes import shared_evaluations
 from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
 from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
+from lightning_qat.callbacks.quantized_run import evaluations_of
 from tests.callbacks.analysed_run import assert_same_run
 from tests.callbacks.small_digits import pretrained, qat_trainer
 
@@ -43,7 +44,7 @@ class Asking(Callback):
         self.ask = ask
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.ask(trainer, pl_module, SharedEvaluations.of(trainer))
+        self.ask(trainer, pl_module, evaluations_of(trainer))
 
 
 def ask(directory: Path, function: Callable[[Trainer, LightningModule, SharedEvaluations], None]) -> None:
@@ -206,4 +207,4 @@ def test_monitor_measures_for_itself_where_statistics_are_rarer(tmp_path: Path) 
 
 def test_without_quantization_nothing_is_kept(tmp_path: Path) -> None:
     trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
-    assert SharedEvaluations.of(trainer) is not SharedEvaluations.of(trainer)
+    assert evaluations_of(trainer) is not evaluations_of(trainer)

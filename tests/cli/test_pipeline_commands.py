@@ -75,6 +75,35 @@ def test_finished_project_is_compared_with_qat(
     assert data["verdict"] == "pipeline misaligned"
 
 
+def test_checkpoint_is_given_to_scripts_that_know_no_such_option(
+    tmp_path: Path, train: str, float_checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """C5: a script without LightningCLI has no --ckpt_path; it is handed to trainer.fit, with fake-quant too."""
+
+    def fingerprint(ckpt_path: str, name: str, *options: str) -> dict[str, object]:
+        directory = str(tmp_path / name)
+        assert main(["fingerprint", train, str(tmp_path), "yes", ckpt_path, "-", "--output", directory, *options]) == 0
+        stored: dict[str, object] = json.loads((tmp_path / name / "pipeline_fingerprint.json").read_text())
+        return stored
+
+    expected = fingerprint(float_checkpoint, "by_script")
+    capsys.readouterr()
+    given = fingerprint("-", "by_command", "--ckpt_path", float_checkpoint)
+    assert "Note:" not in capsys.readouterr().out
+    assert {k: given[k] for k in ("metrics", "losses", "weights")} == {
+        k: expected[k] for k in ("metrics", "losses", "weights")
+    }
+    untrained = fingerprint("-", "without")
+    assert untrained["weights"] != expected["weights"]
+    assert "give them: --ckpt_path float.ckpt" in " ".join(capsys.readouterr().out.split())
+
+    reference = str(tmp_path / "by_script" / "pipeline_fingerprint.json")
+    words = ["pipeline-check", train, str(tmp_path), "yes", "-", "-", "--ckpt_path", float_checkpoint]
+    assert main([*words, "--batches", "10", "--reference", reference]) == 0
+    assert main(["fingerprint", train, str(tmp_path), "yes", "-", "-", "--ckpt_path", "nowhere.ckpt"]) == 2
+    assert "ckpt_path: there is no file 'nowhere.ckpt'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.call import Call
 from lightning_qat.quantization.tracing.dynamic_block import dynamic_block
-from lightning_qat.quantization.tracing.tracing import Call
 
 
 class BasicBlock(nn.Module):

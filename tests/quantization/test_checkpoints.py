@@ -14,7 +14,7 @@ from lightning_qat.quantization.errors import PlanMismatchError
 from lightning_qat.quantization.planning.plan import PLAN_VERSION
 from lightning_qat.quantization.planning.plan_compatibility import plan_differences, read_extra_state, rebound
 from lightning_qat.quantization.region.insertion import attach, insert
-from lightning_qat.quantization.tracing.tracing import trace
+from lightning_qat.quantization.tracing.tracer import trace
 from tests.quantization.models import MINMAX, ZOO, ResNet, calibrated
 
 IMAGE = torch.randn(4, 1, 8, 8)
@@ -243,3 +243,46 @@ def test_copies_can_be_saved_and_restored() -> None:
     insert(fresh, (IMAGE,)).set_state("quantize")
     fresh.load_state_dict(clone.state_dict())
     assert torch.equal(fresh(IMAGE), module(IMAGE))
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_weights_loaded_without_a_plan_get_scales_of_their_own(follows: bool) -> None:
+    """foundation 5: scales of the weights before would clip the new ones, here to a quarter; fixed scales stay."""
+    module, other = model(), model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(4.0)
+    region = calibrated(module, X, qconfig=MINMAX)
+    region.set_state("quantize", updates={"weight"} if follows else ())
+    before = region.points["a.weight"].scale.clone()
+    module.load_state_dict(other.state_dict(), strict=False)
+    module.eval()(X)
+    assert torch.equal(region.points["a.weight"].scale, before * 4 if follows else before)
+    module.load_state_dict(module.state_dict())
+    assert not region.points["a.weight"].outdated
+
+
+def test_average_by_hand_of_the_tensors_of_a_state_dict() -> None:
+    """foundation 1: what a module with an average of its own writes, as the plan in a state_dict is no tensor."""
+    module = model()
+    region = calibrated(module, X, qconfig=MINMAX)
+    region.set_state("quantize")
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    average = {k: v.clone() for k, v in module.state_dict().items() if torch.is_tensor(v)}
+    history = [module.a.weight.detach().clone()]
+    for _ in range(3):
+        optimizer.zero_grad()
+        module.train()(X).square().sum().backward()
+        optimizer.step()
+        history.append(module.a.weight.detach().clone())
+        for key, value in module.state_dict().items():
+            if torch.is_tensor(value) and value.is_floating_point():
+                average[key].lerp_(value, 0.5)
+    assert module.load_state_dict(average, strict=False).missing_keys == [KEY]
+    shares = (0.125, 0.125, 0.25, 0.5)
+    expected = sum(share * weight for share, weight in zip(shares, history, strict=True))
+    torch.testing.assert_close(module.a.weight, expected)
+    assert not torch.equal(module.a.weight, history[-1])
+    module.eval()(X)
+    torch.testing.assert_close(region.points["a.weight"].scale, module.a.weight.detach().abs().amax(dim=1) / 127)
+    assert region.is_calibrated

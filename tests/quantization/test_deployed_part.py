@@ -60,8 +60,8 @@ def test_stochastic_depth_leaves_the_plan_as_it_is_without() -> None:
 
 def test_ops_of_both_modes_are_kept_when_only_training_is_traced() -> None:
     """design 3: without a forward in eval mode nobody knows what only trains."""
-    from lightning_qat.quantization.planning.plan import make_plan
-    from lightning_qat.quantization.tracing.tracing import Tracer
+    from lightning_qat.quantization.planning.make_plan import make_plan
+    from lightning_qat.quantization.tracing.tracer import Tracer
 
     module = Residual(0.5).train()
     with torch.no_grad(), Tracer(module) as tracer:

@@ -359,7 +359,7 @@ def test_fixed_scale_is_used_at_once_and_never_moves_but_statistics_are_recorded
     point.compute_scale()
     point.update_scale(torch.tensor([1000.0]))
     assert (point.scale_source, point.scale.item()) == ("fixed", 100 / 32768)
-    assert (point.statistics.min, point.statistics.max) == (-7.0, 3.0)
+    assert [end.item() for end in point.statistics.range] == [-7.0, 3.0]
     point.compute_scale("minmax")
     assert point.scale.item() == pytest.approx(7 / 32767)
 
@@ -397,13 +397,15 @@ def test_an_activations_scale_is_a_moving_average_and_does_not_jump() -> None:
         point.observe(batch)
     point.compute_scale()
     before = point.scale.item()
-    average = max(-point.statistics.ema_min, point.statistics.ema_max)
-    point.update_scale(torch.tensor([point.statistics.ema_min, point.statistics.ema_max]), ema=True)
+    low, high = (end.item() for end in point.statistics.ema_range)
+    average = max(-low, high)
+    point.update_scale(torch.tensor([low, high]), ema=True)
     assert point.scale.item() == pytest.approx(before, rel=1e-6)
     point.update_scale(torch.tensor([-10.0, 10.0]), ema=True)
-    expected = max(-point.statistics.ema_min, point.statistics.ema_max) / average
+    low, high = (end.item() for end in point.statistics.ema_range)
+    expected = max(-low, high) / average
     assert point.scale.item() == pytest.approx(before * expected, rel=1e-6)
-    assert point.statistics.ema_max == pytest.approx(0.9 * average + 1.0, rel=0.1)
+    assert high == pytest.approx(0.9 * average + 1.0, rel=0.1)
 
 
 @pytest.mark.parametrize("options", [{}, {"axis": 0, "channels": 2}, {"scheme": "affine"}])

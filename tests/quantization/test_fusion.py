@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat.quantization.planning.fusion import find_fusions
-from lightning_qat.quantization.tracing.tracing import trace
+from lightning_qat.quantization.tracing.tracer import trace
 
 X = torch.randn(2, 4, 6, 6)
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.planning.fusion import find_fusions
-from lightning_qat.quantization.planning.plan import QuantPlan, make_plan
+from lightning_qat.quantization.planning.make_plan import make_plan
+from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.planning.profile_files import parse_profile, shipped_profiles
 from lightning_qat.quantization.planning.profile_violations import ProfileViolation, find_violations
 from lightning_qat.quantization.tracing.op_graph import OpGraph
-from lightning_qat.quantization.tracing.tracing import trace
+from lightning_qat.quantization.tracing.tracer import trace
 from tests.quantization.models import ZOO, calibrated
 from tests.quantization.profiles import NARROW, shipped
 
@@ -422,9 +423,8 @@ def test_every_kind_of_violation_is_found(
     assert (found.point, found.subject, found.used, found.allowed) == expected
     assert found.advice
     assert str(found).startswith(f"{found.point}: ")
-    if "profile" not in options:  # and with the profile there is none
-        options = {key: value for key, value in options.items() if key == "qconfig"}
-        assert find_violations(make_plan(graph, **options, profile=profile), graph, profile) == ()
+    options = {key: value for key, value in options.items() if key == "qconfig"}
+    assert find_violations(make_plan(graph, **options, profile=profile), graph, profile) == ()  # planned for it
 
 
 def test_advice_removes_violations() -> None:

@@ -61,15 +61,6 @@ def test_the_order_of_batches_and_how_they_are_split_do_not_matter(lists: list[l
     assert_same(histogram_of(*tensors), whole)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(batches, batches)
-def test_merging_equals_one_histogram_over_all_data(first: list[list[float]], second: list[list[float]]) -> None:
-    a = histogram_of(*map(torch.tensor, first))
-    b = histogram_of(*map(torch.tensor, second))
-    a.merge(b)
-    assert_same(a, histogram_of(*map(torch.tensor, first + second)))
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(wide_float, any_float, st.floats(-1, 1, width=32)), min_size=1, max_size=30))
 def test_rows_of_channels_are_each_the_histogram_of_that_channel(rows: list[tuple[float, float, float]]) -> None:
@@ -131,7 +122,5 @@ def test_observing_under_inference_mode_leaves_usable_tensors() -> None:
 def test_wrong_bins_and_unlike_histograms_are_clear_errors() -> None:
     with pytest.raises(ConfigurationError, match="power of two"):
         Histogram(bins=100)
-    with pytest.raises(ConfigurationError, match="cannot merge"):
-        Histogram(bins=16).merge(Histogram(bins=32))
     with pytest.raises(ConfigurationError, match="not of the same point"):
         Histogram(bins=16).load_state_dict(Histogram(bins=32).state_dict())

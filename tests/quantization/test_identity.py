@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.tracing.dynamic_block import dynamic_block
-from lightning_qat.quantization.tracing.tracing import trace
+from lightning_qat.quantization.tracing.tracer import trace
 from tests.quantization.models import MINMAX, Cameras, calibrated
 
 X = torch.linspace(0, 1, 8).reshape(2, 4)
@@ -658,7 +658,7 @@ class Net(nn.Module):
 
 
 if __name__ == "__main__":
-    from lightning_qat.quantization.tracing.tracing import trace
+    from lightning_qat.quantization.tracing.tracer import trace
     print(*[op.key for op in trace(Net(), [torch.ones(1, 4)]).ops])
 """
 

@@ -19,7 +19,7 @@ from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_qu
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
 from lightning_qat.quantization.numerics.observers import clip_range, scale_for
 from lightning_qat.quantization.numerics.range_search import expected_error
-from lightning_qat.quantization.numerics.range_statistics import PerChannelRange, RangeStatistics
+from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics, RangeStatistics
 from lightning_qat.quantization.numerics.scales import scale_from_range
 
 RANGES = {
@@ -118,10 +118,25 @@ def test_percentile_is_numpys_within_a_bin(data: str, percentile: float) -> None
     assert_within_a_bin(-low.item(), -x, percentile)
 
 
-def test_percentile_of_almost_only_zeros_is_everything_observed() -> None:
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+@pytest.mark.parametrize("values", [[5.0], [1.0, 2.0, 5.0], [-3.0, 5.0]])
+def test_percentile_of_almost_only_zeros_is_everything_observed(scheme: str, values: list[float]) -> None:
+    """numpy's percentile is zero at both ends: a scale of nothing would clip all that is not zero."""
     x = torch.zeros(100_000)
-    x[0] = 5.0
-    assert clip_range(statistics_of(x), "percentile", -128, 127)[1].item() == 5.0
+    x[: len(values)] = torch.tensor(values)
+    assert np.percentile(x.numpy(), [0.01, 99.99]).tolist() == [0.0, 0.0]
+    low, high = clip_range(statistics_of(x), "percentile", -128, 127, scheme, 99.99)
+    assert (low.item(), high.item()) == (min(0.0, *values), 5.0)
+
+
+@pytest.mark.parametrize("observer", ["minmax", "ema", "percentile", "mse", "kl"])
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+@pytest.mark.parametrize("data", [*DISTRIBUTIONS, "almost only zeros"])
+def test_every_range_is_within_what_was_observed(observer: str, scheme: str, data: str) -> None:
+    x = torch.zeros(50_000).index_fill(0, torch.tensor([0, 9]), 5.0) if "zeros" in data else distribution(data)
+    low, high = (end.item() for end in clip_range(statistics_of(x), observer, -128, 127, scheme))
+    observed = x.tolist() + ([0.0] if observer == "mse" else [])
+    assert min(observed) <= low <= high <= max(observed)
 
 
 @pytest.mark.parametrize("name", RANGES)
@@ -171,7 +186,7 @@ def test_int16_steps_finer_than_a_bin_cost_a_twelfth_of_their_square() -> None:
 def test_per_channel_mse_is_about_as_good_as_brute_force_in_every_channel(scheme: str, limits: tuple[int, int]) -> None:
     torch.manual_seed(0)
     x = torch.randn(12, 800) * torch.logspace(-6, 6, 12)[:, None] * torch.rand(12, 800).pow(-0.3)
-    statistics = PerChannelRange(axis=0, channels=12)
+    statistics = PerChannelStatistics(axis=0, channels=12)
     statistics.observe(x)
     scale, zero_point = scale_for(statistics, "mse", *limits, scheme)
     for channel in range(12):
@@ -191,6 +206,23 @@ def test_kl_clips_an_outlier_at_8_bits_and_falls_back_to_minmax_above() -> None:
     assert low.item() >= -high.item()
     assert clip_range(statistics, "kl", -32768, 32767)[1].item() == 12.0
     assert clip_range(statistics_of(distribution("uniform")), "kl", -128, 127)[1].item() == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "clips", "clips_not"),
+    [
+        (RangeStatistics(), ["int8", "int9", "uint8"], ["int10", "uint9"]),
+        (PerChannelStatistics(0, 2), ["int4", "int5", "uint4"], ["int6", "uint5"]),
+    ],
+)
+def test_kl_needs_bins_that_are_finer_than_the_codes(statistics: Any, clips: list[str], clips_not: list[str]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 50_000) ** 3
+    statistics.observe(x)
+    for name in (*clips, *clips_not):
+        dtype = quant_dtype(name)
+        high = clip_range(statistics, "kl", dtype.quant_min, dtype.quant_max)[1]
+        assert bool((high < statistics.range[1]).all()) == (name in clips), name
 
 
 def test_kl_threshold_is_that_of_a_loop_over_all_thresholds_in_numpy() -> None:
@@ -227,32 +259,29 @@ def test_moving_average_starts_as_the_mean_and_goes_on_with_its_momentum() -> No
     expected = np.mean(highs[:4])
     for high in highs[4:]:
         expected += 0.25 * (high - expected)
-    assert statistics.ema_max == pytest.approx(expected)
-    assert statistics.ema_min == pytest.approx(-expected)
+    assert [end.item() for end in statistics.ema_range] == pytest.approx([-expected, expected])
     scale, _ = scale_for(statistics, "ema", -128, 127)
     assert scale.item() == pytest.approx(expected / 127)
 
 
 def test_nan_and_infinities_are_counted_and_left_out() -> None:
     statistics = statistics_of(torch.tensor([torch.nan, torch.inf, -torch.inf, 2.0, -1.0]), torch.tensor([torch.nan]))
-    assert (statistics.min, statistics.max, statistics.count) == (-1.0, 2.0, 2)
+    assert ([end.item() for end in statistics.range], statistics.count) == ([-1.0, 2.0], 2)
     assert (statistics.nan_count, statistics.inf_count) == (2, 2)
-    assert (statistics.ema_min, statistics.ema_max) == (-1.0, 2.0)
+    assert [end.item() for end in statistics.ema_range] == [-1.0, 2.0]
+    nothing = torch.full((1,), torch.nan, dtype=torch.float64)
+    assert [end.item() for end in statistics.update_ema(nothing, nothing)] == [-1.0, 2.0]
 
 
-def test_merging_equals_one_pass_and_the_order_of_batches_does_not_matter() -> None:
+def test_the_order_of_batches_does_not_matter() -> None:
     torch.manual_seed(0)
     parts = [torch.randn(1000) * 10.0**k for k in (-3, 2, 0, 1)]
     whole, backwards = statistics_of(*parts), statistics_of(*parts[::-1])
-    merged = statistics_of(*parts[:1])
-    merged.merge(statistics_of(*parts[1:]))
     for observer in ("minmax", "percentile", "mse", "kl"):
         expected = scale_for(whole, observer, -128, 127, "affine")
-        for other in (merged, backwards):
-            assert [t.tolist() for t in scale_for(other, observer, -128, 127, "affine")] == [
-                t.tolist() for t in expected
-            ]
-    assert merged.ema_max == pytest.approx(np.mean([part.max().item() for part in parts]))
+        found = scale_for(backwards, observer, -128, 127, "affine")
+        assert [t.tolist() for t in found] == [t.tolist() for t in expected]
+    assert whole.ema_range[1].item() == pytest.approx(np.mean([part.max().item() for part in parts]))
 
 
 def test_nothing_of_the_layout_of_memory_is_seen() -> None:
@@ -260,11 +289,11 @@ def test_nothing_of_the_layout_of_memory_is_seen() -> None:
     plain = statistics_of(x).state_dict()["histogram"]
     for other in (x.contiguous(memory_format=torch.channels_last), x.transpose(1, 3), x.requires_grad_()):
         assert torch.equal(statistics_of(other).state_dict()["histogram"]["counts"], plain["counts"])
-    first, last = PerChannelRange(1, 3), PerChannelRange(-1, 3)
+    first, last = PerChannelStatistics(1, 3), PerChannelStatistics(-1, 3)
     first.observe(x)
     last.observe(x.movedim(1, -1))
     assert torch.equal(first.histogram.counts, last.histogram.counts)
-    assert torch.equal(first.min.float(), x.amin((0, 2, 3)))
+    assert torch.equal(first.range[0].float(), x.amin((0, 2, 3)))
 
 
 def test_unknown_and_fixed_observers_and_wrong_channels_are_clear_errors() -> None:
@@ -273,7 +302,7 @@ def test_unknown_and_fixed_observers_and_wrong_channels_are_clear_errors() -> No
     with pytest.raises(ConfigurationError, match="fixed_scale"):
         clip_range(RangeStatistics(), "fixed", -128, 127)
     with pytest.raises(ConfigurationError, match="3 channels at axis 1"):
-        PerChannelRange(1, 3).observe(torch.zeros(3, 2))
+        PerChannelStatistics(1, 3).observe(torch.zeros(3, 2))
 
 
 def rank_data(rank: int) -> list[Tensor]:
@@ -284,7 +313,7 @@ def rank_data(rank: int) -> list[Tensor]:
 def reduce_on_a_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     results: dict[str, Any] = {}
-    for name, statistics in (("tensor", RangeStatistics()), ("channels", PerChannelRange(0, 4))):
+    for name, statistics in (("tensor", RangeStatistics()), ("channels", PerChannelStatistics(0, 4))):
         for x in rank_data(rank):
             statistics.observe(x)
         statistics.all_reduce()
@@ -315,7 +344,7 @@ def assert_same_state(actual: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_two_ranks_agree_with_one_process_over_all_data(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(reduce_on_a_rank, args=(str(tmp_path),), nprocs=2)
     first, second = (pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in (0, 1))
-    for name, statistics in (("tensor", RangeStatistics()), ("channels", PerChannelRange(0, 4))):
+    for name, statistics in (("tensor", RangeStatistics()), ("channels", PerChannelStatistics(0, 4))):
         for rank in (0, 1):
             for x in rank_data(rank):
                 statistics.observe(x)

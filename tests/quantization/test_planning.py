@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.planning.plan import QuantPlan, make_plan
-from lightning_qat.quantization.qconfig import ActivationConfig, Override, QConfig, WeightOverride
+from lightning_qat.quantization.planning.make_plan import make_plan
+from lightning_qat.quantization.planning.plan import QuantPlan
+from lightning_qat.quantization.qconfig import ActivationConfig, Override, QConfig, Split, WeightOverride, glob_covers
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.tracing.op_graph import OpGraph
-from lightning_qat.quantization.tracing.tracing import trace
+from lightning_qat.quantization.tracing.tracer import trace
 from tests.quantization.models import ZOO, Example, ResNet, Shared, ViT, calibrated
 
 EXAMPLES = pytest.mark.parametrize("example", ZOO.values(), ids=ZOO.keys())
@@ -321,16 +325,26 @@ def test_consumer_of_an_excluded_op_gets_an_input_quantizer(resnet: OpGraph) -> 
         ),
         ({"match": "stem", "activation": {"dtype": "int18"}}, "unknown dtype 'int18': did you mean"),
         ({"match": "stem", "activation": {"observer": "msee"}}, "unknown observer 'msee': did you mean 'mse'"),
-        ({"match": "stem", "activation": {"dtyp": "int8"}}, r"unknown key in overrides\[0\].activation.* 'dtyp'"),
+        (
+            {"match": "stem", "activation": {"dtyp": "int8"}},
+            "unknown key in activation of override match 'stem': 'dtyp'",
+        ),
         ({"mach": "stem", "activation": {"dtype": "int8"}}, r"unknown key in overrides\[0\]: 'mach'.* 'match'"),
         ({"match": "stem", "activation": {"threshold": 1, "fixed_scale": 1}}, "threshold or fixed_scale, not both"),
         ({"match": "stem", "activation": {"fixed_scale": "1/0"}}, "not a number"),
         ({"match": "stem", "activation": {"fixed_scale": -1}}, "positive number"),
         ({"match": "stem", "activation": {"fixed_scale": "__import__('os')"}}, "not a number"),
         ({"match": "stem", "activation": {"observer": "fixed"}}, "observer fixed needs a scale"),
+        ({"match": "stem", "activation": {"fixed_scale": True}}, "positive number, got True"),
         ({"match": "stem"}, "changes nothing"),
+        ({"match": "stem", "activation": {}, "weight": {"dtype": None}}, "changes nothing"),
+        ({"match": 0, "activation": {"dtype": "int8"}}, r'match is one text, in quotes \(such as match: "0"\), got 0'),
+        ({"op_type": ["add"], "activation": {"dtype": "int8"}}, r"op_type is one text.*got \['add'\]"),
         ({"activation": {"dtype": "int8"}}, "needs a selector"),
         ({"match": "stem", "activation": {"percentile": 0.5}}, "in percent"),
+        ({"match": "stem", "activation": {"percentile": "99.9"}}, "in percent.*got '99.9'"),
+        ({"match": "stem", "activation": {"dtype": ["int8"]}}, r"unknown dtype \['int8'\]: did you mean 'int8'"),
+        ({"match": "stem", "activation": {"split": {"sizes": [1, 2]}}}, "split: 'axis' is missing"),
         ({"match": "stem", "weight": {"granularity": "per_chanel"}}, "did you mean 'per_channel'"),
     ],
 )
@@ -348,6 +362,9 @@ def test_wrong_override_is_one_clear_error(resnet: OpGraph, rule: dict[str, Any]
         ({"weight": {"scheme": "affine"}}, "unknown key in qconfig.weight"),
         ({"activation": "int8"}, "must be a mapping"),
         ({"activation": {"scheme": "symetric"}}, "did you mean 'symmetric'"),
+        ({"activation": None}, "qconfig.activation must be a mapping"),
+        ({"activation": {"scheme": None}}, "unknown scheme None"),
+        ({"weight": {"granularity": None}}, "unknown granularity None"),
     ],
 )
 def test_wrong_qconfig_is_one_clear_error(resnet: OpGraph, qconfig: dict[str, Any], message: str) -> None:
@@ -355,9 +372,32 @@ def test_wrong_qconfig_is_one_clear_error(resnet: OpGraph, qconfig: dict[str, An
         make_plan(resnet, qconfig)
 
 
-def test_overrides_that_are_no_list(resnet: OpGraph) -> None:
+RULE = {"match": "stem", "activation": {"dtype": "int16"}}
+
+
+@pytest.mark.parametrize("overrides", [RULE, "stem", Override.list_of([RULE])[0], 3])
+def test_overrides_that_are_no_list(resnet: OpGraph, overrides: Any) -> None:
     with pytest.raises(ConfigurationError, match="overrides is a list"):
-        make_plan(resnet, overrides={"match": "stem"})  # type: ignore[arg-type]
+        make_plan(resnet, overrides=overrides)
+
+
+def test_objects_built_with_mappings_are_those_built_with_objects() -> None:
+    """In Python: `QConfig(activation={...})`, which nothing converted before."""
+    change = {"dtype": "int16", "split": {"axis": 0, "sizes": [1, 2]}}
+    assert QConfig(activation={"dtype": "int4"}) == QConfig.of({"activation": {"dtype": "int4"}})  # type: ignore[arg-type]
+    built = Override(match="a", activation=change, weight={"dtype": "int4"})  # type: ignore[arg-type]
+    assert built == Override.list_of([{"match": "a", "activation": change, "weight": {"dtype": "int4"}}])[0]
+    assert built.activation is not None
+    assert built.activation.split == Split(0, [1, 2])
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(pattern=st.text("ab.*?[]\\", max_size=6), name=st.text("ab.[]\\\n", min_size=1, max_size=8))
+def test_glob_covers_what_fnmatch_finds_in_the_name_or_a_prefix_of_it(pattern: str, name: str) -> None:
+    """Only * and ? are special: brackets are spelled out for fnmatch, which gives them a meaning."""
+    plain = "".join(f"[{c}]" if c in "[]" else c for c in pattern)
+    prefixes = [name, *(name[:i] for i, c in enumerate(name) if c == ".")]
+    assert glob_covers(pattern, name) == any(fnmatch.fnmatchcase(prefix, plain) for prefix in prefixes)
 
 
 def test_softmax_by_op_type() -> None:

@@ -46,6 +46,7 @@ def test_example_of_the_readme_is_used(tmp_path: Path) -> None:
 
 
 def test_every_shipped_file_says_where_it_is_from() -> None:
+    assert len(shipped_profiles()) == 3
     for name in shipped_profiles():
         profile = shipped(name)
         assert profile.name == name
@@ -83,6 +84,7 @@ SIGNATURE = {"input": "int8", "output": "int8"}
         (changed(ops={}), "p.yaml: ops must be a list"),
         (changed(ops=[{"kinds": ["conv2"], "signatures": [SIGNATURE]}]),
          r"ops\[0\].kinds: unknown op kind or group 'conv2'. Did you mean 'conv2d'"),
+        (changed(ops=[{"kinds": [["conv2d"], {}], "signatures": [SIGNATURE]}]), r"or group \['conv2d'\]. Did you mean"),
         (changed(ops=[{"kinds": ["conv2d"], "signatures": [{**SIGNATURE, "input": "int18"}]}]),
          r"ops\[0\].signatures\[0\].input: unknown dtype 'int18': did you mean"),
         (changed(ops=[{"kinds": ["conv2d"], "signatures": [{**SIGNATURE, "inputs": "int8"}]}]), "did you mean 'input'"),
@@ -114,12 +116,13 @@ def test_wrong_profile_is_one_clear_error(data: Any, message: str) -> None:
         ("broken.yaml", "name: [", "is not YAML"),
         ("code.yaml", "!!python/object/apply:os.getcwd []", "is not YAML"),
         ("empty.yaml", "", "must be a mapping"),
+        ("latin.yaml", "name: caf\u00e9", "no text in UTF-8"),
     ],
 )
 def test_wrong_file_is_one_clear_error(tmp_path: Path, name: str, content: str | None, message: str) -> None:
     path = tmp_path / name
     if content is not None:
-        path.write_text(content)
+        path.write_text(content, encoding="latin-1")
     with pytest.raises(ConfigurationError, match=message):
         HardwareProfile.of(path if name.endswith(".yaml") else name)
 

@@ -15,7 +15,7 @@ from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize, fa
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.tracing import Call
+from lightning_qat.quantization.tracing.call import Call
 from tests.quantization.models import MINMAX
 
 KINDS = ("linear", "add", "mul", "relu", "tanh", "scale", "view")

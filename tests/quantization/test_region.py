@@ -14,7 +14,7 @@ from lightning_qat.quantization.errors import ConfigurationError, TracingError
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region, find_regions
-from lightning_qat.quantization.tracing.tracing import Tracer, trace
+from lightning_qat.quantization.tracing.tracer import Tracer, trace
 from tests.quantization.models import MINMAX, ZOO, ResNet, calibrated
 
 IMAGE = torch.randn(4, 1, 8, 8)
@@ -161,7 +161,7 @@ def test_uncalibrated_points_stay_float() -> None:
 def test_fake_quants_are_made_where_the_parameters_are_and_move_along() -> None:
     module = ResNet().to("meta")
     graph = trace(ResNet(), [IMAGE])
-    from lightning_qat.quantization.planning.plan import make_plan
+    from lightning_qat.quantization.planning.make_plan import make_plan
 
     region = Region(module, graph, make_plan(graph))
     assert {b.device.type for b in region.fake_quants.buffers()} == {"meta"}

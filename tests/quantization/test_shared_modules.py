@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.shared_modules import split_shared_modules
-from lightning_qat.quantization.tracing.tracing import trace
+from lightning_qat.quantization.tracing.tracer import trace
 from tests.quantization.models import calibrated
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.tracing import trace
+from lightning_qat.quantization.tracing.tracer import trace
 from tests.quantization.models import Transformer, calibrated
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)

@@ -35,11 +35,32 @@ CONVS = tuple(f"view_transformation.input_proj.{i}.0" for i in range(40))
 RULE = f'overrides:\n  - {{match: "{CONVS[0]}", activation: {{dtype: float32}}}}'
 FINDINGS = (
     Finding(
-        "error", "wide integer output", "A10", (CONVS[0],), f"{CONVS[0]} leaves as int32.", "W0.", "Do 0.", yaml=RULE
+        "error",
+        "wide integer output",
+        (CONVS[0],),
+        f"{CONVS[0]} leaves as int32.",
+        "W0.",
+        "Do 0.",
+        requirement="A10",
+        yaml=RULE,
     ),
-    Finding("warning", "unfused", "A2", CONVS, "40 convs do not fuse.", "Why [bold]1[/bold].", "Do 1.", "bev.py:88"),
-    Finding("warning", "called twice", "A4", (LONG, "b"), "It is called 8 times.", "W2.", "Do 2.", region="map"),
-    *(Finding("info", f"info {i}", "A11", (f"op{i}",), f"Fact {i}.", f"W{3 + i}.", f"Do {3 + i}.") for i in range(6)),
+    Finding(
+        "warning",
+        "unfused",
+        CONVS,
+        "40 convs do not fuse.",
+        "Why [bold]1[/bold].",
+        "Do 1.",
+        "bev.py:88",
+        requirement="A2",
+    ),
+    Finding(
+        "warning", "called twice", (LONG, "b"), "It is called 8 times.", "W2.", "Do 2.", region="map", requirement="A4"
+    ),
+    *(
+        Finding("info", f"info {i}", (f"op{i}",), f"Fact {i}.", f"W{3 + i}.", f"Do {3 + i}.", requirement="A11")
+        for i in range(6)
+    ),
 )
 SECTIONS = (
     Section("Fusable modules are listed below:", ("name", "type"), tuple((c, "Conv2d") for c in CONVS), "A2", "cause"),

@@ -7,8 +7,6 @@ everything is on: the difference to the float forward is the accumulated error.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
 
@@ -17,13 +15,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.region_mode import UNPLANNED, BoundPoint, OpQuantizers, RegionMode
-from lightning_qat.quantization.region.replaced_forward import ReplacedForward
-from lightning_qat.quantization.tracing.call_path import ScopeNode
+from lightning_qat.quantization.region.region_mode import BoundPoint, Operation, OpQuantizers
+from lightning_qat.quantization.region.replaced_forward import InspectingMode, ReplacedForward
 from lightning_qat.quantization.tracing.interception import CallPathMode
 from lightning_qat.quantization.tracing.tensor_leaves import call_leaves, is_float, map_call_leaves
-
-Operation = Callable[..., Any]
 
 
 class Listener(Protocol):
@@ -65,60 +60,31 @@ class ComparedForward(ReplacedForward):
         return (_QuantizedMode if self.quantized else _FloatMode)(self, frame)
 
 
-class _ShownMode(RegionMode):
-    keeps_activations = True
+class _QuantizedMode(InspectingMode):
+    """The quantized model, as the region runs it."""
+
+    def __init__(self, forward: ComparedForward, frame: FrameType) -> None:
+        super().__init__(forward.region, frame)
+        self.listener = forward.listener
+        self._taps = (lambda name, _, quantized: self.listener.on_value(name, quantized),)
+
+    @override
+    def run_op(
+        self, quantizers: OpQuantizers, kind: str, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        result = super().run_op(quantizers, kind, func, args, kwargs)
+        if quantizers.output is None and (first := _first(result)) is not None:
+            self.listener.on_value(f"{quantizers.op}.output", first)
+        return result
+
+
+class _FloatMode(InspectingMode):
+    """The float model, and beside it every op with its own fake-quants on."""
 
     def __init__(self, forward: ComparedForward, frame: FrameType) -> None:
         super().__init__(forward.region, frame)
         self.forward = forward
         self.listener = forward.listener
-
-    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
-        return None
-
-    def __torch_function__(
-        self, func: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        spec = self._functions.get(func)
-        if spec is None:
-            return func(*args, **kwargs)
-        if spec.role == "composite":
-            return self.run_composite(func, args, kwargs)
-        quantizers = self.calls.op(sys._getframe(1), spec.kind)
-        if quantizers is None or quantizers is UNPLANNED:
-            return func(*args, **kwargs)
-        return self.shown(quantizers, func, args, kwargs)
-
-    def shown(self, quantizers: OpQuantizers, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise NotImplementedError
-
-
-class _QuantizedMode(_ShownMode):
-    """The quantized model, as the region runs it."""
-
-    def __init__(self, forward: ComparedForward, frame: FrameType) -> None:
-        super().__init__(forward, frame)
-        self._taps = (lambda name, _, quantized: self.listener.on_value(name, quantized),)
-
-    def shown(self, quantizers: OpQuantizers, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if quantizers.inputs:
-            args, kwargs = self._quantize_operands(quantizers.inputs, args, kwargs)
-        result = func(*args, **kwargs)
-        first = _first(result)
-        if first is None:
-            return result
-        if quantizers.output is None:
-            self.listener.on_value(f"{quantizers.op}.output", first)
-            return result
-        return _with_first(result, self._quantize(quantizers.output, first))
-
-
-class _FloatMode(_ShownMode):
-    """The float model, and beside it every op with its own fake-quants on."""
-
-    def __init__(self, forward: ComparedForward, frame: FrameType) -> None:
-        super().__init__(forward, frame)
         self._taps = (self._note_direct,)
         self._direct: tuple[Tensor, Tensor] | None = None
         # results inside a fused group, by group and identity: as in float, and with the group's fake-quants
@@ -127,7 +93,10 @@ class _FloatMode(_ShownMode):
     def _note_direct(self, name: str, value: Tensor, quantized: Tensor) -> None:
         self._direct = value, quantized
 
-    def shown(self, quantizers: OpQuantizers, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @override
+    def run_op(
+        self, quantizers: OpQuantizers, kind: str, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         own = self.forward.own
         beside, changed = self._beside_operands(quantizers, args, kwargs)
         if changed and own and quantizers.op in self.forward.inplace:
@@ -199,7 +168,3 @@ def _first(result: Any) -> Tensor | None:
     """The floating-point tensor that an op returns, or the first of several."""
     first = result[0] if type(result) is tuple and result else result
     return first if isinstance(first, Tensor) and is_float(first) else None
-
-
-def _with_first(result: Any, first: Tensor) -> Any:
-    return first if isinstance(result, Tensor) else (first, *result[1:])

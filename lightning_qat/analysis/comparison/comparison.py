@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lightning_qat.analysis.captured_calls import RepeatableForward, analysis_mode
 from lightning_qat.analysis.comparison.compared_forward import ComparedForward
+from lightning_qat.analysis.comparison.compared_tensors import ComparedTensor, compared_tensors
 from lightning_qat.analysis.comparison.comparison_metrics import LayerErrors, TensorErrors
 from lightning_qat.analysis.comparison.comparison_result import (
     CHOSEN,
@@ -22,19 +22,18 @@ from lightning_qat.analysis.comparison.comparison_result import (
     LayerComparisonRow,
     Origin,
 )
-from lightning_qat.analysis.comparison.point_evidence import EvidenceCollector, with_configuration
-from lightning_qat.analysis.influence import influence_on
+from lightning_qat.analysis.comparison.evidence_collector import EvidenceCollector, with_configuration
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion, CheckOptions, rules_of
 from lightning_qat.analysis.model_check.configuration_check import hardware_types, unmet_requests
 from lightning_qat.analysis.nan_origin import first_nan_op
 from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.analysis.rank_agreement import failing_together
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.numerics.histogram import reduce_device
-from lightning_qat.quantization.planning.deployed_part import deployed_part
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.qconfig import Override
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.tracing import Call
+from lightning_qat.quantization.tracing.call import Call
 
 KEPT_BYTES = 2**28
 """So much memory may hold float values that wait for those of the quantized model."""
@@ -66,7 +65,7 @@ def compare(
 
     Args:
         region: a calibrated region.
-        batches: see :meth:`~lightning_qat.quantization.tracing.tracing.Call.of`.
+        batches: see :meth:`~lightning_qat.quantization.tracing.call.Call.of`.
         output: path into the output such as ``map.layer_3``, or a callable on it; it is the last row. With a path, only
             ops that act on it are compared. None: all outputs.
         post_process: applied to the chosen output in float, such as ``torch.sigmoid``.
@@ -99,21 +98,10 @@ def compare(
     comparison = _Comparison(region, OutputSelector(output, post_process), seed, keep_bytes, across_ranks)
     options = CheckOptions(profile=HardwareProfile.of(profile))
     checked = CheckedRegion(region, options, rules_of({"": region})[""] if rules is None else rules)
-    with analysis_mode(region):
+    with failing_together(across_ranks), analysis_mode(region):
         for batch in batches:
             comparison.add(Call.of(batch))
     return comparison.result(checked)
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """What a row is about: its names, types and point, known before anything runs."""
-
-    name: str
-    mod_name: str
-    base_op_type: str
-    analy_op_type: str
-    point: str
 
 
 class _Comparison:
@@ -125,7 +113,7 @@ class _Comparison:
         self.seed = seed
         self.keep_bytes = keep_bytes
         self.across_ranks = across_ranks
-        self.subjects = _subjects(region, select.output if isinstance(select.output, str) else None)
+        self.subjects = compared_tensors(region, select.output if isinstance(select.output, str) else None)
         self.number = {subject.name: i for i, subject in enumerate(self.subjects)}
         rows = len(self.subjects) + 1
         self.accumulated = LayerErrors(rows, sync_on_compute=across_ranks)
@@ -148,7 +136,7 @@ class _Comparison:
                 self._round.to_quantized()
                 with ComparedForward(self.region, self, quantized=True):
                     analysed = self.select(forward())
-                self.diverged |= dict.fromkeys(name for name, _ in self._round.kept)
+                self.diverged |= dict.fromkeys(self._round.uneven())
                 if start == 0:
                     self._compare_output(reference, analysed)
                 start = self._round.next
@@ -217,7 +205,7 @@ class _Comparison:
             raise ConfigurationError("there was no batch to compare the models on.")
         accumulated, own = _computed(self.accumulated), _computed(self.own)
         rows = [self._row(i, s, accumulated[i], own[i]) for i, s in enumerate(self.subjects)]
-        chosen = _Subject(CHOSEN, CHOSEN, "output", "output", "")
+        chosen = ComparedTensor(CHOSEN, CHOSEN, "output", "output", "")
         rows.append(self._row(len(rows), chosen, accumulated[-1], None))
         reached = [row for row in rows if row.MSE is not None or row.own_MSE is not None or row.mod_name == CHOSEN]
         mod_names = {s.name: s.mod_name for s in self.subjects}
@@ -235,12 +223,14 @@ class _Comparison:
         self.accumulated.to(device), self.own.to(device)
         self.evidence.all_reduce()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            batches = torch.tensor(self.batches, device=device)
-            dist.all_reduce(batches)
-            self.batches = int(batches)
+            names = [*self.number, CHOSEN]
+            counts = torch.tensor([self.batches, *(name in self.diverged for name in names)], device=device)
+            dist.all_reduce(counts)
+            self.batches = int(counts[0])
+            self.diverged = {name: None for name, count in zip(names, counts[1:].tolist(), strict=True) if count}
 
     def _row(
-        self, index: int, subject: _Subject, errors: TensorErrors | None, own: TensorErrors | None
+        self, index: int, subject: ComparedTensor, errors: TensorErrors | None, own: TensorErrors | None
     ) -> LayerComparisonRow:
         point = self.region.points.get(subject.point)
         quantized = point is not None and point.scale_source is not None and point.enabled
@@ -262,6 +252,7 @@ class _Comparison:
             max_qscale_diff=atol / scale if atol is not None and scale else None,
             origin=_origin(errors, own) if subject.name != CHOSEN else None,
             point=subject.point,
+            loop=subject.loop,
             **values,
             **own_values,
         )
@@ -284,11 +275,16 @@ class _Round:
         self.kept_bytes = 0
         self._position = 0
         self._uses: Counter[str] = Counter()
+        self._float_uses: Counter[str] = Counter()
 
     def to_quantized(self) -> None:
         """The float forward is over."""
         self.quantized = True
-        self._uses.clear()
+        self._float_uses, self._uses = self._uses, Counter()
+
+    def uneven(self) -> list[str]:
+        """Rows that the two models showed a different number of times."""
+        return [name for name in self._float_uses | self._uses if self._float_uses[name] != self._uses[name]]
 
     def use(self, name: str) -> int:
         """Count how often a row was shown in this forward."""
@@ -306,26 +302,6 @@ class _Round:
             return
         self.kept[key] = value.detach().clone()
         self.kept_bytes += size
-
-
-def _subjects(region: Region, output: str | None) -> list[_Subject]:
-    """The rows: per op its quantized inputs and weights, then its result unless it only moves data or is fused."""
-    graph, plan = region.graph, region.plan
-    influence = influence_on(graph, output)
-    deployed = {op.name for op in deployed_part(graph).graph.ops}
-    fused = {group.ops[-1]: "+".join(group.sequence) for group in plan.fusions}
-    found = []
-    for op in graph.ops:
-        if op.name not in deployed or (output is not None and not influence.reaches(op.name)):
-            continue
-        points = plan.by_op.get(op.name, ())
-        found += [_Subject(p.name, p.name, p.role, "fake_quantize", p.name) for p in points if p.role != "output"]
-        name = f"{op.name}.output"
-        computes = plan.status[op.name].status in ("quantized", "float") and op.data_dependent and op.role != "create"
-        if name in plan.by_name or (computes and op.has_float_output and not op.mask):
-            analy = fused.get(op.name, op.kind)
-            found.append(_Subject(name, op.name, op.kind, analy, name if name in plan.by_name else ""))
-    return found
 
 
 def _origin(errors: TensorErrors | None, own: TensorErrors | None) -> Origin | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from lightning_qat.analysis.comparison.loop_rounds import worst_rounds
 from lightning_qat.analysis.comparison.point_evidence import PointEvidence
 from lightning_qat.analysis.results import Result
 
@@ -47,6 +48,8 @@ class LayerComparisonRow:
             than half comes from before, ``none`` without an error.
         point: name of the quantization point; empty for a tensor without one.
         region: path of the target in the model, ``""`` for the model itself.
+        loop: the line whose round it is, ``<torch function> in <file.py:line>``, if it is in a loop of 64 rounds or
+            more that are ops of their own; else empty.
     """
 
     index: int
@@ -83,11 +86,15 @@ class LayerComparisonRow:
     origin: Origin | None
     point: str
     region: str = ""
+    loop: str = ""
 
 
 @dataclass(frozen=True)
 class LayerComparisonResult(Result[LayerComparisonRow]):
     """One row per input, weight and result that is quantized or could be, in execution order; the chosen output last.
+
+    Of a long loop, whose rounds are rows of their own, people are shown the worst round of each line (:meth:`parts`:
+    terminal, txt, TensorBoard); csv and json hold all.
 
     Args:
         output: what was chosen, in words.
@@ -111,6 +118,19 @@ class LayerComparisonResult(Result[LayerComparisonRow]):
     def columns(self) -> tuple[str, ...]:
         """Names of all columns, also without rows."""
         return tuple(LayerComparisonRow.__dataclass_fields__)
+
+    def parts(self) -> tuple[LayerComparisonResult, ...]:
+        """The table for people: of the rounds of a loop the one with the lowest own SQNR."""
+
+        def badness(row: LayerComparisonRow) -> float:
+            return -math.inf if row.own_SQNR is None else math.inf if math.isnan(row.own_SQNR) else -row.own_SQNR
+
+        kept = worst_rounds(self.rows, lambda r: r.loop and (r.region, r.loop, r.base_op_type), badness)
+        rows = [
+            dataclasses.replace(row, mod_name=f"{row.mod_name} (worst of {rounds} rounds)") if rounds > 1 else row
+            for row, rounds in kept
+        ]
+        return (dataclasses.replace(self, rows=tuple(rows)),)
 
     @property
     def by_name(self) -> dict[str, LayerComparisonRow]:

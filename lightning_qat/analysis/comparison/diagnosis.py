@@ -15,16 +15,14 @@ from dataclasses import replace
 from lightning_qat.analysis.comparison.comparison_result import CHOSEN, LayerComparisonResult
 from lightning_qat.analysis.comparison.diagnosis_result import Diagnosis, DiagnosisResult, Verdict, severest_first
 from lightning_qat.analysis.comparison.point_evidence import PointEvidence
-from lightning_qat.analysis.comparison.remedies import (
-    Remedy,
-    exceeds_calibration,
-    fitted_scale,
-    override,
-    split,
-    wider_range,
-    wider_type,
+from lightning_qat.analysis.comparison.remedies import Remedy, override, split, wider_type
+from lightning_qat.analysis.comparison.remedy_choice import (
+    against_bad_scale,
+    against_clipping,
+    against_rounding,
+    is_shared_unevenly,
+    is_too_wide,
 )
-from lightning_qat.analysis.model_check.calls_check import SHARED_RANGE_RATIO
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
 from lightning_qat.quantization.errors import ConfigurationError, near_names
 from lightning_qat.quantization.numerics.scales import MIN_SCALE
@@ -33,8 +31,6 @@ from lightning_qat.quantization.qconfig import glob_covers
 LOST_BITS = 3.0
 """Values spread evenly over the whole range have a relative error of ``2**-bits``. A bell-shaped distribution costs a
 bit or two, a sign that is never used one more: what is worse than three bits has another cause."""
-UNUSED_FACTOR = 4.0
-"""A range this many times wider than the values wastes two bits, which no margin for rare values needs."""
 LEAST_DIVISOR_PRECISION = 1 / 32
 """Relative error of a divisor's small values: with less than four significant bits, quotients are off by percents."""
 LEAST_DYNAMIC_RANGE = 16.0
@@ -94,6 +90,7 @@ def diagnose(
     scores = {row.point: row.score for row in sensitivity.rows} if sensitivity is not None else {}
     known = [score for score in scores.values() if math.isfinite(score)]
     usual = statistics.median_low(known) if known else math.inf
+    reshaped = sensitivity.reshaped if sensitivity is not None else ()
     same_output = sensitivity is not None and sensitivity.output == comparison.output
     size = comparison.output_size if same_output else None
     whole = comparison.by_name.get(CHOSEN) if same_output else None
@@ -102,9 +99,10 @@ def diagnose(
     for e in comparison.evidence:
         score = scores.get(e.point)
         effect = _effect(e, score, usual, size) if score is not None else ""
-        if score is not None and math.isnan(score) and not broken:
+        unstable = score is not None and (math.isnan(score) or e.point in reshaped)
+        if unstable and not broken:
             effect = ""  # how much the output selects follows the values: any error changes its shape
-        row = replace(_judged(e, declared.get(e.point), effect), score=score)
+        row = replace(_judged(e, declared.get(e.point), effect), score=score, loop=e.loop)
         if row.verdict == "fine" and origins.get(e.point) == "inherited":
             row = replace(row, verdict="inherited", evidence=f"{row.evidence} Most of its error comes from before.")
         rows.append(row)
@@ -138,7 +136,7 @@ def _effect(e: PointEvidence, score: float, usual: float, size: float | None) ->
     Some points always lead the list: they are culprits only if each, alone, does something to the output.
     """
     if math.isnan(score):
-        return "Alone, it turns the output into NaN or changes its shape."
+        return "Alone, it turns the output into NaN or changes its structure."
     if not score >= SENSITIVE_FACTOR * usual > 0:
         return ""
     ahead = f"{score / usual:.3g} times as much as the median point"
@@ -170,7 +168,7 @@ def _judged(e: PointEvidence, declared: tuple[float, float] | None, effect: str)
     if declared is not None and (problem := _range_problem(e, declared)):
         return _with(wider_type(e, declared), e, "bad scale", problem, severity)
     if problem := _scale_problem(e):
-        return _with(_against_bad_scale(e), e, "bad scale", problem, severity)
+        return _with(against_bad_scale(e), e, "bad scale", problem, severity)
     if e.divides and small > LEAST_DIVISOR_PRECISION and e.dynamic_range >= LEAST_DYNAMIC_RANGE:
         evidence = (
             f"{e.divides[0]} divides by it; its magnitudes span a factor {e.dynamic_range:.3g} with one step of "
@@ -191,13 +189,13 @@ def _judged(e: PointEvidence, declared: tuple[float, float] | None, effect: str)
         return Diagnosis(e.point, "fine", f"Relative error {_percent(severity)} at {e.dtype}.", severity=severity)
     numbers = f"{_numbers(e, severity)} {effect}".rstrip()
     if e.clipping > e.rounding:
-        return _with(_against_clipping(e, declared), e, "clipping", numbers, severity)
-    if e.vanished > 0.5 and not _is_too_wide(e) and not _is_shared_unevenly(e):
+        return _with(against_clipping(e, declared), e, "clipping", numbers, severity)
+    if e.vanished > 0.5 and not is_too_wide(e) and not is_shared_unevenly(e):
         evidence = (
             f"{100 * e.vanished:.3g} % of the values other than zero become zero: a few large ones set the scale."
         )
         return _with(split(e) or wider_type(e, declared), e, "non-uniform", evidence, severity)
-    return _with(_against_rounding(e, declared), e, "rounding", numbers, severity)
+    return _with(against_rounding(e, declared), e, "rounding", numbers, severity)
 
 
 def _with(remedy: Remedy, e: PointEvidence, verdict: Verdict, evidence: str, severity: float) -> Diagnosis:
@@ -214,65 +212,10 @@ def _numbers(e: PointEvidence, severity: float) -> str:
         f"{_percent(e.clipped_share)} of the values. Represents {low:.4g} to {high:.4g}, saw {e.min:.4g} to "
         f"{e.max:.4g}, step {e.scale:.4g}."
     )
-    if _is_shared_unevenly(e):
+    if is_shared_unevenly(e):
         calls = ", ".join(f"{a:.4g} to {b:.4g}" for a, b in e.calls[:4])
         text += f" Its {len(e.calls)} calls share the scale and see {calls}."
     return text
-
-
-def _against_clipping(e: PointEvidence, declared: tuple[float, float] | None) -> Remedy:
-    if declared is not None or _is_shared_unevenly(e):
-        return _for_calls(e, wider_type(e, declared))
-    if e.role == "weight":
-        return wider_range(e)
-    if e.fixed_scale is not None:
-        fitted = fitted_scale(e, "Its fixed scale is too small.")
-        return fitted if fitted.factor is not None else wider_type(e)
-    return fitted_scale(e, _more_data(e)) if exceeds_calibration(e) else wider_range(e)
-
-
-def _against_bad_scale(e: PointEvidence) -> Remedy:
-    if e.fixed_scale is not None:
-        return fitted_scale(e, f"Its fixed scale is too {'small' if e.clipping > e.rounding else 'large'}.")
-    return fitted_scale(e, _more_data(e) if exceeds_calibration(e) else "Calibrate with data of ordinary size.")
-
-
-def _more_data(e: PointEvidence) -> str:
-    assert e.calibrated is not None  # there is no range to exceed otherwise
-    low, high = e.calibrated
-    return (
-        f"Calibration saw only {low:.4g} to {high:.4g}: give it more, or more representative, batches. If training has "
-        "moved the values, let the scales follow (activation_scales: ema or learned)."
-    )
-
-
-def _against_rounding(e: PointEvidence, declared: tuple[float, float] | None) -> Remedy:
-    if declared is None and e.role != "weight" and _is_too_wide(e):
-        why = "Remove its fixed scale." if e.fixed_scale is not None else "Calibrate with representative data."
-        return fitted_scale(e, f"Its range is {max(map(abs, e.representable)) / e.largest:.3g} times too wide. {why}")
-    if e.role == "weight" and e.scales == 1 and e.channels > 1:
-        yaml = override(e.point, True, granularity="per_channel")
-        return Remedy("Give each channel its own scale.", yaml)
-    return _for_calls(e, wider_type(e, declared))
-
-
-def _for_calls(e: PointEvidence, remedy: Remedy) -> Remedy:
-    if not _is_shared_unevenly(e):
-        return remedy
-    advice = (
-        "Let every call have a scale of its own: take the code out of the dynamic block (call "
-        "lightning_qat.split_shared_modules if the module is registered several times). Otherwise: "
-    )
-    return replace(remedy, action=advice + remedy.action)
-
-
-def _is_shared_unevenly(e: PointEvidence) -> bool:
-    widths = [max(-low, high, 0.0) for low, high in e.calls]
-    return len(widths) > 1 and max(widths) > SHARED_RANGE_RATIO * min(widths)
-
-
-def _is_too_wide(e: PointEvidence) -> bool:
-    return bool(e.largest) and max(map(abs, e.representable)) >= UNUSED_FACTOR * e.largest
 
 
 def _small_values(e: PointEvidence) -> float:
@@ -313,7 +256,8 @@ def _range_problem(e: PointEvidence, declared: tuple[float, float]) -> str:
     text += f"{declared[1]:g}: "
     if declared[0] < low - half or declared[1] > high + half:
         return (
-            f"{text}its ends are clipped, by {max(low - declared[0], declared[1] - high):.3g}, and the step is coarse."
+            f"{text}its ends are clipped, by {max(low - declared[0], declared[1] - high):.3g}"
+            f"{', and the step is coarse' if e.bits <= 8 else ''}."
         )
     if max(map(abs, e.representable)) > 2 * largest:  # a bit
         return f"{text}at least one bit of the type is never used."

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from lightning_qat.analysis.comparison.loop_rounds import worst_rounds
+from lightning_qat.analysis.model_check.long_loops import ANNOTATION
 from lightning_qat.analysis.results import Result
 from lightning_qat.quantization.planning.target_paths import spelled_out
 
 Verdict = Literal["fine", "rounding", "clipping", "non-uniform", "bad scale", "config not applied", "inherited"]
 _SHOWN = 10
+_MANY_CLIPPED = 0.25
+"""From this share of all points on, clipping has one cause that lies before all of them."""
+_LOOP = (
+    "as in {rounds} rounds of {line}: if that loop is post-processing, keep it out of the target; else put its body "
+    f"into `{ANNOTATION}`, and one override is for all rounds."
+)
+_OTHER_DATA = (
+    "the data, or the weights, are no longer those of calibration. Ask PipelineCheck() before you paste overrides; if "
+    "the pipeline is healthy, activation_scales: ema or learned lets the scales follow."
+)
+_NOTHING_STANDS_OUT = (
+    "No point stands out. Where the target is missed all the same, the types are too coarse as a whole: give the first "
+    "points of SensitivityAnalysis() a wider type, or let training find the scales (activation_scales: learned)."
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,7 @@ class Diagnosis:
         severity: root mean square error relative to the values; for a divisor, that of its small values.
         score: sensitivity, None if not known.
         region: path of the target in the model, ``""`` for the model itself.
+        loop: the line whose round it is, ``<torch function> in <file.py:line>``, if it is in a long loop; else empty.
     """
 
     point: str
@@ -44,6 +61,7 @@ class Diagnosis:
     severity: float = 0.0
     score: float | None = None
     region: str = ""
+    loop: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,14 @@ class DiagnosisResult(Result[Diagnosis]):
     def columns(self) -> tuple[str, ...]:
         """Names of all columns, also without rows."""
         return tuple(Diagnosis.__dataclass_fields__)
+
+    def parts(self) -> tuple[DiagnosisResult, ...]:
+        """The table for people: the worst of the rounds of a loop that have the same verdict; csv and json hold all."""
+        rows = (
+            replace(row, point=f"{row.point} (worst of {rounds} rounds)") if rounds > 1 else row
+            for row, rounds in _worst_rounds(self.rows)
+        )
+        return (replace(self, rows=tuple(rows)),)
 
     @property
     def by_point(self) -> dict[str, Diagnosis]:
@@ -88,12 +114,28 @@ class DiagnosisResult(Result[Diagnosis]):
         """Return the short list "what to do", worst first, with the YAML to paste."""
         found = self.culprits
         lines = [f"What to do: {self.note}."]
-        for number, row in enumerate(found[:limit], 1):
-            lines.append(f"{number}. {_name(row)}: {row.verdict}. {row.evidence} {row.action}".rstrip())
+        clipped = sum(row.verdict == "clipping" for row in found)
+        if not found:
+            lines.append(_NOTHING_STANDS_OUT)
+        elif _MANY_CLIPPED * len(self.rows) <= clipped > 1:
+            lines.append(f"{clipped} of {len(self.rows)} points clip: {_OTHER_DATA}")
+        kept = _worst_rounds(found)
+        for number, (row, rounds) in enumerate(kept[:limit], 1):
+            also = f", {_LOOP.format(rounds=rounds, line=row.loop)}" if rounds > 1 else "."
+            lines.append(f"{number}. {_name(row)}: {row.verdict}{also} {row.evidence} {row.action}".rstrip())
             lines += [f"     {line}" for line in row.yaml.splitlines()]
-        if len(found) > limit:
-            lines.append(f"{len(found) - limit} more are in the json file.")
+        if len(kept) > limit:
+            lines.append(f"{len(kept) - limit} more are in diagnosis.json and .txt.")
         return tuple(lines)
+
+
+def _worst_rounds(rows: Sequence[Diagnosis]) -> list[tuple[Diagnosis, int]]:
+    """Of the rounds of a loop with the same verdict, the first, which is the worst."""
+
+    def loop(row: Diagnosis) -> tuple[str, ...]:
+        return (row.region, row.loop, row.point.rpartition(".")[2], row.verdict) if row.loop else ()
+
+    return worst_rounds(rows, loop, lambda row: 0.0)
 
 
 def severest_first(row: Diagnosis) -> tuple[bool, bool, float]:

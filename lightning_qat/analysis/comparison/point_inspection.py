@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lightning_qat.analysis.captured_calls import analysis_mode
 from lightning_qat.analysis.metrics import metric_of_sums
+from lightning_qat.analysis.statistics.point_ranges import representable_range
 from lightning_qat.analysis.statistics.point_statistics import PointStatistics
 from lightning_qat.quantization.errors import ConfigurationError, near_names
-from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.region.region import Region
 
 
@@ -160,18 +160,6 @@ def inspect_point(region: Region, point: str, run: Callable[[], Any], path: str 
         quantized=tuple(quantized for _, quantized in kept),
         statistics=statistics,
     )
-
-
-def representable_range(fake_quant: FakeQuantize) -> tuple[float, float]:
-    """Return the smallest and the largest value that a point represents; of its widest channel.
-
-    Example:
-        >>> representable_range(FakeQuantize("int8", fixed_scale=0.5))
-        (-64.0, 63.5)
-    """
-    scale, zero = fake_quant.scale.detach().double().cpu(), fake_quant.zero_point.double().cpu()
-    low, high = (scale * (code - zero) for code in (fake_quant.quant_min, fake_quant.quant_max))
-    return float(low.min()), float(high.max())
 
 
 def unknown_point(name: str, points: list[str]) -> ConfigurationError:

@@ -6,15 +6,13 @@ falls, and that is how to see that it was right.
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from lightning_qat.analysis.comparison.run_files import PointKey, RunFiles
 from lightning_qat.analysis.metric_direction import is_worse_when_larger
 from lightning_qat.analysis.results import Result
 from lightning_qat.quantization.errors import ConfigurationError
@@ -23,10 +21,6 @@ Outcome = Literal["fell", "same", "rose", "new", "gone"]
 
 LEAST_CHANGE = 0.05
 """Other batches change a score by a few percent: less than this is the same."""
-_CONFIGURATION = ("dtype", "scheme", "axis", "split_sizes", "observer", "percentile", "fixed_scale")
-_DIRECTORY = "lightning_qat"
-_Key = tuple[str, str]
-_Rows = dict[_Key, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -115,7 +109,8 @@ class RunComparison(Result[RunChange]):
         if not self.changed:
             text = "No point was changed."
         else:
-            text = f"{len(self.changed)} points were changed; of {len(both)} measured in both runs, {fell} fell."
+            count = "1 point was" if len(self.changed) == 1 else f"{len(self.changed)} points were"
+            text = f"{count} changed; of {len(both)} measured in both runs, {fell} fell."
             others = [row.point for row in both if row.outcome != "fell"]
             if others:
                 text += f" Did not fall: {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}."
@@ -139,6 +134,7 @@ def compare_runs(before: str | os.PathLike[str], after: str | os.PathLike[str]) 
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> place = Path(tempfile.mkdtemp())
         >>> for name, dtype, score in (("a", "int8", 2.0), ("b", "int16", 0.01)):
         ...     _ = (place / f"{name}.csv").write_text(f"point,quant_dtype,score\\nfc.weight,{dtype},{score}\\n")
@@ -146,7 +142,7 @@ def compare_runs(before: str | os.PathLike[str], after: str | os.PathLike[str]) 
         >>> result.rows[0].change, result.rows[0].outcome, result.rows[0].ratio
         ('dtype int8 -> int16', 'fell', 0.005)
     """
-    runs = _Run(before), _Run(after)
+    runs = RunFiles(before), RunFiles(after)
     for run, other in (runs, runs[::-1]):
         if not run.sensitivity and not run.errors:
             raise ConfigurationError(
@@ -167,55 +163,7 @@ def compare_runs(before: str | os.PathLike[str], after: str | os.PathLike[str]) 
     )
 
 
-class _Run:
-    """What the files of one run say."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.sensitivity: _Rows = {}
-        self.errors: _Rows = {}
-        self.plan: _Rows = {}
-        self.accuracy: dict[str, dict[str, float]] = {}
-        self.about: dict[str, Any] = {}
-        if self.path.is_file():
-            rows, self.about = _table(self.path)
-            if any("own_SQNR" in row for row in rows.values()):
-                self.errors = rows
-            else:
-                self.sensitivity = rows
-            directory = self.path.parent
-        elif self.path.is_dir():
-            inner = self.path / _DIRECTORY
-            directory = inner if inner.is_dir() else self.path
-            self.sensitivity, self.about = _first_table(directory, "sensitivity")
-            self.errors, _ = _first_table(directory, "layer_comparison")
-        else:
-            raise ConfigurationError(f"there is no file or directory {self.path}.")
-        self.plan = _plan(directory / "quant_plan.json")
-        self.accuracy = _stages(directory)
-
-    @property
-    def points(self) -> list[_Key]:
-        """All points with a row."""
-        return list(self.sensitivity or self.errors)
-
-    def score(self, key: _Key, name: str = "score") -> float | None:
-        """A number of the sensitivity table."""
-        return _number(self.sensitivity.get(key, {}).get(name))
-
-    def own_sqnr(self, key: _Key) -> float | None:
-        """The signal to noise ratio of a point's own error."""
-        return _number(self.errors.get(key, {}).get("own_SQNR"))
-
-    def configuration(self, key: _Key) -> dict[str, Any]:
-        """How a point is quantized, as far as the files say."""
-        if key in self.plan:
-            return {name: self.plan[key].get(name) for name in _CONFIGURATION}
-        row = self.sensitivity.get(key) or self.errors.get(key) or {}
-        return {"dtype": row["quant_dtype"]} if "quant_dtype" in row else {}
-
-
-def _change(key: _Key, first: _Run, second: _Run) -> RunChange:
+def _change(key: PointKey, first: RunFiles, second: RunFiles) -> RunChange:
     region, point = key
     before, after = first.score(key), second.score(key)
     noise = 2 * math.hypot(*(run.score(key, "standard_error") or 0.0 for run in (first, second)))
@@ -262,7 +210,7 @@ def _word(value: Any) -> str:
     return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _warnings(first: _Run, second: _Run) -> list[str]:
+def _warnings(first: RunFiles, second: RunFiles) -> list[str]:
     found = []
     for name, why in (("output", "what was looked at"), ("method", "the method")):
         before, after = first.about.get(name), second.about.get(name)
@@ -286,68 +234,3 @@ def _accuracy(
                 better = (values[1] > values[0]) != is_worse_when_larger(metric)
             found.append(AccuracyChange(metric, stage, *values, better))
     return found
-
-
-def _first_table(directory: Path, stem: str) -> tuple[_Rows, dict[str, Any]]:
-    for ending in ("json", "csv"):
-        path = directory / f"{stem}.{ending}"
-        if path.is_file():
-            return _table(path)
-    return {}, {}
-
-
-def _table(path: Path) -> tuple[_Rows, dict[str, Any]]:
-    """The rows of a table by region and point, and what the file says beside them."""
-    about: dict[str, Any] = {}
-    if path.suffix == ".csv":
-        with open(path, newline="", encoding="utf-8") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file))
-    else:
-        about = _json(path)
-        rows = about.pop("rows", [])
-    if not isinstance(rows, list) or any(not isinstance(row, dict) or "point" not in row for row in rows):
-        raise ConfigurationError(f"{path} is not a table of points: give a sensitivity or layer_comparison file.")
-    return {(row.get("region") or "", row["point"]): row for row in rows if row["point"]}, about
-
-
-def _plan(path: Path) -> _Rows:
-    if not path.is_file():
-        return {}
-    regions = _json(path).get("regions", {})
-    return {(region, point["name"]): point for region, plan in regions.items() for point in plan["points"]}
-
-
-def _stages(directory: Path) -> dict[str, dict[str, float]]:
-    """The accuracy of a run, from the result table of its root directory: the run is called like its log directory."""
-    run = directory.parent if directory.name == _DIRECTORY else directory
-    for root in (run, *list(run.resolve().parents)[:4]):
-        path = root / _DIRECTORY / "result_table.json"
-        if path.is_file():
-            runs = _json(path).get("runs", {})
-            name = os.path.relpath(run.resolve(), root.resolve()).replace(os.sep, "/")
-            names = [n for n in runs if n == ("run" if name == "." else name) or n.startswith(f"{name} (")]
-            stages: dict[str, dict[str, float]] = runs[names[-1]] if names else {}
-            return stages
-    return {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigurationError(
-            f"{path} is not JSON: give the log directory of a run, or its sensitivity or layer_comparison file."
-        ) from error
-    if not isinstance(data, dict):
-        raise ConfigurationError(f"{path} is not a result of lightning_qat.")
-    return data
-
-
-def _number(value: Any) -> float | None:
-    """A number of a csv or json file; there, numbers that are not finite are words."""
-    if value is None or value == "":
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{value!r} is not a number.") from error

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion, without_call_numbers
-from lightning_qat.analysis.model_check.findings import Finding, shortened
+from lightning_qat.analysis.model_check.findings import Finding, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.analysis.statistics.point_ranges import observed_range, representable_range
 from lightning_qat.quantization.fake_quant.call_ranges import repeating_points
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.tracing.module_walk import REGION_NAME
@@ -54,7 +55,8 @@ def check_calls(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
         *_called_again(_outermost(checked, repeated, registered), times),
         *_unused_module(unused),
     ]
-    return findings, [Section("Each module called times:", ("name", "called times"), rows, "A4", _called_note(rows))]
+    note = "" if rows else "every module is called once."
+    return findings, [Section("Each module called times:", ("name", "called times"), rows, "A4", note)]
 
 
 def check_call_ranges(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
@@ -91,7 +93,7 @@ class _Calls:
 
     def rows(self) -> Iterable[tuple[object, ...]]:
         for number, (point, (low, high)) in enumerate(zip(self.points, self.ranges, strict=True)):
-            lowest, highest = representable(point)
+            lowest, highest = representable_range(point)
             scale = float(point.scale.detach().max())
             fits = lowest - scale / 2 <= low and high <= highest + scale / 2  # what rounds into the range
             yield self.name, number, point.dtype, scale, low, high, lowest, highest, "fits" if fits else "clipped"
@@ -102,26 +104,6 @@ class _Calls:
         affine = self.points[0].scheme == "affine"
         widths = [max(high, 0.0) - min(low, 0.0) if affine else max(-low, high, 0.0) for low, high in self.ranges]
         return math.inf if min(widths) <= 0 < max(widths) else max(widths) / min(widths) if max(widths) else 1.0
-
-
-def representable(point: FakeQuantize) -> tuple[float, float]:
-    """Return the smallest and the largest value that a point can represent (its widest channel).
-
-    Example:
-        >>> point = FakeQuantize("int8", fixed_scale=0.0446799)
-        >>> [round(end, 3) for end in representable(point)]
-        [-5.719, 5.674]
-    """
-    scale, zero = point.scale.detach().double(), point.zero_point.double()
-    return float((scale * (point.quant_min - zero)).min()), float((scale * (point.quant_max - zero)).max())
-
-
-def extremes(point: FakeQuantize) -> tuple[float, float] | None:
-    """Return the smallest and the largest value a point has observed; None if there were none."""
-    if not point.statistics.count:
-        return None
-    low, high = point.statistics.range
-    return float(low.min()), float(high.max())
 
 
 def _points_of_calls(checked: CheckedRegion) -> dict[str, list[str]]:
@@ -135,7 +117,7 @@ def _points_of_calls(checked: CheckedRegion) -> dict[str, list[str]]:
 
 def _own_scales(checked: CheckedRegion, members: Mapping[str, list[str]]) -> Iterable[_Calls]:
     for name, points in members.items():
-        seen = [(checked.points[p], extremes(checked.points[p])) for p in points]
+        seen = [(checked.points[p], observed_range(checked.points[p])) for p in points]
         known = [(point, ends) for point, ends in seen if ends is not None]
         if known:
             yield _Calls(name, tuple(p for p, _ in known), tuple(e for _, e in known), False)
@@ -157,7 +139,7 @@ def _shared_scale(checked: CheckedRegion, shared: list[_Calls]) -> Iterable[Find
             continue
         worst = max(calls, key=lambda c: c.ratio)
         widths = ", ".join(f"{low:.4g} to {high:.4g}" for low, high in worst.ranges[:4])
-        lowest, highest = representable(worst.points[0])
+        lowest, highest = representable_range(worst.points[0])
         far = severity == "warning"
         yield Finding(
             severity="warning" if far else "info",
@@ -179,12 +161,8 @@ def _shared_scale(checked: CheckedRegion, shared: list[_Calls]) -> Iterable[Find
                 else "Nothing; look again after training."
             ),
             location=checked.graph.by_name[checked.plan.by_name[worst.name].op].location,
-            yaml=_int16([c.name for c in calls]) if far else "",
+            yaml=overrides_yaml(f'match: "{c.name}", activation: {{dtype: int16}}' for c in calls) if far else "",
         )
-
-
-def _int16(points: list[str]) -> str:
-    return "overrides:\n" + "".join(f'  - {{match: "{p}", activation: {{dtype: int16}}}}\n' for p in points)
 
 
 def _shared_module(registered: Mapping[str, tuple[str, ...]]) -> Iterable[Finding]:
@@ -264,10 +242,6 @@ def _outermost(checked: CheckedRegion, repeated: Mapping[str, int], besides: Col
 
 def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(recurse=False), None) is not None
-
-
-def _called_note(rows: tuple[object, ...]) -> str:
-    return "" if rows else "every module is called once."
 
 
 def _enclosing(scope: str) -> list[str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 
@@ -116,9 +117,8 @@ class CheckedRegion:
         off = (p.name for p in self.plan.points if p.is_weight and self.dtypes.points[p.name] == FLOAT)
         found: dict[str, list[str]] = {}
         for name in (*self.plan.float_points, *off):
-            op, _, role = name.rpartition(".")
-            if role.startswith("weight"):
-                found.setdefault(op, []).append(name)
+            if role_of(name) == "weight":
+                found.setdefault(name.rpartition(".")[0], []).append(name)
         return found
 
     def data(self, op: Op) -> tuple[tuple[Op, Operand], ...]:
@@ -179,6 +179,16 @@ Check = Callable[[CheckedRegion], tuple[Iterable[Finding], Iterable[Section]]]
 def module_type(op: Op) -> str:
     """Return what a person calls an op: the class of the module that it is, else its torch function."""
     return op.module_type if op.name == op.scope else op.kind
+
+
+def role_of(point: str) -> Literal["activation", "weight"]:
+    """Return which part of the configuration a point follows, by its name (float points have no plan).
+
+    Example:
+        >>> role_of("fc.weight"), role_of("fc.input0")
+        ('weight', 'activation')
+    """
+    return "weight" if point.rpartition(".")[2].startswith("weight") else "activation"
 
 
 def without_call_numbers(name: str) -> str:

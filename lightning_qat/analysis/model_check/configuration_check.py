@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lightning_qat.analysis.model_check.checked_region import CheckedRegion
-from lightning_qat.analysis.model_check.findings import Finding, Severity, shortened
+from lightning_qat.analysis.model_check.checked_region import CheckedRegion, role_of
+from lightning_qat.analysis.model_check.findings import Finding, Severity, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.quantization.planning.profile_violations import ProfileViolation, find_violations
 from lightning_qat.quantization.region.effective_dtypes import FLOAT, bits
@@ -113,7 +113,7 @@ def hardware_types(checked: CheckedRegion) -> dict[str, tuple[str, ...]]:
 
 def _asked(checked: CheckedRegion, point: str, op_type: str) -> Iterable[tuple[str, str]]:
     """What each rule asks for, with the rule in words, from general to specific."""
-    role = _role(point)
+    role = role_of(point)
     yield str(checked.plan.qconfig[role]["dtype"]), "default"
     for index, rule in enumerate(checked.rules):
         change = rule.weight if role == "weight" else rule.activation
@@ -158,20 +158,15 @@ def _lowered(checked: CheckedRegion, requests: Iterable[Request]) -> Iterable[Fi
 
 def _raised(checked: CheckedRegion, rules: tuple[str, str], names: tuple[str, ...], dtype: str) -> str:
     """Overrides that give these points a type: with the selectors of one of the rules if it selects no others."""
-    roles = dict.fromkeys(map(_role, names))
+    roles = dict.fromkeys(map(role_of, names))
     numbers = [int(found[1]) for rule in rules if (found := re.match(r"override (\d+) ", rule)) is not None]
     for rule in (checked.rules[number - 1] for number in numbers):
         selected = {n for n, p in checked.plan.by_name.items() if rule.selects(n, checked.graph.by_name[p.op].kind)}
         if selected == set(names):
             selectors = [f'match: "{rule.match}"'] if rule.match is not None else []
             selectors += [f"op_type: {rule.op_type}"] if rule.op_type is not None else []
-            return "overrides:\n" + "".join(f"  - {{{', '.join(selectors)}, {r}: {{dtype: {dtype}}}}}\n" for r in roles)
-    lines = (f'  - {{match: "{name}", {_role(name)}: {{dtype: {dtype}}}}}\n' for name in names)
-    return "overrides:\n" + "".join(lines)
-
-
-def _role(point: str) -> str:
-    return "weight" if point.rpartition(".")[2].startswith("weight") else "activation"
+            return overrides_yaml(f"{', '.join(selectors)}, {role}: {{dtype: {dtype}}}" for role in roles)
+    return overrides_yaml(f'match: "{name}", {role_of(name)}: {{dtype: {dtype}}}' for name in names)
 
 
 def _switched_off(checked: CheckedRegion) -> Iterable[Finding]:
@@ -192,11 +187,10 @@ def _violation(profile: str, found: list[ProfileViolation]) -> Finding:
     first = found[0]
     names = tuple(dict.fromkeys(v.point for v in found))
     severities: dict[str, Severity] = {"op": "warning", "fusion": "info"}
-    rules = dict.fromkeys(match[0] for v in found if (match := re.search(r"\{match: .*\}", v.advice)) is not None)
+    rules = dict.fromkeys(match[1] for v in found if (match := re.search(r"\{(match: .*)\}", v.advice)) is not None)
     return Finding(
         severity=severities.get(first.subject, "error"),
         kind="profile violation",
-        requirement="",
         names=names,
         what=f"{shortened(names)}: {first.op_type} {first.subject} is {first.used}, and profile {profile} allows "
         f"{first.allowed}.",
@@ -206,5 +200,5 @@ def _violation(profile: str, found: list[ProfileViolation]) -> Finding:
             else "The hardware cannot compute this: the op falls back to the CPU, or the tool chain refuses the model."
         ),
         action=f"Plan with profile: {profile}" + (", or paste this." if rules else "."),
-        yaml="overrides:\n" + "".join(f"  - {rule}\n" for rule in rules) if rules else "",
+        yaml=overrides_yaml(rules) if rules else "",
     )

@@ -71,10 +71,20 @@ def _computing_in_float(checked: CheckedRegion) -> Iterable[Finding]:
             what=f"{shortened(names)} {'compute' if len(names) > 1 else 'computes'} in float32 between quantized "
             f"tensors: {reason}.",
             why="A device that quantizes them too is less accurate than what is measured here.",
-            action="Measure on the device. To quantize the gates as well, write the cell out in torch ops (linear, "
-            "sigmoid, tanh, mul, add), its steps in `with dynamic_block(self, ...)`.",
+            action=_WRITE_OUT_ATTENTION if ops[0].kind == "scaled_dot_product_attention" else _WRITE_OUT_CELL,
             location=ops[0].location if len({op.location for op in ops}) == 1 else "",
         )
+
+
+_WRITE_OUT_CELL = (
+    "Measure on the device. To quantize the gates as well, write the cell out in torch ops (linear, sigmoid, tanh, "
+    "mul, add), its steps in `with dynamic_block(self, ...)`."
+)
+_WRITE_OUT_ATTENTION = (
+    "Measure on the device. To quantize them as well, write the attention out: `torch.softmax(q @ k.transpose(-2, -1) "
+    '* scale, dim=-1) @ v`. transformers does so with attn_implementation="eager", timm after '
+    "timm.layers.set_fused_attn(False), nn.MultiheadAttention with need_weights=True."
+)
 
 
 def _rows(checked: CheckedRegion) -> Iterable[tuple[str, list[str], list[str]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lightning_qat.quantization.planning.target_paths import spelled_out
@@ -21,7 +21,7 @@ class Finding:
         severity: ``error``: the result will be wrong. ``warning``: it is likely to cost accuracy or speed. ``info``:
             worth knowing.
         kind: what it is about, in a few words, such as ``unfused``; stable, to be filtered by.
-        requirement: the check that found it, such as ``A2``.
+        requirement: the requirement whose check found it, such as ``A2``.
         names: ops, points or modules concerned, in execution order.
         what: one sentence that says what is the case, with numbers.
         why: one sentence that says why it matters.
@@ -31,14 +31,14 @@ class Finding:
         region: path of the quantized module in the model, ``""`` for the model itself.
 
     Example:
-        >>> finding = Finding("warning", "shared weight", "A6", ("a", "b"), "a and b share a weight.", "...", "...")
+        >>> finding = Finding("warning", "shared weight", ("a", "b"), "a and b share a weight.", "...", "...")
         >>> finding.count
         2
     """
 
     severity: Severity
     kind: str
-    requirement: str
+    requirement: str = field(default="", kw_only=True)
     names: tuple[str, ...]
     what: str
     why: str
@@ -81,6 +81,20 @@ def shortened(names: Iterable[str], limit: int = 3) -> str:
     if len(every) <= limit + 1:
         return ", ".join(every)
     return f"{', '.join(every[:limit])} and {len(every) - limit} more"
+
+
+def overrides_yaml(rules: Iterable[str]) -> str:
+    """Spell overrides to paste.
+
+    Args:
+        rules: what stands between the braces of each.
+
+    Example:
+        >>> print(overrides_yaml(['match: "fc.output", activation: {dtype: int16}']), end="")
+        overrides:
+          - {match: "fc.output", activation: {dtype: int16}}
+    """
+    return "overrides:\n" + "".join(f"  - {{{rule}}}\n" for rule in rules)
 
 
 def in_region(findings: Iterable[Finding], region: str, alone: bool) -> list[Finding]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from lightning_qat.analysis.model_check.checked_region import CheckedRegion, module_type
-from lightning_qat.analysis.model_check.findings import Finding, shortened
+from lightning_qat.analysis.model_check.checked_region import CheckedRegion, module_type, role_of
+from lightning_qat.analysis.model_check.findings import Finding, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.float_segments import FloatOp, Segments
 from lightning_qat.analysis.model_check.flops_table import flops_table
 from lightning_qat.analysis.model_check.model_check_result import Section
@@ -90,18 +90,10 @@ def _remedy(checked: CheckedRegion, reason: str, ops: list[FloatOp]) -> tuple[st
 
 
 def _quantized(checked: CheckedRegion, ops: list[FloatOp]) -> str:
-    default = str(checked.plan.qconfig["activation"]["dtype"])
-    dtype = "int8" if default == FLOAT else default
     floats = checked.plan.float_points
     names = [n for f in ops for n in (*f.inputs, f"{f.op.name}.output") if floats.get(n, "").startswith("float32 by")]
-    default = str(checked.plan.qconfig["weight"]["dtype"])
-    weight = "int8" if default == FLOAT else default
-    lines = []
-    for name in dict.fromkeys(names):
-        change = (
-            f"weight: {{dtype: {weight}}}"
-            if name.rpartition(".")[2].startswith("weight")
-            else f"activation: {{dtype: {dtype}}}"
-        )
-        lines.append(f'  - {{match: "{name}", {change}}}\n')
-    return "overrides:\n" + "".join(lines)
+    defaults = {role: str(checked.plan.qconfig[role]["dtype"]) for role in ("activation", "weight")}
+    dtypes = {role: "int8" if dtype == FLOAT else dtype for role, dtype in defaults.items()}
+    return overrides_yaml(
+        f'match: "{name}", {role_of(name)}: {{dtype: {dtypes[role_of(name)]}}}' for name in dict.fromkeys(names)
+    )

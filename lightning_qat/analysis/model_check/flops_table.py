@@ -16,8 +16,8 @@ def flops_table(segments: Segments) -> Section:
     """Return ops and FLOPs of the deployed model by the type they are computed in.
 
     This is the widest type an op reads, weights included; ``float32`` for an op that computes in float, also between
-    quantized tensors, as an LSTM does. Each op of a fused group counts; data movement and what does not depend on the
-    data do not.
+    quantized tensors, as an LSTM and attention in one call do. Each op of a fused group counts; data movement and what
+    does not depend on the data do not.
     """
     ops: Counter[str] = Counter()
     flops: Counter[str] = Counter()

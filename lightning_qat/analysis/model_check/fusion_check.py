@@ -7,14 +7,11 @@ from dataclasses import dataclass
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion, module_type
 from lightning_qat.analysis.model_check.findings import Finding, Severity, shortened
+from lightning_qat.analysis.model_check.long_loops import ANNOTATION, LoopLine, long_loops
 from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.quantization.planning.fusion import FusionMiss, find_fusions
 
 _TITLE = "Fusable modules are listed below:"
-_ANNOTATION = 'with dynamic_block(self, "name"):'
-
-LONG_LOOP = 64
-"""Rounds of a loop that are unlikely to be cameras, levels or heads: they are boxes, time steps or samples."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ _CAUSES = (
         "dynamic code",
         "warning",
         "Each intermediate result is rounded once more, and how the model is cut into fused ops depends on the batch.",
-        f"Put the body of the loop or branch into `{_ANNOTATION}`, and the ops are fused whichever way it runs.",
+        f"Put the body of the loop or branch into `{ANNOTATION}`, and the ops are fused whichever way it runs.",
     ),
     _Cause(
         "another consumer",
@@ -108,19 +105,14 @@ def check_varying_code(checked: CheckedRegion) -> tuple[list[Finding], list[Sect
 
 
 def _long_loops(checked: CheckedRegion) -> Iterable[Finding]:
-    """Loops in Python whose many rounds are ops of their own, one finding per module call and file."""
-    rounds: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for op in checked.graph.ops:
-        if op.data_dependent and op.role in ("quantize", "join"):
-            file = op.location.rpartition(":")[0]
-            rounds.setdefault((op.scope, file), {}).setdefault(f"{op.location} {op.kind}", []).append(op.name)
-    for places in rounds.values():
-        long = {place: names for place, names in places.items() if len(names) >= LONG_LOOP}
-        if not long:
-            continue
-        place, longest = max(long.items(), key=lambda item: len(item[1]))
-        names = tuple(name for found in long.values() for name in found)
-        location = place.rpartition(" ")[0]
+    """Loops in Python whose many rounds are ops of their own, one finding per module and file."""
+    loops: dict[tuple[str, str], dict[LoopLine, tuple[str, ...]]] = {}
+    for line, rounds in long_loops(checked.graph).items():
+        loops.setdefault((line.scope, line.location.rpartition(":")[0]), {})[line] = rounds
+    for lines in loops.values():
+        line, longest = max(lines.items(), key=lambda item: len(item[1]))
+        names = tuple(name for rounds in lines.values() for name in rounds)
+        location = line.location
         yield Finding(
             severity="warning",
             kind="long loop",
@@ -131,7 +123,7 @@ def _long_loops(checked: CheckedRegion) -> Iterable[Finding]:
             why="An accelerator does not run a loop of Python, every analysis takes that much longer, and another "
             "number of rounds meets ops without quantizers.",
             action="If it is post-processing, set target: to the module before it or move it out of forward; if it "
-            f"belongs to the model, put the loop's body into `{_ANNOTATION}`, and all rounds share their quantizers.",
+            f"belongs to the model, put the loop's body into `{ANNOTATION}`, and all rounds share their quantizers.",
             location=location,
         )
 
@@ -177,7 +169,7 @@ def _varying_finding(file: str, places: Mapping[str, list[str]]) -> Finding:
         names=names,
         what=f"The ops of {file}, {lines}, differ between the traced batches: {shortened(names)} ran in some only.",
         why="An op that a later batch runs for the first time has no quantizer and stays float.",
-        action=f"Put the code that repeats or is left out into `{_ANNOTATION}`.",
+        action=f"Put the code that repeats or is left out into `{ANNOTATION}`.",
         location=next(iter(places)),
     )
 
@@ -191,7 +183,7 @@ def _unplanned_finding(place: str, count: int) -> Finding:
         names=(),
         what=f"{kind} at {location} was not seen while tracing and ran {count} times in float.",
         why="It has no quantizer, so accuracy is measured without its error and the deployed model differs.",
-        action=f"Trace batches that reach it, or put the code into `{_ANNOTATION}` if its repetition varies.",
+        action=f"Trace batches that reach it, or put the code into `{ANNOTATION}` if its repetition varies.",
         location=location,
     )
 

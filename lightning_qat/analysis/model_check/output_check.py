@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion
 from lightning_qat.analysis.model_check.dtype_check import leaving_quantized
-from lightning_qat.analysis.model_check.findings import Finding, shortened
+from lightning_qat.analysis.model_check.findings import Finding, Severity, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.quantization.region.effective_dtypes import FLOAT, bits
 from lightning_qat.quantization.tracing.op_graph import Op
@@ -27,51 +27,57 @@ def check_outputs(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]
                 wide[path] = op, dtype
         else:
             (free if _is_gemm(checked, op) else low)[path] = op, dtype
-    findings = []
-    if wide:
-        findings.append(
-            Finding(
-                severity="error",
-                kind="wide integer output",
-                requirement="A10",
-                names=_names(wide),
-                what=f"{_outputs(wide)} although the result comes from a matrix product ({_rules(checked, wide)}).",
-                why="The accumulator of a matrix product can leave as float32 at no cost (high-precision output): this "
-                "only adds a rounding, and is nearly always a mistake in the configuration.",
-                action="Let it leave as float32: remove the rule that names it, or paste this behind it.",
-                yaml=_yaml(wide, FLOAT),
-            )
+    return [
+        *_from_gemm(checked, wide, "error", "wide integer output", "A10", _ONLY_A_ROUNDING),
+        *_from_gemm(checked, free, "warning", "low-precision output", "A11", _NEVER_REPAIRED),
+        *_from_others(checked, low),
+    ], []
+
+
+_ONLY_A_ROUNDING = (
+    "The accumulator of a matrix product can leave as float32 at no cost (high-precision output): this only adds a "
+    "rounding, and is nearly always a mistake in the configuration."
+)
+_NEVER_REPAIRED = (
+    "Nothing behind it can repair the rounding, and a matrix product can give float32 at no cost (the default)."
+)
+
+
+def _from_gemm(
+    checked: CheckedRegion,
+    outputs: dict[str, tuple[Op, str]],
+    severity: Severity,
+    kind: str,
+    requirement: str,
+    why: str,
+) -> Iterable[Finding]:
+    if outputs:
+        yield Finding(
+            severity=severity,
+            kind=kind,
+            requirement=requirement,
+            names=_names(outputs),
+            what=f"{_outputs(outputs)} although the result comes from a matrix product ({_rules(checked, outputs)}).",
+            why=why,
+            action="Let it leave as float32: remove the rule that names it, or paste this behind it.",
+            yaml=_yaml(outputs, FLOAT),
         )
-    if free:
-        findings.append(
-            Finding(
-                severity="warning",
-                kind="low-precision output",
-                requirement="A11",
-                names=_names(free),
-                what=f"{_outputs(free)} although the result comes from a matrix product ({_rules(checked, free)}).",
-                why="Nothing behind it can repair the rounding, and a matrix product can give float32 at no cost (the "
-                "default).",
-                action="Let it leave as float32: remove the rule that names it, or paste this behind it.",
-                yaml=_yaml(free, FLOAT),
-            )
-        )
+
+
+def _from_others(checked: CheckedRegion, low: dict[str, tuple[Op, str]]) -> Iterable[Finding]:
     if low:
         better = _better(checked, low)
-        findings.append(
-            Finding(
-                severity="warning",
-                kind="low-precision output",
-                requirement="A11",
-                names=_names(low),
-                what=f"{_outputs(low)}, not from a matrix product: {'; '.join(_between(checked, low))}.",
-                why="Nothing behind it can repair the rounding, and only a matrix product gives float32 at no cost.",
-                action=(f"Let it leave as {better}, or move" if better else "Move")
-                + " the op behind the region, into the loss or the post-processing.",
-                yaml=_yaml(low, better) if better else "",
-            )
+        yield Finding(
+            severity="warning",
+            kind="low-precision output",
+            requirement="A11",
+            names=_names(low),
+            what=f"{_outputs(low)}, not from a matrix product: {'; '.join(_between(checked, low))}.",
+            why="Nothing behind it can repair the rounding, and only a matrix product gives float32 at no cost.",
+            action=(f"Let it leave as {better}, or move" if better else "Move")
+            + " the op behind the region, into the loss or the post-processing.",
+            yaml=_yaml(low, better) if better else "",
         )
-    return findings, []
 
 
 def _is_gemm(checked: CheckedRegion, op: Op) -> bool:
@@ -134,5 +140,4 @@ def _better(checked: CheckedRegion, outputs: dict[str, tuple[Op, str]]) -> str |
 
 
 def _yaml(outputs: dict[str, tuple[Op, str]], dtype: str) -> str:
-    lines = (f'  - {{match: "{name}.output", activation: {{dtype: {dtype}}}}}\n' for name in _names(outputs))
-    return "overrides:\n" + "".join(lines)
+    return overrides_yaml(f'match: "{name}.output", activation: {{dtype: {dtype}}}' for name in _names(outputs))

@@ -6,16 +6,18 @@ from collections.abc import Iterable
 
 import torch
 
-from lightning_qat.analysis.model_check.calls_check import extremes, representable
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion
-from lightning_qat.analysis.model_check.findings import Finding, shortened
+from lightning_qat.analysis.model_check.findings import Finding, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.analysis.statistics.point_ranges import clipped_share, observed_range, representable_range
 from lightning_qat.quantization.numerics.scales import MIN_SCALE
 from lightning_qat.quantization.planning.plan import PointPlan
 from lightning_qat.quantization.region.effective_dtypes import FLOAT, bits
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 INT16_STEP_LIMIT = 32768.0
+CLIPPED_SHARE = 0.01
+"""More than a fixed scale should clip: a hundred times what the ``percentile`` observer leaves out by default."""
 _SIGNIFICANT_BITS = {"bf16": 8, "16": 11}
 """Bits of the significand, by the first part of the Trainer's ``precision``."""
 
@@ -26,6 +28,7 @@ def check_scales(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
         *_bad_scales(checked),
         *_without_scale(checked),
         *_wide_ranges(checked),
+        *_clipping_scales(checked),
         *_coarse_precision(checked),
         *_one_sided(checked),
         *_learned_scales(checked),
@@ -51,7 +54,6 @@ def _bad_scales(checked: CheckedRegion) -> Iterable[Finding]:
         yield Finding(
             severity="error",
             kind="broken scale",
-            requirement="",
             names=tuple(broken),
             what=f"The scale of {shortened(broken)} is zero, denormal or not finite.",
             why="Dividing by it overflows, and the values behind the point are lost.",
@@ -62,7 +64,6 @@ def _bad_scales(checked: CheckedRegion) -> Iterable[Finding]:
         yield Finding(
             severity="warning",
             kind="degenerate scale",
-            requirement="",
             names=tuple(empty),
             what=f"{shortened(empty)}: all values were zero in calibration, so the scale is a stand-in.",
             why="Any other value that comes later is clipped to nearly zero.",
@@ -98,7 +99,6 @@ def _without_scale(checked: CheckedRegion) -> Iterable[Finding]:
         yield Finding(
             severity="warning",
             kind="not calibrated",
-            requirement="",
             names=names,
             what=f"Calibration did not reach {shortened(names)}, so there is no scale.",
             why="These points stay float when their code runs, and accuracy is measured without their error.",
@@ -113,8 +113,8 @@ def _wide_ranges(checked: CheckedRegion) -> Iterable[Finding]:
         if plan.is_weight:
             continue
         point = checked.points[name]
-        largest = max(map(abs, representable(point)))
-        seen = extremes(point)
+        largest = max(map(abs, representable_range(point)))
+        seen = observed_range(point)
         if half and max(map(abs, seen or (0.0,))) > FLOAT16_MAX:
             overflowing.append(name)
         elif bits(point.dtype) == 16 and largest > INT16_STEP_LIMIT * 1.001:
@@ -123,7 +123,6 @@ def _wide_ranges(checked: CheckedRegion) -> Iterable[Finding]:
         yield Finding(
             severity="error",
             kind="float16 overflow",
-            requirement="",
             names=tuple(overflowing),
             what=f"{shortened(overflowing)}: calibration saw values above {FLOAT16_MAX:g}, and precision is "
             f"{checked.options.precision}.",
@@ -134,11 +133,36 @@ def _wide_ranges(checked: CheckedRegion) -> Iterable[Finding]:
         yield Finding(
             severity="warning",
             kind="range beyond int16",
-            requirement="",
             names=tuple(wide),
             what=f"{shortened(wide)}: the range is above {INT16_STEP_LIMIT:g}, so the step of int16 is more than 1.",
             why="Whole numbers such as indices and coordinates are no longer exact, and small values vanish.",
             action="Scale the values down in the model (metres for millimetres), or clip them with a threshold.",
+        )
+
+
+def _clipping_scales(checked: CheckedRegion) -> Iterable[Finding]:
+    shares, larger = {}, []
+    for name, plan in _present(checked):
+        point = checked.points[name]
+        seen = observed_range(point)
+        if plan.is_weight or point.scale_source != "fixed" or seen is None:
+            continue
+        share = clipped_share(point)
+        if share is not None and share > CLIPPED_SHARE:
+            shares[name] = share
+            largest = max(map(abs, seen))
+            larger.append(f'match: "{name}", activation: {{fixed_scale: {largest / point.quant_max:.6g}}}')
+    if shares:
+        worst = max(shares, key=lambda name: shares[name])
+        yield Finding(
+            severity="warning",
+            kind="clipping scale",
+            names=tuple(shares),
+            what=f"The fixed scale of {shortened(tuple(shares))} clips what calibration saw: {shares[worst]:.0%} of "
+            f"the values at {worst}.",
+            why="Clipping is for a few outliers; this much of it is what the layers behind get to see.",
+            action="Leave the scale to calibration, or fix one that covers the range.",
+            yaml=overrides_yaml(larger),
         )
 
 
@@ -152,7 +176,6 @@ def _coarse_precision(checked: CheckedRegion) -> Iterable[Finding]:
         yield Finding(
             severity="warning",
             kind="precision below dtype",
-            requirement="",
             names=tuple(names),
             what=f"precision is {precision}, whose values have {significant} significant bits, and {shortened(names)} "
             "have more.",
@@ -164,25 +187,23 @@ def _coarse_precision(checked: CheckedRegion) -> Iterable[Finding]:
 
 
 def _one_sided(checked: CheckedRegion) -> Iterable[Finding]:
-    names, lines = [], []
+    names = []
     for name, plan in _present(checked):
         point = checked.points[name]
         if plan.is_weight or point.scheme != "symmetric" or point.quant_min >= 0 or point.fixed_scale is not None:
             continue
-        seen = extremes(point)
+        seen = observed_range(point)
         if seen is not None and (seen[0] >= 0 or seen[1] <= 0) and seen[0] != seen[1]:
             names.append(name)
-            lines.append(f'  - {{match: "{name}", activation: {{scheme: affine}}}}\n')
     if names:
         yield Finding(
             severity="info",
             kind="one-sided range",
-            requirement="",
             names=tuple(names),
             what=f"{shortened(names)}: all values have one sign, and the type is symmetric and signed.",
             why="Half of the codes are never used, which costs one bit.",
             action="Where the hardware has it, use scheme: affine, or uint8 where no value is negative.",
-            yaml="overrides:\n" + "".join(lines),
+            yaml=overrides_yaml(f'match: "{name}", activation: {{scheme: affine}}' for name in names),
         )
 
 
@@ -196,7 +217,6 @@ def _learned_scales(checked: CheckedRegion) -> Iterable[Finding]:
         yield Finding(
             severity="warning",
             kind="scale not trained",
-            requirement="",
             names=names,
             what=f"The learned scales of {shortened(names)} are in no optimizer.",
             why="They keep the values of calibration while the model moves away from them.",

@@ -33,7 +33,6 @@ def _batch_norm(checked: CheckedRegion) -> Iterable[Finding]:
         yield Finding(
             severity="warning",
             kind="tiny batch",
-            requirement="",
             names=names,
             what=f"{len(names)} batch norms ({shortened(names)}) take their statistics from {size} samples.",
             why="Such statistics are noise, which moves the ranges that the scales were calibrated for "
@@ -50,7 +49,6 @@ def _active_dropout(checked: CheckedRegion) -> Iterable[Finding]:
         yield Finding(
             severity="warning",
             kind="active dropout",
-            requirement="",
             names=names,
             what=f"{shortened(names)} drops values in eval mode ({shortened(places)}).",
             why="Calibration sees inflated and zeroed values, and every evaluation gives another result.",

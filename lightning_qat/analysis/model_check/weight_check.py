@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion
-from lightning_qat.analysis.model_check.findings import Finding, shortened
+from lightning_qat.analysis.model_check.findings import Finding, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.quantization.planning.plan import PointPlan
 from lightning_qat.quantization.region.effective_dtypes import bits
@@ -59,7 +59,6 @@ def _dead(dead: dict[str, int]) -> Iterable[Finding]:
         yield Finding(
             severity="info",
             kind="dead channels",
-            requirement="",
             names=tuple(dead),
             what=f"Channels whose weights are all zero: {shortened(f'{n} ({k})' for n, k in dead.items())}.",
             why="They cost time on the device and give a constant; their scale is a stand-in.",
@@ -73,7 +72,6 @@ def _apart(apart: dict[str, float]) -> Iterable[Finding]:
         yield Finding(
             severity="info",
             kind="channel spread",
-            requirement="",
             names=tuple(apart),
             what=f"The channels of a weight differ by more than its type has levels (largest / smallest): {spelled}.",
             why="Each channel has its own scale, but the results share one, whose step the smallest do not reach.",
@@ -87,13 +85,12 @@ def _lost(lost: dict[str, int]) -> Iterable[Finding]:
         yield Finding(
             severity="warning",
             kind="lost channels",
-            requirement="",
             names=tuple(lost),
             what="Channels of weights with one scale that lie below its step: "
             f"{shortened(f'{n} ({k})' for n, k in lost.items())}.",
             why="These channels have no or one code left, so what they compute is lost.",
             action="Give each channel its own scale.",
-            yaml=_overrides(lost, "weight: {granularity: per_channel}"),
+            yaml=overrides_yaml(f'match: "{name}", weight: {{granularity: per_channel}}' for name in lost),
         )
 
 
@@ -112,22 +109,18 @@ def _tied_weights(checked: CheckedRegion) -> Iterable[Finding]:
             continue
         names = tuple(p.name for p in points)
         differs = len(dtypes) > 1
+        widest = max(dtypes, key=bits)
         spelled = ", ".join(
             f"{p.name} ({p.dtype}, {'per tensor' if p.axis is None else 'per channel'})" for p in points
         )
         yield Finding(
             severity="warning" if differs else "info",
             kind="tied weight",
-            requirement="",
             names=names,
             what=f"The parameter {parameter} is quantized in {len(styles)} different ways: {spelled}.",
             why="It is one tensor in training and several when deployed, each rounded in its own way.",
             action="Give them one type, such as the widest."
             if differs
             else "Nothing, unless the device is to store it once.",
-            yaml=_overrides(names, f"weight: {{dtype: {max(dtypes, key=bits)}}}") if differs else "",
+            yaml=overrides_yaml(f'match: "{n}", weight: {{dtype: {widest}}}' for n in names) if differs else "",
         )
-
-
-def _overrides(names: Iterable[str], change: str) -> str:
-    return "overrides:\n" + "".join(f'  - {{match: "{name}", {change}}}\n' for name in names)

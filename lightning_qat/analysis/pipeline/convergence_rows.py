@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lightning_qat.analysis.pipeline.pipeline_rows import Measurement
+from lightning_qat.analysis.pipeline.pipeline_rows import Measurement, compare, judged
 
 CheckStatus = Literal["holds", "flagged", "noted", "cannot tell"]
 MOST_FLIP_RATES = 256
@@ -136,6 +136,22 @@ class TrainingSeries:
     points: PointHistory = field(default_factory=PointHistory)
     zero_gradients: tuple[str, ...] = ()
     first_bad: str = ""
+
+    @property
+    def keeps_metric(self) -> bool:
+        """Whether an evaluation says that the calibrated metric is held: then nothing else can be very wrong."""
+        return self._holds(self.calibrated)
+
+    @property
+    def reaches_float(self) -> bool:
+        """Whether an evaluation says that the float metric is reached."""
+        return self._holds(self.float_model)
+
+    def _holds(self, before: Measurement | None) -> bool:
+        if before is None or self.metrics is None:
+            return False
+        rows = judged(compare(0, "", before.metrics, self.metrics, before))
+        return bool(rows) and all(row.status == "holds" for row in rows)
 
 
 @dataclass(frozen=True)

@@ -94,12 +94,17 @@ class Fingerprint:
                 f"{str(path)!r} is a fingerprint of version {data.get('version')!r}, this release reads version "
                 f"{FINGERPRINT_VERSION}: make it anew."
             )
-        for stages in (data["data"], data["model_inputs"]):
-            for stage, summaries in stages.items():
-                stages[stage] = tuple(_summary(summary) for summary in summaries)
-        for name in ("losses", "metrics", "standard_errors"):
-            data[name] = {key: float(value) for key, value in data[name].items()}
-        return cls(**data)
+        try:
+            for stages in (data["data"], data["model_inputs"]):
+                for stage, summaries in stages.items():
+                    stages[stage] = tuple(_summary(summary) for summary in summaries)
+            for name in ("losses", "metrics", "standard_errors"):
+                data[name] = {key: float(value) for key, value in data[name].items()}
+            return cls(**data)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"{str(path)!r} is no whole fingerprint ({type(error).__name__}: {error}): make it anew."
+            ) from None
 
 
 def weight_digests(module: nn.Module) -> dict[str, str]:

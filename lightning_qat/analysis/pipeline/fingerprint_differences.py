@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning_qat.analysis.pipeline.pipeline_difference import (
     StageDifferences,
     Suspicion,
 )
-from lightning_qat.analysis.pipeline.pipeline_rows import COLLAPSE, STANDARD_ERRORS
+from lightning_qat.analysis.pipeline.pipeline_rows import COLLAPSE, ROUNDING, STANDARD_ERRORS
 from lightning_qat.analysis.pipeline.tensor_differences import tensor_difference, tensor_differences
 
 
@@ -72,7 +72,7 @@ def compare_stages(here: Fingerprint) -> StageDifferences:
     before, now = here.agreement.get("validate", {}), here.agreement.get("train", {})
     rows += [
         _disagreement("train", name, before[name], now[name], "validation")
-        for name in before.keys() & now.keys()
+        for name in _common(before, now)
         if before[name] - now[name] > COLLAPSE
     ]
     return StageDifferences.of(rows)
@@ -101,9 +101,9 @@ def _weights(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDiff
 def _agreement(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
     if reference.weights != here.weights:
         return  # it says as much about the weights
-    for stage in reference.agreement.keys() & here.agreement.keys():
+    for stage in _common(reference.agreement, here.agreement):
         before, now = reference.agreement[stage], here.agreement[stage]
-        for name in before.keys() & now.keys():
+        for name in _common(before, now):
             if abs(before[name] - now[name]) > COLLAPSE:
                 yield _disagreement(stage, name, before[name], now[name], "the reference")
 
@@ -140,10 +140,10 @@ def _results(reference: Fingerprint, here: Fingerprint, explained: set[str]) -> 
     follows = " (the weights differ, so this follows)" if reference.weights != here.weights else ""
     kept = [name for name, value in here.metrics.items() if _is_kept(reference, here, name, value)]
     for part, before, now in (("loss", reference.losses, here.losses), ("metric", reference.metrics, here.metrics)):
-        for name in before.keys() & now.keys():
+        for name in _common(before, now):
             one, other = before[name], now[name]
             noise = math.hypot(reference.standard_errors.get(name, 0.0), here.standard_errors.get(name, 0.0))
-            if abs(one - other) <= max(STANDARD_ERRORS * noise, 0.01 * abs(one)) or (one != one and other != other):
+            if abs(one - other) <= max(STANDARD_ERRORS * noise, ROUNDING * abs(one)) or (one != one and other != other):
                 continue
             ratio = other / one if one else math.inf
             guess = ""
@@ -151,31 +151,39 @@ def _results(reference: Fingerprint, here: Fingerprint, explained: set[str]) -> 
                 guess = _guess_at_loss(ratio)
             elif part == "metric" and kept and not any(part.endswith("(validate)") for part in explained):
                 guess = f", while {_names(kept)} is the same: computed from another output, or in another way?"
-            suspicion: Suspicion = "possible" if follows or abs(one - other) <= 0.1 * abs(one) else "strong"
+            suspicion: Suspicion = "possible" if follows or abs(one - other) <= COLLAPSE * abs(one) else "strong"
             what = f"{part} {name} of the untouched float model {one:.4g} -> {other:.4g}{follows or guess}"
             yield PipelineDifference(suspicion, part, name, f"{one:.6g}", f"{other:.6g}", what)
 
 
 def _is_kept(reference: Fingerprint, here: Fingerprint, name: str, value: float) -> bool:
     known = reference.metrics.get(name)
-    return known is not None and abs(known - value) <= 0.01 * abs(known)
+    return known is not None and abs(known - value) <= ROUNDING * abs(known)
 
 
-_OTHER_LOSS = ": a term missing or added, or labels that belong to other inputs?"
+_OTHER_LOSS = "a term missing or added, or labels that belong to other inputs?"
+_WHOLE = 0.02
+"""How near to a whole number a ratio of losses has to be for a factor that somebody wrote."""
 
 
 def _guess_at_loss(ratio: float) -> str:
-    whole = round(ratio) if math.isfinite(ratio) else 0
-    return f": scaled by {whole}?" if whole >= 2 and abs(ratio - whole) < 0.02 else _OTHER_LOSS
+    for factor, guess in ((ratio, "scaled by {}?"), (1 / ratio if ratio else math.inf, "divided by {}, or {}")):
+        whole = round(factor) if math.isfinite(factor) else 0
+        if whole >= 2 and abs(factor - whole) < _WHOLE:
+            return f": {guess.format(whole, _OTHER_LOSS)}"
+    return f": {_OTHER_LOSS}"
 
 
 def _modes(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
     for mode in ("train", "eval"):
         before, now = set(reference.modes.get(mode, ())), set(here.modes.get(mode, ()))
-        for names, where in ((sorted(before - now), "only in the reference"), (sorted(now - before), "only here")):
+        for names, where, values in (
+            (sorted(before - now), "in the reference", (mode, "")),
+            (sorted(now - before), "here", ("", mode)),
+        ):
             if names:
-                what = f"{_names(names)} stay in {mode} mode while training {where}: frozen batch norm or dropout?"
-                yield PipelineDifference("strong", "modes", _names(names), "", mode, what)
+                what = f"in {mode} mode while training, only {where}: {_names(names)}: frozen batch norm or dropout?"
+                yield PipelineDifference("strong", "modes", _names(names), *values, what)
     kind = "train in evaluation"
     active = sorted(set(here.modes.get(kind, ())) - set(reference.modes.get(kind, ())))
     if active:
@@ -184,30 +192,37 @@ def _modes(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDiffer
 
 
 def _batch_norm(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
-    for name in reference.batch_norm.keys() & here.batch_norm.keys():
-        one, other = reference.batch_norm[name], here.batch_norm[name]
-        if one.get("momentum") != other.get("momentum"):
-            what = f"batch norm {name}: momentum {one.get('momentum')} -> {other.get('momentum')}"
-            yield PipelineDifference(
-                "possible", "batch norm", name, str(one.get("momentum")), str(other.get("momentum")), what
-            )
+    changed: dict[tuple[str, str], list[str]] = {}
+    for name in _common(reference.batch_norm, here.batch_norm):
+        one, other = (str(norms[name].get("momentum")) for norms in (reference.batch_norm, here.batch_norm))
+        if one != other:
+            changed.setdefault((one, other), []).append(name)
+    for (one, other), names in changed.items():
+        what = f"batch norm {_names(names)}: momentum {one} -> {other}"
+        yield PipelineDifference("possible", "batch norm", _names(names), one, other, what)
 
 
 def _optimizers(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
-    """QAT has its own learning rate: a tenth to a twentieth; other differences are suspicious."""
+    """QAT has a learning rate of its own, a tenth to a twentieth; other differences are suspicious."""
     if len(reference.optimizers) != len(here.optimizers):
-        what = f"{len(reference.optimizers)} -> {len(here.optimizers)} optimizers"
-        yield PipelineDifference("possible", "optimizer", "", "", "", what)
+        yield _other_count("optimizers", len(reference.optimizers), len(here.optimizers))
     for one, other in zip(reference.optimizers, here.optimizers, strict=False):
         if one.get("class") != other.get("class"):
             what = f"optimizer {one.get('class')} -> {other.get('class')}"
             yield PipelineDifference(
                 "possible", "optimizer", "class", str(one.get("class")), str(other.get("class")), what
             )
-        for number, (group, now) in enumerate(zip(one.get("groups", ()), other.get("groups", ()), strict=False)):
+        groups, groups_now = one.get("groups", ()), other.get("groups", ())
+        if len(groups) != len(groups_now):
+            yield _other_count("optimizer groups", len(groups), len(groups_now))
+        for number, (group, now) in enumerate(zip(groups, groups_now, strict=False)):
             for key in sorted(group.keys() & now.keys()):
                 if group[key] != now[key]:
                     yield _group_difference(number, key, group[key], now[key])
+
+
+def _other_count(what: str, before: int, now: int) -> PipelineDifference:
+    return PipelineDifference("possible", "optimizer", what, str(before), str(now), f"{before} -> {now} {what}")
 
 
 def _group_difference(number: int, key: str, before: Any, now: Any) -> PipelineDifference:
@@ -223,8 +238,6 @@ def _group_difference(number: int, key: str, before: Any, now: Any) -> PipelineD
         elif ratio > 1:
             suspicion = "strong"
             what += ": higher than in float training; QAT wants 1/10 to 1/20 of it"
-        elif ratio == 1:
-            suspicion = "possible"
     elif key == "weight_decay" and numbers and (now > 10 * before > 0):
         suspicion = "strong"
         what += ": more than ten times that of float training"
@@ -234,7 +247,7 @@ def _group_difference(number: int, key: str, before: Any, now: Any) -> PipelineD
 def _settings(before: dict[str, Any], now: dict[str, Any]) -> Iterator[PipelineDifference]:
     for row in _plain("settings", before, now, "possible"):
         one, other = before.get(row.name), now.get(row.name)
-        clips_more = isinstance(other, (int, float)) and 0 < other < 0.1 * (one or math.inf)
+        clips_more = isinstance(one, (int, float)) and isinstance(other, (int, float)) and 0 < other < 0.1 * one
         if row.name == "max_epochs":
             yield replace(row, suspicion="unlikely")  # QAT is shorter
         elif row.name == "gradient_clip_val" and clips_more:
@@ -251,6 +264,11 @@ def _plain(
         if one != other:
             what = f"{part} {key}: {_short(one)} -> {_short(other)}"
             yield PipelineDifference(suspicion, part, key, _short(one), _short(other), what)
+
+
+def _common(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Keys of both, in the order of the first."""
+    return [key for key in before if key in now]
 
 
 def _short(value: Any) -> str:

@@ -8,13 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lightning_qat.analysis.pipeline.fingerprint import Fingerprint
-from lightning_qat.analysis.pipeline.pipeline import (
-    Finding,
-    float_finetune_evidence,
-    float_model_evidence,
-    spelled_training,
-    zero_lr_evidence,
-)
 from lightning_qat.analysis.pipeline.pipeline_ladder import (
     FINGERPRINT_COMMAND,
     HALF_A_STEP,
@@ -24,6 +17,7 @@ from lightning_qat.analysis.pipeline.pipeline_ladder import (
 )
 from lightning_qat.analysis.pipeline.pipeline_rows import (
     COLLAPSE,
+    ROUNDING,
     STANDARD_ERRORS,
     TRAIN_LOSS,
     Measurement,
@@ -37,8 +31,20 @@ from lightning_qat.analysis.pipeline.pipeline_rows import (
     spelled,
     train_loss_row,
 )
-from lightning_qat.analysis.pipeline.pipeline_sentences import NOT_QUANTIZATION, other_loss
+from lightning_qat.analysis.pipeline.pipeline_sentences import NOT_QUANTIZATION, RAISE_POINTS, other_loss
+from lightning_qat.analysis.pipeline.rung_evidence import (
+    Finding,
+    float_finetune_evidence,
+    float_model_evidence,
+    spelled_training,
+    zero_lr_evidence,
+)
+from lightning_qat.analysis.pipeline.trend import mean_and_error
 
+CLIPPED_AWAY = 0.01
+"""Clipping that leaves less of the gradient cannot be what keeps it from exploding."""
+LEAST_PAIRS = 8
+"""Pairs of losses from which the error of their mean difference can be told."""
 Evidence = tuple[list[PipelineRow], list[Finding]]
 """Rows of one rung, and what is found on it."""
 
@@ -57,8 +63,8 @@ def against_fingerprint(known: Fingerprint, here: Fingerprint, float_model: Meas
         for name in known.metrics
         if name in known.standard_errors or name in here.standard_errors
     }
-    if same:  # nothing is left to chance; a hundredth for the rounding of another device or precision
-        errors = {name: 0.01 * abs(value) / STANDARD_ERRORS for name, value in known.metrics.items()}
+    if same:  # nothing is left to chance
+        errors = {name: ROUNDING * abs(value) / STANDARD_ERRORS for name, value in known.metrics.items()}
     after = Measurement(here.metrics)
     rows = compare(0, NAMES[0], known.metrics, after, Measurement({}, errors), strict=True)
     note = f"first {known.batches} batches, the same samples" if same else f"first {known.batches} batches"
@@ -143,8 +149,8 @@ def calibrated_evidence(ladder: Ladder, rungs: Sequence[int]) -> Evidence:
     after = _qat_rows(ladder)
     training = f", and training does not mend it ({spelled(judged(after))})" if after else ""
     text = (
-        f"calibration alone loses the accuracy ({spelled(judged(rows))}){training}. {_points(ladder)}Next: list "
-        "SensitivityAnalysis() and raise its first points to int16 with overrides; evaluate again before you train."
+        f"calibration alone loses the accuracy ({spelled(judged(rows))}){training}. {_points(ladder)}Next: "
+        f"{RAISE_POINTS}; evaluate again before you train."
     )
     return rows, [Finding(4, "quantization error", text)]
 
@@ -182,11 +188,11 @@ def hyperparameter_evidence(ladder: Ladder, rungs: Sequence[int], loss_is_known:
         return rows, [Finding(5, "hyperparameters", text)]
     kept, step = finetune.gradient_kept, finetune.step_size
     reach = (step or 0.0) * max(ladder.total_steps, LONG_TRAINING)
-    if kept is not None and kept < 0.01 and reach < HALF_A_STEP:
+    if kept is not None and kept < CLIPPED_AWAY and reach < HALF_A_STEP:
         text = (
             f"training does nothing: clipping leaves {kept:.1g} of the gradient's length, and a step moves no weight "
             f"by more than {step:.1g} of the largest one, so that {max(ladder.total_steps, LONG_TRAINING)} steps in "
-            "one direction would not change one code of an int8 weight. Raise gradient_clip_val."
+            "one direction would move none by half a step of int8. Raise gradient_clip_val."
         )
         return rows, [Finding(5, "hyperparameters", text)]
     return rows, []
@@ -205,8 +211,7 @@ def qat_evidence(ladder: Ladder, rungs: Sequence[int]) -> Evidence:
     detail = spelled(judged(rows)) if breaks(rows) else f"training loss {loss}"
     text = (
         f"everything holds but QAT itself: {detail} in {spelled_training(ladder.qat)}, while the same training without "
-        f"fake-quant keeps the accuracy. {_points(ladder)}Next: list SensitivityAnalysis() and raise its first points "
-        "to int16 with overrides."
+        f"fake-quant keeps the accuracy. {_points(ladder)}Next: {RAISE_POINTS}."
     )
     return rows, [Finding(6, "quantization error", text)]
 
@@ -228,13 +233,13 @@ def _points(ladder: Ladder) -> str:
 
 
 def _loss_rise(before: Sequence[float], after: Sequence[float]) -> str:
-    """Whether training makes the loss worse than leaving the weights alone: the same batches, so a paired test."""
+    """Whether training makes the loss worse than leaving the weights alone: the same batches, so differences count."""
     count = min(len(before), len(after))
     pairs = [(b, a) for b, a in zip(before[count // 2 : count], after[count // 2 : count], strict=True)]
     rises = [a - b for b, a in pairs if math.isfinite(a - b)]
-    if len(rises) < 4:
+    if len(rises) < LEAST_PAIRS:
         return ""
-    mean, error = statistics.fmean(rises), statistics.stdev(rises) / math.sqrt(len(rises))
+    mean, error = mean_and_error(rises)
     if mean <= STANDARD_ERRORS * error:
         return ""
     still, trained = (statistics.fmean(values) for values in zip(*pairs, strict=True))

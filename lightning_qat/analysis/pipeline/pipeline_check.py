@@ -19,14 +19,7 @@ from lightning_qat.analysis.pipeline.ladder_evidence import (
     quantized_zero_lr_evidence,
     training_loss_evidence,
 )
-from lightning_qat.analysis.pipeline.pipeline import (
-    NO_METRIC,
-    Finding,
-    PipelineResult,
-    Verdict,
-    float_model_evidence,
-    nothing_moved,
-)
+from lightning_qat.analysis.pipeline.pipeline import PipelineResult
 from lightning_qat.analysis.pipeline.pipeline_difference import PipelineDifference, PipelineDifferences
 from lightning_qat.analysis.pipeline.pipeline_ladder import FINGERPRINT_COMMAND, NAMES, RUNGS, Ladder
 from lightning_qat.analysis.pipeline.pipeline_rows import (
@@ -37,6 +30,13 @@ from lightning_qat.analysis.pipeline.pipeline_rows import (
     judged,
     skipped_row,
     spelled,
+)
+from lightning_qat.analysis.pipeline.rung_evidence import (
+    NO_METRIC,
+    Finding,
+    Verdict,
+    float_model_evidence,
+    nothing_moved,
 )
 from lightning_qat.analysis.results import Result
 
@@ -119,7 +119,7 @@ def judge_pipeline(
     ):
         rows += found_rows
         findings += found
-    rows = sorted((row for row in rows if row.rung in rungs), key=lambda row: row.rung)
+    rows = [row for row in rows if row.rung in rungs]
     rows += [skipped_row(number, NAMES[number], why) for number, why in ladder.missing.items()]
     rows.sort(key=lambda row: row.rung)
     result = PipelineCheckResult(tuple(rows), differences=differences, stages=stages)
@@ -204,8 +204,7 @@ def _better_after_training(ladder: Ladder, rows: Sequence[PipelineRow]) -> str:
         f"cannot tell: {finetune.batches} batches of training make the float model far better "
         f"({', '.join(changes[:2])}), so it was not good to begin with. Are these the weights of the float run "
         "(init_from), and is the data prepared as it was there? The float run's fingerprint says what differs: "
-        f"{FINGERPRINT_COMMAND}; then "
-        "PipelineCheck(reference='pipeline_fingerprint.json')."
+        f"{FINGERPRINT_COMMAND}; then PipelineCheck(reference='pipeline_fingerprint.json')."
     )
 
 
@@ -220,6 +219,8 @@ def _healthy(ladder: Ladder, rows: Sequence[PipelineRow], reference: Mapping[str
         parts.append(f"Calibration alone loses the accuracy, and QAT wins it back: train on{worst}.")
     elif small:
         parts.append(f"Rung {small[0].rung} falls a little ({spelled(small[:1])}), which is no collapse.")
+    elif risen := [row for row in rows if row.status == "breaks"]:  # costs: scores decide where there are any
+        parts.append(f"A cost rises on rung {risen[0].rung} ({spelled(risen[:1])}), and the scores hold all the same.")
     if not any(row.rung == 0 and row.status == "holds" for row in rows):
         logged = ladder.float_model.metrics
         given = f" (it logs {', '.join(logged)}, not {', '.join(reference)})" if isinstance(reference, Mapping) else ""

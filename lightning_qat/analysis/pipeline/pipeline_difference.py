@@ -53,8 +53,11 @@ class PipelineDifferences(Result[PipelineDifference]):
         """Sort differences, the most suspicious first; those of one suspicion stay in their order."""
         ordered = tuple(sorted(rows, key=lambda row: _ORDER.index(row.suspicion)))
         strong = [row.what for row in ordered if row.suspicion == "strong"][:3]
-        note = "; ".join(strong) if strong else f"{len(ordered)} differences, none of which alone explains a collapse"
-        return cls(ordered, note=note if ordered else "no difference")
+        if strong:
+            return cls(ordered, note="; ".join(strong))
+        if len(ordered) > 1:
+            return cls(ordered, note=f"{len(ordered)} differences, none of which alone explains a collapse")
+        return cls(ordered, note="one difference, which alone explains no collapse" if ordered else "no difference")
 
     @property
     def strong(self) -> tuple[PipelineDifference, ...]:

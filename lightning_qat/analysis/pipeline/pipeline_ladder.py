@@ -10,7 +10,7 @@ from lightning_qat.analysis.pipeline.pipeline_rows import Finetune, Measurement
 RUNGS = (0, 1, 2, 3, 4, 5, 6)
 FINGERPRINT_COMMAND = "python -m lightning_qat fingerprint train.py --config float.yaml --ckpt_path float.ckpt"
 HALF_A_STEP = 1 / 254
-"""Half a step of a symmetric int8 weight, relative to the largest weight: less changes no code for certain."""
+"""Half a step of a symmetric int8 weight, relative to the largest weight."""
 LONG_TRAINING = 1000
 """Steps that a training is taken to have at least when asking how far it can get."""
 NAMES = {

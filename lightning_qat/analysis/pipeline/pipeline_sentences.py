@@ -8,6 +8,8 @@ from lightning_qat.analysis.pipeline.pipeline_rows import Finetune, PipelineRow,
 
 Sentence = Callable[[Sequence[PipelineRow], Finetune], str]
 NOT_QUANTIZATION = " Quantization is not the cause; do not tune learning rate or weight decay before this is fixed."
+RAISE_POINTS = "raise the points that SensitivityAnalysis() puts first to int16 with overrides"
+"""The next step, in words that fit whether it is listed already or not."""
 TRAINING_LOSS = (
     "the training loss of the untouched float model is {loss}: look for bad values in the training data, the labels "
     "or the loss."
@@ -30,9 +32,10 @@ def side_effect(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
 def batch_norm(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
     """Say that moving batch norm destroys the accuracy (rung 3)."""
     moved = [f"{name} by {change:.0%}" for name, change in list(finetune.moved_buffers.items())[:3]]
+    most = f"; moved most: {', '.join(moved)}" if moved else ""
     return (
-        f"accuracy collapses at learning rate 0 as soon as batch norm updates its statistics "
-        f"({spelled(judged(rung))}; moved most: {', '.join(moved)}). The training data do not look like the "
+        "accuracy collapses at learning rate 0 as soon as batch norm updates its statistics "
+        f"({spelled(judged(rung))}{most}). The training data do not look like the "
         "evaluation data (normalization, channel order, preprocessing, augmentation), or the batches are too small. "
         "Compare the training pipeline with that of the float run, line by line. If only the batches are small: "
         "QuantizationAwareTraining(freeze_batch_norm_after=0)."

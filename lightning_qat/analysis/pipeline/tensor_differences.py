@@ -1,13 +1,19 @@
-"""How the tensors of two pipelines differ, with a guess at the cause by its usual traces."""
+"""How the tensors of two pipelines differ, beyond what other samples of the same data would change (C5)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lightning_qat.analysis.pipeline.pipeline_difference import PipelineDifference, Suspicion
 from lightning_qat.analysis.pipeline.pipeline_rows import STANDARD_ERRORS
+from lightning_qat.analysis.pipeline.tensor_guesses import guessed_cause, guessed_shape, has_moved
 from lightning_qat.analysis.pipeline.tensor_summary import TensorSummary
+
+LEAST_SHARE = 0.02
+"""Labels or empty samples that are distributed differently by less are not what ruins a training."""
+LARGE_SHARE = 0.2
+"""A fifth of the samples with other labels, or empty, is enough to ruin one."""
 
 
 def tensor_differences(
@@ -20,113 +26,147 @@ def tensor_differences(
         before: by stage, of the reference.
         now: the same here.
     """
-    for stage in before.keys() & now.keys():
+    for stage in (stage for stage in before if stage in now):
         known = {summary.name: summary for summary in before[stage]}
-        for summary in now[stage]:
-            if summary.name in known:
-                yield from tensor_difference(f"{part} ({stage})", known[summary.name], summary)
+        here = {summary.name: summary for summary in now[stage]}
+        for name, summary in here.items():
+            if name in known:
+                yield from tensor_difference(f"{part} ({stage})", known[name], summary)
             else:
-                what = f"{part} {summary.name} exists only here"
-                yield PipelineDifference("possible", f"{part} ({stage})", summary.name, "", str(summary.shape), what)
+                what = f"{part} ({stage}), {name}: exists only here"
+                yield PipelineDifference("possible", f"{part} ({stage})", name, "", str(summary.shape), what)
+        for name in (name for name in known if name not in here):
+            what = f"{part} ({stage}), {name}: exists only in the reference"
+            yield PipelineDifference("possible", f"{part} ({stage})", name, str(known[name].shape), "", what)
 
 
 def tensor_difference(part: str, before: TensorSummary, now: TensorSummary) -> Iterator[PipelineDifference]:
-    """Compare two summaries beyond what other samples of the same data would change.
+    """Compare two summaries.
 
     Args:
         part: what they are of, such as ``data (train)``.
         before: of the reference.
         now: here.
     """
-    name = now.name
 
     def row(suspicion: Suspicion, reference: object, value: object, what: str) -> PipelineDifference:
-        return PipelineDifference(suspicion, part, name, str(reference), str(value), f"{part}, {name}: {what}")
+        return PipelineDifference(suspicion, part, now.name, str(reference), str(value), f"{part}, {now.name}: {what}")
 
     if before.dtype != now.dtype:
         yield row("strong", before.dtype, now.dtype, f"type {before.dtype} -> {now.dtype}")
-    if before.shape != now.shape:
-        yield row("strong", before.shape, now.shape, f"shape {before.shape} -> {now.shape}: other preprocessing?")
+    if not _same_shape(before.shape, now.shape):
+        guess = guessed_shape(before.shape, now.shape)
+        yield row("strong", before.shape, now.shape, f"shape {before.shape} -> {now.shape}: {guess}")
     if before.labels is not None and now.labels is not None:
         yield from _labels(part, before, now)
         return
-    if len(before.mean) != len(now.mean) or not now.mean:
+    if before.constant is not None and now.constant is not None:
+        shares = before.constant, now.constant
+        empty = shares[0] * before.samples, shares[1] * now.samples
+        distance = abs(shares[1] - shares[0])
+        if distance >= LEAST_SHARE and _differ([empty, (before.samples - empty[0], now.samples - empty[1])]):
+            what = (
+                f"{shares[1]:.0%} of the samples are empty (one value all over), in the reference {shares[0]:.0%}: "
+                "missing or padded samples?"
+            )
+            suspicion: Suspicion = "strong" if distance > LARGE_SHARE else "possible"
+            yield row(suspicion, f"{shares[0]:.0%}", f"{shares[1]:.0%}", what)
+    if len(before.mean) != len(now.mean):
         return
-    moved = [i for i in range(len(now.mean)) if _moved(before, now, i)]
-    if not moved:
+    broken = [i for i, mean in enumerate(now.mean) if not math.isfinite(mean) and math.isfinite(before.mean[i])]
+    if broken:
+        what = (
+            f"{_channel(now, broken)}nan or inf here: bad values in the data, or a division by zero before the model?"
+        )
+        yield row("strong", f"mean {before.mean[broken[0]]:.4g}", "not finite", what)
         return
-    first = moved[0]
-    channel = f"channel {first}: " if len(now.mean) > 1 else ""
-    more = f" (and {len(moved) - 1} more channels)" if len(moved) > 1 else ""
-    numbers = (
-        f"{channel}mean {before.mean[first]:.4g} -> {now.mean[first]:.4g}, "
-        f"std {before.std[first]:.4g} -> {now.std[first]:.4g}"
-    )
-    suspicion, guess = _guess(before, now, moved)
-    yield row(suspicion, f"mean {before.mean[first]:.4g}", f"mean {now.mean[first]:.4g}", f"{numbers}{more}: {guess}")
+    moved = [i for i in range(len(now.mean)) if has_moved(before, i, now, i)]
+    if moved:
+        first = moved[0]
+        numbers = (
+            f"{_channel(now, moved)}mean {before.mean[first]:.4g} -> {now.mean[first]:.4g}, "
+            f"std {before.std[first]:.4g} -> {now.std[first]:.4g}"
+        )
+        more = f" (and {len(moved) - 1} more channels)" if len(moved) > 1 else ""
+        suspicion, guess = guessed_cause(before, now, moved)
+        what = f"{numbers}{more}: {guess}"
+        yield row(suspicion, f"mean {before.mean[first]:.4g}", f"mean {now.mean[first]:.4g}", what)
+        return
+    if outlying := [i for i in range(len(now.mean)) if _reaches_far(before, now, i)]:
+        known, here = (f"{s.min[outlying[0]]:.4g} to {s.max[outlying[0]]:.4g}" for s in (before, now))
+        values = f"values from {here}, in the reference {known}"
+        yield row("possible", known, here, f"{_channel(now, outlying)}{values}: a fill value, or outliers?")
 
 
-def _moved(before: TensorSummary, now: TensorSummary, channel: int) -> bool:
-    """Whether mean or spread differ by more than other samples of the same data would make them."""
-    noise = math.hypot(before.mean_error[channel], now.mean_error[channel])
-    # means of augmented or shuffled batches vary; a tenth of the spread is nothing that ruins a network
-    tolerance = max(STANDARD_ERRORS * noise, 0.1 * before.std[channel], 1e-6)
-    if abs(now.mean[channel] - before.mean[channel]) > tolerance:
-        return True
-    low, high = sorted((before.std[channel], now.std[channel]))
-    return high > 1e-6 and low < high / 1.5
+def _channel(summary: TensorSummary, channels: Sequence[int]) -> str:
+    """The first of some channels, if they are told apart."""
+    return f"channel {channels[0]}: " if len(summary.mean) > 1 else ""
 
 
-def _guess(before: TensorSummary, now: TensorSummary, moved: list[int]) -> tuple[Suspicion, str]:
-    """The usual mistakes by their traces."""
-    channels = len(now.mean)
-    order = list(range(channels))[::-1]
-    if channels == 3 and all(
-        abs(now.mean[i] - before.mean[j]) <= 0.1 * max(before.std[j], 1e-6) for i, j in enumerate(order)
-    ):
-        return "strong", "channels in reversed order (RGB and BGR)?"
-    first = moved[0]
-    ratio = now.std[first] / before.std[first] if before.std[first] > 0 else math.inf
-    if now.std[first] <= 1e-6:
-        return "strong", "constant here: the input is destroyed?"
-    for factor in (255.0, 256.0):
-        if abs(ratio / factor - 1) < 0.1 or abs(ratio * factor - 1) < 0.1:
-            return "strong", f"scaled by {factor:g}: 0..1 in one and 0..255 in the other?"
-    if _is_normalized(before) != _is_normalized(now):
-        return "strong", f"normalization {'missing' if _is_normalized(before) else 'added'} here?"
-    if ratio > 1.5 or ratio < 1 / 1.5 or abs(now.mean[first] - before.mean[first]) > before.std[first]:
-        return "strong", "other normalization, or an augmentation that destroys the input?"
-    return "possible", "other data or augmentation?"
+def _same_shape(before: tuple[int, ...], now: tuple[int, ...]) -> bool:
+    """Whether shapes agree where they do not vary."""
+    pairs = zip(before, now, strict=False)
+    return len(before) == len(now) and all(one == other or -1 in (one, other) for one, other in pairs)
 
 
-def _is_normalized(summary: TensorSummary) -> bool:
-    """About zero mean and unit variance in every channel."""
-    return all(abs(m) < 0.5 and 0.5 < s < 2 for m, s in zip(summary.mean, summary.std, strict=True))
+def _reaches_far(before: TensorSummary, now: TensorSummary, channel: int) -> bool:
+    """Whether some values lie further outside the range of the reference than it is wide: it sets a scale, if rare."""
+    low, high = before.min[channel], before.max[channel]
+    return max(low - now.min[channel], now.max[channel] - high) > high - low > 0
 
 
 def _labels(part: str, before: TensorSummary, now: TensorSummary) -> Iterator[PipelineDifference]:
-    one, other = before.labels or {}, now.labels or {}
-    totals = max(1, sum(one.values())), max(1, sum(other.values()))
-    new = sorted((k for k in other if k not in one), key=int)
-    values = one.keys() | other.keys()
-    distance = sum(abs(one.get(k, 0) / totals[0] - other.get(k, 0) / totals[1]) for k in values) / 2
-    # Pixels of one image are no independent labels: so many as there are samples count.
-    counts = [(one.get(k, 0) / totals[0] * before.samples, other.get(k, 0) / totals[1] * now.samples) for k in values]
-    if not _differ(counts) or distance < 0.02:
+    one, other = _shares(before.labels), _shares(now.labels)
+    if not _distributed_differently(one, other, before.samples, now.samples):
         return
-    values_text = f"; values only here: {', '.join(new[:5])}" if new else ""
-    what = f"{part}, {now.name}: {distance:.0%} of the labels are distributed differently{values_text}: other labels?"
-    yield PipelineDifference("strong" if distance > 0.2 or new else "possible", part, now.name, "", "", what)
+    new, gone = (sorted(a.keys() - b.keys()) for a, b in ((other, one), (one, other)))
+    distance = _distance(one, other)
+    text = "".join(
+        f"; values only {where}: {', '.join(map(str, values[:5]))}"
+        for where, values in (("here", new), ("in the reference", gone))
+        if values
+    )
+    guess = "other labels?"
+    for shift in (1, -1):
+        shifted = {label + shift: share for label, share in one.items()}
+        if shifted.keys() == other.keys() and not _distributed_differently(shifted, other, before.samples, now.samples):
+            guess = f"every label one {'more' if shift > 0 else 'less'} than in the reference?"
+    what = f"{part}, {now.name}: {distance:.0%} of the labels are distributed differently{text}: {guess}"
+    suspicion: Suspicion = "strong" if distance > LARGE_SHARE or new else "possible"
+    yield PipelineDifference(suspicion, part, now.name, "", "", what)
+
+
+def _shares(labels: dict[str, int] | None) -> dict[int, float]:
+    total = max(1, sum((labels or {}).values()))
+    return {int(label): count / total for label, count in (labels or {}).items()}
+
+
+def _distance(one: dict[int, float], other: dict[int, float]) -> float:
+    """Total variation distance: the share of labels that would have to be others."""
+    return sum(abs(one.get(k, 0.0) - other.get(k, 0.0)) for k in one.keys() | other.keys()) / 2
+
+
+def _distributed_differently(one: dict[int, float], other: dict[int, float], samples: int, now: int) -> bool:
+    # pixels of one image are no independent labels: as many count as there are samples
+    counts = [(one.get(k, 0.0) * samples, other.get(k, 0.0) * now) for k in sorted(one.keys() | other.keys())]
+    return _distance(one, other) >= LEAST_SHARE and _differ(counts)
 
 
 def _differ(counts: list[tuple[float, float]]) -> bool:
-    """Pearson's test of homogeneity of two samples, by Wilson and Hilferty's normal approximation of chi-square."""
+    """Pearson's test of homogeneity of two samples, beyond three standard deviations.
+
+    Sources:
+        K. Pearson, "On the probability that two independent distributions of frequency are really samples from the same
+        population", Biometrika 8 (1911); E. B. Wilson and M. M. Hilferty, "The distribution of chi-square", Proceedings
+        of the National Academy of Sciences 17 (1931), for the normal approximation.
+    """
+    counts = [(a, b) for a, b in counts if a + b]
     first, second = sum(a for a, _ in counts), sum(b for _, b in counts)
     freedom = len(counts) - 1
     if freedom < 1 or not first or not second:
         return False
     ratio = math.sqrt(second / first)
-    chi_square = sum((ratio * a - b / ratio) ** 2 / (a + b) for a, b in counts if a + b)
+    chi_square = sum((ratio * a - b / ratio) ** 2 / (a + b) for a, b in counts)
     spread = 2 / (9 * freedom)
     deviate: float = ((chi_square / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
     return deviate > STANDARD_ERRORS

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+STILL = 0.05
+"""The usual level of a test (R. A. Fisher, 1925), where a trend is only a second condition: does it still go on?"""
+
 
 @dataclass(frozen=True)
 class Trend:
@@ -28,15 +31,15 @@ def mann_kendall(values: Sequence[float], block: int = 1) -> Trend:
     """Test a series for a monotone trend, by the ranks of its values.
 
     Every pair of values votes for a rise or a fall; without a trend the votes balance. Ties are corrected for. The test
-    assumes independent values: training losses of neighbouring steps are not, so they are averaged in blocks first,
-    which lets the correlation fade and halves no trend. Outliers count no more than any other value.
+    assumes independent values, and training losses of neighbouring steps are not: they are averaged in blocks first, in
+    which the correlation fades and a trend stays. Outliers count no more than any other value.
 
     Args:
         values: the series, finite.
         block: so many neighbours are averaged to one; a rest at the start is left out.
 
     Returns:
-        The trend; with fewer than 4 blocks nothing can be significant, and both probabilities are 1.
+        The trend. With fewer than 4 blocks not even a level of 5 % can be reached, and both probabilities are 1.
 
     Example:
         >>> mann_kendall([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).p_rise < 0.01
@@ -68,8 +71,7 @@ def mann_kendall(values: Sequence[float], block: int = 1) -> Trend:
 def block_length(values: Sequence[float], most: int = 64) -> int:
     """Return how many neighbours to average until blocks are about independent.
 
-    About twice the autocorrelation time of the series around its line (1 plus twice the sum of its autocorrelations up
-    to the first negative one): the means of such blocks are nearly uncorrelated.
+    About twice the :func:`autocorrelation_time` of the series: the means of such blocks are nearly uncorrelated.
 
     Args:
         values: the series, finite.
@@ -80,23 +82,65 @@ def block_length(values: Sequence[float], most: int = 64) -> int:
         >>> noise = np.random.default_rng(0).normal(size=400)
         >>> block_length(noise) <= 2, block_length(np.convolve(noise, np.ones(8) / 8, "valid")) >= 6
         (True, True)
+
+    Sources:
+        H. Flyvbjerg and H. G. Petersen, "Error estimates on averages of correlated data", Journal of Chemical Physics
+        91 (1989).
+    """
+    return max(1, min(most, math.ceil(2 * autocorrelation_time(values, most) - 1)))
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of a series, and its standard error although neighbouring values are correlated.
+
+    The error is ``std * sqrt(time / n)``: ``n`` values say as much as ``n / time`` independent ones.
+
+    Args:
+        values: the series, finite; with fewer than 2 values the error is infinite.
+
+    Example:
+        >>> mean_and_error([1.0, 2.0, 1.0, 2.0])
+        (1.5, 0.28867513459481287)
+
+    Sources:
+        A. D. Sokal, "Monte Carlo methods in statistical mechanics", in "Functional Integration" (1997).
+    """
+    series = np.asarray(values, dtype=np.float64)
+    n = len(series)
+    if n < 2:
+        return float(series.mean()) if n else math.nan, math.inf
+    return float(series.mean()), float(series.std(ddof=1)) * math.sqrt(autocorrelation_time(values) / n)
+
+
+def autocorrelation_time(values: Sequence[float], most: int = 64) -> float:
+    """Return the integrated autocorrelation time of a series around its line.
+
+    That is 1 plus twice the sum of its autocorrelations up to the first that is not positive; 1 of independent values.
+
+    Args:
+        values: the series, finite; fewer than 8 values count as independent.
+        most: the longest lag, exclusive.
+
+    Example:
+        >>> autocorrelation_time([1.0, -1.0] * 8)
+        1.0
     """
     series = np.asarray(values, dtype=np.float64)
     n = len(series)
     if n < 8:
-        return 1
+        return 1.0
     position = np.arange(n)
     rest = series - np.polyval(np.polyfit(position, series, 1), position)
     power = float(rest @ rest)
     if power <= 0:
-        return 1
+        return 1.0
     time = 1.0
     for lag in range(1, min(most, n // 4)):
         correlation = float(rest[:-lag] @ rest[lag:]) / power
         if correlation <= 0:
             break
         time += 2 * correlation
-    return max(1, min(most, math.ceil(2 * time - 1)))
+    return time
 
 
 def _upper_tail(z: float) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from lightning_qat.analysis.sensitivity.sample_axes import Key, SampleAxis, sample_axis
@@ -25,6 +26,7 @@ class ErrorProducts:
         names: the points to watch.
         probes: how many backward passes there will be.
         overwritten: points whose tensor is written later in the forward: their values are copied.
+        shared: points whose tensor other ops may read past the point (operands, results of in-place ops).
 
     Attributes:
         leaves: the tensors at which gradients start.
@@ -38,7 +40,12 @@ class ErrorProducts:
     transparent = True
 
     def __init__(
-        self, owner: Mapping[str, str], names: Container[str], probes: int, overwritten: Container[str] = ()
+        self,
+        owner: Mapping[str, str],
+        names: Container[str],
+        probes: int,
+        overwritten: Container[str] = (),
+        shared: Container[str] = (),
     ) -> None:
         self._owner = owner
         self._names = names
@@ -53,6 +60,7 @@ class ErrorProducts:
         self._kept: dict[Key, Tensor] = {}
         self._errors: dict[str, list[Callable[[], Tensor]]] = {}
         self._overwritten = overwritten
+        self._shared = shared
         self._room = _KEPT_BYTES if probes > 1 else 0
         self._hooks: list[RemovableHandle] = []
 
@@ -69,6 +77,8 @@ class ErrorProducts:
                 self.failed.add(name)
                 return tensor
             tensor = self.differentiable(tensor)
+        elif point.name in self._shared and not point.written:
+            tensor = tensor.view_as(tensor)  # without the gradient of those that read it past the point
         detached = tensor.detach()
         overwritten = point.rewritten or point.written or point.name in self._overwritten
         value = WatchedTensor(detached.clone() if overwritten else detached)
@@ -219,13 +229,35 @@ class WatchedTensor:
         return self.tensor._version != self._version
 
 
+def custom_functions(tensors: Iterable[Tensor]) -> tuple[str, ...]:
+    """Names of the custom autograd.Function classes, other than torch's own, that a gradient from here passes."""
+    found: dict[str, None] = {}
+    waiting = [tensor.grad_fn for tensor in tensors]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function = _custom_function(node)
+        if function is not None and not function.__module__.startswith("torch."):
+            found[function.__name__] = None
+        waiting += [before for before, _ in node.next_functions]
+    return tuple(sorted(found))
+
+
 def _has_derivative(tensor: Tensor) -> bool:
     """Whether gradients pass the op that made a tensor: a custom autograd.Function may have no backward."""
-    function = getattr(type(tensor.grad_fn), "_forward_cls", None)
+    function = _custom_function(tensor.grad_fn)
     if function is None:
         return True
     default = torch.autograd.Function
     return function.backward is not default.backward or function.vjp is not default.vjp
+
+
+def _custom_function(node: Node | None) -> type[torch.autograd.Function] | None:
+    """The custom autograd.Function that a node of the autograd graph belongs to."""
+    return getattr(type(node), "_forward_cls", None)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -7,22 +7,26 @@ import random
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_qat.analysis.captured_calls import RepeatableForward
 from lightning_qat.analysis.metrics import error_sums
 from lightning_qat.analysis.nan_origin import refuse_nan
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.sensitivity.sensitivity_metric import SensitivityMetric
+from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.numerics.histogram import reduce_device
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.tracing import Call
+from lightning_qat.quantization.tracing.call import Call
 
 
 class Isolation:
     """Measures what each chosen point does to the output, batch by batch.
 
     Use it inside :func:`~lightning_qat.analysis.captured_calls.analysis_mode`. What happens is what a deployed model
-    with this one quantized tensor would do: indices that change (``topk``, ``argmax``) change the output.
+    with this one quantized tensor would do: indices that change (``topk``, ``argmax``) change the output. Where they
+    change its shape (boxes that a score selects), elements that only one of the two outputs has count as zero in the
+    other.
 
     Args:
         region: a calibrated region.
@@ -34,6 +38,7 @@ class Isolation:
     Attributes:
         sums: per point, see :func:`~lightning_qat.analysis.metrics.error_sums`.
         reached: points that a batch ran.
+        reshaped: points that change the shape of the output in some batch.
         batches: number of batches.
     """
 
@@ -47,6 +52,7 @@ class Isolation:
         self.sums = {name: torch.zeros(7, dtype=torch.float64) for name in names}
         self.custom = {name: metric.accumulator() for name in names}
         self.reached: set[str] = set()
+        self.reshaped: set[str] = set()
         self.batches = 0
         self._owner = {point.name: point.same_as or point.name for point in region.plan.points}
 
@@ -54,7 +60,7 @@ class Isolation:
         """Add one batch.
 
         Raises:
-            ConfigurationError: the float output holds NaN.
+            ConfigurationError: the float output holds NaN, or the metric does not take an output of another shape.
         """
         seen: set[str] = set()
         with RepeatableForward(self.region.target, call, self.seed) as forward:
@@ -70,7 +76,11 @@ class Isolation:
                 with self.region.only((name,)):
                     analysed = self.select(forward())
                     self.sums[name] += self._error(reference, analysed)
-                    self.custom[name].update(reference, analysed)
+                    if _shapes(reference) == _shapes(analysed):
+                        self.custom[name].update(reference, analysed)
+                    else:
+                        self.reshaped.add(name)
+                        self._update_reshaped(name, reference, analysed)
         self.reached |= seen
         self.batches += 1
 
@@ -79,31 +89,48 @@ class Isolation:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
         custom = self.custom
-        rows = [[*s.tolist(), float(n in self.reached), *custom[n].sums] for n, s in self.sums.items()]
-        rows.append([0.0] * 7 + [float(self.batches), 0.0, 0.0])
+        rows = [
+            [*s.tolist(), float(n in self.reached), float(n in self.reshaped), *custom[n].sums]
+            for n, s in self.sums.items()
+        ]
+        rows.append([0.0] * 7 + [float(self.batches), 0.0, 0.0, 0.0])
         table = torch.tensor(rows, dtype=torch.float64, device=reduce_device(None))
         dist.all_reduce(table)
         self.batches = int(table[-1, 7])
         for (name, sums), row in zip(self.sums.items(), table.cpu(), strict=False):
             sums.copy_(row[:7])
-            custom[name].sums = (float(row[8]), float(row[9]))
+            custom[name].sums = (float(row[9]), float(row[10]))
             if row[7]:
                 self.reached.add(name)
+            if row[8]:
+                self.reshaped.add(name)
 
     def value(self, name: str) -> float:
         """Return the metric of a point."""
         return self.custom[name].compute(self.sums[name])
 
+    def _update_reshaped(self, name: str, reference: list[Tensor], analysed: list[Tensor]) -> None:
+        try:
+            self.custom[name].update(reference, analysed)
+        except Exception as error:  # whatever somebody else's metric raises
+            raise ConfigurationError(
+                f"quantizing {name} changes the shape of {self.select.description}, and the metric {self.metric.name} "
+                f"does not take that ({type(error).__name__}: {error}). Choose an output before the selection, or a "
+                "metric that compares outputs of different shapes."
+            ) from error
+
     def _error(self, reference: list[Tensor], analysed: list[Tensor]) -> Tensor:
-        if [t.shape for t in reference] != [t.shape for t in analysed]:
+        if [t.dim() for t in reference] != [t.dim() for t in analysed]:
             return torch.full((7,), torch.nan, dtype=torch.float64)
         total = torch.zeros(7, dtype=torch.float64)
         for base, analy in zip(reference, analysed, strict=True):
+            count = base.isfinite().sum()
+            base, analy = _padded(base, analy)
             finite = base.isfinite()
             if not bool(finite.all()):
                 base, analy = torch.where(finite, base, 0), torch.where(finite, analy, 0)
             sums = error_sums(base, analy, self.metric.name == "KL").cpu()
-            sums[0] = finite.sum()
+            sums[0] = count
             total += sums
         return total
 
@@ -132,3 +159,20 @@ def choose_points(names: list[str], max_points: int | None, seed: int = 0, turn:
     order = random.Random(seed).sample(names, len(names))
     chosen = {order[(turn * max_points + index) % len(order)] for index in range(max_points)}
     return [name for name in names if name in chosen]
+
+
+def _shapes(tensors: list[Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]
+
+
+def _padded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill up two tensors of as many dimensions with zeros, at the end of each axis, to one shape."""
+    if a.shape == b.shape:
+        return a, b
+    lengths = [max(pair) for pair in zip(a.shape, b.shape, strict=True)]
+
+    def padded(tensor: Tensor) -> Tensor:
+        missing = [length - own for length, own in zip(lengths, tensor.shape, strict=True)]
+        return F.pad(tensor, [n for count in reversed(missing) for n in (0, count)])
+
+    return padded(a), padded(b)

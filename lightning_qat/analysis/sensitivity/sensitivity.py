@@ -11,6 +11,7 @@ from lightning_qat.analysis.flops import op_flops
 from lightning_qat.analysis.influence import Influence, influence_on
 from lightning_qat.analysis.metrics import metric_of_sums
 from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.analysis.rank_agreement import failing_together
 from lightning_qat.analysis.region_memory import RegionMemory
 from lightning_qat.analysis.sensitivity.isolation import Isolation, choose_points
 from lightning_qat.analysis.sensitivity.sensitivity_metric import MetricLike, SensitivityMetric
@@ -22,7 +23,7 @@ from lightning_qat.analysis.sensitivity.sensitivity_result import (
 from lightning_qat.analysis.sensitivity.sensitivity_sketch import Sketch
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.tracing import Call
+from lightning_qat.quantization.tracing.call import Call
 
 Method = Literal["auto", "sketch", "isolation"]
 
@@ -65,11 +66,14 @@ def sensitivity(
     The estimate is the first-order change. ``detach``, ``.data`` and ``no_grad`` inside the model do not stop it.
     Points that act on the output without a gradient (only through indices, rounding, opaque code) are measured by
     isolation. Where a point acts both ways, the estimate leaves out what goes through indices and rounding (``held``
-    names the ops), while isolation shows everything: with near ties in a ``topk``, the two differ.
+    names the ops), while isolation shows everything: with near ties in a ``topk``, the two differ. The backward of a
+    custom ``autograd.Function`` is taken for the derivative (``custom_backward`` names the classes). Where quantizing a
+    point changes the *shape* of the output (boxes that a score selects), missing elements count as zero (``reshaped``
+    names the points): better choose an output before the selection.
 
     Args:
         region: a calibrated region.
-        batches: see :meth:`~lightning_qat.quantization.tracing.tracing.Call.of`. A sketch keeps them until it has
+        batches: see :meth:`~lightning_qat.quantization.tracing.call.Call.of`. A sketch keeps them until it has
             confirmed.
         output: path into the output such as ``map.layer_3``, or a callable on it; None: all its tensors.
         post_process: applied to the chosen output in float, such as ``torch.sigmoid``.
@@ -81,8 +85,8 @@ def sensitivity(
         probes: backward passes per batch of a sketch.
         top_k: how many of the most sensitive points matter; a tenth of all points if not given.
         confirm: how many candidates, the highest estimated scores, a sketch measures by isolation with ``metric``;
-            three times ``top_k`` if not given, 0 for none.
-        max_points: by isolation, measure at most this many points; see
+            three times ``top_k`` if not given, but at most ``max_points``; 0 for none.
+        max_points: by isolation, measure at most this many points, after a sketch of those without an estimate; see
             :func:`~lightning_qat.analysis.sensitivity.isolation.choose_points`.
         turn: which points, if not all can be measured: after ``ceil(points / max_points)`` turns in a row all were.
         seed: of the probes, of the order in which points take turns, and of the random numbers that the forward draws.
@@ -112,14 +116,14 @@ def sensitivity(
     """
     if method not in get_args(Method):
         raise unknown_choice("method", method, get_args(Method))
-    for name, value, least in (
-        ("max_points", max_points, 1),
-        ("probes", probes, 1),
-        ("top_k", top_k, 1),
-        ("max_samples", max_samples, 2),
+    for name, value, least, default in (
+        ("max_points", max_points, 1, ", or None for all"),
+        ("probes", probes, 1, ""),
+        ("top_k", top_k, 1, ", or None for a tenth of the points"),
+        ("max_samples", max_samples, 2, ", or None for all"),
     ):
         if value is not None and value < least:
-            raise ConfigurationError(f"{name} must be at least {least}, or None for all, not {value}.")
+            raise ConfigurationError(f"{name} must be at least {least}{default}, not {value}.")
     if confirm is not None and confirm < 0:
         raise ConfigurationError(f"confirm must be a number of points, 0 for none, not {confirm}.")
     memory = memory or RegionMemory()
@@ -127,6 +131,7 @@ def sensitivity(
     analysis = _Analysis(region, select, SensitivityMetric(metric), seed, across_ranks, memory)
     if confirm is None:
         confirm = CANDIDATES * (top_k or max(1, math.ceil(TOP_SHARE * len(analysis.calibrated))))
+        confirm = min(confirm, max_points or confirm)
     few = len(analysis.calibrated) <= forwards_of_sketch(probes) + confirm
     if method == "isolation" or (method == "auto" and few):
         return analysis.isolation(batches, max_points, turn).compared_with(previous)
@@ -185,13 +190,14 @@ class _Analysis:
             reason=reason,
             left_out=tuple(name for name in self.calibrated if name not in set(chosen)),
             not_reached=tuple(name for name in chosen if name not in measured.reached),
+            reshaped=tuple(name for name in chosen if name in measured.reshaped),
         )
 
     def sketch(self, calls: list[Call], probes: int, max_samples: int | None) -> tuple[Sketch | None, str]:
         """Estimate all points; None, and why, if that is impossible."""
         sketch = Sketch(self.region, self.calibrated, self.select, probes, self.seed, max_samples, self.memory)
         problem = "a rank could not compute gradients"
-        with analysis_mode(self.region, buffers=False):
+        with failing_together(self.across_ranks), analysis_mode(self.region, buffers=False):
             try:
                 for call in calls:
                     sketch.run(call)
@@ -217,19 +223,21 @@ class _Analysis:
     ) -> SensitivityResult:
         """Make the table of a sketch: measure what has no estimate, and the candidates."""
         scores = {name: math.sqrt(sketch.mse(name)[0]) for name in self.calibrated if sketch.estimates[name].reached}
-        known = influence.known and not sketch.left_torch
         op_of = {point.name: point.op for point in self.region.plan.points}
         without = [
-            name for name in scores if sketch.estimates[name].failed and (not known or influence.reaches(op_of[name]))
+            name
+            for name in scores
+            if sketch.estimates[name].failed and (sketch.left_torch or influence.reaches(op_of[name]))
         ]
         now = choose_points(without, max_points, self.seed, turn)
         estimated = [name for name in scores if name not in set(without)]
         candidates = sorted(estimated, key=lambda name: -scores[name])[:confirm]
         chosen = {*candidates, *now}
-        rows = []
+        rows, reshaped = [], set()
         if chosen or sketch.elements == 0:
             measured = self._measure(calls, [name for name in self.calibrated if name in chosen])
             rows = [self._exact(name, measured) for name in self.calibrated if name in measured.reached & chosen]
+            reshaped = measured.reshaped
         rows += [self._row(n, None, scores[n], False, _error(sketch, n)) for n in estimated if n not in chosen]
         return self._result(
             rows,
@@ -240,11 +248,13 @@ class _Analysis:
             not_reached=tuple(name for name in self.calibrated if name not in scores),
             without_gradient=tuple(without),
             held=influence.picking,
+            custom_backward=sketch.custom_backward,
+            reshaped=tuple(name for name in self.calibrated if name in reshaped),
         )
 
     def _measure(self, batches: Iterable[object], names: list[str]) -> Isolation:
         isolation = Isolation(self.region, names, self.select, self.metric, self.seed)
-        with analysis_mode(self.region, buffers=False):
+        with failing_together(self.across_ranks), analysis_mode(self.region, buffers=False):
             for batch in batches:
                 isolation.run(Call.of(batch))
         if self.across_ranks:

@@ -24,7 +24,7 @@ class SensitivityRow:
         sensitive_type: ``activation`` or ``weight``.
         op_type: torch function of the op.
         value: the metric; this column has the metric's name. None: only the score is known. nan: the output became NaN
-            or changed its shape.
+            or has another number of tensors or dimensions.
         quant_dtype: quantized type of the point.
         point: name of the point.
         score: root mean square change of the chosen output.
@@ -72,6 +72,10 @@ class SensitivityResult(Result[SensitivityRow]):
         float_value: such a metric of the float model.
         evaluated_batches: on how many batches per rank it was measured.
         held: ops whose result jumps (indices, comparisons, rounding): an estimate holds it at its float value.
+        custom_backward: custom ``autograd.Function`` classes on the way to the output: an estimate takes their backward
+            for the derivative, which that of a straight-through estimator or a gradient reversal is not.
+        reshaped: measured points that change the shape of the output: elements that only one of the two outputs has
+            count as zero in the other.
     """
 
     title: ClassVar[str] = "Sensitivity"
@@ -89,6 +93,8 @@ class SensitivityResult(Result[SensitivityRow]):
     uncalibrated: tuple[str, ...] = ()
     without_gradient: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
+    custom_backward: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
     task: bool = False
     float_value: float | None = None
     evaluated_batches: int = 0
@@ -132,8 +138,12 @@ class SensitivityResult(Result[SensitivityRow]):
         }
         text += "".join(f", {len(names)} {why}" for why, names in missing.items() if names)
         if self.held:
-            more = f" and {len(self.held) - 3} more" if len(self.held) > 3 else ""
-            text += f"; estimates hold {', '.join(self.held[:3])}{more} at their float results"
+            text += f"; estimates hold {_spelled(self.held)} at their float results"
+        if self.custom_backward:
+            text += f"; estimates take the backward of {_spelled(self.custom_backward)} for the derivative"
+        if self.reshaped:
+            text += f"; with {_spelled(self.reshaped)} quantized the output has another shape, and missing elements "
+            text += "count as zero: choose an output before the selection"
         return f"{text}; {self.reason}" if self.reason else text
 
     def __rich__(self) -> Table:
@@ -178,6 +188,8 @@ class SensitivityResult(Result[SensitivityRow]):
             uncalibrated=named("uncalibrated"),
             without_gradient=named("without_gradient"),
             held=named("held"),
+            custom_backward=named("custom_backward"),
+            reshaped=named("reshaped"),
         )
 
 
@@ -199,3 +211,7 @@ def most_sensitive_first(
         return False, -math.inf if math.isnan(row.value) else sign * row.value
 
     return tuple(sorted(rows, key=order))
+
+
+def _spelled(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -26,14 +26,14 @@ from lightning_qat.analysis.captured_calls import RepeatableForward
 from lightning_qat.analysis.nan_origin import refuse_nan
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.region_memory import RegionMemory
-from lightning_qat.analysis.sensitivity.error_products import ErrorProducts, SampleComparison
+from lightning_qat.analysis.sensitivity.error_products import ErrorProducts, SampleComparison, custom_functions
 from lightning_qat.analysis.sensitivity.sample_axes import Key, SampleAxis, fewer_samples, sample_axis
 from lightning_qat.quantization.numerics.histogram import reduce_device
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.watched_forward import WatchedForward
+from lightning_qat.quantization.tracing.call import Call
 from lightning_qat.quantization.tracing.module_walk import modules_outside_regions
 from lightning_qat.quantization.tracing.tensor_leaves import call_leaves
-from lightning_qat.quantization.tracing.tracing import Call
 from lightning_qat.quantization.tracing.transparent_gradients import TransparentGradients
 
 
@@ -75,6 +75,8 @@ class Sketch:
         batches: number of batches.
         left_torch: a tensor became Python numbers in the forward; how they act on the output is not known.
         unsplit: batches whose samples could not be told apart.
+        failures: ranks on which no gradient could be computed.
+        custom_backward: custom ``autograd.Function`` classes on the way to the chosen output.
     """
 
     def __init__(
@@ -99,9 +101,12 @@ class Sketch:
         self.left_torch = False
         self.unsplit = 0
         self.failures = 0
+        self.custom_backward: tuple[str, ...] = ()
         self._owner = {point.name: point.same_as or point.name for point in region.plan.points}
         operands = [o for op in region.graph.ops for o in op.operands if o.written]
-        self._overwritten = {f"{s.name}.output" for o in operands for s in o.sources if s.kind in ("op", "mutated")}
+        overwritten = {f"{s.name}.output" for o in operands for s in o.sources if s.kind in ("op", "mutated")}
+        shared = {p.name for p in region.plan.points if p.role == "input" or region.graph.by_name[p.op].inplace}
+        self._tensors = overwritten, shared
 
     def run(self, call: Call) -> None:
         """Add one batch.
@@ -130,7 +135,7 @@ class Sketch:
         """Add a batch. A partial one is not added, and False returned, if its samples are not independent."""
         target = self.region.target
         with (
-            closing(ErrorProducts(self._owner, self.estimates, self.probes, self._overwritten)) as watched,
+            closing(ErrorProducts(self._owner, self.estimates, self.probes, *self._tensors)) as watched,
             self.region.only(self.estimates),
             _no_parameter_gradients(target),
             torch.enable_grad(),
@@ -150,6 +155,9 @@ class Sketch:
             split = self._sample_axes(call, watched, [t.detach() for t in chosen])
             if partial and split is None:
                 return False
+            self.custom_backward = self.memory.find(
+                self.region.plan, "custom backward", lambda: custom_functions(chosen)
+            )
             self.elements += sum(int(t.isfinite().sum()) for t in chosen)
             self._probe(watched, chosen, split)
         self.left_torch = self.left_torch or watched.left_torch

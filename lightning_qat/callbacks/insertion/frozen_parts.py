@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.passes.extra_pass import misconfiguration
 from lightning_qat.quantization.region.freezing import freeze
 from lightning_qat.quantization.region.region import Region, find_regions
@@ -48,7 +49,7 @@ class FrozenParts:
         strategy = trainer.strategy
         if not later or trainer.world_size == 1 or not isinstance(strategy, DDPStrategy):
             return
-        if not strategy._ddp_kwargs.get("find_unused_parameters"):
+        if not _compat.finds_unused_parameters(strategy):
             raise MisconfigurationException(
                 f"freeze: {later[0]!r} from epoch {self.first_epochs[later[0]]} on: DistributedDataParallel waits for "
                 'the gradients of its parameters. Use Trainer(strategy="ddp_find_unused_parameters_true"), or freeze '

@@ -30,12 +30,13 @@ from lightning_qat.callbacks.insertion.learned_scales import hide_from_ddp, show
 from lightning_qat.callbacks.insertion.target_discovery import AUTO, captured_calls
 from lightning_qat.callbacks.passes.extra_pass import misconfiguration, undisturbed
 from lightning_qat.quantization.errors import TracingError
-from lightning_qat.quantization.planning.plan import QuantPlan, make_plans
+from lightning_qat.quantization.planning.make_plan import make_plans
+from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.planning.plan_compatibility import read_extra_state
 from lightning_qat.quantization.region.insertion import attach
 from lightning_qat.quantization.region.region import Region, find_regions
 from lightning_qat.quantization.tracing.op_graph import OpGraph
-from lightning_qat.quantization.tracing.tracing import trace
+from lightning_qat.quantization.tracing.tracer import trace
 
 if TYPE_CHECKING:
     from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining

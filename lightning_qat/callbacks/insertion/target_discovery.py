@@ -15,7 +15,7 @@ from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.passes.call_recorder import CallRecorder
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, run_step, undisturbed
 from lightning_qat.quantization.errors import TracingError, near_names
-from lightning_qat.quantization.tracing.tracing import Call
+from lightning_qat.quantization.tracing.call import Call
 
 AUTO = "auto"
 
@@ -95,7 +95,7 @@ def _run_all_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: 
     if not recorder.calls and pl_module.example_input_array is not None:
         recorder.stage = "example"
         with undisturbed(trainer, pl_module), recorder.recording(), torch.no_grad():
-            example = Call.of(pl_module._apply_batch_transfer_handler(pl_module.example_input_array))
+            example = Call.of(_compat.transferred_example(pl_module))
             pl_module.eval()
             pl_module(*example.args, **example.kwargs)
     return seen

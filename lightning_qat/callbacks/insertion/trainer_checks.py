@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, WeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
 from lightning_qat.callbacks import _compat
+from lightning_qat.callbacks.passes.listed_callbacks import listed
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
 from lightning_qat.quantization.region.region import find_regions
 
-if TYPE_CHECKING:
-    from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 
-
-def check_trainer(trainer: pl.Trainer, callback: QuantizationAwareTraining, stage: str) -> None:
+def check_trainer(trainer: pl.Trainer, callback: Callback, stage: str) -> None:
     """Look at the strategy and the other callbacks.
+
+    Args:
+        trainer: the running trainer.
+        callback: QuantizationAwareTraining, to tell what is listed before it.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
         MisconfigurationException: they cannot work.
     """
-    from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-
     if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
         raise MisconfigurationException(
             f"QuantizationAwareTraining does not work with {type(trainer.strategy).__name__} yet: it shards the "
@@ -44,11 +43,7 @@ def check_trainer(trainer: pl.Trainer, callback: QuantizationAwareTraining, stag
             "no fake-quants. Add ModelCheckpoint, and go on with ckpt_path= or lightning_qat.load_quantized.",
             category=PossibleUserWarning,
         )
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    if sum(isinstance(other, QuantizationAwareTraining) for other in callbacks) > 1:
-        raise MisconfigurationException(
-            "there are several QuantizationAwareTraining callbacks: use one, with target: [a, b] and overrides."
-        )
+    callbacks = listed(trainer, Callback)
     for other in callbacks[: callbacks.index(callback)]:
         if stage == "fit" and isinstance(other, WeightAveraging):
             raise MisconfigurationException(

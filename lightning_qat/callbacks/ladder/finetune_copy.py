@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.analysis.pipeline.pipeline_rows import Finetune, Measurement
+from lightning_qat.callbacks.ladder.same_values import same_values
 from lightning_qat.callbacks.ladder.training_copy import TrainingCopy
 from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
 from lightning_qat.callbacks.passes.extra_pass import undisturbed
-from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
+from lightning_qat.callbacks.quantized_run import evaluations_of
 from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.quantization.region.region_state import State, Updates
 from lightning_qat.quantization.tracing.module_walk import REGION_NAME
@@ -30,7 +31,7 @@ def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: float, co
 
 def measure_in_state(trainer: pl.Trainer, pl_module: pl.LightningModule, state: State, limit: float) -> Measurement:
     """Evaluate the module with all its regions in ``state``, and no scale moving."""
-    return _measurement(SharedEvaluations.of(trainer).evaluate(trainer, pl_module, state, limit=limit))
+    return _measurement(evaluations_of(trainer).evaluate(trainer, pl_module, state, limit=limit))
 
 
 def finetune_copy(
@@ -114,13 +115,9 @@ def _changes(before: Iterable[tuple[str, Tensor]], after: Iterable[tuple[str, Te
     changes = {
         name: _relative_change(known[name], tensor) if name in known else 1.0
         for name, tensor in after
-        if name not in known or not _identical(known[name], tensor)
+        if name not in known or not same_values(known[name], tensor)
     }
     return dict(sorted(changes.items(), key=lambda item: -item[1]))
-
-
-def _identical(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 @torch.no_grad()

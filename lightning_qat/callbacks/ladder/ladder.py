@@ -15,10 +15,8 @@ from lightning_qat.analysis.statistics.statistics import LayerStatisticsRow
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state, moves_batch_norm
 from lightning_qat.callbacks.ladder.off_comparison import compare_off
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
-from lightning_qat.callbacks.passes.analysis_pass import is_calibrated
-from lightning_qat.callbacks.passes.extra_pass import require_regions
 from lightning_qat.callbacks.passes.progress import progress
-from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.callbacks.quantized_run import is_calibrated, quantization_of, require_regions
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.quantization.region.region_state import State, Updates
@@ -54,7 +52,7 @@ def measure_ladder(
     Raises:
         MisconfigurationException: it logs others; before anything is trained.
     """
-    require_regions(pl_module, who)
+    require_regions(trainer, pl_module, who)
     calibrated, moving = is_calibrated(pl_module), moves_batch_norm(pl_module)
     trains = pl_module.automatic_optimization
     missing = {} if trains else {n: _MANUAL.format(module=type(pl_module).__name__) for n in (5, 6) if n in rungs}
@@ -145,9 +143,8 @@ def _spelled(row: LayerStatisticsRow, is_fixed: bool) -> str:
 
 
 def _scale_updates(trainer: pl.Trainer) -> tuple[Updates, ...]:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    qat = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
-    return qat.scale_updates(trainer) if qat is not None else ("weight",)
+    quantization = quantization_of(trainer)
+    return quantization.scale_updates(trainer) if quantization is not None else ("weight",)
 
 
 def _total_steps(trainer: pl.Trainer) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_qat.analysis.pipeline.pipeline_ladder import OffComparison
 from lightning_qat.callbacks import _compat
+from lightning_qat.callbacks.ladder.same_values import same_values
 from lightning_qat.callbacks.ladder.training_copy import loss_of
 from lightning_qat.callbacks.passes.analysis_loaders import Stage
 from lightning_qat.callbacks.passes.analysis_pass import seeded
@@ -99,6 +100,4 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return False
-    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
+    return one is not None and other is not None and same_values(one, other)

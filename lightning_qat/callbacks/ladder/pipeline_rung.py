@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -16,7 +16,7 @@ from lightning_qat.analysis.pipeline.pipeline import PipelineResult, cannot_tell
 from lightning_qat.analysis.pipeline.pipeline_ladder import Ladder
 from lightning_qat.callbacks._compat import steps_taken
 from lightning_qat.callbacks.ladder.ladder import measure_ladder
-from lightning_qat.callbacks.output_directory import console_of, run_directory
+from lightning_qat.callbacks.output_directory import console_of, leaves_files, run_directory
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_table
@@ -134,7 +134,7 @@ class PipelineRung(Callback):
         if not trainer.is_global_zero:
             return
         file = ""
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if leaves_files(trainer):
             file = str(write_result(result, directory, self.name, formats=("txt", "json"))[0])
         log_table(trainer.loggers, self.name, result, steps_taken(trainer))
         show(result, console_of(trainer), note=result.verdict == "healthy", file=file)  # else it is a warning
@@ -146,3 +146,16 @@ class PipelineRung(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._done = bool(state_dict["done"])
+
+
+def check_reference(who: str, reference: Mapping[str, float]) -> None:
+    """Refuse metrics of the float run that are no numbers.
+
+    Raises:
+        MisconfigurationException: one is not.
+    """
+    for metric, value in reference.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise MisconfigurationException(
+                f"{who}(reference={{{metric!r}: {value!r}}}): write a number, such as 0.98."
+            )

@@ -7,19 +7,20 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_qat.analysis.pipeline.fingerprint import weight_digests
 from lightning_qat.analysis.pipeline.tensor_summary import TensorSummarizer, TensorSummary
 from lightning_qat.callbacks import _compat
+from lightning_qat.callbacks.ladder.same_values import same_values
 from lightning_qat.callbacks.passes.analysis_loaders import Stage
 from lightning_qat.callbacks.passes.analysis_pass import seeded
 from lightning_qat.callbacks.passes.call_recorder import CallRecorder
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, run_step
+from lightning_qat.quantization.tracing.call import Call
 from lightning_qat.quantization.tracing.module_walk import REGION_NAME
 from lightning_qat.quantization.tracing.preservation import preserved_modes
 from lightning_qat.quantization.tracing.tensor_leaves import named_leaves
-from lightning_qat.quantization.tracing.tracing import Call
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,4 @@ def _agreement(batch: Any, results: list[tuple[str, Any]]) -> dict[str, float]:
 
 def _same(one: Any, other: Any) -> bool:
     first, second = dict(named_leaves(one)), dict(named_leaves(other))
-    return first.keys() == second.keys() and all(_equal(first[name], second[name]) for name in first)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
+    return first.keys() == second.keys() and all(same_values(first[name], second[name]) for name in first)

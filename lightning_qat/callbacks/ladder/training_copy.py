@@ -12,7 +12,7 @@ import statistics
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_qat.callbacks._compat import replaced_optimizers
+from lightning_qat.callbacks._compat import bare, replaced_optimizers
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, muted_logging, run_step
 from lightning_qat.callbacks.passes.module_copy import copied_module
 from lightning_qat.callbacks.passes.muted_loggers import muted_loggers
@@ -56,7 +56,7 @@ class TrainingCopy:
         self._original = pl_module
         memo: dict[int, Any] = {}  # one for all, so that the copies refer to each other
         self.module = copied_module(pl_module, memo)
-        self._optimizers = [_copied_optimizer(_bare(optimizer), memo) for optimizer in trainer.optimizers]
+        self._optimizers = [_copied_optimizer(bare(optimizer), memo) for optimizer in trainer.optimizers]
         self._schedulers = copy.deepcopy(list(trainer.lr_scheduler_configs), memo)
         self.module.trainer = trainer
         # a step may ask for the optimizers, to log their learning rate: never give it those of the run
@@ -263,11 +263,6 @@ def _largest_step(optimizer: Optimizer, before: list[Tensor]) -> float:
             if old.numel() and bool(old.any()):
                 steps.append(float((now.detach() - old * (1 - decay)).abs().max()) / float(old.abs().max()))
     return max(steps, default=0.0)
-
-
-def _bare(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside Lightning's wrapper, whose step would go through the strategy."""
-    return cast(Optimizer, getattr(optimizer, "_optimizer", optimizer))
 
 
 def _copied_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:

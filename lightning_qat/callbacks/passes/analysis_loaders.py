@@ -32,7 +32,7 @@ def fresh_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Sta
     loaders, source = _loaders(trainer, pl_module, stage)
     mode = "max_size_cycle" if source == "train" else "sequential"
     if isinstance(loaders, CombinedLoader):
-        loaders, mode = loaders.iterables, loaders._mode
+        loaders, mode = loaders.iterables, _compat.mode_of(loaders)
     combined = CombinedLoader(loaders, mode)  # type: ignore[arg-type]
     combined.flattened = [_clone(loader) for loader in combined.flattened]
     if trainer.overfit_batches > 0:  # type: ignore[attr-defined]

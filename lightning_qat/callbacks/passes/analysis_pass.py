@@ -10,23 +10,22 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
 from lightning_qat.analysis.captured_calls import seed_generators
 from lightning_qat.analysis.results import Result
 from lightning_qat.callbacks import _compat
-from lightning_qat.callbacks.output_directory import run_directory
+from lightning_qat.callbacks.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.passes.extra_pass import (
     ExtraBatch,
     analysis_batches,
     misconfiguration,
-    require_regions,
     run_step,
     undisturbed,
     undisturbed_forwards,
 )
-from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.callbacks.quantized_run import require_regions
+from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.region_state import State
 from lightning_qat.quantization.tracing.preservation import preserved_random_state
 from lightning_qat.reporting.files import write_result
@@ -59,7 +58,7 @@ def analysis_pass(
     Returns:
         The regions by the path of their target.
     """
-    regions = require_regions(pl_module, who)
+    regions = require_regions(trainer, pl_module, who)
     with ExitStack() as stack:
         stack.enter_context(misconfiguration())
         stack.enter_context(undisturbed(trainer, pl_module) if steps else undisturbed_forwards(pl_module))
@@ -105,7 +104,7 @@ class AnalysisOutputs:
     def write(self, trainer: pl.Trainer, result: Result[Any], epoch: int | None = None) -> None:
         """Write the files of a result on rank zero; call it on all ranks. A ``fast_dev_run`` leaves no files."""
         directory = run_directory(trainer)
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if leaves_files(trainer):
             write_result(result, directory, self.name, epoch)
 
     def log(
@@ -130,23 +129,6 @@ class AnalysisOutputs:
                 f"{', '.join(without)} shows no tables: those of {self.name} are only in the files.",
                 category=PossibleUserWarning,
             )
-
-
-def is_calibrated(pl_module: pl.LightningModule) -> bool:
-    """Whether all regions of a module have scales."""
-    regions = find_regions(pl_module)
-    return bool(regions) and all(region.is_calibrated for region in regions.values())
-
-
-def require_quantization(trainer: pl.Trainer, who: str) -> None:
-    """Fail early if QuantizationAwareTraining is not among the callbacks."""
-    from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if not any(isinstance(callback, QuantizationAwareTraining) for callback in callbacks):
-        raise MisconfigurationException(
-            f"{who} needs fake-quants in the model: add QuantizationAwareTraining() to the Trainer's callbacks."
-        )
 
 
 def require_positive(who: str, **values: int | None) -> None:

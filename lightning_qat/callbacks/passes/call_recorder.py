@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_qat.quantization.tracing.call import Call
 from lightning_qat.quantization.tracing.tensor_leaves import leaves
-from lightning_qat.quantization.tracing.tracing import Call
 
 
 class CallRecorder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,8 +14,10 @@ from typing_extensions import override
 
 from lightning_qat.analysis.captured_calls import RepeatableForward
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.callbacks.passes.analysis_pass import AnalysisOutputs, analysis_pass, require_quantization
+from lightning_qat.callbacks.passes.analysis_pass import AnalysisOutputs, analysis_pass
+from lightning_qat.callbacks.passes.monitored_numbers import check_early_stopping, log_numbers
 from lightning_qat.callbacks.passes.region_inputs import Calls, RegionInputs
+from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.quantization.region.region import Region
 
 T = TypeVar("T")
@@ -28,6 +30,9 @@ class EpochEndAnalysis(Callback):
         every_n_epochs: how often.
         name: first part of file names and tags.
     """
+
+    monitored: ClassVar[tuple[str, ...]] = ()
+    """What is logged through ``self.log``, each behind ``<name>/``."""
 
     def __init__(self, every_n_epochs: int, name: str) -> None:
         self.every_n_epochs = every_n_epochs
@@ -44,6 +49,19 @@ class EpochEndAnalysis(Callback):
         require_quantization(trainer, type(self).__name__)
         self._analysed_at = -1
         self._inputs = RegionInputs()
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        in_first_epoch = is_calibrated(pl_module) and self.should_analyse(trainer)
+        check_early_stopping(trainer, self, self._names(), in_first_epoch)
+
+    def _names(self) -> list[str]:
+        return [f"{self._outputs.name}/{name}" for name in self.monitored]
+
+    def _log_numbers(self, trainer: pl.Trainer, pl_module: pl.LightningModule, numbers: Mapping[str, float]) -> None:
+        """Log the numbers of an epoch, to be monitored; call it in epochs without any too."""
+        named = {f"{self._outputs.name}/{name}": number for name, number in numbers.items()}
+        log_numbers(trainer, pl_module, self._names(), named)
 
     def tried(self, trainer: pl.Trainer, analyse: Callable[[], T]) -> T | None:
         """Analyse; None for a model that gives NaN by now. Others say that it diverged, or stop; this must not."""

@@ -151,7 +151,7 @@ class _Recorder:
             if reduce_fx in ("mean", "avg", torch.mean) and self._results.batch is not None:
                 self._batch_values.setdefault(shown, []).append(float(value))
         self._results.log(
-            self._module._current_fx_name or "validation_step",
+            _compat.running_hook(self._module),
             name,
             value,
             on_step=on_step,

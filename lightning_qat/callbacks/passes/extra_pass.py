@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
 from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.passes.analysis_loaders import Stage, fresh_loaders
@@ -28,7 +29,7 @@ from lightning_qat.callbacks.passes.module_state import (
 )
 from lightning_qat.callbacks.passes.optimizer_state import preserved_optimizers
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.quantization.tracing.preservation import preserved
 
 _STEPS = {
@@ -82,26 +83,6 @@ class ExtraBatch:
     source: str = "train"
 
 
-def require_regions(pl_module: pl.LightningModule, who: str) -> dict[str, Region]:
-    """Return the regions of a module.
-
-    Raises:
-        MisconfigurationException: there are none: they could not be inserted, or QuantizationAwareTraining is missing.
-    """
-    from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-
-    regions = find_regions(pl_module)
-    if not regions:
-        trainer = pl_module._trainer
-        for callback in getattr(trainer, "callbacks", ()):
-            if isinstance(callback, QuantizationAwareTraining):
-                callback.require_inserted()
-        raise MisconfigurationException(
-            f"{who} needs fake-quants in the model: add QuantizationAwareTraining() to the Trainer's callbacks."
-        )
-    return regions
-
-
 @contextmanager
 def misconfiguration() -> Iterator[None]:
     """Turn the quantization layer's configuration errors into Lightning's."""
@@ -117,8 +98,10 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, *, trains: b
 
     Put back exactly: random state, train/eval flag of every submodule, buffers, attributes (lists a step appends to,
     torchmetrics), ``log``, the trainer's stage, gradients and whether there are any, settings of optimizers and
-    schedulers, attributes of the datamodule. No scale follows the data meanwhile. Not known are objects of other
-    classes that a step changes, unless they hold nothing but data.
+    schedulers, attributes of the trainer (``should_stop``) and of the datamodule, the metrics that the trainer shows.
+    No scale follows the data meanwhile. Not known are objects of other classes that a step changes, unless they hold
+    nothing but data, and what a step changes outside of the run: files, servers, globals. Attributes that hold very
+    much data are not copied: see :func:`~lightning_qat.callbacks.passes.module_state.preserved_attributes`.
 
     Args:
         trainer: the running trainer.
@@ -136,6 +119,7 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, *, trains: b
         stack.enter_context(undisturbed_forwards(pl_module))
         stack.enter_context(preserved(pl_module))
         stack.enter_context(preserved_parameters(pl_module) if trains else nullcontext())
+        stack.enter_context(_compat.preserved_trainer(trainer))
         stack.enter_context(preserved_optimizers(trainer))
         stack.enter_context(preserved_loader_state([trainer.datamodule]))  # type: ignore[attr-defined]
         for region in find_regions(pl_module).values():
@@ -191,6 +175,7 @@ def analysis_batches(
     with fresh_loaders(trainer, pl_module, stage) as (combined, source):
         allowed = combined.limits
         several = len(allowed) > 1 and source != "train"
+        _warn_about_one_shot_loaders(combined.flattened, source)
         end = min(limit, max(allowed, default=0) if source == "train" else sum(allowed))
         # calibration looks at what evaluation will see: no training augmentation on the way to the device
         shown = "validate" if stage == "calibration" else stage
@@ -198,6 +183,16 @@ def analysis_batches(
         for batch, batch_idx, dataloader_idx in itertools.islice(combined, None if end == float("inf") else int(end)):
             batch = transferred(trainer, pl_module, batch, dataloader_idx, shown)
             yield ExtraBatch(batch, batch_idx, dataloader_idx, several, source)
+
+
+def _warn_about_one_shot_loaders(loaders: Iterable[Any], source: str) -> None:
+    """Say that the run goes without the batches that an extra pass takes from a loader that cannot start again."""
+    for kind in {type(loader).__name__ for loader in loaders if isinstance(loader, Iterator)}:
+        rank_zero_warn(
+            f"the {source} data come from an iterator ({kind}), which gives every batch once: tracing, calibration and "
+            "analyses take batches that are missing in the run then. Give the Trainer a DataLoader, or an object whose "
+            "__iter__ starts again."
+        )
 
 
 def run_step(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBatch, stage: str = "validate") -> Any:
@@ -275,5 +270,5 @@ def transferred(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, 
     """Send a batch the way Lightning's loops do: precision, hooks, device."""
     with _compat.running_stage(trainer, stage):
         batch = trainer.precision_plugin.convert_input(batch)
-        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+        batch = _compat.before_transfer(pl_module, batch, dataloader_idx)
         return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from lightning_qat.callbacks.passes.module_state import shared_data
 from lightning_qat.quantization.tracing.tensor_leaves import leaves
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -17,7 +18,8 @@ def copied_module(module: ModuleT, memo: dict[int, Any] | None = None) -> Module
     """Return a deep copy; of results that a module keeps (``self.last_logits``), only the values are copied.
 
     Pruning and the older ``weight_norm`` keep such a result as well: the weight that the next forward computes anew.
-    Attributes that cannot be copied (locks, connections, generators) are shared with the copy.
+    Attributes that cannot be copied (locks, connections, generators) are shared with the copy, and so are data: arrays
+    that cannot be written to, and what attributes hold that have more than 256 MiB.
 
     Args:
         module: what to copy.
@@ -31,7 +33,7 @@ def copied_module(module: ModuleT, memo: dict[int, Any] | None = None) -> Module
         True
     """
     memo = {} if memo is None else memo
-    values = _values_only(module)
+    values = shared_data(module) | _values_only(module)
     memo.update(values)
     try:
         return copy.deepcopy(module, memo)

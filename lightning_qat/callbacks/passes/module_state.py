@@ -7,6 +7,7 @@ pass in between must leave all of that as it was.
 from __future__ import annotations
 
 import collections
+import itertools
 import random
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchmetrics import Metric, MetricCollection
 
 from lightning_qat.quantization.tracing.module_walk import modules_outside_regions
@@ -26,7 +29,9 @@ _FIXED = frozenset({bool, int, float, str, bytes, complex, range, type(None), ty
 """Types of most attributes."""
 _RANDOM = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 _SCANNED = 10_000
-"""Larger containers are not searched for random generators and objects: datasets have long lists of files."""
+"""The members of larger containers are not looked into: datasets have long lists of files."""
+_LARGE = 2**28
+"""Bytes. An attribute that holds more is taken for data, of which there need not be room for a copy."""
 Restore = Callable[[], None]
 
 
@@ -36,6 +41,10 @@ def preserved_attributes(module: nn.Module) -> Iterator[None]:
 
     This covers the state of torchmetrics. Parameters, buffers and hooks are not attributes in this sense, and regions
     are left out: what an analysis changes there is its own business.
+
+    Not copied are tensors and arrays in attributes that hold more than 256 MiB of them: they are taken for data, which
+    no step writes to. If one does write to such a tensor, a warning says so; writing to such an array goes unnoticed.
+    Of lists and dicts with more than 10000 members, only the members are put back, not what is inside of these.
     """
     with _restored(_attributes_of(m, _OF_MODULES, contents=True) for m in modules_outside_regions(module)):
         yield
@@ -57,6 +66,23 @@ def preserved_loader_state(loaders: Iterable[Any]) -> Iterator[None]:
         pending += [owner.__dict__.get(name) for name in ("sampler", "batch_sampler", "dataset", "collate_fn")]
     with _restored(_attributes_of(owner, frozenset({"_iterator"}), contents=False) for owner in found.values()):
         yield
+
+
+def shared_data(module: nn.Module) -> dict[int, Tensor | np.ndarray[Any, Any]]:
+    """Return, by ``id``, what the attributes of a module hold that nobody copies.
+
+    These are arrays that cannot be written to, and all tensors and arrays in attributes that hold more than 256 MiB;
+    but no parameter or buffer, which may stand in an attribute too (``self.weights = list(self.parameters())``).
+    """
+    own = {id(tensor) for tensor in itertools.chain(module.parameters(), module.buffers())}
+    found: dict[int, Tensor | np.ndarray[Any, Any]] = {}
+    for owner in modules_outside_regions(module):
+        for name, value in vars(owner).items() if not isinstance(owner, Metric) else ():
+            held = [] if name in _OF_MODULES else [one for one in _held(value) if id(one) not in own]
+            changing = [one for one in held if _can_change(one)]
+            found |= {id(one): one for one in changing if _bytes(changing) > _LARGE}
+            found |= {id(one): one for one in held if isinstance(one, np.ndarray) and not _can_change(one)}
+    return found
 
 
 @contextmanager
@@ -87,7 +113,16 @@ def _restored(restores: Iterable[Restore]) -> Iterator[None]:
 
 def _attributes_of(owner: Any, skip: frozenset[str], contents: bool) -> Restore:
     before = {name: value for name, value in owner.__dict__.items() if name not in skip}
-    inner = [r for r in (_state_of(value, contents) for value in before.values()) if r is not None]
+    inner: list[Restore] = []
+    for name, value in before.items():
+        if _is_fixed(value):
+            continue
+        held = [one for one in _held(value) if _can_change(one)] if contents and not isinstance(owner, Metric) else []
+        is_data = _bytes(held) > _LARGE  # the state of a metric is never
+        if is_data:
+            inner.append(_watched(f"{type(owner).__name__}.{name}", held))
+        if (restore_inside := _state_of(value, contents and not is_data)) is not None:
+            inner.append(restore_inside)
 
     def restore() -> None:
         for name in [name for name in owner.__dict__ if name not in skip and name not in before]:
@@ -101,19 +136,64 @@ def _attributes_of(owner: Any, skip: frozenset[str], contents: bool) -> Restore:
 
 def _state_of(value: Any, contents: bool) -> Restore | None:
     """Return a function that puts the inside of a value back, for values that can be changed from inside."""
-    if type(value) in _FIXED:
+    if _is_fixed(value) or isinstance(value, np.generic):
         return None
     if isinstance(value, _RANDOM):
         return _random(value)
-    if contents and isinstance(value, Tensor):
-        return _tensor(value)
-    if contents and isinstance(value, np.ndarray):
-        return _array(value)
+    if isinstance(value, Tensor):
+        return _tensor(value) if contents else None
+    if isinstance(value, np.ndarray):
+        return _array(value) if contents else None
     if isinstance(value, nn.Module):  # those that are not submodules may be the module itself, or hold it
         return _metric(value) if contents and isinstance(value, (Metric, MetricCollection)) else None
     if isinstance(value, (*_CONTAINERS, tuple)):
         return _container(value, contents)
     return _attributes_of(value, frozenset(), contents) if _is_data(value) else None
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether there is nothing in a value that could be changed from inside, as in most attributes."""
+    return type(value) in _FIXED or (type(value) is tuple and all(type(member) in _FIXED for member in value))
+
+
+def _held(value: Any, depth: int = 5) -> Iterator[Tensor | np.ndarray[Any, Any]]:
+    """The tensors and arrays inside a value, but for parameters."""
+    if _is_fixed(value) or isinstance(value, nn.Parameter):
+        return
+    if isinstance(value, (Tensor, np.ndarray)):
+        yield value
+    elif depth and isinstance(value, (*_CONTAINERS, tuple)):
+        members = value.values() if isinstance(value, dict) else value
+        for member in members if len(value) <= _SCANNED else ():
+            yield from _held(member, depth - 1)
+    elif depth and not isinstance(value, nn.Module) and (isinstance(value, Dataset) or _is_data(value)):
+        for member in vars(value).values() if hasattr(value, "__dict__") else ():
+            yield from _held(member, depth - 1)
+
+
+def _bytes(values: Iterable[Tensor | np.ndarray[Any, Any]]) -> int:
+    return sum(value.nbytes for value in values)
+
+
+def _can_change(value: Tensor | np.ndarray[Any, Any]) -> bool:
+    """Whether a step may write to it; a file that is mapped into memory for reading may be larger than the memory."""
+    return not (value.requires_grad or value.is_meta) if isinstance(value, Tensor) else bool(value.flags.writeable)
+
+
+def _watched(name: str, held: list[Tensor | np.ndarray[Any, Any]]) -> Restore:
+    """Say that somebody has written to data that was not copied; torch counts the writes to a tensor."""
+    versions = [(t, t._version) for t in held if isinstance(t, Tensor) and not t.is_inference()]
+    size = _bytes(held) / 2**20
+
+    def warn() -> None:
+        if any(tensor._version != version for tensor, version in versions):
+            rank_zero_warn(
+                f"a step writes to {name}, which holds {size:.0f} MiB: too much to be copied and put back after "
+                "batches that are run for an analysis, so their traces stay in it. Make it a buffer "
+                "(register_buffer): buffers are put back whatever their size."
+            )
+
+    return warn
 
 
 def _random(value: Any) -> Restore | None:
@@ -133,7 +213,7 @@ def _random(value: Any) -> Restore | None:
 
 
 def _tensor(value: Tensor) -> Restore | None:
-    if value.requires_grad or value.is_meta:
+    if not _can_change(value):
         return None
     content = value.detach().clone()
 
@@ -145,7 +225,9 @@ def _tensor(value: Tensor) -> Restore | None:
     return restore
 
 
-def _array(value: Any) -> Restore | None:
+def _array(value: np.ndarray[Any, Any]) -> Restore | None:
+    if not _can_change(value):
+        return None
     content = value.copy()
 
     def restore() -> None:
@@ -169,7 +251,7 @@ def _container(value: Any, contents: bool) -> Restore | None:
     if not contents and len(value) > _SCANNED:
         return None
     items = dict(value) if isinstance(value, dict) else list(value)
-    members = items.values() if isinstance(items, dict) else items
+    members = () if len(items) > _SCANNED else items.values() if isinstance(items, dict) else items
     nested = [r for member in members if (r := _state_of(member, contents)) is not None]
     can_change = not isinstance(value, tuple)
     if not nested and not can_change:
@@ -193,7 +275,7 @@ def _is_data(value: Any, depth: int = 5) -> bool:
         return False
     if isinstance(value, (*_CONTAINERS, tuple)):
         members = value.values() if isinstance(value, dict) else value
-        return len(value) <= _SCANNED and all(_is_data(member, depth - 1) for member in members)
+        return all(_is_data(member, depth - 1) for member in itertools.islice(members, _SCANNED))
     if not hasattr(value, "__dict__") or type(value).__module__.partition(".")[0] in ("torch", "lightning"):
         return False
     return all(_is_data(member, depth - 1) for member in vars(value).values())

@@ -45,12 +45,6 @@ class SharedEvaluations:
         self._model: ModelKey | None = None
         self._known: dict[tuple[State, str, float], Evaluation] = {}
 
-    @classmethod
-    def of(cls, trainer: pl.Trainer) -> SharedEvaluations:
-        """Return those of a trainer; without QuantizationAwareTraining nothing is shared."""
-        kept = (getattr(callback, "evaluations", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        return next((shared for shared in kept if isinstance(shared, cls)), None) or cls()
-
     def evaluate(
         self,
         trainer: pl.Trainer,

@@ -16,8 +16,8 @@ from lightning_qat.analysis.metrics import MetricName
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult, most_sensitive_first
 from lightning_qat.callbacks.passes.analysis_pass import seeded
 from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
-from lightning_qat.callbacks.passes.extra_pass import require_regions
 from lightning_qat.callbacks.passes.progress import progress
+from lightning_qat.callbacks.quantized_run import require_regions
 from lightning_qat.quantization.errors import near_names
 from lightning_qat.quantization.region.region import Region
 
@@ -64,7 +64,7 @@ class TaskMetric:
         """Return a table in which the rows that were measured (``exact``) have this metric."""
         order = {
             (path, point.name): number
-            for path, region in require_regions(pl_module, "SensitivityAnalysis").items()
+            for path, region in require_regions(trainer, pl_module, "SensitivityAnalysis").items()
             for number, point in enumerate(region.plan.points)
         }
         points = sorted(((row.region, row.point) for row in result.rows if row.exact), key=lambda key: order[key])
@@ -91,7 +91,7 @@ class TaskMetric:
         """Evaluate the float model, with one point quantized."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
-            for path, region in require_regions(pl_module, "SensitivityAnalysis").items():
+            for path, region in require_regions(trainer, pl_module, "SensitivityAnalysis").items():
                 _quantize_only(stack, region, only[1] if only and only[0] == path else None)
             stack.enter_context(seeded(self.seed + trainer.global_rank))
             evaluation = evaluate(trainer, pl_module, limit=limit)

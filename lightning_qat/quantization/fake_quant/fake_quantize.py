@@ -13,7 +13,7 @@ from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_qu
 from lightning_qat.quantization.fake_quant.learned_scale import fake_quantize_learned, gradient_scale
 from lightning_qat.quantization.fake_quant.quantization_parameters import QuantizationParameters, Scheme
 from lightning_qat.quantization.numerics.observers import ObserverName, clip_range
-from lightning_qat.quantization.numerics.range_statistics import PerChannelRange, RangeStatistics
+from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics, RangeStatistics
 from lightning_qat.quantization.numerics.scales import MIN_SCALE, greatest_scale
 from lightning_qat.quantization.numerics.split_statistics import SplitStatistics, repeat_groups
 
@@ -101,11 +101,11 @@ class FakeQuantize(QuantizationParameters):
         self.enabled = True
         self.frozen = False
         self.outdated = False
-        self.statistics: RangeStatistics | PerChannelRange | SplitStatistics
+        self.statistics: RangeStatistics | PerChannelStatistics | SplitStatistics
         if axis is None or channels is None:
             self.statistics = RangeStatistics(ema_momentum)
         elif split_sizes is None:
-            self.statistics = PerChannelRange(axis, channels, ema_momentum)
+            self.statistics = PerChannelStatistics(axis, channels, ema_momentum)
         else:
             self.statistics = SplitStatistics(axis, split_sizes, ema_momentum)
         with torch.inference_mode(False):
@@ -122,10 +122,8 @@ class FakeQuantize(QuantizationParameters):
             return x
         if self._parameters:
             return self._forward_learned(x)
-        scale, zero_point = self.scale, self.zero_point if self.scheme == "affine" else 0
-        if self.split_sizes is not None:
-            scale, zero_point = self.channel_scale, self.channel_zero_point
-        return fake_quantize(x, scale, zero_point, self.quant_min, self.quant_max, self.axis)
+        zero_point = self.channel_zero_point if self.scheme == "affine" else 0
+        return fake_quantize(x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self.axis)
 
     def _forward_learned(self, x: Tensor) -> Tensor:
         scale = self.scale
@@ -219,7 +217,7 @@ class FakeQuantize(QuantizationParameters):
             self._write_number(low.item() * low_ratio, high.item() * high_ratio)
         elif (
             not ema
-            and isinstance(self.statistics, PerChannelRange)
+            and isinstance(self.statistics, PerChannelStatistics)
             and self.scheme == "symmetric"
             and self.quant_min < 0
         ):

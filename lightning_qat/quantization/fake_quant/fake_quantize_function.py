@@ -123,7 +123,8 @@ def tensor_forward(x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min
     codes = _codes(work, scale.reciprocal(), zero).clamp_(quant_min, quant_max)
     if zero is not None:
         codes = codes.sub_(zero)
-    return codes.mul_(scale).add_(0.0).to(x.dtype)
+    result = codes.mul_(scale).add_(0.0)
+    return result if work is x else result.to(x.dtype)
 
 
 def straight_through(grad: Tensor, codes: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -201,7 +202,8 @@ def _scalar_forward(x: Tensor, scale: float, low: int, high: int) -> Tensor:
     work = x if x.dtype in NATIVE else x.float()
     codes = work.mul(_float32(1.0 / scale)).round_().clamp_(low, high)
     # 0 + scale * codes instead of codes * scale: the result for -0.1 is 0.0 as in torch, not -0.0.
-    return torch.add(_ZERO, codes, alpha=scale, out=codes).to(x.dtype)
+    result = torch.add(_ZERO, codes, alpha=scale, out=codes)
+    return result if work is x else result.to(x.dtype)
 
 
 def _codes(x: Tensor, inverse: Tensor, zero: Tensor | int | None) -> Tensor:

@@ -15,14 +15,8 @@ QuantizedDtypeName = Literal[
     "uint2", "uint3", "uint4", "uint5", "uint6", "uint7", "uint8", "uint9",
     "uint10", "uint11", "uint12", "uint13", "uint14", "uint15", "uint16",
 ]
-DtypeName = Literal[
-    "int2", "int3", "int4", "int5", "int6", "int7", "int8", "int9",
-    "int10", "int11", "int12", "int13", "int14", "int15", "int16",
-    "uint2", "uint3", "uint4", "uint5", "uint6", "uint7", "uint8", "uint9",
-    "uint10", "uint11", "uint12", "uint13", "uint14", "uint15", "uint16",
-    "float32",
-]
 # fmt: on
+DtypeName = Literal[QuantizedDtypeName, "float32"]
 
 
 @dataclass(frozen=True)

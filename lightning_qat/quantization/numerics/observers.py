@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.numerics.range_search import kl_range, mse_range, percentile_range
-from lightning_qat.quantization.numerics.range_statistics import PerChannelRange, RangeStatistics
+from lightning_qat.quantization.numerics.range_statistics import Statistics
 from lightning_qat.quantization.numerics.scales import scale_from_range
 from lightning_qat.quantization.numerics.split_statistics import SplitStatistics
 
@@ -21,7 +21,7 @@ ObserverName = Literal["minmax", "ema", "percentile", "mse", "kl", "fixed"]
 
 
 def scale_for(
-    statistics: RangeStatistics | PerChannelRange | SplitStatistics,
+    statistics: Statistics | SplitStatistics,
     observer: str,
     quant_min: int,
     quant_max: int,
@@ -35,7 +35,7 @@ def scale_for(
         ConfigurationError: If there is no such observer, or it is ``fixed``, which derives nothing.
 
     Example:
-        >>> import torch
+        >>> from lightning_qat.quantization.numerics.range_statistics import RangeStatistics
         >>> statistics = RangeStatistics()
         >>> statistics.observe(torch.tensor([-2.54, 1.0]))
         >>> [t.tolist() for t in scale_for(statistics, "minmax", -128, 127)]
@@ -46,7 +46,7 @@ def scale_for(
 
 
 def clip_range(
-    statistics: RangeStatistics | PerChannelRange | SplitStatistics,
+    statistics: Statistics | SplitStatistics,
     observer: str,
     quant_min: int,
     quant_max: int,
@@ -58,11 +58,12 @@ def clip_range(
     * ``minmax``: everything observed.
     * ``ema``: moving averages of the batches' smallest and largest values.
     * ``percentile``: symmetric, the percentile of the magnitudes; affine, that of the values, taken at both ends. From
-      the histogram, so within a bin. Where that many values are exactly zero, everything observed.
+      the histogram, so within a bin. Where that many values are exactly zero, everything observed: else all others
+      would be clipped.
     * ``mse``: the range with the smallest expected squared error, see :func:`expected_error`.
     * ``kl``: the threshold that changes the distribution of the magnitudes least (Migacz, "8-bit Inference with
-      TensorRT", GTC 2017). It needs bins that are much finer than the codes; where they are not (more than 8 bits, per
-      channel more than 5), everything observed. Affine, the threshold clips the observed range.
+      TensorRT", GTC 2017). It needs bins that are much finer than the codes; where they are not (beyond int9 and
+      uint8, per channel beyond int5 and uint4), everything observed. Affine, the threshold clips the observed range.
 
     Args:
         statistics: What was observed.
@@ -73,7 +74,8 @@ def clip_range(
         percentile: In percent, for the method of that name.
 
     Returns:
-        Lower and upper ends, float64 ``(channels,)`` or ``(groups,)``, within what was observed.
+        Lower and upper ends, float64 ``(channels,)`` or ``(groups,)``, within what was observed; ``mse`` extends that
+        to zero, which every grid holds.
 
     Raises:
         ConfigurationError: If there is no such observer, or it is ``fixed``, which derives nothing.

@@ -16,20 +16,22 @@ VALUES_AT_ONCE = 32768
 
 
 def percentile_range(statistics: Statistics, scheme: str, percentile: float) -> tuple[Tensor, Tensor]:
+    """The percentile of the magnitudes or, affine, of the values at both ends."""
     histogram = statistics.histogram
     low, high = statistics.range
+    share = percentile / 100
+    only_zeros = histogram.zeros >= share * histogram.counts.sum(1)
     if scheme == "affine":
-        upper = _quantile(histogram.counts, histogram, percentile / 100) * histogram.width
-        lower = -_quantile(histogram.counts.flip(1).roll(1, 1), histogram, percentile / 100) * histogram.width
+        upper = _quantile(histogram.counts, histogram, share) * histogram.width
+        lower = -_quantile(histogram.counts.flip(1).roll(1, 1), histogram, share) * histogram.width
         lower, upper = torch.maximum(lower, low), torch.minimum(upper, high)
-        return torch.where(lower < upper, lower, low), torch.where(lower < upper, upper, high)
+        is_empty = only_zeros | (lower >= upper)
+        return torch.where(is_empty, low, lower), torch.where(is_empty, high, upper)
     bound = torch.maximum(-low, high)
     folded = torch.zeros_like(histogram.counts)
     folded[:, histogram.bins :] = _magnitudes(histogram)
-    threshold = torch.minimum(_quantile(folded, histogram, percentile / 100, folded=True) * histogram.width, bound)
-    total = histogram.counts.sum(1)
-    only_zeros = (histogram.zeros >= percentile / 100 * total) | (threshold <= 0)
-    threshold = torch.where(only_zeros, bound, threshold)
+    threshold = torch.minimum(_quantile(folded, histogram, share, folded=True) * histogram.width, bound)
+    threshold = torch.where(only_zeros | (threshold <= 0), bound, threshold)
     return torch.maximum(-threshold, low), torch.minimum(threshold, high)
 
 
@@ -159,6 +161,7 @@ def expected_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, quan
 
 
 def kl_range(statistics: Statistics, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
+    """The threshold on the magnitudes with the smallest divergence; the whole range with fewer than 8 bins per code."""
     histogram = statistics.histogram
     low, high = statistics.range
     levels = quant_max + 1

@@ -13,7 +13,17 @@ from lightning_qat.quantization.numerics.histogram import CHANNEL_BINS, TENSOR_B
 
 
 class Statistics:
-    """Histogram, extremes and moving averages of the data of a point, as one row or one row per channel."""
+    """Histogram, extremes and moving averages of the data of a point, as one row or one row per channel.
+
+    Args:
+        channels: Number of rows.
+        axis: The channel axis; None for one row of all values.
+        bins: Bins per side of the histograms.
+        ema_momentum: Weight of a new batch in the moving averages.
+
+    Attributes:
+        batches: How many batches are in the moving averages.
+    """
 
     def __init__(self, channels: int, axis: int | None, bins: int, ema_momentum: float) -> None:
         self.axis = axis
@@ -77,7 +87,7 @@ class Statistics:
         """Move the averages towards a batch's extremes, float64 ``(channels,)``, and return them.
 
         The first batches are averaged evenly until a share falls to ``ema_momentum``: otherwise the first one would
-        outweigh a short calibration. A batch with an extreme that is not finite is left out.
+        outweigh a short calibration. An extreme that is not finite leaves its average as it is.
         """
         self.batches += 1
         batch = torch.stack([low, high])
@@ -95,18 +105,6 @@ class Statistics:
     def averages(self, value: Tensor) -> None:
         with torch.inference_mode(False):
             self._ema = value.to(self._ema.device, torch.float64, copy=True)
-
-    def merge(self, other: Statistics) -> None:
-        """Add what ``other`` has observed; moving averages are averaged by their number of batches.
-
-        Raises:
-            ConfigurationError: If the two differ in their channels.
-        """
-        self.histogram.merge(other.histogram)
-        total = self.batches + other.batches
-        if total:
-            self._ema = (self._ema * self.batches + other._ema.to(self._ema.device) * other.batches) / total
-        self.batches = total
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge the statistics of all ranks, so that all have the same; every rank of ``group`` must call this."""
@@ -171,35 +169,15 @@ class RangeStatistics(Statistics):
     Example:
         >>> statistics = RangeStatistics()
         >>> statistics.observe(torch.tensor([-1.0, 3.0, float("nan")]))
-        >>> statistics.min, statistics.max, statistics.count, statistics.nan_count
-        (-1.0, 3.0, 2, 1)
+        >>> [end.item() for end in statistics.range], statistics.count, statistics.nan_count
+        ([-1.0, 3.0], 2, 1)
     """
 
     def __init__(self, ema_momentum: float = 0.01) -> None:
         super().__init__(1, None, TENSOR_BINS, ema_momentum)
 
-    @property
-    def min(self) -> float:
-        """Smallest finite value observed; ``inf`` before the first."""
-        return self.histogram.low.item()
 
-    @property
-    def max(self) -> float:
-        """Largest finite value observed; ``-inf`` before the first."""
-        return self.histogram.high.item()
-
-    @property
-    def ema_min(self) -> float:
-        """Moving average of the batches' smallest values."""
-        return self._ema[0].item()
-
-    @property
-    def ema_max(self) -> float:
-        """Moving average of the batches' largest values."""
-        return self._ema[1].item()
-
-
-class PerChannelRange(Statistics):
+class PerChannelStatistics(Statistics):
     """The same per channel, with histograms of fewer bins, so that per-channel scales can be re-derived as well.
 
     A weight does not change during calibration: observe it once. (Observing it again changes no scale, it takes time.)
@@ -211,31 +189,11 @@ class PerChannelRange(Statistics):
         ema_momentum: Weight of a new batch in the moving averages.
 
     Example:
-        >>> statistics = PerChannelRange(axis=0, channels=2)
+        >>> statistics = PerChannelStatistics(axis=0, channels=2)
         >>> statistics.observe(torch.tensor([[1.0, 2.0], [-5.0, 3.0]]))
-        >>> statistics.min.tolist(), statistics.max.tolist()
-        ([1.0, -5.0], [2.0, 3.0])
+        >>> [end.tolist() for end in statistics.range]
+        [[1.0, -5.0], [2.0, 3.0]]
     """
 
     def __init__(self, axis: int, channels: int, ema_momentum: float = 0.01) -> None:
         super().__init__(channels, axis, CHANNEL_BINS, ema_momentum)
-
-    @property
-    def min(self) -> Tensor:
-        """Smallest finite values observed, float64 ``(channels,)``; ``inf`` before the first."""
-        return self.histogram.low
-
-    @property
-    def max(self) -> Tensor:
-        """Largest finite values observed, float64 ``(channels,)``; ``-inf`` before the first."""
-        return self.histogram.high
-
-    @property
-    def ema_min(self) -> Tensor:
-        """Moving averages of the batches' smallest values, float64 ``(channels,)``."""
-        return self._ema[0]
-
-    @property
-    def ema_max(self) -> Tensor:
-        """Moving averages of the batches' largest values, float64 ``(channels,)``."""
-        return self._ema[1]

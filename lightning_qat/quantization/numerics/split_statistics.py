@@ -27,8 +27,8 @@ class SplitStatistics:
     Example:
         >>> statistics = SplitStatistics(axis=0, sizes=(2, 3))
         >>> statistics.observe(torch.tensor([1.0, 2.0, -50.0, 30.0, 40.0]))
-        >>> [group.max for group in statistics.groups], [end.tolist() for end in statistics.range]
-        ([2.0, 40.0], [[1.0, -50.0], [2.0, 40.0]])
+        >>> [end.tolist() for end in statistics.range]
+        [[1.0, -50.0], [2.0, 40.0]]
     """
 
     def __init__(self, axis: int, sizes: tuple[int, ...], ema_momentum: float = 0.01) -> None:
@@ -93,11 +93,6 @@ class SplitStatistics:
         """Move the averages towards a batch's extremes, float64 ``(groups,)``, and return them."""
         ends = zip(self.groups, low.split(1), high.split(1), strict=True)
         return _joined([group.update_ema(*pair) for group, *pair in ends])
-
-    def merge(self, other: SplitStatistics) -> None:
-        """Add what ``other`` has observed."""
-        for mine, theirs in zip(self.groups, other.groups, strict=True):
-            mine.merge(theirs)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge the statistics of all ranks; every rank of ``group`` must call this."""

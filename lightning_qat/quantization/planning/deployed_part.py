@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightning_qat.quantization.tracing.op_graph import Op, OpGraph, Source
+from lightning_qat.quantization.tracing.tensor_leaves import is_float_name
 
 TRAIN_ONLY = "runs in train mode only: not part of the deployed model"
 LOSS = "part of the loss: leads to scalar outputs only"
@@ -38,7 +39,7 @@ def deployed_part(graph: OpGraph) -> DeployedPart:
 
     Example:
         >>> import torch
-        >>> from lightning_qat.quantization.tracing.tracing import trace
+        >>> from lightning_qat.quantization.tracing.tracer import trace
         >>> class Noisy(torch.nn.Module):
         ...     def forward(self, x):
         ...         return torch.relu(x + torch.randn_like(x) if self.training else x)
@@ -62,8 +63,8 @@ def _loss(graph: OpGraph) -> set[str]:
 
     The second are the parts of a loss that leave torch, such as the matching of a detector's predictions and labels.
     """
-    scalars = [o for o in graph.outputs if o.is_scalar and _is_float(o.dtype)]
-    tensors = [o for o in graph.outputs if not o.is_scalar and _is_float(o.dtype)]
+    scalars = [o for o in graph.outputs if o.is_scalar and is_float_name(o.dtype)]
+    tensors = [o for o in graph.outputs if not o.is_scalar and is_float_name(o.dtype)]
     if not scalars or not tensors:
         return set()
     model = _ancestors(graph, (s for o in graph.outputs if not o.is_scalar for s in o.sources))
@@ -119,7 +120,3 @@ def _without(graph: OpGraph, names: Iterable[str]) -> OpGraph:
     outputs = tuple(dataclasses.replace(o, sources=kept(o.sources)) for o in graph.outputs)
     ops = tuple(trimmed(op) for op in graph.ops if op.name not in gone)
     return dataclasses.replace(graph, ops=ops, outputs=outputs)
-
-
-def _is_float(dtype: str) -> bool:
-    return dtype.startswith(("float", "bfloat"))

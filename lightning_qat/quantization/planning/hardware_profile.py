@@ -43,8 +43,8 @@ class Signature:
         return dtype in self.weight
 
     def __str__(self) -> str:
-        weight = f", weight {_either(self.weight)}" if self.weight else ""
-        return f"input {_either(self.input)}{weight} -> output {_either(self.output)}"
+        weight = f", weight {either(self.weight)}" if self.weight else ""
+        return f"input {either(self.input)}{weight} -> output {either(self.output)}"
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ class OpRule:
 
     def inputs(self) -> tuple[str, ...]:
         """All types an input may have."""
-        return _union(s.input for s in self.signatures)
+        return union(s.input for s in self.signatures)
 
     def weights(self) -> tuple[str, ...]:
         """All types a weight may have."""
-        return _union(s.weight for s in self.signatures)
+        return union(s.weight for s in self.signatures)
 
     def outputs(self) -> tuple[str, ...]:
         """All types the result may have."""
-        return _union(s.output for s in self.signatures)
+        return union(s.output for s in self.signatures)
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,11 @@ def nearest_dtype(wanted: str, options: Iterable[str]) -> str:
     return min(options, key=distance)
 
 
-def _union(sets: Iterable[Iterable[str]]) -> tuple[str, ...]:
+def union(sets: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """Everything in the sets, once each, in their order."""
     return tuple(dict.fromkeys(name for names in sets for name in names))
 
 
-def _either(names: Iterable[str]) -> str:
+def either(names: Iterable[str]) -> str:
+    """How reports show alternatives: ``int8|int16``."""
     return "|".join(names)

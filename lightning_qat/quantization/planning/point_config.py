@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
 from lightning_qat.quantization.planning.plan import PointRole
-from lightning_qat.quantization.qconfig import Override, QConfig, Split
+from lightning_qat.quantization.qconfig import ActivationOverride, Override, QConfig, Split, WeightOverride
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,37 +88,44 @@ class PointConfigs:
         Raises:
             ConfigurationError: the rules leave it without what it needs.
         """
-        activation, weight = self.qconfig.activation, self.qconfig.weight
+        defaults = self.qconfig.weight if role == "weight" else self.qconfig.activation
         values: dict[str, Any] = {
             "scheme": "symmetric",
-            "percentile": activation.percentile,
+            "percentile": self.qconfig.activation.percentile,
             "granularity": "per_tensor",
+            **_NO_GIVEN_SCALE,
+            **vars(defaults),
         }
-        values |= {"threshold": None, "fixed_scale": None, "split": None}
-        values |= dataclasses.asdict(weight if role == "weight" else activation)
         rule = "default"
-        for index, override in enumerate(self.overrides):
-            change = override.weight if role == "weight" else override.activation
-            if not override.selects(point, op_type) or change is None:
-                continue
+        for index, change in self._changes(point, op_type, role):
             self.used_overrides.add(index)
-            given = {key: value for key, value in dataclasses.asdict(change).items() if value is not None}
-            if "threshold" in given or "fixed_scale" in given:
-                values |= {"threshold": None, "fixed_scale": None, "split": None}
-            if "split" in given:
-                values |= {"threshold": None, "fixed_scale": None}
+            given = {key: value for key, value in vars(change).items() if value is not None}
+            if given.keys() & _NO_GIVEN_SCALE.keys():
+                values |= _NO_GIVEN_SCALE  # of these the last rule's holds
             values |= given
-            rule = f"override {index + 1} ({override.label})"
+            rule = self._in_words(index)
         return _checked(point, values | dict(required or {}), rule)
 
     def explicit_rule(self, field: str, point: str, op_type: str, role: PointRole) -> str | None:
         """Return the override that decides a field of a point, in words; None if the default does."""
-        found = None
+        changes = self._changes(point, op_type, role)
+        deciding = [index for index, change in changes if getattr(change, field) is not None]
+        return self._in_words(deciding[-1]) if deciding else None
+
+    def _changes(
+        self, point: str, op_type: str, role: PointRole
+    ) -> Iterator[tuple[int, ActivationOverride | WeightOverride]]:
+        """What the overrides that cover a point change, with their numbers."""
         for index, override in enumerate(self.overrides):
             change = override.weight if role == "weight" else override.activation
-            if override.selects(point, op_type) and change is not None and getattr(change, field) is not None:
-                found = f"override {index + 1} ({override.label})"
-        return found
+            if change is not None and override.selects(point, op_type):
+                yield index, change
+
+    def _in_words(self, index: int) -> str:
+        return f"override {index + 1} ({self.overrides[index].label})"
+
+
+_NO_GIVEN_SCALE = {"threshold": None, "fixed_scale": None, "split": None}
 
 
 def _checked(point: str, values: dict[str, Any], rule: str) -> PointConfig:
@@ -137,6 +144,6 @@ def _checked(point: str, values: dict[str, Any], rule: str) -> PointConfig:
         percentile=values["percentile"],
         per_channel=values["granularity"] == "per_channel",
         fixed_scale=fixed,
-        split=Split(**values["split"]) if values["split"] is not None else None,
+        split=values["split"],
         rule=rule,
     )

@@ -73,6 +73,8 @@ def read_profile(value: str | os.PathLike[str]) -> HardwareProfile:
             content = Path(text).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigurationError(f"the profile {text!r} cannot be read: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(f"the profile {text!r} is not YAML: it is no text in UTF-8.") from error
     try:
         data = yaml.safe_load(content)
     except yaml.YAMLError as error:
@@ -166,9 +168,9 @@ def _kinds(names: Any, groups: Mapping[str, frozenset[str]], where: str) -> list
     known = known_kinds()
     found: list[str] = []
     for name in [names] if isinstance(names, str) else _list(names, where):
-        if name in groups:
+        if isinstance(name, str) and name in groups:
             found += sorted(groups[name])
-        elif name in known:
+        elif isinstance(name, str) and name in known:
             found.append(name)
         else:
             near = near_names(name, [*known, *groups])

@@ -15,7 +15,9 @@ from lightning_qat.quantization.planning.hardware_profile import (
     HardwareProfile,
     OpRule,
     Signature,
+    either,
     nearest_dtype,
+    union,
 )
 from lightning_qat.quantization.planning.plan import PointPlan, PointRole
 from lightning_qat.quantization.planning.point_config import PointConfig, PointConfigs
@@ -96,12 +98,12 @@ class ProfileChoices:
         """
         head = self.head(op)
         candidates = self._candidates(head)
-        options = _union(s.output for s in candidates)
-        what = f"{head.kind} output only {_either(options)}"
+        options = union(s.output for s in candidates)
+        what = f"{head.kind} output only {either(options)}"
         for kind, moves in self._movement(op).items():
             if not moves >= {o for o in options if o != FLOAT}:
                 options = tuple(o for o in options if o == FLOAT or o in moves)
-                what = f"{kind}, which its result goes through, has only {_either(sorted(moves))}"
+                what = f"{kind}, which its result goes through, has only {either(sorted(moves))}"
         config, why = self._settle(op, point, "output", options, what)
         self.note_output(op, config.dtype)
         return config, why
@@ -187,7 +189,7 @@ class ProfileChoices:
         Raises:
             ConfigurationError, RunsInFloat: as for outputs.
         """
-        what = f"{op.kind} input only {_either(signature.input)}"
+        what = f"{op.kind} input only {either(signature.input)}"
         return self._settle(op, point, "input", signature.input, what, requantizes)
 
     def settle_weight(self, op: Op, point: str, signature: Signature, has_axis: bool) -> tuple[PointConfig, str]:
@@ -202,7 +204,7 @@ class ProfileChoices:
         Raises:
             ConfigurationError, RunsInFloat: as for outputs.
         """
-        what = f"{op.kind} weight only {_either(signature.weight) or FLOAT}"
+        what = f"{op.kind} weight only {either(signature.weight) or FLOAT}"
         if not has_axis and "per_tensor" not in self.rule(op).weight_granularity:
             raise RunsInFloat(f"profile {self.profile.name}: {what} per channel, and this one has no channel axis")
         return self._settle(op, point, "weight", signature.weight, what)
@@ -243,7 +245,7 @@ class ProfileChoices:
                 if rule is not None and not requantizes:
                     raise self._refusal(rule, given, op, point, role, field, allowed, allowed[0])
                 required[field] = allowed[0]
-                reasons.append(f"profile {self.profile.name}: {op.kind} {role} only {_either(allowed)}")
+                reasons.append(f"profile {self.profile.name}: {op.kind} {role} only {either(allowed)}")
         if required:
             config = self.configs.resolve(point, op.kind, role, required)
         return config, "; ".join(reasons)
@@ -293,7 +295,7 @@ class ProfileChoices:
         kind = "weight" if role == "weight" else "activation"
         return ConfigurationError(
             f"{rule} asks for {wanted} at {point}, which the hardware has not: profile {self.profile.name}: "
-            f"{what or f'{op.kind} {role} only {_either(allowed)}'}. Change the rule, or add one for this point behind "
+            f"{what or f'{op.kind} {role} only {either(allowed)}'}. Change the rule, or add one for this point behind "
             f"it: {{match: {point!r}, {kind}: {{{field}: {instead}}}}}."
         )
 
@@ -302,11 +304,3 @@ def _loses_sign(wanted: str, instead: str) -> bool:
     if FLOAT in (wanted, instead):
         return False
     return quant_dtype(wanted).signed and not quant_dtype(instead).signed
-
-
-def _union(sets: Iterable[Iterable[str]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for names in sets for name in names))
-
-
-def _either(names: Iterable[str]) -> str:
-    return "|".join(names)

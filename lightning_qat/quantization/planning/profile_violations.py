@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from lightning_qat.quantization.planning.deployed_part import deployed_part
+from lightning_qat.quantization.planning.external_operands import external_operands
 from lightning_qat.quantization.planning.hardware_profile import (
     FLOAT,
     HardwareProfile,
@@ -16,7 +17,7 @@ from lightning_qat.quantization.planning.hardware_profile import (
     nearest_dtype,
 )
 from lightning_qat.quantization.planning.plan import PointPlan, QuantPlan
-from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph
+from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, Source
 from lightning_qat.quantization.tracing.tensor_origins import TensorOrigins, moved
 
 Subject = Literal["op", "input dtype", "weight dtype", "output dtype", "scheme", "granularity", "fusion"]
@@ -68,8 +69,8 @@ def find_violations(
 
     Example:
         >>> import torch
-        >>> from lightning_qat.quantization.planning.plan import make_plan
-        >>> from lightning_qat.quantization.tracing.tracing import trace
+        >>> from lightning_qat.quantization.planning.make_plan import make_plan
+        >>> from lightning_qat.quantization.tracing.tracer import trace
         >>> graph = trace(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ELU()), [torch.ones(1, 3, 2, 2)])
         >>> for violation in find_violations(make_plan(graph), graph, "onnxruntime_qdq"):
         ...     print(violation)
@@ -144,7 +145,7 @@ class _Checker:
             if op is head:
                 yield self._unsupported(op)
             return
-        inputs = [list(self._read(op, operand)) for operand in self._inputs(op, names)]
+        inputs = [list(self._read(op, operand)) for operand in self._inputs(op)]
         yield from self._types(op, rule, inputs, self._output(last) if op is head else None)
         for points in inputs:
             for point in points:
@@ -197,23 +198,15 @@ class _Checker:
                 else:
                     yield self._float_row(name, op, "output dtype", allowed)
 
-    def _inputs(self, op: Op, names: Iterable[str]) -> Iterator[Operand]:
-        """The operands from outside the group, without weights and constant biases."""
-        inside = set(names)
-        for operand in op.operands:
-            can_be_weight = operand.role == "weight" or (op.gemm and operand.role == "data")
-            if operand.role not in ("data", "weight") or (can_be_weight and self.origins.is_constant(operand)):
-                continue
-            if all(s.kind == "op" and s.name in inside for s in operand.sources):
-                continue
-            yield operand
+    def _inputs(self, op: Op) -> list[Operand]:
+        group = self.groups.get(op.name)
+        return external_operands(op, group.ops if group is not None else (), self.origins)[0]
 
     def _float_inputs(self, op: Op) -> Iterator[str]:
         """The inputs that nobody has quantized, except for masks and what is folded into the op."""
-        group = self.groups.get(op.name)
-        for operand in self._inputs(op, group.ops if group else (op.name,)):
+        for operand in self._inputs(op):
             name = f"{op.name}.input{operand.index}"
-            if name in self.plan.by_name or not operand.is_float or (op.role == "join" and operand.written):
+            if name in self.plan.by_name:
                 continue
             reason = self.plan.float_points.get(name, "float32")
             if not reason.startswith("float32") or operand.mask:
@@ -229,11 +222,11 @@ class _Checker:
         own = self.plan.by_name.get(f"{op.name}.input{operand.index}")
         if own is not None:
             yield own
-        elif not (op.role == "join" and operand.written):
+        else:
             yield from self._made(operand.sources)
 
-    def _made(self, sources: tuple[object, ...]) -> Iterator[PointPlan]:
-        for origin in self.origins.of(sources):  # type: ignore[arg-type]
+    def _made(self, sources: tuple[Source, ...]) -> Iterator[PointPlan]:
+        for origin in self.origins.of(sources):
             point = self.plan.by_name.get(f"{origin.name}.output") if origin.kind == "op" else None
             if point is not None:
                 yield point
@@ -256,7 +249,7 @@ class _Checker:
         self, point: PointPlan, op: Op, subject: Subject, used: str, allowed: tuple[str, ...], beside: str = ""
     ) -> ProfileViolation:
         kind = "weight" if point.is_weight else "activation"
-        field = {"scheme": "scheme", "granularity": "granularity"}.get(subject, "dtype")
+        field = subject if subject in ("scheme", "granularity") else "dtype"
         instead = nearest_dtype(used, allowed) if field == "dtype" and allowed else (*allowed, FLOAT)[0]
         advice = f"Add an override: {{match: {point.name!r}, {kind}: {{{field}: {instead}}}}}"
         if subject in ("input dtype", "scheme") and point.op != op.name:

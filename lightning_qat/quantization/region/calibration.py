@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.fake_quant.call_ranges import repeating_points
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.numerics.histogram import reduce_device
 from lightning_qat.quantization.region.calibration_findings import (
     CalibrationFinding,
     FindingKind,
@@ -24,8 +25,8 @@ from lightning_qat.quantization.region.calibration_findings import (
     spread_findings,
 )
 from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.tracing.call import Call
 from lightning_qat.quantization.tracing.preservation import preserved
-from lightning_qat.quantization.tracing.tracing import Call
 
 __all__ = ["CalibrationFinding", "CalibrationPass", "CalibrationResult", "calibrate"]
 
@@ -147,9 +148,7 @@ class CalibrationPass:
                 fake_quant.statistics.all_reduce()
         for region in self.regions.values():
             region.call_ranges.all_reduce(repeating_points(region.graph, region.plan))
-        points = (fake_quant for region in self.regions.values() for fake_quant in region.points.values())
-        device = next((point.scale.device for point in points), torch.device("cpu"))
-        total = torch.tensor([self.batches], device=device)
+        total = torch.tensor([self.batches], device=reduce_device(None))
         dist.all_reduce(total)
         return int(total)
 

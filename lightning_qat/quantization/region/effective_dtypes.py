@@ -29,8 +29,8 @@ class EffectiveDtypes:
 
     Example:
         >>> import torch
-        >>> from lightning_qat.quantization.planning.plan import make_plan
-        >>> from lightning_qat.quantization.tracing.tracing import trace
+        >>> from lightning_qat.quantization.planning.make_plan import make_plan
+        >>> from lightning_qat.quantization.tracing.tracer import trace
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Flatten(), torch.nn.Linear(4, 2))
         >>> graph = trace(model, [torch.ones(1, 4)])
         >>> dtypes = EffectiveDtypes(graph, make_plan(graph))

@@ -18,12 +18,12 @@ from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.planning.plan import PointPlan, QuantPlan
 from lightning_qat.quantization.planning.target_paths import local_patterns
 from lightning_qat.quantization.qconfig import glob_covers
+from lightning_qat.quantization.tracing.module_walk import REGION_NAME
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
 if TYPE_CHECKING:
     from lightning_qat.quantization.region.region import Region
 
-_REGION = "_quantization"
 _CALL_NUMBER = re.compile(r"@\d+")
 
 
@@ -70,7 +70,7 @@ class Freezing:
         self._target_training = True
         self._training: dict[str, bool] = {}
         self._requires_grad: dict[str, bool] = {}
-        self._scales_require_grad: dict[str, dict[str, bool]] = {}
+        self._learning: set[str] = set()  # points whose learned scale had a gradient
         self._modules: tuple[nn.Module, ...] = ()
         self._points: dict[str, FakeQuantize] = {}
 
@@ -106,12 +106,12 @@ class Freezing:
             if module.training:
                 module.training = False
         for name, fake_quant in self._points.items():
-            fake_quant.frozen = True
-            for scale, parameter in fake_quant._parameters.items():
-                if parameter is not None and parameter.requires_grad:
-                    self._scales_require_grad.setdefault(name, {}).setdefault(scale, True)
-                    parameter.requires_grad_(False)
-                    parameter.grad = None
+            if not fake_quant.frozen:  # this runs before every forward, and assigning to a module is slow
+                fake_quant.frozen = True
+            if fake_quant.learned and fake_quant.scale.requires_grad:
+                self._learning.add(name)
+                fake_quant.scale.requires_grad_(False)
+                fake_quant.scale.grad = None
 
     def release_modes(self, region: Region) -> None:
         """Put back the modes until the next forward: Lightning warns of modules in eval mode when training starts."""
@@ -120,7 +120,7 @@ class Freezing:
             modules[name].training = training
 
     def undo(self, region: Region) -> None:
-        """Put everything back as it was before."""
+        """Put everything back as it was before; the object is of no use afterwards."""
         modules, parameters = _modules(region.target), _parameters(region.target)
         now = self._training.get("", region.target.training)
         for name, training in self._training.items():
@@ -131,10 +131,8 @@ class Freezing:
                 parameters[name].requires_grad_(flag)
         for name, fake_quant in self._points.items():
             fake_quant.frozen = False
-            for scale, parameter in fake_quant._parameters.items():
-                if parameter is not None and scale in self._scales_require_grad.get(name, {}):
-                    parameter.requires_grad_(True)
-        self.__init__()  # type: ignore[misc]
+            if fake_quant.learned and name in self._learning:
+                fake_quant.scale.requires_grad_(True)
 
 
 def _selected(region: Region, patterns: Iterable[str]) -> Selection:
@@ -149,8 +147,8 @@ def _selected(region: Region, patterns: Iterable[str]) -> Selection:
 
     modules = {name: m for name, m in _modules(region.target).items() if covered(name)}
     held = {id(p) for m in modules.values() for p in m._parameters.values() if p is not None}
-    parameters = {n for n, p in _parameters(region.target).items() if id(p) in held or covered(n)}
-    frozen_ids = {id(p) for n, p in _parameters(region.target).items() if n in parameters}
+    parameters = {name: p for name, p in _parameters(region.target).items() if id(p) in held or covered(name)}
+    frozen_ids = {id(p) for p in parameters.values()}
     everywhere = region.target.named_parameters(remove_duplicate=False)
     names_of_frozen = {name for name, p in everywhere if id(p) in frozen_ids}
     identities = {id(m) for m in modules.values()}
@@ -173,11 +171,11 @@ def _selected(region: Region, patterns: Iterable[str]) -> Selection:
 def _modules(target: nn.Module) -> dict[str, nn.Module]:
     """Every registration of every submodule; the region itself is none of the model's."""
     named = target.named_modules(remove_duplicate=False)
-    return {name: module for name, module in named if name.partition(".")[0] != _REGION}
+    return {name: module for name, module in named if name.partition(".")[0] != REGION_NAME}
 
 
 def _parameters(target: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in target.named_parameters() if name.partition(".")[0] != _REGION}
+    return {name: p for name, p in target.named_parameters() if name.partition(".")[0] != REGION_NAME}
 
 
 def _unmatched(pattern: str, regions: Mapping[str, Region]) -> ConfigurationError:

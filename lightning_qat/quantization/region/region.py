@@ -23,7 +23,7 @@ from lightning_qat.quantization.region.region_mode import UNPLANNED, OpQuantizer
 from lightning_qat.quantization.region.region_scales import RegionScales
 from lightning_qat.quantization.tracing.activation_checkpointing import RunningRegion
 from lightning_qat.quantization.tracing.call_path import CallPaths, ScopeNode, user_location
-from lightning_qat.quantization.tracing.interception import CallPathMode, FunctionTable, Intercepted, active_mode
+from lightning_qat.quantization.tracing.interception import CallPathMode, Intercepted, SpecCache, active_mode
 from lightning_qat.quantization.tracing.module_walk import REGION_NAME, modules_and_regions
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
@@ -49,7 +49,7 @@ class Region(RegionScales):
         self._traced_graph = graph if traced else None
         self.unplanned: dict[str, int] = {}
         self.call_ranges = CallRanges()
-        self.functions = FunctionTable()
+        self.functions = SpecCache()
         self._intercepted: Intercepted | None = None
         self.freezing = Freezing()
         self.set_plan(graph, plan)
@@ -135,6 +135,7 @@ class Region(RegionScales):
     def unfreeze(self) -> None:
         """Undo :meth:`freeze`: gradients, modes and scales are as free as they were before."""
         self.freezing.undo(self)
+        self.freezing = Freezing()
 
     # -- running
 
@@ -193,8 +194,12 @@ class Region(RegionScales):
     # -- checkpoints and copies
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Plan, graph and statistics as primitives and tensors. The scales are collected afterwards."""
-        self.refresh_weight_scales()
+        """Plan, graph and statistics as primitives and tensors: the entry of a ``state_dict`` that is no tensor.
+
+        Code that copies or averages a ``state_dict`` value by value leaves it out, ``if torch.is_tensor(value)``, and
+        loads with ``strict=False``. Encoded in a tensor of bytes it would pass such code, and be averaged by it.
+        """
+        self.refresh_weight_scales()  # the scales themselves are collected afterwards
         if self._stored is None:
             self._stored = {"version": PLAN_VERSION, "graph": self.graph.to_dict(), "plan": self.plan.to_dict()}
         return {
@@ -222,6 +227,11 @@ class Region(RegionScales):
             points[name].load_statistics_state(statistics)
         self.call_ranges.load_state_dict(state["call_ranges"])
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}_extra_state" not in state_dict and "weight" in self.updates:
+            self.expect_other_weights()  # float ones or averages, perhaps: not what the scales were taken of
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         for cache in ("call_paths", "functions", "_quantizers"):  # rebuilt on the other side; hold code objects
@@ -230,7 +240,7 @@ class Region(RegionScales):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.functions = FunctionTable()
+        self.functions = SpecCache()
         self._bind()
 
     def forward(self, value: Any) -> Any:

@@ -21,6 +21,7 @@ from lightning_qat.quantization.tracing.tensor_leaves import is_float, leaves, m
 if TYPE_CHECKING:
     from lightning_qat.quantization.region.region import Region
 
+Operation = Callable[..., Any]
 _ParameterView = tuple[nn.Parameter, torch.Size, tuple[int, ...], int]
 
 
@@ -146,7 +147,7 @@ class RegionMode(CallPathMode):
         return RegionMode(self.region, frame, node, repeats=self)
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         spec = self._functions.get(func)
         if spec is None:
@@ -163,9 +164,22 @@ class RegionMode(CallPathMode):
             if any(map(is_float, leaves(result))):  # counting and comparing is never quantized
                 self.region.note_unplanned(spec.kind, frame)
             return result
-        inputs = quantizers.inputs
-        if inputs:
-            args, kwargs = self._quantize_operands(inputs, args, kwargs)
+        return self.run_op(quantizers, spec.kind, func, args, kwargs)
+
+    def run_op(
+        self, quantizers: OpQuantizers, kind: str, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run an op of the plan.
+
+        Args:
+            quantizers: its fake-quants.
+            kind: the canonical name of the torch function.
+            func: the torch function.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+        """
+        if quantizers.inputs:
+            args, kwargs = self._quantize_operands(quantizers.inputs, args, kwargs)
         result = func(*args, **kwargs)
         if quantizers.output is None:
             return result

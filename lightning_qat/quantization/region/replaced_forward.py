@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from types import FrameType, TracebackType
 
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.region_mode import RegionMode
+from lightning_qat.quantization.tracing.call_path import ScopeNode
 from lightning_qat.quantization.tracing.interception import CallPathMode, Intercepted, active_mode
 
 
@@ -39,3 +41,16 @@ class ReplacedForward:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._intercepted.uninstall()
+
+
+class InspectingMode(RegionMode):
+    """A mode that does something else at every op of the plan: override :meth:`RegionMode.run_op`.
+
+    Nothing is run a second time for activation checkpointing, as what is looked at would be met twice.
+    """
+
+    keeps_activations = True
+
+    @override
+    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
+        return None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
 
@@ -13,14 +11,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.region_mode import UNPLANNED, BoundPoint, RegionMode
-from lightning_qat.quantization.region.replaced_forward import ReplacedForward
-from lightning_qat.quantization.tracing.call_path import ScopeNode
+from lightning_qat.quantization.region.region_mode import BoundPoint, Operation, OpQuantizers
+from lightning_qat.quantization.region.replaced_forward import InspectingMode, ReplacedForward
 from lightning_qat.quantization.tracing.interception import CallPathMode
-from lightning_qat.quantization.tracing.tensor_leaves import is_float, leaves, map_call_leaves
+from lightning_qat.quantization.tracing.tensor_leaves import map_call_leaves
 from lightning_qat.quantization.tracing.transparent_gradients import handler_of, leaves_torch
-
-Operation = Callable[..., Any]
 
 
 class Watcher(Protocol):
@@ -105,42 +100,28 @@ class WeightUse:
         return [v - result.detach() for v, result in zip(floats, self.results, strict=True)]
 
 
-class WatchingMode(RegionMode):
+class WatchingMode(InspectingMode):
     """Shows a watcher every point while the target's forward runs in float."""
-
-    keeps_activations = True
 
     def __init__(self, region: Region, frame: FrameType, watcher: Watcher) -> None:
         super().__init__(region, frame)
         self.watcher = watcher
         self._uses: Counter[str] = Counter()
 
-    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
-        return None
-
+    @override
     def __torch_function__(
         self, func: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if self.watcher.transparent:
-            handler = handler_of(func)
-            if handler is not None:
-                self.watcher.left_torch = self.watcher.left_torch or leaves_torch(func, args)
-                return handler(func, args, kwargs)
-        spec = self._functions.get(func)
-        if spec is None:
-            return func(*args, **kwargs)
-        if spec.role == "composite":
-            return self.run_composite(func, args, kwargs)
-        frame = sys._getframe(1)
-        quantizers = self.calls.op(frame, spec.kind)
-        if quantizers is None:
-            return func(*args, **kwargs)
-        if quantizers is UNPLANNED:
-            result = func(*args, **kwargs)
-            if any(map(is_float, leaves(result))):
-                self.region.note_unplanned(spec.kind, frame)
-            return result
+        handler = handler_of(func) if self.watcher.transparent else None
+        if handler is None:
+            return super().__torch_function__(func, types, args, kwargs)
+        self.watcher.left_torch = self.watcher.left_torch or leaves_torch(func, args)
+        return handler(func, args, kwargs or {})
+
+    @override
+    def run_op(
+        self, quantizers: OpQuantizers, kind: str, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         weights: list[tuple[int, BoundPoint, Tensor]] = []
         if quantizers.inputs:
 
@@ -156,7 +137,7 @@ class WatchingMode(RegionMode):
             args, kwargs = map_call_leaves(args, kwargs, operand)
         result = func(*args, **kwargs)
         for index, point, weight in weights:
-            result = self._weight_used(point, func, spec.kind, args, kwargs, index, weight, result)
+            result = self._weight_used(point, func, kind, args, kwargs, index, weight, result)
         if quantizers.output is None:
             return result
         if isinstance(result, Tensor):

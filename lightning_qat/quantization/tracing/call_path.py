@@ -40,7 +40,8 @@ _SKIPPED_CODES = (
     # _call_impl's closure that runs forward when a module has hooks
     *(c for c in _MODULE_CALL_CODE.co_consts if isinstance(c, CodeType)),
 )
-_FUNCTION_CODE = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+FUNCTION_CODE = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+"""What runs a custom ``autograd.Function``."""
 _NOTEBOOK_MARKS = ("<", "ipykernel")
 _CACHE_OPCODE = dis.opmap.get("CACHE")
 _CALL_OPCODE = dis.opmap.get("CALL")
@@ -115,7 +116,7 @@ class CallPaths:
                 self._codes.append(code)
                 if code is _MODULE_CALL_CODE:
                     found = MODULE_CALL
-                elif code is _FUNCTION_CODE:
+                elif code is FUNCTION_CODE:
                     found = FUNCTION
                 elif code in _SKIPPED_CODES or code.co_filename.startswith(_SKIPPED_FILES):
                     found = SKIP

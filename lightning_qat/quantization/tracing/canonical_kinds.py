@@ -22,7 +22,8 @@ def canonical_kind(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", None) or type(func).__name__
     if name == "__get__":  # an attribute such as Tensor.mT: the descriptor knows its name
         attribute = getattr(func, "__self__", None)
-        return str(getattr(attribute, "__name__", None) or getattr(_getter(attribute), "__name__", "property"))
+        getter = getattr(attribute, "fget", None)
+        return str(getattr(attribute, "__name__", None) or getattr(getter, "__name__", "property"))
     if name in ("__set__", "__delete__"):
         return "set_property"
     module = getattr(func, "__module__", None) or ""
@@ -52,10 +53,6 @@ def _of_operator(name: str) -> str:
             reflected = prefix == "r" and bare[1:] in _NOT_COMMUTATIVE
             return ("r" if reflected else "") + _OPERATORS[bare[1:]]
     return bare
-
-
-def _getter(attribute: object) -> object:
-    return getattr(attribute, "fget", None)
 
 
 _OPERATORS = {

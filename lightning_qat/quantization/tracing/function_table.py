@@ -140,6 +140,7 @@ _REDUCTIONS: dict[str, OpSpec] = {
         "scaled_dot_product_attention",
         parameters=("query", "key", "value", "attn_mask"),
         operands=("query", "key", "value"),
+        reason="scores and softmax inside the fused call stay float",
     ),
     **rows("composite", "multi_head_attention_forward"),
 }
@@ -225,7 +226,7 @@ TABLE: dict[str, OpSpec] = {
     **_CREATE,
 }
 
-FLOAT_INSIDE = frozenset(_RECURRENT)
+FLOAT_INSIDE = frozenset([*_RECURRENT, "scaled_dot_product_attention"])
 """Kinds that compute in float between quantized operands and a quantized result."""
 
 SOMETIMES_QUANTIZED = frozenset(_SOMETIMES)

@@ -4,121 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from lightning_qat.quantization.tracing.call_path import ScopeNode
-from lightning_qat.quantization.tracing.op_dependence import data_dependent, is_float_name, mask_ops, written_with_data
-from lightning_qat.quantization.tracing.op_graph import Op, Operand, OperandRole, OpGraph, RegionOutput, Source
-from lightning_qat.quantization.tracing.op_options import call_options
-from lightning_qat.quantization.tracing.op_spec import OpSpec
-from lightning_qat.quantization.tracing.tensor_leaves import dtype_name, is_float, named_leaves
+from lightning_qat.quantization.tracing.op_dependence import data_dependent, index_only, mask_ops, written_with_data
+from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, RegionOutput, Source
+from lightning_qat.quantization.tracing.op_records import OpRecord
+from lightning_qat.quantization.tracing.tensor_leaves import dtype_name, is_float_name
 from lightning_qat.quantization.tracing.torch_functions import is_interceptable
-
-_FUNCTORCH_REASON = "runs inside a function transform (vmap, grad), where values are wrapped"
-_LAYOUT_REASON = "reads or returns a sparse or nested tensor, which has no grid"
-
-
-class OpRecord:
-    """What is known so far of one op."""
-
-    def __init__(self, key: str, node: ScopeNode, builder: GraphBuilder) -> None:
-        self.key = key
-        self.node = node
-        self.spec = OpSpec("", "float")
-        self.location = "?"
-        self.reason = ""
-        self.operands: dict[int, OperandRecord] = {}
-        self.outputs: list[tuple[str, tuple[int, ...]]] = []
-        self.calls: dict[int, int] = {}
-        self.inplace = False
-        self.mask = False
-        self.twins: list[str] = []
-        self.options: dict[str, Any] = {}
-        self._builder = builder
-
-    def observe(
-        self,
-        spec: OpSpec,
-        location: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        operands: list[tuple[Tensor, Source, bool]],
-        outputs: list[Tensor],
-        written: list[Tensor],
-    ) -> list[OperandRecord]:
-        """Add one call to the record, and return what is known of its operands."""
-        self._builder.met(self)
-        self.spec, self.location, self.reason = spec, location, spec.reason
-        obstacle = _obstacle([tensor for tensor, _, _ in operands], outputs)
-        if obstacle:
-            self.spec, self.reason = OpSpec(spec.kind, "float", reason=obstacle), obstacle
-        self.options |= call_options(spec.kind, args, kwargs, self._builder._training)
-        names = _parameter_names(spec, args, kwargs)
-        for index, (tensor, source, mask) in enumerate(operands):
-            record = self.operands.setdefault(index, OperandRecord(names[index]))
-            record.dtype, record.shape = dtype_name(tensor.dtype), _shape(tensor)
-            record.sources[source] = None
-            record.mask = record.mask or mask
-            record.written = record.written or any(tensor is t for t in written)
-        if not self.outputs or outputs:
-            self.outputs = [(dtype_name(t.dtype), _shape(t)) for t in outputs]
-        return [self.operands[index] for index in range(len(operands))]
-
-    def absorb(self, twin: OpRecord) -> None:
-        """Take over what was observed of the same op on another way."""
-        self.twins.append(twin.key)
-        self.calls |= twin.calls
-        self.options |= twin.options
-        self.inplace, self.mask = self.inplace or twin.inplace, self.mask or twin.mask
-        for index, operand in twin.operands.items():
-            own = self.operands[index]
-            own.sources |= operand.sources
-            own.mask, own.written = own.mask or operand.mask, own.written or operand.written
-            own.rewritten = own.rewritten or operand.rewritten
-
-    def role_of(self, operand: OperandRecord) -> OperandRole:
-        """What an operand is to the op."""
-        spec = self.spec
-        if not is_float_name(operand.dtype):
-            return "index"
-        parameter, _, in_list = operand.name.partition(".")
-        if parameter == "out":
-            return "parameter"
-        if parameter and parameter in spec.weights:
-            return "parameter" if in_list and len(operand.shape) < 2 else "weight"
-        if spec.operands is None or not spec.parameters:
-            return "data"
-        return "data" if operand.name in spec.operands else "parameter"
-
-
-class OperandRecord:
-    """What is known so far of one operand."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.dtype = ""
-        self.shape: tuple[int, ...] = ()
-        self.sources: dict[Source, None] = {}
-        self.mask = False
-        self.written = False
-        self.rewritten = False
 
 
 class GraphBuilder:
-    """Collects records over forwards."""
+    """Collects records over forwards.
+
+    Args:
+        target_type: class name of the target.
+
+    Attributes:
+        forwards: how many forwards have ended.
+        training: whether the present one runs in train mode.
+    """
 
     def __init__(self, target_type: str) -> None:
         self.target_type = target_type
         self.forwards = 0
+        self.training = False
         self._records: dict[str, OpRecord] = {}
         self._order: list[OpRecord] = []
         self._cursor = 0
         self._met: set[str] = set()
-        self._training = False
         self._seen_by_mode: dict[bool, list[set[str]]] = {False: [], True: []}
         self._forward = 0
         self._outputs: dict[str, tuple[str, dict[Source, None]]] = {}
@@ -126,12 +41,12 @@ class GraphBuilder:
 
     def record(self, digest: str, node: ScopeNode, kind: str) -> OpRecord:
         """Return the record of an op: one per digest, as there will be one set of quantizers per digest."""
-        return self._records.setdefault(digest, OpRecord(digest, node, self))
+        return self._records.setdefault(digest, OpRecord(digest, node))
 
     def begin(self, training: bool) -> None:
         """Start a forward."""
         self._forward += 1
-        self._cursor, self._met, self._training = 0, set(), training
+        self._cursor, self._met, self.training = 0, set(), training
 
     def met(self, record: OpRecord) -> None:
         """Note a call of an op; a new op goes behind the one before it, so that the order is that of execution."""
@@ -161,7 +76,7 @@ class GraphBuilder:
     def end(self) -> None:
         """Finish a forward."""
         self.forwards += 1
-        self._seen_by_mode[self._training].append(self._met)
+        self._seen_by_mode[self.training].append(self._met)
 
     def graph(self, constants: set[str], carried: dict[str, str], writers: dict[str, set[str]]) -> OpGraph:
         """Freeze what was collected.
@@ -176,7 +91,7 @@ class GraphBuilder:
         writers = {name: {renamed.get(key, key) for key in keys} for name, keys in writers.items()}
         changing = written_with_data(self._order, constants, carried, writers)
         dependent = data_dependent(self._order, constants, carried, changing)
-        computed = data_dependent(self._order, constants, carried, changing, integers=False)
+        exact = index_only(self._order, constants, carried, changing, dependent)
         train_only = self._train_only()
         names = _display_names(self._order)
 
@@ -235,7 +150,7 @@ class GraphBuilder:
                     mask=record.key in masks,
                     data_dependent=record.key in dependent,
                     options=record.options,
-                    index_only=record.key in dependent and record.key not in computed,
+                    index_only=record.key in exact,
                     train_only=record.key in train_only,
                     twins=tuple(record.twins),
                 )
@@ -299,13 +214,6 @@ class GraphBuilder:
         return tuple(dict.fromkeys(r.location for r in varying))
 
 
-def _parameter_names(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """Return the name of the parameter of each leaf of a call, empty where the row does not know it."""
-    names = (*spec.parameters[: len(args)], *[""] * (len(args) - len(spec.parameters)))
-    arguments = [*zip(names, args, strict=True), *((name, kwargs[name]) for name in sorted(kwargs))]
-    return [path if name else "" for name, value in arguments for path, _ in named_leaves(value, name)]
-
-
 def _display_names(order: list[OpRecord]) -> dict[str, str]:
     """Name ops: the module path where a module is one op, else ``<scope>.<kind>_<n>``."""
     substantial = Counter(record.node.key for record in order if _is_substantial(record))
@@ -331,17 +239,3 @@ def _display_names(order: list[OpRecord]) -> dict[str, str]:
 def _is_substantial(record: OpRecord) -> bool:
     """Whether an op computes floating-point values rather than moving them or counting."""
     return record.spec.role not in ("pass", "create") and any(is_float_name(dtype) for dtype, _ in record.outputs)
-
-
-def _obstacle(operands: list[Tensor], outputs: list[Tensor]) -> str:
-    """Why an op stays float whatever its row says; nothing if it need not."""
-    if any(is_functorch_wrapped_tensor(tensor) and is_float(tensor) for tensor in outputs):
-        return _FUNCTORCH_REASON
-    if any((tensor.layout is not torch.strided or tensor.is_nested) for tensor in (*operands, *outputs)):
-        return _LAYOUT_REASON
-    return ""
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape; that of a nested tensor is no numbers."""
-    return () if tensor.is_nested else tuple(tensor.shape)

@@ -173,7 +173,7 @@ class Intercepted:
             )
 
 
-class FunctionTable:
+class SpecCache:
     """Remembers the table row of each function met, so that the hot path is one dictionary look-up."""
 
     def __init__(self) -> None:

@@ -38,7 +38,7 @@ def makes_mask(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs
         (True, True)
     """
     if kind == "log":  # of zeros and ones, or (m + 1e-45).log()
-        return any(_is_readable(t) and _is_switch(t) for t in outputs)
+        return any(_is_readable(t) and _is_switch(t, *_extremes(t)) for t in outputs)
     if kind not in _MASK_MAKERS:
         return False
     scalars = [v for v in (*args, *kwargs.values()) if isinstance(v, (int, float))]
@@ -49,7 +49,10 @@ def makes_mask(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs
 
 def subtracts_mask(kind: str, operands: Sequence[Tensor]) -> bool:
     """Whether an op subtracts huge positive fills: ``scores - 1e9 * (1 - m)``."""
-    return kind == "sub" and len(operands) == 2 and _is_readable(operands[1]) and _has_fills(-operands[1].detach())
+    if kind != "sub" or len(operands) != 2 or not _is_readable(operands[1]):
+        return False
+    subtracted = -operands[1].detach()
+    return _has_fills(subtracted, *_extremes(subtracted))
 
 
 def has_mask_values(tensor: Tensor) -> bool:
@@ -58,7 +61,10 @@ def has_mask_values(tensor: Tensor) -> bool:
     Either a few huge negative fills and otherwise moderate values, with nothing in between; or nothing but zeros and
     one negative number that is large for an exponent.
     """
-    return _is_readable(tensor) and (_is_switch(tensor) or _has_fills(tensor))
+    if not _is_readable(tensor):
+        return False
+    extremes = _extremes(tensor)
+    return _is_switch(tensor, *extremes) or _has_fills(tensor, *extremes)
 
 
 def _is_readable(tensor: Tensor) -> bool:
@@ -68,15 +74,13 @@ def _is_readable(tensor: Tensor) -> bool:
     return is_plain and is_float(tensor) and tensor.numel() > 1
 
 
-def _is_switch(tensor: Tensor) -> bool:
+def _is_switch(tensor: Tensor, lowest: float, highest: float) -> bool:
     """Whether there are only zeros and one negative number."""
-    lowest, highest = _extremes(tensor)
     return lowest <= _SMALL_FILL and highest == 0.0 and bool(((tensor == 0.0) | (tensor == lowest)).all())
 
 
-def _has_fills(tensor: Tensor) -> bool:
+def _has_fills(tensor: Tensor, lowest: float, highest: float) -> bool:
     """Whether there are a few huge negative numbers, and otherwise moderate ones."""
-    lowest, highest = _extremes(tensor)
     if not is_mask_fill(lowest) or highest > -MASK_FILL / 10:
         return False
     if bool(((tensor > MASK_FILL) & (tensor < MASK_FILL / 10)).any()):

@@ -2,50 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from lightning_qat.quantization.tracing.op_graph import Source
+from lightning_qat.quantization.tracing.op_records import OperandRecord, OpRecord
+from lightning_qat.quantization.tracing.tensor_leaves import is_float_name
 
-if TYPE_CHECKING:
-    from lightning_qat.quantization.tracing.graph_building import OperandRecord, OpRecord
 
-
-def data_dependent(
-    order: list[OpRecord], constants: set[str], carried: dict[str, str], changing: set[str], integers: bool = True
-) -> set[str]:
+def data_dependent(order: list[OpRecord], constants: set[str], carried: dict[str, str], changing: set[str]) -> set[str]:
     """Ops whose result depends on an input of the region (or on something unseen).
 
-    With ``integers=False``, ops that only turn integer inputs and constants into other numbers do not count: what they
-    compute is exact, until it meets floating-point data or a parameter (as in an embedding).
+    Args:
+        order: the ops.
+        constants: unknown tensors that stayed the same.
+        carried: unknown tensors that an op made in an earlier forward, with the key of that op.
+        changing: buffers that hold data, see :func:`written_with_data`.
     """
-    parameters = set() if integers else _parameter_dependent(order)
+    return _spread(order, carried, lambda source, _: _is_data(source, constants, carried, changing), set())
 
-    def depends(source: Source, operand: OperandRecord) -> bool:
-        if source.kind in ("op", "mutated"):
-            return source.name in found
-        if source.kind == "opaque":
-            return carried[source.name] in found if source.name in carried else source.name not in constants
-        if source.kind == "input":
-            return integers or operand.dtype not in _INDEX_TYPES
-        return source.kind == "buffer" and source.name in changing
 
-    def mixes(record: OpRecord) -> bool:
-        """Whether an op puts a parameter and integer inputs together."""
-        return not integers and record.key in parameters and record.key in dependent
+def index_only(
+    order: list[OpRecord], constants: set[str], carried: dict[str, str], changing: set[str], dependent: set[str]
+) -> set[str]:
+    """Of the ``dependent`` ops those that only turn integer inputs and constants into other numbers.
 
-    dependent = set() if integers else data_dependent(order, constants, carried, changing)
-    found: set[str] = set()
-    changed = True
-    while changed:  # more than one pass only where a dynamic block or a kept tensor feeds earlier ops
-        before = len(found)
-        for record in order:
-            if record.key in found or record.spec.role == "create":
-                continue
-            pairs = ((s, operand) for operand in record.operands.values() for s in operand.sources)
-            if mixes(record) or any(depends(s, operand) for s, operand in pairs):
-                found.add(record.key)
-        changed = len(found) != before
-    return found
+    What they compute is exact, until it meets floating-point data or a parameter (as in an embedding).
+    """
+
+    def begins(source: Source, operand: OperandRecord) -> bool:
+        is_index = source.kind == "input" and operand.dtype in _INDEX_TYPES
+        return not is_index and _is_data(source, constants, carried, changing)
+
+    return dependent - _spread(order, carried, begins, _parameter_dependent(order) & dependent)
 
 
 def written_with_data(
@@ -73,6 +61,34 @@ def written_with_data(
 
 
 _INDEX_TYPES = frozenset(["int64", "int32", "int16", "bool"])  # uint8 holds pixels
+
+
+def _is_data(source: Source, constants: set[str], carried: dict[str, str], changing: set[str]) -> bool:
+    """Whether a tensor that no op of this forward made holds data."""
+    if source.kind == "opaque":
+        return source.name not in constants and source.name not in carried
+    return source.kind == "input" or (source.kind == "buffer" and source.name in changing)
+
+
+def _spread(
+    order: list[OpRecord], carried: dict[str, str], begins: Callable[[Source, OperandRecord], bool], found: set[str]
+) -> set[str]:
+    """Add to ``found`` the ops that read a tensor at which it ``begins``, or a result of an op that is found."""
+
+    def reads(source: Source, operand: OperandRecord) -> bool:
+        if source.kind in ("op", "mutated"):
+            return source.name in found
+        return begins(source, operand) or (source.kind == "opaque" and carried.get(source.name) in found)
+
+    before = -1
+    while len(found) != before:  # more than two rounds only where a dynamic block or a kept tensor feeds earlier ops
+        before = len(found)
+        for record in order:
+            if record.key in found or record.spec.role == "create":
+                continue
+            if any(reads(s, operand) for operand in record.operands.values() for s in operand.sources):
+                found.add(record.key)
+    return found
 
 
 def _parameter_dependent(order: list[OpRecord]) -> set[str]:
@@ -103,8 +119,3 @@ def mask_ops(order: list[OpRecord]) -> set[str]:
         if record.mask or (incoming and (role in ("pass", "join") or kind in _MASK_CARRIERS)):
             found.add(record.key)
     return found
-
-
-def is_float_name(dtype: str) -> bool:
-    """Whether a dtype name is that of floating-point numbers."""
-    return dtype.startswith(("float", "bfloat"))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from lightning_qat.quantization.tracing.op_spec import Role
+from lightning_qat.quantization.tracing.tensor_leaves import is_float_name
 
 SourceKind = Literal["op", "mutated", "input", "parameter", "buffer", "constant", "opaque"]
 OperandRole = Literal["data", "weight", "parameter", "index"]
@@ -59,7 +59,7 @@ class Operand:
     @property
     def is_float(self) -> bool:
         """Whether the operand is a floating-point tensor."""
-        return self.dtype.startswith(("float", "bfloat"))
+        return is_float_name(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Op:
         inplace: it wrote into an argument.
         mask: its result is an additive mask.
         data_dependent: its result depends on an input of the region.
+        options: what a check needs of the other arguments, see :mod:`lightning_qat.quantization.tracing.op_options`.
         index_only: it depends on integer inputs of the region, and on no floating-point input or parameter (positions
             and masks computed from token masks or lengths).
         train_only: it ran in train mode and, though forwards in eval mode were traced, never in eval mode.
@@ -115,7 +116,7 @@ class Op:
     @property
     def has_float_output(self) -> bool:
         """Whether the first result is a floating-point tensor."""
-        return bool(self.outputs) and self.outputs[0][0].startswith(("float", "bfloat"))
+        return bool(self.outputs) and is_float_name(self.outputs[0][0])
 
 
 @dataclass(frozen=True)
@@ -174,19 +175,10 @@ class OpGraph:
         """Names of the ops whose result is itself an output of the region."""
         return frozenset(s.name for o in self.outputs for s in o.sources if s.kind in ("op", "mutated"))
 
-    def counts(self) -> dict[str, int]:
-        """Number of data-dependent ops per role."""
-        return dict(Counter(op.role for op in self.ops if op.data_dependent))
-
     def to_dict(self) -> dict[str, Any]:
         """Return primitives only (JSON, ``weights_only`` checkpoints)."""
-        return {
-            "target_type": self.target_type,
-            "forwards": self.forwards,
-            "varying": list(self.varying),
-            "ops": [_plain(op) for op in self.ops],
-            "outputs": [_plain(output) for output in self.outputs],
-        }
+        data: dict[str, Any] = primitives(self)
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> OpGraph:
@@ -200,14 +192,14 @@ class OpGraph:
         )
 
 
-def _plain(value: Any) -> Any:
+def primitives(value: Any) -> Any:
     """Like dataclasses.asdict, with lists for tuples so that JSON and back gives the same."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: primitives(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
+        return [primitives(item) for item in value]
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: primitives(item) for key, item in value.items()}
     return value
 
 

@@ -23,7 +23,8 @@ def call_options(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], train
         training: whether the target was in train mode.
 
     Returns:
-        ``equation`` of an einsum; ``random_in_eval`` for dropout that is active in eval mode.
+        ``equation`` of an einsum; ``rounding_mode`` of a division that has one; ``random_in_eval`` for dropout that is
+        active in eval mode.
 
     Example:
         >>> import torch
@@ -34,6 +35,8 @@ def call_options(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], train
     """
     if kind == "einsum" and args and isinstance(args[0], str):
         return {"equation": args[0]}
+    if kind == "div" and kwargs.get("rounding_mode") is not None:
+        return {"rounding_mode": kwargs["rounding_mode"]}
     if training:
         return {}
     if kind in _TRAINING_ARGUMENT:

@@ -15,7 +15,7 @@ from lightning_qat.quantization.tracing.module_walk import modules_outside_regio
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Put back the random state of torch (CPU and every initialised accelerator), numpy and Python on exit."""
+    """Put back the random state of torch (CPU and, once in use, every CUDA device), numpy and Python on exit."""
     devices = (
         list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     )

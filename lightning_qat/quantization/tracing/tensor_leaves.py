@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -15,7 +16,7 @@ _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device
 
 
 def named_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(path, tensor)`` of every tensor in nested tuples, lists, mappings and dataclasses.
+    """Yield ``(path, tensor)`` of every tensor in nested tuples, lists, mappings, dataclasses and slices.
 
     Example:
         >>> import torch
@@ -75,9 +76,18 @@ def map_call_leaves(
         >>> map_call_leaves((x, [x]), {"out": x}, lambda index, tensor: tensor + index)
         ((tensor([1.]), [tensor([2.])]), {'out': tensor([3.])})
     """
-    counter = iter(range(1 << 30))
-    if not kwargs and all(isinstance(argument, Tensor) or _is_plain(argument) for argument in args):  # most ops
-        return tuple(replace(next(counter), a) if isinstance(a, Tensor) else a for a in args), {}
+    if not kwargs:  # most ops: tensors and numbers only, in loops without a generator
+        for argument in args:
+            if not (isinstance(argument, Tensor) or _is_plain(argument)):
+                break
+        else:
+            operands, index = list(args), 0
+            for position, argument in enumerate(args):
+                if isinstance(argument, Tensor):
+                    operands[position] = replace(index, argument)
+                    index += 1
+            return tuple(operands), {}
+    counter = itertools.count()
 
     def visit(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -131,6 +141,11 @@ def is_float(tensor: Tensor) -> bool:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return ``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+def is_float_name(name: str) -> bool:
+    """Whether a name that :func:`dtype_name` returned is that of real floating-point numbers."""
+    return name.startswith(("float", "bfloat"))
 
 
 def _is_plain(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection
 
@@ -54,10 +55,7 @@ class TensorOrigins:
 
     def is_single_constant(self, operand: Operand) -> bool:
         """Whether the operand is one number that does not depend on the data: it is folded into the op."""
-        size = 1
-        for length in operand.shape:
-            size *= length
-        return size == 1 and self.is_constant(operand)
+        return math.prod(operand.shape) == 1 and self.is_constant(operand)
 
     def is_zero(self, operand: Operand) -> bool:
         """Whether the operand holds nothing but zeros, as the initial state of a recurrent layer often does."""

@@ -158,6 +158,25 @@ def _reads_a_tensor(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any])
     return OpSpec(spec.kind, "float", reason="takes its value from a tensor")
 
 
+def _is_plain_fill(value: object) -> bool:
+    """Whether a scalar is neither zero, which every grid holds, nor the fill of a mask."""
+    return isinstance(value, (int, float)) and value != 0 and not is_mask_fill(value)
+
+
+def _is_constant_fill(value: Tensor) -> bool:
+    """Whether a tensor is one number that is zero or the fill of a mask."""
+    if value.numel() != 1 or value.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return False
+    number = float(value.detach())
+    return number == 0 or is_mask_fill(number)
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any) -> Any:
+    if name in kwargs:
+        return kwargs[name]
+    return args[position] if len(args) > position else default
+
+
 _OPTIONS: dict[str, _Refinement] = {
     "pad": _fills(3, "value"),
     "constant_pad_nd": _fills(2, "value"),
@@ -165,7 +184,7 @@ _OPTIONS: dict[str, _Refinement] = {
     "index_fill": _fills(3, "value"),
     "fill_diagonal": _fills(1, "fill_value"),
     "_pad_packed_sequence": _fills(3, "padding_value"),
-    "pad_sequence": _sums_if(2, "padding_value", lambda value: _is_plain_fill(value)),
+    "pad_sequence": _sums_if(2, "padding_value", _is_plain_fill),
     "put": _sums_if(3, "accumulate", bool),
     "index_put": _sums_if(3, "accumulate", bool),
     "scatter": _scatter,
@@ -192,22 +211,3 @@ _OPTIONS: dict[str, _Refinement] = {
     "fill": _reads_a_tensor,
     "new_tensor": _reads_a_tensor,
 }
-
-
-def _is_plain_fill(value: object) -> bool:
-    """Whether a scalar is neither zero, which every grid holds, nor the fill of a mask."""
-    return isinstance(value, (int, float)) and value != 0 and not is_mask_fill(value)
-
-
-def _is_constant_fill(value: Tensor) -> bool:
-    """Whether a tensor is one number that is zero or the fill of a mask."""
-    if value.numel() != 1 or value.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(value):
-        return False
-    number = float(value.detach())
-    return number == 0 or is_mask_fill(number)
-
-
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any) -> Any:
-    if name in kwargs:
-        return kwargs[name]
-    return args[position] if len(args) > position else default

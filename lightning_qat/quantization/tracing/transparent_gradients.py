@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+from lightning_qat.quantization.tracing.call_path import FUNCTION_CODE
 
-_FUNCTION_CODE = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 class TransparentGradients(TorchFunctionMode):
@@ -51,7 +51,7 @@ def leaves_torch(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
 def inside_function(frame: FrameType | None) -> bool:
     """Whether a frame runs inside a custom ``autograd.Function``, whose own code decides about gradients."""
     while frame is not None:
-        if frame.f_code is _FUNCTION_CODE:
+        if frame.f_code is FUNCTION_CODE:
             return True
         frame = frame.f_back
     return False

@@ -13,7 +13,8 @@ from lightning_qat.analysis.model_check.findings import Finding
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.passes.analysis_loaders import fresh_loaders
 from lightning_qat.callbacks.passes.extra_pass import undisturbed
-from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.callbacks.passes.listed_callbacks import listed
+from lightning_qat.callbacks.quantized_run import quantization_of
 from lightning_qat.quantization.region.region import find_regions
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -51,12 +52,11 @@ def _batch_size(loader: object) -> int | None:
 
 
 def _tuners(trainer: pl.Trainer) -> Iterator[Finding]:
-    tuners = [type(c).__name__ for c in _callbacks(trainer) if isinstance(c, (LearningRateFinder, BatchSizeFinder))]
+    tuners = [type(c).__name__ for kind in (LearningRateFinder, BatchSizeFinder) for c in listed(trainer, kind)]
     if tuners and trainer.state.fn == "fit":
         yield Finding(
             severity="warning",
             kind="tuner before calibration",
-            requirement="",
             names=tuple(tuners),
             what=f"{' and '.join(tuners)} ran on the float model, before calibration.",
             why="QAT usually wants a tenth of the float learning rate, and fake-quant needs more memory.",
@@ -65,14 +65,13 @@ def _tuners(trainer: pl.Trainer) -> Iterator[Finding]:
 
 
 def _initial_weights(trainer: pl.Trainer) -> Iterator[Finding]:
-    quantization = next((c for c in _callbacks(trainer) if isinstance(c, QuantizationAwareTraining)), None)
+    quantization = quantization_of(trainer)
     if quantization is None or trainer.state.fn != "fit":
         return
     if quantization.init_from is None and trainer.ckpt_path is None:
         yield Finding(
             severity="info",
             kind="initial weights",
-            requirement="",
             names=(),
             what="Training starts from the weights that the module was created with.",
             why="QAT is a finetuning of a trained float model; from random weights it rarely gets there.",
@@ -83,14 +82,13 @@ def _initial_weights(trainer: pl.Trainer) -> Iterator[Finding]:
 
 def _calibration(trainer: pl.Trainer) -> Iterator[Finding]:
     """What calibration saw in the data; the result is that of this run."""
-    results = [c.result for c in _callbacks(trainer) if isinstance(c, Calibration) and c.result is not None]
+    results = [calibration.result for calibration in listed(trainer, Calibration) if calibration.result is not None]
     for kind, (what, why, action) in _CALIBRATION.items():
         found = [finding for result in results for finding in result.findings if finding.kind == kind]
         if found:
             yield Finding(
                 severity="warning",
                 kind=f"{kind} in calibration",
-                requirement="",
                 names=tuple(finding.point for finding in found),
                 what=what.format(n=len(found), first=found[0].point, batch=found[0].batch),
                 why=why,
@@ -111,8 +109,3 @@ _CALIBRATION = {
     ),
 }
 """What calibration can find and the check of the regions cannot: what, why, what to do."""
-
-
-def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks

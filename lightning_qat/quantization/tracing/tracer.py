@@ -1,0 +1,195 @@
+"""Running the target a few times to learn its ops: ``trace(target, calls) -> OpGraph``.
+
+Each call runs once in eval and once in train mode; the graph is the union, so ops that exist in only one mode or in one
+branch are ordinary. Running twice also tells tensors that stay the same (constants) from tensors whose producer the
+mode did not see (opaque).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterable
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_qat.quantization.errors import TracingError
+from lightning_qat.quantization.tracing.activation_checkpointing import RunningRegion
+from lightning_qat.quantization.tracing.call import Call
+from lightning_qat.quantization.tracing.call_path import CallPaths, ScopeNode, user_location
+from lightning_qat.quantization.tracing.graph_building import GraphBuilder
+from lightning_qat.quantization.tracing.interception import CallPathMode, Intercepted, active_mode
+from lightning_qat.quantization.tracing.mask_values import makes_mask, subtracts_mask
+from lightning_qat.quantization.tracing.op_graph import OpGraph
+from lightning_qat.quantization.tracing.op_records import OpRecord
+from lightning_qat.quantization.tracing.preservation import preserved, preserved_tensors
+from lightning_qat.quantization.tracing.tensor_leaves import call_leaves, leaves, named_leaves
+from lightning_qat.quantization.tracing.tensor_sources import TensorSources, version_of
+from lightning_qat.quantization.tracing.torch_functions import is_interceptable, spec_of, specialise
+
+
+def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) -> OpGraph:
+    """Trace a module on a few batches and return its ops.
+
+    Its tensors and modes, the batches and the random state are left exactly as they were.
+
+    Args:
+        target: the module whose forward is the region.
+        batches: see :meth:`~lightning_qat.quantization.tracing.call.Call.of`; a few representative ones.
+        train_mode: run in eval and in train mode; else twice in eval mode.
+
+    Raises:
+        TracingError: a forward failed, or there was no batch.
+
+    Example:
+        >>> import torch
+        >>> graph = trace(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), [torch.ones(2, 4)])
+        >>> [op.name for op in graph.ops]
+        ['0', '1']
+    """
+    tracer = Tracer(target)
+    # the parameters that a forward of torch's own modules writes: embeddings that limit the norm of their rows
+    limited = (m for m in target.modules() if getattr(m, "max_norm", None) is not None)
+    rescaled = [p for m in limited for p in m.parameters(recurse=False)]
+    with tracer, preserved(target), torch.inference_mode(False), torch.no_grad():
+        for batch in batches:
+            call = Call.of(batch)
+            for training in (False, True) if train_mode else (False, False):
+                target.train(training)
+                try:
+                    with preserved_tensors([*leaves((call.args, call.kwargs)), *rescaled]):
+                        own = call.copied()
+                        target(*own.args, **own.kwargs)
+                except TracingError:
+                    raise
+                except Exception as error:
+                    mode = "train" if training else "eval"
+                    raise TracingError(
+                        f"running {type(target).__name__} on the example batch in {mode} mode failed: "
+                        f"{type(error).__name__}: {error}"
+                    ) from error
+    return tracer.graph()
+
+
+class Tracer:
+    """Context manager that records every forward of ``target`` that happens inside it.
+
+    Use it directly when the forwards are run by somebody else (a training step); otherwise use :func:`trace`.
+    """
+
+    def __init__(self, target: nn.Module) -> None:
+        self.target = target
+        self.builder = GraphBuilder(type(target).__name__)
+        self.paths = CallPaths(target, self.builder.record)
+        self.sources = TensorSources(target)
+        self._intercepted: Intercepted | None = None
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> Tracer:
+        self._intercepted = Intercepted.install(self.target, self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._intercepted is not None:
+            self._intercepted.uninstall()
+            self._intercepted = None
+
+    @property
+    def is_off(self) -> bool:
+        """Never: a tracer is removed when it is done."""
+        return False
+
+    def open(self, frame: FrameType) -> CallPathMode | None:
+        """Start recording a forward; a recursive entry is part of the forward that runs."""
+        if threading.get_ident() != self._thread or active_mode(self.paths) is not None:
+            return None
+        if torch.is_inference_mode_enabled():
+            raise TracingError("trace under torch.no_grad(): inference_mode does not tell which tensors are written.")
+        return _TracingMode(self, frame)
+
+    def run(
+        self, mode: CallPathMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run and record one forward. One that raises is not recorded as a forward."""
+        self.builder.begin(self.target.training)
+        self.sources.begin(args, kwargs)
+        try:
+            with RunningRegion(), mode:
+                output = forward(*args, **kwargs)
+            _refuse_lazy(self.target, output)
+        finally:
+            mode.calls.clear()
+            self.sources.end()
+        for path, tensor in named_leaves(output):
+            self.builder.leaving(path, tensor, self.sources.source(tensor))
+        self.builder.end()
+        return output
+
+    def graph(self) -> OpGraph:
+        """Return what was recorded.
+
+        Raises:
+            TracingError: the target was never called.
+        """
+        if self.builder.forwards == 0:
+            raise TracingError(f"{type(self.target).__name__} was never called while tracing.")
+        return self.builder.graph(self.sources.constants, self.sources.carried, self.sources.writers)
+
+
+class _TracingMode(CallPathMode):
+    def __init__(self, tracer: Tracer, frame: FrameType) -> None:
+        super().__init__(tracer.paths, frame)
+        self.tracer = tracer
+
+    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
+        return None  # a backward pass inside a traced step repeats what was already recorded
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        spec = spec_of(func)
+        if spec.role == "composite":
+            return self.run_composite(func, args, kwargs)
+        frame = sys._getframe(1)
+        record: OpRecord | None = None
+        if is_interceptable(spec):  # identified exactly as at run time: before the call, which may raise
+            record = self.calls.op(frame, spec.kind)
+            if record is None:
+                return func(*args, **kwargs)
+        sources = self.tracer.sources
+        inputs = call_leaves(args, kwargs)
+        operands = sources.operands(inputs)  # before the call, which may write into them
+        versions = [version_of(tensor) for tensor in inputs]
+        if spec.kind == "iter":  # "for row in x": an iterator cannot be looked into, the rows can
+            result: Any = list(args[0].unbind(0))
+        else:
+            result = func(*args, **kwargs)
+        outputs = leaves(result)
+        written = [t for t, version in zip(inputs, versions, strict=True) if version_of(t) != version]
+        if record is None and (outputs or written):
+            record = self.calls.bystander(frame, spec.kind)
+        if record is not None:
+            builder, refined, location = self.tracer.builder, specialise(spec, args, kwargs), user_location(frame)
+            builder.met(record)
+            known = record.observe(refined, location, args, kwargs, operands, outputs, written, builder.training)
+            record.mask = record.mask or makes_mask(spec.kind, args, kwargs, outputs)
+            if subtracts_mask(spec.kind, inputs):
+                record.mask = known[1].mask = True
+            result = sources.produced(record, result, outputs, written)
+            sources.read(inputs, known)
+        return iter(result) if spec.kind == "iter" else result
+
+
+def _refuse_lazy(target: nn.Module, output: Any) -> None:
+    if isinstance(output, (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)):
+        raise TracingError(
+            f"{type(target).__name__}.forward returns a {type(output).__name__}: its ops run after the forward has "
+            "ended, where they cannot be quantized. Return a tuple or a list, or quantize the modules inside."
+        )
