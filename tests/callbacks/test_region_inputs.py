@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -73,6 +74,24 @@ def test_step_runs_once_where_it_hands_the_batch_on(tmp_path: Path, monkeypatch:
     assert kept.rows == looked_for.rows
     for first, second in zip(kept.seen, looked_for.seen, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_training_ends_bit_for_bit_as_without_it(tmp_path: Path) -> None:
+    """Foundation: with inputs that are kept, less is put back after an analysis; nothing may be missing."""
+    ends = []
+    for name, callbacks in (("plain", []), ("analysed", [SensitivityAnalysis(batches=2)])):
+        seed_everything(0, verbose=False)
+        model = Counting()
+        trainer = trainer_of(tmp_path / name, *callbacks, max_epochs=3)
+        trainer.fit(model)
+        states = torch.get_rng_state(), torch.tensor(np.random.get_state()[1].astype(np.int64))
+        metrics = {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("sensitivity/")}
+        tensors = [t for t in model.state_dict().values() if isinstance(t, Tensor)]
+        modes = torch.tensor([m.training for m in model.modules()])
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        ends.append([*states, *tensors, *metrics.values(), modes, *gradients])
+    assert len(ends[0]) == len(ends[1]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 class InPlace(Counting):
