@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.tracing.call import Call
 from lightning_qat.quantization.tracing.module_walk import modules_outside_regions
-from lightning_qat.quantization.tracing.preservation import preserved
+from lightning_qat.quantization.tracing.preservation import TensorContents, preserved, replaced_attribute
 from lightning_qat.quantization.tracing.tensor_leaves import leaves, map_call_leaves
 
 
@@ -43,7 +43,7 @@ def capture_calls(regions: Mapping[str, Region], run: Callable[[], Any]) -> dict
         >>> capture_calls({"": region}, lambda: model(torch.zeros(1, 2)))[""][0].args
         (tensor([[0., 0.]]),)
     """
-    contents: list[_Contents] = []
+    contents: list[TensorContents] = []
     with ExitStack() as stack:
         calls = {name: stack.enter_context(_recorded(region, contents)) for name, region in regions.items()}
         run()
@@ -53,10 +53,9 @@ def capture_calls(regions: Mapping[str, Region], run: Callable[[], Any]) -> dict
 
 
 @contextmanager
-def _recorded(region: Region, contents: list[_Contents]) -> Iterator[list[Call]]:
+def _recorded(region: Region, contents: list[TensorContents]) -> Iterator[list[Call]]:
     """Record the forwards of a region's target in a block, and what was in their tensors."""
     target = region.target
-    before = target.__dict__.get("forward")
     forward = target.forward
     calls: list[Call] = []
     depth = 0
@@ -65,7 +64,7 @@ def _recorded(region: Region, contents: list[_Contents]) -> Iterator[list[Call]]
         nonlocal depth
         outermost = depth == 0
         if outermost:
-            contents.append(_Contents(leaves((args, kwargs))))
+            contents.append(TensorContents(leaves((args, kwargs))))
         depth += 1
         try:
             result = forward(*args, **kwargs)
@@ -75,14 +74,8 @@ def _recorded(region: Region, contents: list[_Contents]) -> Iterator[list[Call]]
             calls.append(Call(args, kwargs))
         return result
 
-    target.__dict__["forward"] = recording
-    try:
+    with replaced_attribute(target, "forward", recording):
         yield calls
-    finally:
-        if before is None:
-            target.__dict__.pop("forward", None)
-        else:
-            target.__dict__["forward"] = before
 
 
 @contextmanager
@@ -129,7 +122,7 @@ class RepeatableForward:
         self.copies = copies
         modules = modules_outside_regions(target)  # no scale moves in an analysis
         self._buffers = [(m, name, b) for m in modules for name, b in m._buffers.items()]
-        self._contents = _Contents(
+        self._contents = TensorContents(
             [*leaves((call.args, call.kwargs)), *(b for _, _, b in self._buffers if b is not None)]
         )
 
@@ -175,24 +168,3 @@ def seed_generators(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
-
-
-class _Contents:
-    """What was in some tensors, to put back into those that were written since."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = list({id(t): t for t in tensors}.values())
-        self._copies = [t.detach().clone() for t in self._tensors]
-        self._versions = [_version(t) for t in self._tensors]
-
-    def restore(self) -> None:
-        with torch.no_grad():
-            for index, (tensor, copy) in enumerate(zip(self._tensors, self._copies, strict=True)):
-                if _version(tensor) != self._versions[index]:
-                    tensor.copy_(copy)
-                    self._versions[index] = _version(tensor)
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written; inference tensors cannot be written outside inference mode."""
-    return -1 if tensor.is_inference() else tensor._version

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +18,6 @@ from lightning_qat.analysis.results import Result
 from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.passes.extra_pass import (
-    ExtraBatch,
     analysis_batches,
     misconfiguration,
     run_step,
@@ -82,12 +82,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 def sampled_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> Iterator[Callable[[], Any]]:
     """Yield, for each of some sampled batches, a function that runs the module's step on it."""
-
-    def step(extra: ExtraBatch) -> Callable[[], Any]:
-        return lambda: run_step(trainer, pl_module, extra, "validate")
-
     for extra in analysis_batches(trainer, pl_module, batches, "calibration"):
-        yield step(extra)
+        yield partial(run_step, trainer, pl_module, extra, "validate")
 
 
 class AnalysisOutputs:

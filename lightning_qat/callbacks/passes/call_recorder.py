@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_qat.quantization.tracing.call import Call
+from lightning_qat.quantization.tracing.preservation import replaced_attribute
 from lightning_qat.quantization.tracing.tensor_leaves import leaves
 
 
@@ -43,21 +44,13 @@ class CallRecorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        patched = []
-        for path, module in self._modules.items():
-            if isinstance(module, (Metric, torch.jit.ScriptModule)):
-                continue
-            patched.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = self._recording_forward(path, module)
-        try:
+        with ExitStack() as stack:
+            for path, module in self._modules.items():
+                if not isinstance(module, (Metric, torch.jit.ScriptModule)):
+                    recorded = self._recording_forward(path, module)
+                    stack.enter_context(replaced_attribute(module, "forward", recorded))
+            stack.callback(setattr, self, "_depth", 0)
             yield
-        finally:
-            self._depth = 0
-            for module, previous in patched:
-                if previous is None:
-                    del module.__dict__["forward"]
-                else:
-                    module.__dict__["forward"] = previous
 
     def _recording_forward(self, path: str, module: nn.Module) -> Any:
         forward = module.forward

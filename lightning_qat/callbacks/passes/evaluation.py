@@ -63,29 +63,42 @@ def evaluate(
         MisconfigurationException: there is no data.
     """
     module = module or pl_module
-    with undisturbed(trainer, module):  # asking for loaders may change their owner
+    with undisturbed(trainer, module), torch.no_grad():  # asking for loaders may change their owner
         if _compat.attached_loader(trainer, stage) is None:
             stage = next((s for s in ("validate", "test") if _compat.attached_loader(trainer, s) is not None), "train")
-    recorder = _Recorder(trainer, module, always_epoch=stage == "train")
+        recorder = _Recorder(trainer, module, always_epoch=stage == "train")
+        with muted_logging(module, recorder.log):
+            batches = _evaluated(trainer, pl_module, module, recorder, stage, limit)
+    return Evaluation(recorder.metrics, recorder.standard_errors(), batches)
+
+
+def _evaluated(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    module: pl.LightningModule,
+    recorder: _Recorder,
+    stage: str,
+    limit: float,
+) -> int:
+    """Run the steps of a stage and the hooks around them; returns how many batches there were."""
     prefix = {"validate": "on_validation", "test": "on_test"}.get(stage, "")
     batches = 0
-    with undisturbed(trainer, module), muted_logging(module, recorder.log), torch.no_grad():
-        module.eval()
-        for metric in (m for m in module.modules() if isinstance(m, Metric)):
-            metric.reset()
-        if stage != "train" and _compat.is_overridden(f"{prefix}_model_eval", module):
-            _compat.call_hook(module, f"{prefix}_model_eval")
-        for extra in analysis_batches(trainer, pl_module, limit, stage):  # type: ignore[arg-type]
-            recorder.begin_batch(extra)
-            run_step(trainer, module, extra, "validate" if stage == "train" else stage)
-            recorder.end_batch()
-            batches += 1
+    module.eval()
+    for metric in (m for m in module.modules() if isinstance(m, Metric)):
+        metric.reset()
+    if stage != "train" and _compat.is_overridden(f"{prefix}_model_eval", module):
+        _compat.call_hook(module, f"{prefix}_model_eval")
+    for extra in analysis_batches(trainer, pl_module, limit, stage):  # type: ignore[arg-type]
+        recorder.begin_batch(extra)
+        run_step(trainer, module, extra, "validate" if stage == "train" else stage)
+        recorder.end_batch()
+        batches += 1
+    recorder.end_loader()
+    if stage != "train":  # the end of a training epoch may step schedulers
+        with _compat.running_stage(trainer, stage):
+            _compat.call_hook(module, f"{prefix}_epoch_end")
         recorder.end_loader()
-        if stage != "train":  # the end of a training epoch may step schedulers
-            with _compat.running_stage(trainer, stage):
-                _compat.call_hook(module, f"{prefix}_epoch_end")
-            recorder.end_loader()
-    return Evaluation(recorder.metrics, recorder.standard_errors(), batches)
+    return batches
 
 
 class _Recorder:

@@ -30,7 +30,7 @@ from lightning_qat.callbacks.passes.module_state import (
 from lightning_qat.callbacks.passes.optimizer_state import preserved_optimizers
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.region import find_regions
-from lightning_qat.quantization.tracing.preservation import preserved
+from lightning_qat.quantization.tracing.preservation import preserved, replaced_attribute
 
 _STEPS = {
     "train": "training_step",
@@ -146,15 +146,8 @@ def undisturbed_forwards(pl_module: pl.LightningModule) -> Iterator[None]:
 @contextmanager
 def muted_logging(pl_module: pl.LightningModule, log: Callable[..., Any] | None = None) -> Iterator[None]:
     """Replace ``self.log`` on the instance, and with it ``self.log_dict``: by nothing, or by a recorder."""
-    before = pl_module.__dict__.get("log")
-    pl_module.__dict__["log"] = log or (lambda *args, **kwargs: None)
-    try:
+    with replaced_attribute(pl_module, "log", log or (lambda *args, **kwargs: None)):
         yield
-    finally:
-        if before is None:
-            pl_module.__dict__.pop("log", None)
-        else:
-            pl_module.__dict__["log"] = before
 
 
 def analysis_batches(

@@ -12,6 +12,7 @@ import random
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -107,8 +108,7 @@ def _restored(restores: Iterable[Restore]) -> Iterator[None]:
     try:
         yield
     finally:
-        for restore in collected:
-            restore()
+        _run(collected)
 
 
 def _attributes_of(owner: Any, skip: frozenset[str], contents: bool) -> Restore:
@@ -128,8 +128,7 @@ def _attributes_of(owner: Any, skip: frozenset[str], contents: bool) -> Restore:
         for name in [name for name in owner.__dict__ if name not in skip and name not in before]:
             del owner.__dict__[name]
         owner.__dict__.update(before)
-        for restore_one in inner:
-            restore_one()
+        _run(inner)
 
     return restore
 
@@ -238,13 +237,7 @@ def _array(value: np.ndarray[Any, Any]) -> Restore | None:
 
 
 def _metric(value: nn.Module) -> Restore:
-    restores = [_attributes_of(m, _OF_MODULES, contents=True) for m in value.modules()]
-
-    def restore() -> None:
-        for restore_one in restores:
-            restore_one()
-
-    return restore
+    return partial(_run, [_attributes_of(m, _OF_MODULES, contents=True) for m in value.modules()])
 
 
 def _container(value: Any, contents: bool) -> Restore | None:
@@ -261,8 +254,7 @@ def _container(value: Any, contents: bool) -> Restore | None:
         if can_change:
             value.clear()
             (value.update if isinstance(value, (dict, set)) else value.extend)(items)
-        for restore_one in nested:
-            restore_one()
+        _run(nested)
 
     return restore
 
@@ -279,6 +271,11 @@ def _is_data(value: Any, depth: int = 5) -> bool:
     if not hasattr(value, "__dict__") or type(value).__module__.partition(".")[0] in ("torch", "lightning"):
         return False
     return all(_is_data(member, depth - 1) for member in vars(value).values())
+
+
+def _run(restores: Iterable[Restore]) -> None:
+    for restore in restores:
+        restore()
 
 
 def _ignore(value: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,17 +61,47 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
                 owner._buffers[name] = buffer
 
 
+class TensorContents:
+    """What was in some tensors, to put back into those that were written since (inputs of a forward that works in
+    place). Inference tensors are left out: nobody can write to them."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = list({id(t): t for t in tensors if not t.is_inference()}.values())
+        self._copies = [t.detach().clone() for t in self._tensors]
+        self._versions = [t._version for t in self._tensors]
+
+    def restore(self) -> None:
+        """Put back what was written; may be called again."""
+        with torch.no_grad():
+            for index, (tensor, copy) in enumerate(zip(self._tensors, self._copies, strict=True)):
+                if tensor._version != self._versions[index]:
+                    tensor.copy_(copy)
+                    self._versions[index] = tensor._version
+
+
 @contextmanager
 def preserved_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Put back the contents of tensors that are written in the block (inputs of a forward that works in place)."""
-    saved = [(t, t.detach().clone(), t._version) for t in tensors if not t.is_inference()]
+    """Put back the contents of tensors that are written in the block."""
+    contents = TensorContents(tensors)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for tensor, content, version in saved:
-                if tensor._version != version:
-                    tensor.copy_(content)
+        contents.restore()
+
+
+@contextmanager
+def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of this one object, such as a method; on exit the object has it, or its class, as before."""
+    own, missing = vars(owner), object()
+    before = own.get(name, missing)
+    own[name] = value
+    try:
+        yield
+    finally:
+        if before is missing:
+            own.pop(name, None)
+        else:
+            own[name] = before
 
 
 @contextmanager
