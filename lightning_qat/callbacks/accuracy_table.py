@@ -17,8 +17,8 @@ from lightning_qat.analysis.accuracy import AccuracyResult, ResultTable, target_
 from lightning_qat.analysis.results import write_atomically
 from lightning_qat.callbacks._compat import steps_taken
 from lightning_qat.callbacks.calibration import Calibration
+from lightning_qat.callbacks.numeric_arguments import require_at_least
 from lightning_qat.callbacks.output_directory import console_of, leaves_files, shared_directory
-from lightning_qat.callbacks.passes.analysis_pass import require_positive
 from lightning_qat.callbacks.passes.extra_pass import misconfiguration
 from lightning_qat.callbacks.passes.listed_callbacks import listed
 from lightning_qat.callbacks.quantized_run import evaluations_of, is_calibrated, require_regions
@@ -62,7 +62,7 @@ class AccuracyTable(Callback):
             for one in target.values() if isinstance(target, dict) else [target]:
                 if one is not None:
                     target_value("", 1.0, one)
-        require_positive("AccuracyTable", batches=batches)
+        require_at_least("AccuracyTable", batches=batches)
         self.metrics = metrics
         self.target = target
         self.name = name

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.insertion.scale_source import ScaleSource
+from lightning_qat.callbacks.numeric_arguments import require_at_least
 from lightning_qat.callbacks.passes.extra_pass import analysis_batches, misconfiguration, run_step, undisturbed
 from lightning_qat.callbacks.passes.progress import progress
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization, require_regions
@@ -55,8 +56,7 @@ class Calibration(ScaleSource):
                 raise MisconfigurationException(
                     f"Calibration({name}={value!r}): write a number, such as batches=32; epochs=1 takes all batches."
                 )
-            if value is not None and value < 1:
-                raise MisconfigurationException(f"Calibration({name}={value}): must be at least 1.")
+        require_at_least("Calibration", batches=batches, epochs=epochs)
         self.batches = 32 if batches is None and epochs is None else batches
         self.epochs = epochs
         self.result: CalibrationResult | None = None

@@ -22,14 +22,14 @@ from lightning_qat.analysis.statistics.statistics import LayerStatisticsResult, 
 from lightning_qat.callbacks._compat import bare, steps_taken
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
+from lightning_qat.callbacks.numeric_arguments import require_at_least
 from lightning_qat.callbacks.output_directory import leaves_files, run_directory
-from lightning_qat.callbacks.passes.analysis_pass import require_positive
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, run_step, undisturbed
 from lightning_qat.callbacks.passes.listed_callbacks import listed
 from lightning_qat.callbacks.passes.module_copy import copied_module
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.quantization.region.region import find_regions
-from lightning_qat.quantization.tracing.module_walk import REGION_NAME
+from lightning_qat.quantization.tracing.module_walk import is_in_region
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_table
 
@@ -67,7 +67,7 @@ class ConvergenceMonitor(Callback):
     """
 
     def __init__(self, stop: bool = False, float_batches: int = 16, statistics_batches: int = 1, seed: int = 0) -> None:
-        require_positive("ConvergenceMonitor", float_batches=float_batches, statistics_batches=statistics_batches)
+        require_at_least("ConvergenceMonitor", float_batches=float_batches, statistics_batches=statistics_batches)
         self.stop = stop
         self.float_batches = float_batches
         self.statistics_batches = statistics_batches
@@ -146,7 +146,7 @@ class ConvergenceMonitor(Callback):
                 if id(p) in own
                 and p.grad is not None
                 and not bool(p.grad.any())
-                and REGION_NAME not in name.split(".")  # a learned scale of values that are all zero has none
+                and not is_in_region(name)  # a learned scale of values that are all zero has none
             }
             number = next((i for i, o in enumerate(trainer.optimizers) if bare(o) is bare(optimizer)), 0)
             self._zero[number] = self._zero[number] & zero if number in self._zero else zero

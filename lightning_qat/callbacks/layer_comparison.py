@@ -22,8 +22,9 @@ from lightning_qat.analysis.model_check.checked_region import rules_of
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
 from lightning_qat.callbacks import _compat
+from lightning_qat.callbacks.numeric_arguments import require_at_least
 from lightning_qat.callbacks.output_directory import console_of, leaves_files, run_directory
-from lightning_qat.callbacks.passes.analysis_pass import AnalysisOutputs, require_positive
+from lightning_qat.callbacks.passes.analysis_pass import AnalysisOutputs
 from lightning_qat.callbacks.passes.epoch_end_analysis import EpochEndAnalysis
 from lightning_qat.callbacks.passes.extra_pass import misconfiguration
 from lightning_qat.callbacks.passes.listed_callbacks import listed
@@ -108,7 +109,7 @@ class LayerComparison(EpochEndAnalysis):
         log: bool = True,
         seed: int = 0,
     ) -> None:
-        require_positive("LayerComparison", every_n_epochs=every_n_epochs, batches=batches)
+        require_at_least("LayerComparison", every_n_epochs=every_n_epochs, batches=batches)
         super().__init__(every_n_epochs or 1, "layer_comparison")
         if figures:
             with misconfiguration():

@@ -18,7 +18,8 @@ from lightning_qat.analysis.statistics.statistics import (
     WeightCodes,
     scale_snapshot,
 )
-from lightning_qat.callbacks.passes.analysis_pass import analysis_pass, require_positive, sampled_steps
+from lightning_qat.callbacks.numeric_arguments import require_at_least
+from lightning_qat.callbacks.passes.analysis_pass import analysis_pass, sampled_steps
 from lightning_qat.callbacks.passes.epoch_end_analysis import EpochEndAnalysis
 from lightning_qat.callbacks.passes.shared_evaluations import ModelKey, model_key
 from lightning_qat.callbacks.quantized_run import is_calibrated
@@ -79,7 +80,7 @@ class LayerStatistics(EpochEndAnalysis):
         columns: list[str] | None = None,
         seed: int = 0,
     ) -> None:
-        require_positive("LayerStatistics", every_n_epochs=every_n_epochs, batches=batches)
+        require_at_least("LayerStatistics", every_n_epochs=every_n_epochs, batches=batches)
         for column in columns or ():
             if column not in NUMBERS:
                 raise MisconfigurationException(

@@ -28,13 +28,14 @@ from lightning_qat.analysis.pipeline.fingerprint import (
 from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.ladder.step_summary import StageSummary, evaluates_randomly, summarize
 from lightning_qat.callbacks.ladder.training_copy import loss_of
+from lightning_qat.callbacks.numeric_arguments import require_at_least
 from lightning_qat.callbacks.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.passes.analysis_loaders import Stage
-from lightning_qat.callbacks.passes.analysis_pass import require_positive, seeded
+from lightning_qat.callbacks.passes.analysis_pass import seeded
 from lightning_qat.callbacks.passes.evaluation import evaluate
 from lightning_qat.callbacks.passes.extra_pass import analysis_batches, run_step, undisturbed
 from lightning_qat.quantization.region.region import find_regions
-from lightning_qat.quantization.tracing.module_walk import REGION_NAME
+from lightning_qat.quantization.tracing.module_walk import is_in_region
 from lightning_qat.quantization.tracing.preservation import preserved_modes
 
 _PACKAGES = ("lightning-qat", "torch", "lightning", "torchmetrics", "numpy")
@@ -63,7 +64,7 @@ class PipelineFingerprint(Callback):
     """
 
     def __init__(self, batches: int = 8, seed: int = 0) -> None:
-        require_positive("PipelineFingerprint", batches=batches)
+        require_at_least("PipelineFingerprint", batches=batches)
         self.batches = batches
         self.seed = seed
         self.fingerprint: Fingerprint | None = None
@@ -189,7 +190,7 @@ def _modes(pl_module: pl.LightningModule) -> dict[str, list[str]]:
 
 def _optimizer(optimizer: Any, pl_module: pl.LightningModule) -> dict[str, Any]:
     """Class and settings of an optimizer; learned scales are left out, a float run has none."""
-    scales = {id(p) for name, p in pl_module.named_parameters() if REGION_NAME in name.split(".")}
+    scales = {id(p) for name, p in pl_module.named_parameters() if is_in_region(name)}
     groups = []
     for group in optimizer.param_groups:
         weights = [p for p in group["params"] if id(p) not in scales]

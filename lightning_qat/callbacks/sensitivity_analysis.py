@@ -18,7 +18,7 @@ from lightning_qat.analysis.sensitivity.sample_axes import number_of_samples
 from lightning_qat.analysis.sensitivity.sensitivity import Method, sensitivity
 from lightning_qat.analysis.sensitivity.sensitivity_metric import MetricLike, SensitivityMetric
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
-from lightning_qat.callbacks.passes.analysis_pass import require_positive
+from lightning_qat.callbacks.numeric_arguments import require_at_least
 from lightning_qat.callbacks.passes.epoch_end_analysis import EpochEndAnalysis
 from lightning_qat.callbacks.passes.extra_pass import misconfiguration
 from lightning_qat.callbacks.passes.task_metric import TaskMetric
@@ -112,7 +112,7 @@ class SensitivityAnalysis(EpochEndAnalysis):
         log: bool = True,
         seed: int = 0,
     ) -> None:
-        require_positive(
+        require_at_least(
             "SensitivityAnalysis",
             every_n_epochs=every_n_epochs,
             batches=batches,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_qat.analysis.pipeline.tensor_summary import TensorSummary
 from lightning_qat.analysis.results import plain, write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.tracing.module_walk import REGION_NAME
+from lightning_qat.quantization.tracing.module_walk import is_in_region
 
 FINGERPRINT_VERSION = 1
 
@@ -119,7 +119,7 @@ def weight_digests(module: nn.Module) -> dict[str, str]:
     """
     digests = {}
     for name, child in module.named_modules():
-        if REGION_NAME in name.split("."):
+        if is_in_region(name):
             continue
         own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
         own = [(key, tensor) for key, tensor in own if key != "num_batches_tracked"]
@@ -163,7 +163,7 @@ def deviating_modes(module: nn.Module) -> dict[str, list[str]]:
     """Return the submodules whose train/eval flag differs from that of the module itself."""
     found: dict[str, list[str]] = {}
     for name, child in module.named_modules():
-        if child.training != module.training and REGION_NAME not in name.split("."):
+        if child.training != module.training and not is_in_region(name):
             found.setdefault("train" if child.training else "eval", []).append(name)
     return found
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_qat.callbacks.passes.extra_pass import misconfiguration
 from lightning_qat.quantization.planning.plan_compatibility import read_extra_state
 from lightning_qat.quantization.region.insertion import attach
-from lightning_qat.quantization.tracing.module_walk import REGION_NAME
+from lightning_qat.quantization.tracing.module_walk import REGION_NAME, is_in_region
 
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
 _EXTRA_STATE = "_extra_state"
@@ -190,7 +190,7 @@ def load_quantized(
             f"{os.fspath(checkpoint_path)!r} holds no fake-quants: it is a float checkpoint. Use "
             f"{cls.__name__}.load_from_checkpoint for it."
         )
-    floats = {key: value for key, value in state_dict.items() if f".{REGION_NAME}." not in f".{key}"}
+    floats = {key: value for key, value in state_dict.items() if not is_in_region(key)}
     buffer = io.BytesIO()
     torch.save({**checkpoint, "state_dict": floats}, buffer)
     buffer.seek(0)

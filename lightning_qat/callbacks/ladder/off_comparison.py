@@ -19,7 +19,7 @@ from lightning_qat.callbacks.passes.analysis_pass import seeded
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, run_step, undisturbed
 from lightning_qat.callbacks.passes.module_copy import copied_module
 from lightning_qat.quantization.region.region import find_regions
-from lightning_qat.quantization.tracing.module_walk import REGION_NAME
+from lightning_qat.quantization.tracing.module_walk import is_in_region
 from lightning_qat.quantization.tracing.tensor_leaves import named_leaves
 
 _STAGES: tuple[Stage, ...] = ("train", "validate")
@@ -86,7 +86,7 @@ def _results(module: pl.LightningModule, found: dict[str, Tensor]) -> Iterator[N
         return hook
 
     for path, child in module.named_modules():
-        if REGION_NAME not in path.split("."):
+        if not is_in_region(path):
             handles.append(child.register_forward_hook(keep(path)))
     try:
         yield
@@ -96,7 +96,7 @@ def _results(module: pl.LightningModule, found: dict[str, Tensor]) -> Iterator[N
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in module.named_parameters() if REGION_NAME not in name.split("."))
+    return ((name, p) for name, p in module.named_parameters() if not is_in_region(name))
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:

@@ -16,6 +16,7 @@ from lightning_qat.analysis.pipeline.pipeline import PipelineResult, cannot_tell
 from lightning_qat.analysis.pipeline.pipeline_ladder import Ladder
 from lightning_qat.callbacks._compat import steps_taken
 from lightning_qat.callbacks.ladder.ladder import measure_ladder
+from lightning_qat.callbacks.numeric_arguments import require_at_least
 from lightning_qat.callbacks.output_directory import console_of, leaves_files, run_directory
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.files import write_result
@@ -37,13 +38,8 @@ class PipelineRung(Callback):
     name: ClassVar[str] = ""
 
     def __init__(self, batches: int, eval_batches: int | None, at_epoch: int | None, stop: bool) -> None:
-        for what, value, least in (
-            ("batches", batches, 1),
-            ("eval_batches", eval_batches, 1),
-            ("at_epoch", at_epoch, 0),
-        ):
-            if value is not None and value < least:
-                raise MisconfigurationException(f"{type(self).__name__}({what}={value}): must be at least {least}.")
+        require_at_least(type(self).__name__, batches=batches, eval_batches=eval_batches)
+        require_at_least(type(self).__name__, least=0, at_epoch=at_epoch)
         self.batches = batches
         self.eval_batches = eval_batches
         self.at_epoch = at_epoch

@@ -18,7 +18,7 @@ from lightning_qat.callbacks.passes.analysis_pass import seeded
 from lightning_qat.callbacks.passes.call_recorder import CallRecorder
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, run_step
 from lightning_qat.quantization.tracing.call import Call
-from lightning_qat.quantization.tracing.module_walk import REGION_NAME
+from lightning_qat.quantization.tracing.module_walk import is_in_region
 from lightning_qat.quantization.tracing.preservation import preserved_modes
 from lightning_qat.quantization.tracing.tensor_leaves import named_leaves
 
@@ -107,7 +107,7 @@ class _ResultRecorder(CallRecorder):
 
 
 def _record(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBatch, stage: str) -> _ResultRecorder:
-    modules = {path: m for path, m in pl_module.named_modules() if REGION_NAME not in path.split(".")}
+    modules = {path: m for path, m in pl_module.named_modules() if not is_in_region(path)}
     recorder = _ResultRecorder(modules)
     with preserved_modes(pl_module), recorder.recording(), torch.no_grad():
         pl_module.train(stage == "train")

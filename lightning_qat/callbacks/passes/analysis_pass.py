@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
@@ -125,10 +124,3 @@ class AnalysisOutputs:
                 f"{', '.join(without)} shows no tables: those of {self.name} are only in the files.",
                 category=PossibleUserWarning,
             )
-
-
-def require_positive(who: str, **values: int | None) -> None:
-    """Refuse numbers below 1; None stands for "no limit" where it is allowed."""
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise MisconfigurationException(f"{who}({name}={value}): must be at least 1.")

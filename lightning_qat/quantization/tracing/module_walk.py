@@ -10,6 +10,16 @@ REGION_NAME = "_quantization"
 """The child of a target that holds everything fake-quant adds to it."""
 
 
+def is_in_region(name: str) -> bool:
+    """Whether a dotted name (of a module, a parameter, a key of a state_dict) is that of a region or of what is in it.
+
+    Example:
+        >>> is_in_region("net._quantization.fake_quants"), is_in_region("net.conv.weight")
+        (True, False)
+    """
+    return REGION_NAME in name.split(".")
+
+
 def modules_and_regions(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield what ``named_modules`` yields, in the same order, but for the inside of regions."""
     seen: set[int] = set()
@@ -36,4 +46,4 @@ def modules_outside_regions(module: nn.Module) -> list[nn.Module]:
         >>> [type(m).__name__ for m in modules_outside_regions(model)]
         ['Sequential', 'Linear']
     """
-    return [m for path, m in modules_and_regions(module) if path.rpartition(".")[2] != REGION_NAME]
+    return [m for path, m in modules_and_regions(module) if not is_in_region(path)]
