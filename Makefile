@@ -44,7 +44,7 @@ bench: $(VENV)/.dev ## measure training steps and insertion time
 	$(BIN)/python tests/benchmarks/run.py
 
 tables: $(VENV)/.dev ## write the table of torch functions into the docs
-	$(BIN)/python -m tests.function_table
+	$(BIN)/python -m tests.quantization.functions.document
 
 zoo: $(VENV)/.dev ## quantize the models of tests/zoo and write the table
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.table

@@ -2,9 +2,9 @@
 
 from lightning_qat.analysis.comparison.bad_cases import find_bad_cases
 from lightning_qat.analysis.comparison.comparison import compare
-from lightning_qat.analysis.comparison.diagnosis import diagnose
-from lightning_qat.analysis.comparison.run_comparison import compare_runs
+from lightning_qat.analysis.diagnosis.diagnosis import diagnose
 from lightning_qat.analysis.model_check.model_check import check
+from lightning_qat.analysis.runs.run_comparison import compare_runs
 from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
 from lightning_qat.callbacks.accuracy_table import AccuracyTable
 from lightning_qat.callbacks.calibration import Calibration
@@ -19,6 +19,7 @@ from lightning_qat.callbacks.pipeline_fingerprint import PipelineFingerprint
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
+from lightning_qat.quantization.interception.dynamic_block import dynamic_block
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.profile_violations import ProfileViolation, find_violations
 from lightning_qat.quantization.qconfig import (
@@ -35,7 +36,6 @@ from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.parameter_groups import parameter_groups
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.shared_modules import split_shared_modules
-from lightning_qat.quantization.tracing.dynamic_block import dynamic_block
 
 __version__ = "0.1.0"
 

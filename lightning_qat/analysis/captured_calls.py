@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.modules.module_walk import modules_outside_regions
+from lightning_qat.quantization.modules.preservation import TensorContents, preserved, replaced_attribute
+from lightning_qat.quantization.modules.tensor_leaves import leaves, map_call_leaves
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.call import Call
-from lightning_qat.quantization.tracing.module_walk import modules_outside_regions
-from lightning_qat.quantization.tracing.preservation import TensorContents, preserved, replaced_attribute
-from lightning_qat.quantization.tracing.tensor_leaves import leaves, map_call_leaves
 
 
 def capture_calls(regions: Mapping[str, Region], run: Callable[[], Any]) -> dict[str, list[Call]]:

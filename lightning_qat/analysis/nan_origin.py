@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.functions.canonical_kinds import canonical_kind
+from lightning_qat.quantization.interception.call_path import user_location
+from lightning_qat.quantization.modules.tensor_leaves import call_leaves, is_float, leaves
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.region_state import Tap
-from lightning_qat.quantization.tracing.call_path import user_location
-from lightning_qat.quantization.tracing.canonical_kinds import canonical_kind
 from lightning_qat.quantization.tracing.op_graph import OpGraph
-from lightning_qat.quantization.tracing.tensor_leaves import call_leaves, is_float, leaves
 
 
 def refuse_nan(tensors: list[Tensor], what: str, region: Region, forward: Callable[[], Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_qat.quantization.errors import ConfigurationError, near_names
-from lightning_qat.quantization.tracing.tensor_leaves import is_float, named_leaves
+from lightning_qat.quantization.modules.tensor_leaves import is_float, named_leaves
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_qat.analysis.accuracy import AccuracyResult, ResultTable, target_value
 from lightning_qat.analysis.results import write_atomically
-from lightning_qat.callbacks._compat import steps_taken
+from lightning_qat.analysis.runs.accuracy import AccuracyResult, ResultTable, target_value
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.numeric_arguments import require_at_least
-from lightning_qat.callbacks.output_directory import console_of, leaves_files, shared_directory
 from lightning_qat.callbacks.passes.extra_pass import misconfiguration
-from lightning_qat.callbacks.passes.listed_callbacks import listed
 from lightning_qat.callbacks.quantized_run import evaluations_of, is_calibrated, require_regions
+from lightning_qat.callbacks.trainer._compat import steps_taken
+from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
+from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, shared_directory
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.region.region_state import State
 from lightning_qat.reporting.console import show

@@ -14,22 +14,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_qat.analysis.convergence.convergence import FIRST_LOOK, ConvergenceResult, judge_convergence
+from lightning_qat.analysis.convergence.training_series import LossHistory, PointHealth, PointHistory, TrainingSeries
+from lightning_qat.analysis.ladder.measurements import Measurement
 from lightning_qat.analysis.nan_origin import first_bad_point
-from lightning_qat.analysis.pipeline.convergence import FIRST_LOOK, ConvergenceResult, judge_convergence
-from lightning_qat.analysis.pipeline.convergence_rows import LossHistory, PointHealth, PointHistory, TrainingSeries
-from lightning_qat.analysis.pipeline.pipeline_rows import Measurement
 from lightning_qat.analysis.statistics.statistics import LayerStatisticsResult, WeightCodes
-from lightning_qat.callbacks._compat import bare, steps_taken
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
-from lightning_qat.callbacks.numeric_arguments import require_at_least
-from lightning_qat.callbacks.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, run_step, undisturbed
-from lightning_qat.callbacks.passes.listed_callbacks import listed
 from lightning_qat.callbacks.passes.module_copy import copied_module
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
+from lightning_qat.callbacks.trainer._compat import bare, steps_taken
+from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
+from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
+from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.region.region import find_regions
-from lightning_qat.quantization.tracing.module_walk import is_in_region
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_table
 

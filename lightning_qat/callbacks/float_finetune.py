@@ -5,10 +5,10 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_qat.analysis.pipeline.pipeline import PipelineResult, cannot_tell, judge_float_finetune
-from lightning_qat.analysis.pipeline.rung_evidence import Verdict
+from lightning_qat.analysis.ladder.pipeline import PipelineResult, cannot_tell, judge_float_finetune
+from lightning_qat.analysis.ladder.rung_evidence import Verdict
 from lightning_qat.callbacks.ladder.pipeline_rung import PipelineRung
-from lightning_qat.callbacks.passes.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 
 

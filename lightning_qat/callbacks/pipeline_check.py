@@ -12,16 +12,16 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_qat.analysis.pipeline.fingerprint import Fingerprint
-from lightning_qat.analysis.pipeline.pipeline_check import PipelineCheckResult, judge_pipeline
-from lightning_qat.analysis.pipeline.pipeline_ladder import RUNGS
+from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
+from lightning_qat.analysis.ladder.pipeline_check import PipelineCheckResult, judge_pipeline
+from lightning_qat.analysis.ladder.pipeline_ladder import RUNGS
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
 from lightning_qat.callbacks.ladder.pipeline_rung import PipelineRung, check_reference
 from lightning_qat.callbacks.ladder.starting_point import StartingPoint
 from lightning_qat.callbacks.passes.extra_pass import misconfiguration
-from lightning_qat.callbacks.passes.listed_callbacks import listed
 from lightning_qat.callbacks.pipeline_fingerprint import take_fingerprint
 from lightning_qat.callbacks.quantized_run import is_calibrated, quantization_of, require_regions
+from lightning_qat.callbacks.trainer.listed_callbacks import listed
 
 _FINGERPRINT_BATCHES = 8
 _LONGER = 10

@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from typing_extensions import override
 
-from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.insertion.frozen_parts import FrozenParts
 from lightning_qat.callbacks.insertion.insertion_hooks import InsertionHooks
 from lightning_qat.callbacks.insertion.learned_scales import (
@@ -22,16 +21,17 @@ from lightning_qat.callbacks.insertion.learned_scales import (
 )
 from lightning_qat.callbacks.insertion.scale_source import ScaleSource
 from lightning_qat.callbacks.insertion.trainer_checks import check_averaged_copies, check_trainer, warn_about_precision
-from lightning_qat.callbacks.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.passes.extra_pass import misconfiguration
-from lightning_qat.callbacks.passes.listed_callbacks import listed
 from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
+from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
+from lightning_qat.export.plan_files import write_plan
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.qconfig import Override, QConfig
 from lightning_qat.quantization.region.region import Region, find_regions
 from lightning_qat.quantization.region.region_state import State, Updates
-from lightning_qat.reporting.plan_files import write_plan
 
 ActivationScales = Literal["fixed", "ema", "learned"]
 WeightScales = Literal["updated", "fixed", "learned"]

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_qat.analysis.pipeline.pipeline import PipelineResult, judge_zero_lr
+from lightning_qat.analysis.ladder.pipeline import PipelineResult, judge_zero_lr
 from lightning_qat.callbacks.ladder.pipeline_rung import PipelineRung, check_reference
 
 

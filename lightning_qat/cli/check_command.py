@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 
 from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
 from lightning_qat.callbacks.model_check import FailOn, ModelCheck
-from lightning_qat.callbacks.output_directory import shared_directory
+from lightning_qat.callbacks.trainer.output_directory import shared_directory
 from lightning_qat.cli.command import Command, add_quantization_options
 from lightning_qat.cli.project import Project, run_project
 from lightning_qat.reporting.console import print_note, show

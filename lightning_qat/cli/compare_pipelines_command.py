@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lightning_qat.analysis.pipeline.fingerprint import Fingerprint
-from lightning_qat.analysis.pipeline.fingerprint_differences import compare_fingerprints
+from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
+from lightning_qat.analysis.fingerprint.fingerprint_differences import compare_fingerprints
 from lightning_qat.cli.command import Command
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.console import show

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_qat.analysis.comparison.run_comparison import compare_runs
+from lightning_qat.analysis.runs.run_comparison import compare_runs
 from lightning_qat.cli.command import Command
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.console import print_text, show

@@ -9,10 +9,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from lightning_qat.analysis.comparison.point_inspection import PointInspection, inspect_point, unknown_point
-from lightning_qat.callbacks.output_directory import shared_directory
 from lightning_qat.callbacks.passes.analysis_pass import analysis_pass
 from lightning_qat.callbacks.passes.chosen_samples import chosen_samples
 from lightning_qat.callbacks.passes.extra_pass import run_step
+from lightning_qat.callbacks.trainer.output_directory import shared_directory
 from lightning_qat.cli.command import Command, add_quantization_options
 from lightning_qat.cli.project import Project, run_project
 from lightning_qat.quantization.errors import ConfigurationError

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from lightning_qat.analysis.pipeline.pipeline_check import PipelineCheckResult
-from lightning_qat.callbacks.output_directory import shared_directory
+from lightning_qat.analysis.ladder.pipeline_check import PipelineCheckResult
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
+from lightning_qat.callbacks.trainer.output_directory import shared_directory
 from lightning_qat.cli.command import Command, add_quantization_options, number_of_batches
 from lightning_qat.cli.project import Project, run_project
 from lightning_qat.reporting.console import print_note, show

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.analysis.captured_calls import RepeatableForward, analysis_mode, capture_calls
+from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.region.insertion import insert
-from lightning_qat.quantization.tracing.call import Call
 
 
 class Awkward(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_qat.analysis.nan_origin import first_bad_point, first_nan_op
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
-from tests.quantization.test_op_spellings import Calls
+from tests.quantization.functions.test_op_spellings import Calls
 
 X = torch.linspace(0.5, 2.0, 12).reshape(3, 4)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lightning_qat.analysis.pipeline.trend import block_length, mann_kendall, mean_and_error
+from lightning_qat.analysis.trend import block_length, mann_kendall, mean_and_error
 
 SERIES = st.lists(st.floats(-100, 100, allow_subnormal=False).map(lambda v: round(v, 2)), min_size=4, max_size=40)
 

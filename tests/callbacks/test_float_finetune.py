@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR, StepLR
 
-from lightning_qat.analysis.pipeline.pipeline import PipelineResult
+from lightning_qat.analysis.ladder.pipeline import PipelineResult
 from lightning_qat.callbacks.float_finetune import FloatFinetune
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_qat.analysis.pipeline.pipeline_check import PipelineCheckResult
+from lightning_qat.analysis.ladder.pipeline_check import PipelineCheckResult
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
 from lightning_qat.callbacks.pipeline_fingerprint import PipelineFingerprint

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_qat.analysis.pipeline.fingerprint import Fingerprint
-from lightning_qat.analysis.pipeline.fingerprint_differences import compare_fingerprints
+from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
+from lightning_qat.analysis.fingerprint.fingerprint_differences import compare_fingerprints
 from lightning_qat.callbacks.pipeline_fingerprint import FILE_NAME, PipelineFingerprint, take_fingerprint
 from tests.callbacks.small_digits import Digits, digits, float_weights, pretrained, qat_trainer, quiet
 

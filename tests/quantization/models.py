@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_qat.quantization.interception.dynamic_block import dynamic_block
+from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.call import Call
-from lightning_qat.quantization.tracing.dynamic_block import dynamic_block
 
 
 class BasicBlock(nn.Module):

@@ -1,6 +1,6 @@
 """Record the training series of healthy and sick runs: ``python -m tests.sabotage.record``.
 
-Written to tests/analysis/recorded_runs; done again only when the series hold something new.
+Written to tests/analysis/convergence/recorded_runs; done again only when the series hold something new.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.quantization.qconfig import QConfig
-from tests.analysis.recorded import DIRECTORY, RecordedEpoch, RecordedRun, save
+from tests.analysis.convergence.recorded import DIRECTORY, RecordedEpoch, RecordedRun, save
 from tests.sabotage.pipelines import HEALTHY, QAT_LR, SABOTAGES, Pipeline, Sabotage, qat_run
 from tests.sabotage.suite import float_reference
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lightning_qat.analysis.pipeline.pipeline_check import PipelineCheckResult
+from lightning_qat.analysis.ladder.pipeline_check import PipelineCheckResult
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
 from tests.sabotage.pipelines import HEALTHY, HEALTHY_SEEDS, SABOTAGES, Sabotage, StopBeforeTraining, float_run, qat_run
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lightning_qat.reporting.tables import markdown
-from tests.analysis.recorded import recorded_runs
+from tests.analysis.convergence.recorded import recorded_runs
 from tests.sabotage.suite import Outcome, every_outcome
 
 README = Path(__file__).parent / "README.md"
@@ -18,7 +18,7 @@ _VERDICTS = ("pipeline misaligned", "hyperparameters", "quantization error", "he
 _TEXT = """# What the checks find
 
 Written by `python -m tests.sabotage.table`; checked by `tests/sabotage/test_sabotage.py` (a part of it in `make test`,
-all of it in `make test-full`) and `tests/analysis/test_recorded_runs.py`.
+all of it in `make test-full`) and `tests/analysis/convergence/test_recorded_runs.py`.
 
 ## PipelineCheck: planted faults
 

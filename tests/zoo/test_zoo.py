@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.analysis.metrics import sqnr
+from lightning_qat.quantization.modules.module_walk import REGION_NAME
+from lightning_qat.quantization.modules.tensor_leaves import leaves
 from lightning_qat.quantization.planning.deployed_part import LOSS, TRAIN_ONLY
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.module_walk import REGION_NAME
-from lightning_qat.quantization.tracing.tensor_leaves import leaves
-from tests.quantization.test_off_is_float import assert_identical
+from tests.quantization.region.test_off_is_float import assert_identical
 from tests.zoo.limits import LIMITED
 from tests.zoo.measure import CALIBRATION, FLOOR, calibrated, float_ops, training_losses, worst_sqnr
 from tests.zoo.models import ZOO, Batch, ZooModel, inputs

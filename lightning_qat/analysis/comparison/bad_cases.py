@@ -18,10 +18,10 @@ from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.results import Result
 from lightning_qat.analysis.sensitivity.sample_axes import fewer_samples
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.modules.preservation import preserved
+from lightning_qat.quantization.modules.tensor_leaves import call_leaves, is_float, map_call_leaves, named_leaves
 from lightning_qat.quantization.region.region import Region, find_regions
-from lightning_qat.quantization.tracing.call import Call
-from lightning_qat.quantization.tracing.preservation import preserved
-from lightning_qat.quantization.tracing.tensor_leaves import call_leaves, is_float, map_call_leaves, named_leaves
 
 SampleMetric: TypeAlias = MetricName | Callable[[Any, Any], Any]
 
@@ -99,7 +99,7 @@ def find_bad_cases(
 
     Args:
         model: a calibrated region, or a module: one with a region, or for a metric of your own any.
-        batches: of the loader; see :meth:`~lightning_qat.quantization.tracing.call.Call.of`.
+        batches: of the loader; see :meth:`~lightning_qat.quantization.modules.call.Call.of`.
         metric: ``L1``, ``MSE``, ``Cosine``, ``SQNR`` or ``KL`` of each sample's output against that of the float model;
             or a function ``(output, batch) -> (samples,)`` of what is chosen of the model's output, as the model
             returns it, a loss for instance, larger for worse samples (smaller, if its attribute ``higher_is_better`` is

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_qat.quantization.interception.interception import CallPathMode
+from lightning_qat.quantization.modules.tensor_leaves import call_leaves, is_float, map_call_leaves
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.region_mode import BoundPoint, Operation, OpQuantizers
 from lightning_qat.quantization.region.replaced_forward import InspectingMode, ReplacedForward
-from lightning_qat.quantization.tracing.interception import CallPathMode
-from lightning_qat.quantization.tracing.tensor_leaves import call_leaves, is_float, map_call_leaves
 
 
 class Listener(Protocol):

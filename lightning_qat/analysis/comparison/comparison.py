@@ -29,11 +29,11 @@ from lightning_qat.analysis.nan_origin import first_nan_op
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.rank_agreement import failing_together
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.numerics.histogram import reduce_device
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.qconfig import Override
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.call import Call
 
 KEPT_BYTES = 2**28
 """So much memory may hold float values that wait for those of the quantized model."""
@@ -65,7 +65,7 @@ def compare(
 
     Args:
         region: a calibrated region.
-        batches: see :meth:`~lightning_qat.quantization.tracing.call.Call.of`.
+        batches: see :meth:`~lightning_qat.quantization.modules.call.Call.of`.
         output: path into the output such as ``map.layer_3``, or a callable on it; it is the last row. With a path, only
             ops that act on it are compared. None: all outputs.
         post_process: applied to the chosen output in float, such as ``torch.sigmoid``.

@@ -15,7 +15,7 @@ from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.analysis.statistics.point_ranges import observed_range, representable_range
 from lightning_qat.quantization.fake_quant.call_ranges import repeating_points
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
-from lightning_qat.quantization.tracing.module_walk import REGION_NAME
+from lightning_qat.quantization.modules.module_walk import REGION_NAME
 
 SHARED_RANGE_RATIO = 2.0
 """Ranges that differ by more cost the narrower call a whole bit of its resolution."""

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion, module_type
 from lightning_qat.analysis.model_check.findings import Finding, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.quantization.functions.function_table import FLOAT_INSIDE
 from lightning_qat.quantization.region.effective_dtypes import FLOAT, bits
-from lightning_qat.quantization.tracing.function_table import FLOAT_INSIDE
 from lightning_qat.quantization.tracing.op_graph import Op
 
 QUANTIZE, DEQUANTIZE = "quantize", "dequantize"

@@ -10,9 +10,9 @@ from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from lightning_qat.analysis.sensitivity.sample_axes import Key, SampleAxis, sample_axis
+from lightning_qat.analysis.sensitivity.watched_forward import WeightUse
+from lightning_qat.quantization.modules.tensor_leaves import call_leaves
 from lightning_qat.quantization.region.region_mode import BoundPoint
-from lightning_qat.quantization.region.watched_forward import WeightUse
-from lightning_qat.quantization.tracing.tensor_leaves import call_leaves
 
 _KEPT_BYTES = 2**29
 """So much memory may hold errors from one probe to the next; the others are computed again."""

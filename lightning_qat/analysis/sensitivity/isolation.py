@@ -15,9 +15,9 @@ from lightning_qat.analysis.nan_origin import refuse_nan
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.sensitivity.sensitivity_metric import SensitivityMetric
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.numerics.histogram import reduce_device
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.call import Call
 
 
 class Isolation:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_qat.quantization.tracing.call import Call
-from lightning_qat.quantization.tracing.tensor_leaves import call_leaves, map_call_leaves
+from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.modules.tensor_leaves import call_leaves, map_call_leaves
 
 Key = tuple[str, int, int]
 """A watched tensor: point, number of its use, number of the op's result."""

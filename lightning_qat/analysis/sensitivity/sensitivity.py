@@ -22,8 +22,8 @@ from lightning_qat.analysis.sensitivity.sensitivity_result import (
 )
 from lightning_qat.analysis.sensitivity.sensitivity_sketch import Sketch
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
+from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.call import Call
 
 Method = Literal["auto", "sketch", "isolation"]
 
@@ -73,7 +73,7 @@ def sensitivity(
 
     Args:
         region: a calibrated region.
-        batches: see :meth:`~lightning_qat.quantization.tracing.call.Call.of`. A sketch keeps them until it has
+        batches: see :meth:`~lightning_qat.quantization.modules.call.Call.of`. A sketch keeps them until it has
             confirmed.
         output: path into the output such as ``map.layer_3``, or a callable on it; None: all its tensors.
         post_process: applied to the chosen output in float, such as ``torch.sigmoid``.

@@ -28,13 +28,13 @@ from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.region_memory import RegionMemory
 from lightning_qat.analysis.sensitivity.error_products import ErrorProducts, SampleComparison, custom_functions
 from lightning_qat.analysis.sensitivity.sample_axes import Key, SampleAxis, fewer_samples, sample_axis
+from lightning_qat.analysis.sensitivity.watched_forward import WatchedForward
+from lightning_qat.quantization.interception.transparent_gradients import TransparentGradients
+from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.modules.module_walk import modules_outside_regions
+from lightning_qat.quantization.modules.tensor_leaves import call_leaves
 from lightning_qat.quantization.numerics.histogram import reduce_device
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.watched_forward import WatchedForward
-from lightning_qat.quantization.tracing.call import Call
-from lightning_qat.quantization.tracing.module_walk import modules_outside_regions
-from lightning_qat.quantization.tracing.tensor_leaves import call_leaves
-from lightning_qat.quantization.tracing.transparent_gradients import TransparentGradients
 
 
 @dataclass

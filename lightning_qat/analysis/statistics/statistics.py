@@ -21,10 +21,10 @@ from lightning_qat.analysis.metrics import metric_of_sums
 from lightning_qat.analysis.results import Result
 from lightning_qat.analysis.statistics.point_statistics import PointStatistics, weight_codes
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.numerics.histogram import reduce_device
 from lightning_qat.quantization.planning.plan import PointPlan
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.call import Call
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def layer_statistics(
 
     Args:
         region: a calibrated region.
-        batches: see :meth:`~lightning_qat.quantization.tracing.call.Call.of`.
+        batches: see :meth:`~lightning_qat.quantization.modules.call.Call.of`.
         calibrated: scales to measure the drift from; see :func:`scale_snapshot`.
 
     Example:

@@ -14,9 +14,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_qat.callbacks.passes.extra_pass import misconfiguration
+from lightning_qat.quantization.modules.module_walk import REGION_NAME, is_in_region
 from lightning_qat.quantization.planning.plan_compatibility import read_extra_state
 from lightning_qat.quantization.region.insertion import attach
-from lightning_qat.quantization.tracing.module_walk import REGION_NAME, is_in_region
 
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
 _EXTRA_STATE = "_extra_state"

@@ -19,7 +19,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import nn
 
-from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.insertion.float_checkpoint import (
     FloatCheckpointError,
     load_float_weights,
@@ -29,6 +28,7 @@ from lightning_qat.callbacks.insertion.float_checkpoint import (
 from lightning_qat.callbacks.insertion.learned_scales import hide_from_ddp, show_to_ddp
 from lightning_qat.callbacks.insertion.target_discovery import AUTO, captured_calls
 from lightning_qat.callbacks.passes.extra_pass import misconfiguration, undisturbed
+from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.quantization.errors import TracingError
 from lightning_qat.quantization.planning.make_plan import make_plans
 from lightning_qat.quantization.planning.plan import QuantPlan

@@ -11,11 +11,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_debug  # type: ignore[attr-defined]
 
-from lightning_qat.callbacks import _compat
-from lightning_qat.callbacks.passes.call_recorder import CallRecorder
+from lightning_qat.callbacks.insertion.call_recorder import CallRecorder
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, run_step, undisturbed
+from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.quantization.errors import TracingError, near_names
-from lightning_qat.quantization.tracing.call import Call
+from lightning_qat.quantization.modules.call import Call
 
 AUTO = "auto"
 

@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateF
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
-from lightning_qat.callbacks import _compat
-from lightning_qat.callbacks.passes.listed_callbacks import listed
+from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
 from lightning_qat.quantization.region.region import find_regions
 

@@ -9,14 +9,14 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_qat.analysis.pipeline.pipeline_ladder import Ladder
-from lightning_qat.analysis.pipeline.pipeline_rows import TRAIN_LOSS, Finetune, Measurement
+from lightning_qat.analysis.ladder.measurements import TRAIN_LOSS, Finetune, Measurement
+from lightning_qat.analysis.ladder.pipeline_ladder import Ladder
 from lightning_qat.analysis.statistics.statistics import LayerStatisticsRow
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state, moves_batch_norm
 from lightning_qat.callbacks.ladder.off_comparison import compare_off
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
-from lightning_qat.callbacks.passes.progress import progress
 from lightning_qat.callbacks.quantized_run import is_calibrated, quantization_of, require_regions
+from lightning_qat.callbacks.trainer.progress import progress
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.quantization.region.region_state import State, Updates

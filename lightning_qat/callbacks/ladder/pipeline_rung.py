@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_qat.analysis.pipeline.pipeline import PipelineResult, cannot_tell
-from lightning_qat.analysis.pipeline.pipeline_ladder import Ladder
-from lightning_qat.callbacks._compat import steps_taken
+from lightning_qat.analysis.ladder.pipeline import PipelineResult, cannot_tell
+from lightning_qat.analysis.ladder.pipeline_ladder import Ladder
 from lightning_qat.callbacks.ladder.ladder import measure_ladder
-from lightning_qat.callbacks.numeric_arguments import require_at_least
-from lightning_qat.callbacks.output_directory import console_of, leaves_files, run_directory
+from lightning_qat.callbacks.trainer._compat import steps_taken
+from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
+from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_table

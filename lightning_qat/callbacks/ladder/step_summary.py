@@ -9,18 +9,18 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from lightning_qat.analysis.pipeline.fingerprint import weight_digests
-from lightning_qat.analysis.pipeline.tensor_summary import TensorSummarizer, TensorSummary
-from lightning_qat.callbacks import _compat
+from lightning_qat.analysis.fingerprint.fingerprint import weight_digests
+from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummarizer, TensorSummary
+from lightning_qat.callbacks.insertion.call_recorder import CallRecorder
 from lightning_qat.callbacks.ladder.same_values import same_values
 from lightning_qat.callbacks.passes.analysis_loaders import Stage
 from lightning_qat.callbacks.passes.analysis_pass import seeded
-from lightning_qat.callbacks.passes.call_recorder import CallRecorder
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, run_step
-from lightning_qat.quantization.tracing.call import Call
-from lightning_qat.quantization.tracing.module_walk import is_in_region
-from lightning_qat.quantization.tracing.preservation import preserved_modes
-from lightning_qat.quantization.tracing.tensor_leaves import named_leaves
+from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.modules.module_walk import is_in_region
+from lightning_qat.quantization.modules.preservation import preserved_modes
+from lightning_qat.quantization.modules.tensor_leaves import named_leaves
 
 
 @dataclass(frozen=True)

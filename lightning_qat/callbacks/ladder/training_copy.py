@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_qat.callbacks._compat import bare, replaced_optimizers
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, muted_logging, run_step
 from lightning_qat.callbacks.passes.module_copy import copied_module
-from lightning_qat.callbacks.passes.muted_loggers import muted_loggers
+from lightning_qat.callbacks.trainer._compat import bare, replaced_optimizers
+from lightning_qat.callbacks.trainer.muted_loggers import muted_loggers
 from lightning_qat.quantization.region.region import find_regions
 
 _STEPS_MEASURED = 8

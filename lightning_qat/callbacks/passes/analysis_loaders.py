@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader
 
-from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.passes.module_state import preserved_loader_state
+from lightning_qat.callbacks.trainer import _compat
 
 Stage = Literal["train", "validate", "test", "predict", "calibration"]
 

@@ -14,8 +14,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 
 from lightning_qat.analysis.captured_calls import seed_generators
 from lightning_qat.analysis.results import Result
-from lightning_qat.callbacks import _compat
-from lightning_qat.callbacks.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.passes.extra_pass import (
     analysis_batches,
     misconfiguration,
@@ -24,9 +22,11 @@ from lightning_qat.callbacks.passes.extra_pass import (
     undisturbed_forwards,
 )
 from lightning_qat.callbacks.quantized_run import require_regions
+from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
+from lightning_qat.quantization.modules.preservation import preserved_random_state
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.region_state import State
-from lightning_qat.quantization.tracing.preservation import preserved_random_state
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_histogram, log_scalars, log_table
 

@@ -8,9 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.passes.analysis_loaders import Stage, fresh_loaders
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, transferred
+from lightning_qat.callbacks.trainer import _compat
 
 
 def chosen_samples(trainer: pl.Trainer, pl_module: pl.LightningModule, samples: Sequence[int] | None) -> ExtraBatch:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.passes.extra_pass import (
     ExtraBatch,
     analysis_batches,
@@ -21,6 +20,7 @@ from lightning_qat.callbacks.passes.extra_pass import (
     run_step,
     undisturbed,
 )
+from lightning_qat.callbacks.trainer import _compat
 
 
 @dataclass(frozen=True)

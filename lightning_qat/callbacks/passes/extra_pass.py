@@ -19,7 +19,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
-from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.passes.analysis_loaders import Stage, fresh_loaders
 from lightning_qat.callbacks.passes.manual_optimization import inert_optimization
 from lightning_qat.callbacks.passes.module_state import (
@@ -28,9 +27,10 @@ from lightning_qat.callbacks.passes.module_state import (
     preserved_parameters,
 )
 from lightning_qat.callbacks.passes.optimizer_state import preserved_optimizers
+from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.modules.preservation import preserved, replaced_attribute
 from lightning_qat.quantization.region.region import find_regions
-from lightning_qat.quantization.tracing.preservation import preserved, replaced_attribute
 
 _STEPS = {
     "train": "training_step",

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_qat.callbacks import _compat
+from lightning_qat.callbacks.trainer import _compat
 
 
 @contextmanager

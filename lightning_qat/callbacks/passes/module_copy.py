@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lightning_qat.callbacks.passes.module_state import shared_data
-from lightning_qat.quantization.tracing.tensor_leaves import leaves
+from lightning_qat.quantization.modules.tensor_leaves import leaves
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _OF_MODULES = frozenset(nn.Module().__dict__)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics import Metric, MetricCollection
 
-from lightning_qat.quantization.tracing.module_walk import modules_outside_regions
+from lightning_qat.quantization.modules.module_walk import modules_outside_regions
 
 _OF_MODULES = frozenset(nn.Module().__dict__)
 _CONTAINERS = (list, dict, set, collections.deque)

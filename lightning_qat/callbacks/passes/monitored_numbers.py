@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
-from lightning_qat.callbacks import _compat
-from lightning_qat.callbacks.passes.listed_callbacks import listed
+from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.listed_callbacks import listed
 
 
 def check_early_stopping(trainer: pl.Trainer, callback: Callback, names: Collection[str], in_first_epoch: bool) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_qat.analysis.captured_calls import capture_calls
-from lightning_qat.callbacks import _compat
 from lightning_qat.callbacks.passes.extra_pass import EVALUATION_HOOKS, analysis_batches, run_step
+from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.modules.tensor_leaves import leaves, map_call_leaves
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.call import Call
-from lightning_qat.quantization.tracing.tensor_leaves import leaves, map_call_leaves
 
 _KEPT_BYTES = 2**26
 """Batches of this size, together, may be kept from one analysis to the next."""

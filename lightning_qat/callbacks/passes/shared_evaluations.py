@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import lightning.pytorch as pl
 
-from lightning_qat.analysis.pipeline.fingerprint import tensor_digest
+from lightning_qat.analysis.fingerprint.fingerprint import tensor_digest
 from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
 from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.quantization.region.region_state import State

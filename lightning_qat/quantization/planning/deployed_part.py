@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lightning_qat.quantization.modules.tensor_leaves import is_float_name
 from lightning_qat.quantization.tracing.op_graph import Op, OpGraph, Source
-from lightning_qat.quantization.tracing.tensor_leaves import is_float_name
 
 TRAIN_ONLY = "runs in train mode only: not part of the deployed model"
 LOSS = "part of the loss: leads to scalar outputs only"

@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any
 
 from lightning_qat.quantization.errors import PlanMismatchError
+from lightning_qat.quantization.functions.function_lookup import is_interceptable
+from lightning_qat.quantization.functions.op_spec import OpSpec
 from lightning_qat.quantization.planning.plan import PLAN_VERSION, QuantPlan
 from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
-from lightning_qat.quantization.tracing.op_spec import OpSpec
-from lightning_qat.quantization.tracing.torch_functions import is_interceptable
 
 
 def read_extra_state(state: dict[str, Any]) -> tuple[OpGraph, QuantPlan]:

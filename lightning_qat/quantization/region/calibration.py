@@ -15,6 +15,8 @@ import torch.distributed as dist
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.fake_quant.call_ranges import repeating_points
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.modules.preservation import preserved
 from lightning_qat.quantization.numerics.histogram import reduce_device
 from lightning_qat.quantization.region.calibration_findings import (
     CalibrationFinding,
@@ -25,8 +27,6 @@ from lightning_qat.quantization.region.calibration_findings import (
     spread_findings,
 )
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.call import Call
-from lightning_qat.quantization.tracing.preservation import preserved
 
 __all__ = ["CalibrationFinding", "CalibrationPass", "CalibrationResult", "calibrate"]
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.make_plan import make_plan
 from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.qconfig import Override, QConfig
 from lightning_qat.quantization.region.region import Region, check_target
-from lightning_qat.quantization.tracing.call import Call
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 from lightning_qat.quantization.tracing.tracer import trace
 

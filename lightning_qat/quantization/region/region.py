@@ -16,15 +16,15 @@ from lightning_qat.quantization.errors import ConfigurationError, PlanMismatchEr
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
 from lightning_qat.quantization.fake_quant.fake_quant_dict import FakeQuantDict
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.interception.activation_checkpointing import RunningRegion
+from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode, user_location
+from lightning_qat.quantization.interception.interception import CallPathMode, Intercepted, SpecCache, active_mode
+from lightning_qat.quantization.modules.module_walk import REGION_NAME, modules_and_regions
 from lightning_qat.quantization.planning.plan import PLAN_VERSION, QuantPlan
 from lightning_qat.quantization.planning.plan_compatibility import read_extra_state, rebound
 from lightning_qat.quantization.region.freezing import Freezing, freeze
 from lightning_qat.quantization.region.region_mode import UNPLANNED, OpQuantizers, RegionMode, bind
 from lightning_qat.quantization.region.region_scales import RegionScales
-from lightning_qat.quantization.tracing.activation_checkpointing import RunningRegion
-from lightning_qat.quantization.tracing.call_path import CallPaths, ScopeNode, user_location
-from lightning_qat.quantization.tracing.interception import CallPathMode, Intercepted, SpecCache, active_mode
-from lightning_qat.quantization.tracing.module_walk import REGION_NAME, modules_and_regions
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
 

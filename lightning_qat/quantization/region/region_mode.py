@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.interception.call_path import ScopeNode
+from lightning_qat.quantization.interception.interception import CallPathMode
+from lightning_qat.quantization.modules.tensor_leaves import is_float, leaves, map_call_leaves
 from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm
 from lightning_qat.quantization.planning.plan import QuantPlan
-from lightning_qat.quantization.tracing.call_path import ScopeNode
-from lightning_qat.quantization.tracing.interception import CallPathMode
 from lightning_qat.quantization.tracing.op_graph import OpGraph
-from lightning_qat.quantization.tracing.tensor_leaves import is_float, leaves, map_call_leaves
 
 if TYPE_CHECKING:
     from lightning_qat.quantization.region.region import Region

@@ -6,10 +6,10 @@ from types import FrameType, TracebackType
 
 from typing_extensions import Self, override
 
+from lightning_qat.quantization.interception.call_path import ScopeNode
+from lightning_qat.quantization.interception.interception import CallPathMode, Intercepted, active_mode
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.region_mode import RegionMode
-from lightning_qat.quantization.tracing.call_path import ScopeNode
-from lightning_qat.quantization.tracing.interception import CallPathMode, Intercepted, active_mode
 
 
 class ReplacedForward:

@@ -7,12 +7,12 @@ from collections import Counter
 
 from torch import Tensor
 
-from lightning_qat.quantization.tracing.call_path import ScopeNode
+from lightning_qat.quantization.functions.function_lookup import is_interceptable
+from lightning_qat.quantization.interception.call_path import ScopeNode
+from lightning_qat.quantization.modules.tensor_leaves import dtype_name, is_float_name
 from lightning_qat.quantization.tracing.op_dependence import data_dependent, index_only, mask_ops, written_with_data
 from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, RegionOutput, Source
 from lightning_qat.quantization.tracing.op_records import OpRecord
-from lightning_qat.quantization.tracing.tensor_leaves import dtype_name, is_float_name
-from lightning_qat.quantization.tracing.torch_functions import is_interceptable
 
 
 class GraphBuilder:

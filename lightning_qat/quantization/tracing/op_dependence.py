@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lightning_qat.quantization.modules.tensor_leaves import is_float_name
 from lightning_qat.quantization.tracing.op_graph import Source
 from lightning_qat.quantization.tracing.op_records import OperandRecord, OpRecord
-from lightning_qat.quantization.tracing.tensor_leaves import is_float_name
 
 
 def data_dependent(order: list[OpRecord], constants: set[str], carried: dict[str, str], changing: set[str]) -> set[str]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from lightning_qat.quantization.tracing.op_spec import Role
-from lightning_qat.quantization.tracing.tensor_leaves import is_float_name
+from lightning_qat.quantization.functions.op_spec import Role
+from lightning_qat.quantization.modules.tensor_leaves import is_float_name
 
 SourceKind = Literal["op", "mutated", "input", "parameter", "buffer", "constant", "opaque"]
 OperandRole = Literal["data", "weight", "parameter", "index"]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from lightning_qat.quantization.tracing.call_path import ScopeNode
+from lightning_qat.quantization.functions.op_spec import OpSpec
+from lightning_qat.quantization.interception.call_path import ScopeNode
+from lightning_qat.quantization.modules.tensor_leaves import dtype_name, is_float, is_float_name, named_leaves
 from lightning_qat.quantization.tracing.op_graph import OperandRole, Source
 from lightning_qat.quantization.tracing.op_options import call_options
-from lightning_qat.quantization.tracing.op_spec import OpSpec
-from lightning_qat.quantization.tracing.tensor_leaves import dtype_name, is_float, is_float_name, named_leaves
 
 _FUNCTORCH_REASON = "runs inside a function transform (vmap, grad), where values are wrapped"
 _LAYOUT_REASON = "reads or returns a sparse or nested tensor, which has no grid"

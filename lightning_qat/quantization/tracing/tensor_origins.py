@@ -6,8 +6,8 @@ import math
 from collections import deque
 from collections.abc import Collection
 
+from lightning_qat.quantization.functions.function_lookup import PARALLEL
 from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, Source
-from lightning_qat.quantization.tracing.torch_functions import PARALLEL
 
 
 class TensorOrigins:

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_qat.quantization.tracing.mask_values import has_mask_values
+from lightning_qat.quantization.functions.function_lookup import STATISTICS
+from lightning_qat.quantization.functions.mask_values import has_mask_values
+from lightning_qat.quantization.modules.tensor_leaves import is_float, named_leaves
 from lightning_qat.quantization.tracing.op_graph import Source
 from lightning_qat.quantization.tracing.op_records import OperandRecord, OpRecord
-from lightning_qat.quantization.tracing.tensor_leaves import is_float, named_leaves
-from lightning_qat.quantization.tracing.torch_functions import STATISTICS
 
 
 class TensorSources:

@@ -18,18 +18,18 @@ import torch
 from torch import nn
 
 from lightning_qat.quantization.errors import TracingError
-from lightning_qat.quantization.tracing.activation_checkpointing import RunningRegion
-from lightning_qat.quantization.tracing.call import Call
-from lightning_qat.quantization.tracing.call_path import CallPaths, ScopeNode, user_location
+from lightning_qat.quantization.functions.function_lookup import is_interceptable, spec_of, specialise
+from lightning_qat.quantization.functions.mask_values import makes_mask, subtracts_mask
+from lightning_qat.quantization.interception.activation_checkpointing import RunningRegion
+from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode, user_location
+from lightning_qat.quantization.interception.interception import CallPathMode, Intercepted, active_mode
+from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.modules.preservation import preserved, preserved_tensors
+from lightning_qat.quantization.modules.tensor_leaves import call_leaves, leaves, named_leaves
 from lightning_qat.quantization.tracing.graph_building import GraphBuilder
-from lightning_qat.quantization.tracing.interception import CallPathMode, Intercepted, active_mode
-from lightning_qat.quantization.tracing.mask_values import makes_mask, subtracts_mask
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 from lightning_qat.quantization.tracing.op_records import OpRecord
-from lightning_qat.quantization.tracing.preservation import preserved, preserved_tensors
-from lightning_qat.quantization.tracing.tensor_leaves import call_leaves, leaves, named_leaves
 from lightning_qat.quantization.tracing.tensor_sources import TensorSources, version_of
-from lightning_qat.quantization.tracing.torch_functions import is_interceptable, spec_of, specialise
 
 
 def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) -> OpGraph:
@@ -39,7 +39,7 @@ def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) ->
 
     Args:
         target: the module whose forward is the region.
-        batches: see :meth:`~lightning_qat.quantization.tracing.call.Call.of`; a few representative ones.
+        batches: see :meth:`~lightning_qat.quantization.modules.call.Call.of`; a few representative ones.
         train_mode: run in eval and in train mode; else twice in eval mode.
 
     Raises:

@@ -1,0 +1,1 @@
+"""Does QAT converge? Judgement of a training series."""

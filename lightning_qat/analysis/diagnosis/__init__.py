@@ -1,0 +1,1 @@
+"""Which kind of error a point makes, and the remedy for it."""

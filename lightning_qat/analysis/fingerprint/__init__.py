@@ -1,0 +1,1 @@
+"""Fingerprints of training pipelines, and the differences between two of them."""

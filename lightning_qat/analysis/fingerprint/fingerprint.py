@@ -1,0 +1,175 @@
+"""The fingerprint of a training pipeline: everything that has to be the same in the float run and in QAT (C5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummary
+from lightning_qat.analysis.results import plain, write_atomically
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.modules.module_walk import is_in_region
+
+FINGERPRINT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A small description of a float pipeline, as plain data.
+
+    Args:
+        data: what the loaders deliver, by stage (``train``, ``validate``).
+        model_inputs: what the outermost modules receive in the steps, by stage; after any preprocessing in the step.
+        losses: training loss of the first batches, with batch norm in ``eval`` and in ``train`` mode.
+        metrics: what validation logs over the first batches.
+        standard_errors: how much these vary over batches.
+        modes: submodules that do not run in the module's own mode while training, by kind: ``{"eval": [...]}``.
+        batch_norm: per batch norm: momentum, and mean of its running mean and variance.
+        optimizers: class and settings of the groups of every optimizer.
+        schedulers: class and interval of every scheduler.
+        settings: precision, batch size, accumulation, clipping, seed, ...
+        datasets: representation of dataset and transforms by stage.
+        weights: digest of the parameters and buffers of every module that owns some.
+        versions: of Python and packages.
+        agreement: by stage and pair of tensors, ``output=target``: the share of integer targets that are where the
+            model's output is largest; it shows labels that belong to other inputs.
+        random_evaluation: the same batch, evaluated twice, gave different results from the same model inputs.
+        swapped: modules whose weights are others while validation runs (averages that are swapped in).
+        batches: batches per stage and rank that were looked at.
+        version: of this format.
+    """
+
+    data: dict[str, tuple[TensorSummary, ...]] = field(default_factory=dict)
+    model_inputs: dict[str, tuple[TensorSummary, ...]] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    standard_errors: dict[str, float] = field(default_factory=dict)
+    modes: dict[str, list[str]] = field(default_factory=dict)
+    batch_norm: dict[str, dict[str, float]] = field(default_factory=dict)
+    optimizers: list[dict[str, Any]] = field(default_factory=list)
+    schedulers: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    datasets: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    agreement: dict[str, dict[str, float]] = field(default_factory=dict)
+    random_evaluation: bool = False
+    swapped: list[str] = field(default_factory=list)
+    batches: int = 0
+    version: int = FINGERPRINT_VERSION
+
+    def to_json(self, path: str | os.PathLike[str]) -> Path:
+        """Write the fingerprint, at once."""
+        return write_atomically(path, json.dumps(plain(dataclasses.asdict(self)), indent=1) + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> Fingerprint:
+        """Read a fingerprint.
+
+        Raises:
+            ConfigurationError: there is no such file, or it is something else.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigurationError(
+                f"there is no fingerprint {str(path)!r}: make it in the float project with `python -m lightning_qat "
+                "fingerprint train.py --config float.yaml --ckpt_path float.ckpt`."
+            ) from None
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            raise ConfigurationError(f"{str(path)!r} is no fingerprint: it is not JSON.") from None
+        if not isinstance(data, dict) or "weights" not in data:
+            raise ConfigurationError(f"{str(path)!r} is no fingerprint: it has no weights.")
+        if data.get("version") != FINGERPRINT_VERSION:
+            raise ConfigurationError(
+                f"{str(path)!r} is a fingerprint of version {data.get('version')!r}, this release reads version "
+                f"{FINGERPRINT_VERSION}: make it anew."
+            )
+        try:
+            for stages in (data["data"], data["model_inputs"]):
+                for stage, summaries in stages.items():
+                    stages[stage] = tuple(_summary(summary) for summary in summaries)
+            for name in ("losses", "metrics", "standard_errors"):
+                data[name] = {key: float(value) for key, value in data[name].items()}
+            return cls(**data)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"{str(path)!r} is no whole fingerprint ({type(error).__name__}: {error}): make it anew."
+            ) from None
+
+
+def weight_digests(module: nn.Module) -> dict[str, str]:
+    """Return a digest of the own parameters and buffers of every submodule that has some; fake-quants are left out.
+
+    Counters of batches are left out too: they say how long, not what was learned.
+
+    Example:
+        >>> one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> weight_digests(one)[""] == weight_digests(other)[""]
+        False
+    """
+    digests = {}
+    for name, child in module.named_modules():
+        if is_in_region(name):
+            continue
+        own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
+        own = [(key, tensor) for key, tensor in own if key != "num_batches_tracked"]
+        if own:
+            digests[name] = tensor_digest(own)
+    return digests
+
+
+def tensor_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a digest of names, shapes, types and bits of tensors.
+
+    Example:
+        >>> zero, negative_zero = torch.zeros(2), -torch.zeros(2)
+        >>> tensor_digest([("a", zero)]) == tensor_digest([("a", negative_zero)])
+        False
+    """
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if tensor.numel():
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def batch_norm_summary(module: nn.Module) -> dict[str, dict[str, float]]:
+    """Summarize the running statistics of every batch norm."""
+    return {
+        name: {
+            "momentum": float(norm.momentum if norm.momentum is not None else 0.0),
+            "running_mean": float(norm.running_mean.double().mean()),
+            "running_var": float(norm.running_var.double().mean()),
+        }
+        for name, norm in module.named_modules()
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        and norm.running_mean is not None
+        and norm.running_var is not None
+    }
+
+
+def deviating_modes(module: nn.Module) -> dict[str, list[str]]:
+    """Return the submodules whose train/eval flag differs from that of the module itself."""
+    found: dict[str, list[str]] = {}
+    for name, child in module.named_modules():
+        if child.training != module.training and not is_in_region(name):
+            found.setdefault("train" if child.training else "eval", []).append(name)
+    return found
+
+
+def _summary(data: Mapping[str, Any]) -> TensorSummary:
+    lists = ("mean", "std", "mean_error", "min", "max")
+    return TensorSummary(
+        **{**data, "shape": tuple(data["shape"]), **{key: tuple(map(float, data[key])) for key in lists}}
+    )

@@ -1,0 +1,79 @@
+"""What a broken rung of the pipeline ladder means, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lightning_qat.analysis.ladder.measurements import Finetune, PipelineRow, judged, spelled
+
+Sentence = Callable[[Sequence[PipelineRow], Finetune], str]
+NOT_QUANTIZATION = " Quantization is not the cause; do not tune learning rate or weight decay before this is fixed."
+RAISE_POINTS = "raise the points that SensitivityAnalysis() puts first to int16 with overrides"
+"""The next step, in words that fit whether it is listed already or not."""
+TRAINING_LOSS = (
+    "the training loss of the untouched float model is {loss}: look for bad values in the training data, the labels "
+    "or the loss."
+)
+QUANTIZED_LOSS = (
+    "the training loss is {loss} as soon as the model is quantized, and finite in float: see the findings of "
+    "Calibration, and give the points with nan, inf or a zero scale dtype: float32 in overrides."
+)
+
+
+def side_effect(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
+    """Say that the training step changes the evaluation though nothing may move (rung 2)."""
+    buffers = f" It writes to {', '.join(list(finetune.moved_buffers)[:3])}." if finetune.moved_buffers else ""
+    return (
+        f"the evaluation changes ({spelled(judged(rung))}) although weights and batch norm are fixed: the training "
+        f"step has a side effect.{buffers} Look for what it stores in the module."
+    )
+
+
+def batch_norm(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
+    """Say that moving batch norm destroys the accuracy (rung 3)."""
+    moved = [f"{name} by {change:.0%}" for name, change in list(finetune.moved_buffers.items())[:3]]
+    most = f"; moved most: {', '.join(moved)}" if moved else ""
+    return (
+        "accuracy collapses at learning rate 0 as soon as batch norm updates its statistics "
+        f"({spelled(judged(rung))}{most}). The training data do not look like the "
+        "evaluation data (normalization, channel order, preprocessing, augmentation), or the batches are too small. "
+        "Compare the training pipeline with that of the float run, line by line. If only the batches are small: "
+        "QuantizationAwareTraining(freeze_batch_norm_after=0)."
+    )
+
+
+def scales(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
+    """Say that what moves in the quantized model destroys its accuracy (rung 4)."""
+    moved = [f"{name} by {change:.0%}" for name, change in list(finetune.moved_scales.items())[:3]]
+    what = f"scales moved most: {', '.join(moved)}" if moved else "no scale moved, batch norm did"
+    remedy = (
+        "Keep the calibrated scales (activation_scales: fixed, freeze_observers_after: 0) and calibrate with more "
+        "batches"
+        if moved
+        else "Set freeze_batch_norm_after: 0"
+    )
+    return (
+        f"the calibrated model collapses at learning rate 0 ({spelled(judged(rung))}; {what}) while the float model "
+        f"holds: what moves without training destroys it, not the learning rate. {remedy}."
+    )
+
+
+def moved_weights(finetune: Finetune) -> str:
+    """Say who moves weights at learning rate 0."""
+    names = finetune.changed_parameters
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    cause = (
+        "the optimizer's own step moves them: it does not scale its update by the group's lr"
+        if finetune.changed_by_optimizer
+        else "something other than the optimizer writes to them (an average that is swapped in, a clamp, a hook)"
+    )
+    return f"weights change although the learning rate is 0 ({', '.join(names[:3])}{more}): {cause}."
+
+
+def other_loss(value: float | None, expected: float | None) -> str:
+    """Say that the training loss is not that of the float run (rung 2)."""
+    return (
+        f"the untouched float model has a training loss of {value:.4g} here and had {expected:.4g} in the float run: "
+        "the training data, labels, augmentation or loss are not those of the float run. Compare the two training "
+        "pipelines."
+    )

@@ -1,0 +1,1 @@
+"""Results over several runs: the accuracy table, and two runs side by side."""

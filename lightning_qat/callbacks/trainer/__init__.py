@@ -1,0 +1,1 @@
+"""What the callbacks need from Lightning, its Trainer and its loggers."""

@@ -1,0 +1,1 @@
+"""Files for converters and accelerator tool chains."""

@@ -1,0 +1,1 @@
+"""The table of torch functions: how each one is treated, and why."""

@@ -1,0 +1,127 @@
+"""Keeping fake-quant in place when activation checkpointing repeats part of the forward in the backward pass.
+
+The repetition happens outside the target's forward, where no mode is active: a reentrant checkpoint would silently give
+the gradients of another function, a non-reentrant one would fail. While a region runs, the two entry points of
+``torch.utils.checkpoint`` are therefore wrapped so that the repeated function runs as the same scope, with observers
+frozen. In threads that run no region the wrappers do nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any, ClassVar
+
+import torch
+import torch.utils.checkpoint as torch_checkpoint
+
+from lightning_qat.quantization.interception.call_path import ScopeNode
+from lightning_qat.quantization.interception.interception import CallPathMode, active_mode
+
+_NAME = "checkpoint"
+
+
+class RunningRegion:
+    """Context manager around every entry of a region: what has to change in torch while a region runs, anywhere.
+
+    Besides checkpointing, functions under ``torch.compile`` inside the region run eagerly: compiled code would run past
+    the mode. Entries are counted, so that threads and nesting do not interfere.
+    """
+
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _entries: ClassVar[int] = 0
+    _undo: ClassVar[ExitStack] = ExitStack()
+
+    def __enter__(self) -> None:
+        cls = RunningRegion
+        with cls._lock:
+            if cls._entries == 0:
+                cls._undo = ExitStack()
+                cls._undo.enter_context(_patched_checkpoint())
+                cls._undo.enter_context(torch.compiler.set_stance("force_eager"))
+            cls._entries += 1
+
+    def __exit__(self, *_: object) -> None:
+        cls = RunningRegion
+        with cls._lock:
+            cls._entries -= 1
+            if cls._entries == 0:
+                cls._undo.close()
+
+
+@contextmanager
+def _patched_checkpoint() -> Iterator[None]:
+    reentrant = torch_checkpoint.CheckpointFunction
+    non_reentrant = torch_checkpoint._checkpoint_without_reentrant_generator
+    torch_checkpoint.CheckpointFunction = _Reentrant(reentrant)  # type: ignore[assignment, misc]
+    torch_checkpoint._checkpoint_without_reentrant_generator = _non_reentrant(non_reentrant)
+    try:
+        yield
+    finally:
+        torch_checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
+        torch_checkpoint._checkpoint_without_reentrant_generator = non_reentrant
+
+
+class _Reentrant:
+    """Stands in for ``CheckpointFunction``: only ``apply`` is called on it."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def apply(self, function: Callable[..., Any], *args: Any) -> Any:
+        mode = active_mode()
+        node = mode.calls.inner_node(sys._getframe(1), _NAME) if mode is not None else None
+        if mode is not None and node is not None:
+            function = _Resumable(function, mode, node)
+            # nothing to recompute; torch would warn about that while tracing
+            if mode.keeps_activations or not torch.is_grad_enabled():
+                return function(*args[1:])
+        return self._original.apply(function, *args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
+def _non_reentrant(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        mode = active_mode()
+        if mode is not None:
+            frame = sys._getframe(1)  # torch's checkpoint(), which calls the function itself the first time
+            node = mode.calls.inner_node(frame, _NAME)
+            if node is not None:
+                mode.calls.enter(frame, node)
+                function = _Resumable(function, mode, node)
+            if mode.keeps_activations:
+                return iter((None,))  # torch's checkpoint() runs the function between two steps of the generator
+        return original(function, *args, **kwargs)
+
+    return generator
+
+
+class _Resumable:
+    """A checkpointed function: as part of the running region the first time, re-entering it when repeated."""
+
+    def __init__(self, function: Callable[..., Any], mode: CallPathMode, node: ScopeNode) -> None:
+        self._function = function
+        self._mode = mode
+        self._node = node
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        frame: FrameType = sys._getframe()
+        running = active_mode(self._mode.calls.paths)
+        if running is not None:
+            running.calls.enter(frame, self._node)
+            return self._function(*args, **kwargs)
+        resumed = self._mode.resumed(frame, self._node)
+        if resumed is None:
+            return self._function(*args, **kwargs)
+        try:
+            with RunningRegion(), resumed:
+                return self._function(*args, **kwargs)
+        finally:
+            resumed.calls.clear()

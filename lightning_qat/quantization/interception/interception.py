@@ -1,0 +1,203 @@
+"""Running a module's forward under a torch function mode that sees every op.
+
+``target.forward`` becomes an :class:`Intercepted` object on the instance; nothing else of the module changes. State is
+fresh for every entry, so an exception in mid-forward leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_qat.quantization.functions.function_lookup import is_interceptable, spec_of
+from lightning_qat.quantization.functions.op_spec import OpSpec
+from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode
+from lightning_qat.quantization.interception.call_stack import CallStack
+
+
+class CallPathMode(TorchFunctionMode):
+    """A torch function mode that knows where in the region it is. One object per entry of the region.
+
+    Args:
+        paths: the call tree of the region.
+        frame: the frame of the entry; the call path ends there.
+        node: where in the tree the entry is; the root by default.
+        recomputing: the entry repeats a forward for activation checkpointing.
+
+    Attributes:
+        keeps_activations: checkpointing inside is switched off.
+    """
+
+    keeps_activations: ClassVar[bool] = False
+
+    def __init__(
+        self, paths: CallPaths, frame: FrameType, node: ScopeNode | None = None, recomputing: bool = False
+    ) -> None:
+        super().__init__()
+        self.calls = CallStack(paths, frame, node)
+        self.recomputing = recomputing
+
+    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
+        """Return a mode that continues at ``node``, for activations that are recomputed in the backward pass."""
+        raise NotImplementedError
+
+    def run_composite(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a Python function of torch so that the functions it calls are seen instead of itself."""
+        with self:
+            return decomposed(func)(*args, **kwargs)
+
+
+def active_mode(paths: CallPaths | None = None) -> CallPathMode | None:
+    """Return the innermost interception mode (of ``paths``, if given) that the current thread runs under."""
+    for mode in reversed(torch.overrides._get_current_function_mode_stack()):
+        if isinstance(mode, CallPathMode) and (paths is None or mode.calls.paths is paths):
+            return mode
+    return None
+
+
+class Opener(Protocol):
+    """Who decides what happens when the target's forward is entered: the region, or the tracer."""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the plain forward runs."""
+
+    def open(self, frame: FrameType) -> CallPathMode | None:
+        """Return the mode for this entry, or None to run the plain forward."""
+
+    def run(
+        self, mode: CallPathMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run ``forward`` under ``mode``."""
+
+
+class Intercepted:
+    """Stands on ``target.forward``: runs the previous forward, under the opener's mode if there is one.
+
+    A callable object rather than a closure, so that deepcopy gives the copy its own and pickle works.
+
+    Args:
+        target: the module.
+        opener: supplies the mode.
+    """
+
+    def __init__(self, target: nn.Module, opener: Opener) -> None:
+        self.target = target
+        self.opener = opener
+        self.previous: Callable[..., Any] | None = target.__dict__.get("forward")
+
+    @classmethod
+    def install(cls, target: nn.Module, opener: Opener) -> Intercepted:
+        """Put an interception on ``target.forward``; an already patched forward is wrapped, not bypassed."""
+        intercepted = cls(target, opener)
+        target.forward = intercepted
+        return intercepted
+
+    def uninstall(self) -> None:
+        """Put back what was there before."""
+        current = self.target.__dict__.get("forward")
+        if current is not self:
+            raise RuntimeError(
+                f"{type(self.target).__name__}.forward was patched again after fake-quant was inserted (now "
+                f"{current!r}): undo that patch before removing the fake-quants."
+            )
+        if self.previous is None:
+            del self.target.__dict__["forward"]
+        else:
+            self.target.__dict__["forward"] = self.previous
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The forward that is wrapped, bound to the target."""
+        if self.previous is not None:
+            return self.previous
+        return functools.partial(type(self.target).forward, self.target)
+
+    @property
+    def __code__(self) -> CodeType:  # Lightning compares code objects to see whether forward is overridden
+        function: types.FunctionType = inspect.unwrap(type(self.target).forward)
+        return function.__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # torch.export matches dynamic shapes to argument names
+        return inspect.signature(self.forward)
+
+    @property
+    def __name__(self) -> str:
+        return "forward"
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return type(self.target).forward.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            if self.opener.is_off:
+                return self.forward(*args, **kwargs)
+            return self._quantized_region_runs_eagerly(args, kwargs)
+        self._refuse_replica(sys._getframe(1))
+        if self.opener.is_off:
+            return self.forward(*args, **kwargs)
+        return self._enter(args, kwargs)
+
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mode = self.opener.open(sys._getframe())
+        if mode is None:
+            return self.forward(*args, **kwargs)
+        return self.opener.run(mode, self.forward, args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _quantized_region_runs_eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call paths cannot be captured; the name is what the error of ``fullgraph=True`` shows."""
+        return self._enter(args, kwargs)
+
+    def _refuse_replica(self, caller: FrameType) -> None:
+        """A shallow copy shares this object and would silently run the original's weights."""
+        if caller.f_code.co_filename != nn.modules.module.__file__:
+            return
+        module = caller.f_locals.get("self")
+        if module is not None and module is not self.target and isinstance(module, type(self.target)):
+            raise RuntimeError(
+                f"this {type(module).__name__} is a shallow copy of a module with fake-quants (copy.copy, "
+                "DataParallel): it would run the weights of the original. Use copy.deepcopy, or "
+                "DistributedDataParallel."
+            )
+
+
+class SpecCache:
+    """Remembers the table row of each function met, so that the hot path is one dictionary look-up."""
+
+    def __init__(self) -> None:
+        self._specs: dict[Callable[..., Any], OpSpec | None] = {}
+
+    def get(self, func: Callable[..., Any]) -> OpSpec | None:
+        """Return the row of a function that can carry quantizers, None for all others."""
+        try:
+            return self._specs[func]
+        except KeyError:
+            spec = spec_of(func)
+            self._specs[func] = found = spec if is_interceptable(spec) else None
+            return found
+
+
+@functools.lru_cache(maxsize=64)
+def decomposed(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a twin of a Python function of torch that does its work instead of dispatching to the mode.
+
+    The twin runs torch's own code with ``has_torch_function`` answering no, so it computes exactly what torch computes
+    while the functions inside are seen one by one.
+    """
+    assert isinstance(func, types.FunctionType), func
+    twin_globals = {**func.__globals__, "has_torch_function": lambda *_: False}
+    twin = types.FunctionType(func.__code__, twin_globals, func.__name__, func.__defaults__, func.__closure__)
+    twin.__kwdefaults__ = func.__kwdefaults__
+    return twin

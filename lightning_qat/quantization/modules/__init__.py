@@ -1,0 +1,1 @@
+"""Modules and the tensors in their arguments: walking, calling and restoring them."""

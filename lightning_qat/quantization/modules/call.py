@@ -1,0 +1,54 @@
+"""The arguments of one forward of a target: ``Call``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_qat.quantization.modules.tensor_leaves import leaves
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one forward of the target."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Any) -> Call:
+        """Read a batch: a Call, a tensor, a tuple or list of args, a mapping of kwargs, or ``(args, kwargs)``."""
+        if isinstance(batch, Call):
+            return batch
+        if isinstance(batch, Mapping):
+            return cls((), dict(batch))
+        if isinstance(batch, (tuple, list)):
+            if len(batch) == 2 and isinstance(batch[0], (tuple, list)) and isinstance(batch[1], Mapping):
+                return cls(tuple(batch[0]), dict(batch[1]))
+            return cls(tuple(batch))
+        return cls((batch,))
+
+    def copied(self) -> Call:
+        """Return a call with the same tensors and modules whose other arguments may be changed by the forward.
+
+        Objects that keep state between forwards, such as the key-value cache of a language model, are copied with
+        their tensors; so a call can run several times, and its owner's objects stay as they are.
+        """
+        return Call(_copied(self.args), _copied(self.kwargs))
+
+
+def _copied(value: Any) -> Any:
+    if type(value) in (tuple, list):
+        return type(value)(_copied(item) for item in value)
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, (Tensor, nn.Module)) or callable(value) or not hasattr(value, "__dict__"):
+        return value
+    try:
+        return copy.deepcopy(value, {id(tensor): tensor for tensor in leaves(value)})
+    except Exception:  # such as tensors with a gradient history: the original has to do
+        return value

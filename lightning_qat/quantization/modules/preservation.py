@@ -1,0 +1,116 @@
+"""Extra forward passes that leave no trace: buffers, train/eval modes and random state are put back exactly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.quantization.modules.module_walk import modules_outside_regions
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Put back the random state of torch (CPU and, once in use, every CUDA device), numpy and Python on exit."""
+    devices = (
+        list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    )
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def preserved_modes(module: nn.Module) -> Iterator[None]:
+    """Put back the train/eval flag of every submodule on exit (they may differ from each other)."""
+    flags = [(m, m.training) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, training in flags:
+            m.__dict__["training"] = training  # Module.__setattr__ would take most of the time of a small analysis
+
+
+@contextmanager
+def preserved_buffers(module: nn.Module) -> Iterator[None]:
+    """Put back every buffer on exit: the same tensor objects with the same contents.
+
+    Not those of a region: whether scales move is for its state to say.
+    """
+    saved = [
+        (owner, name, buffer, None if buffer is None or buffer.is_meta else buffer.detach().clone())
+        for owner in modules_outside_regions(module)
+        for name, buffer in owner._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad(), torch.inference_mode(False):
+            for owner, name, buffer, content in saved:
+                if buffer is not None and content is not None and not _equal(buffer, content):
+                    buffer.copy_(content)
+                owner._buffers[name] = buffer
+
+
+class TensorContents:
+    """What was in some tensors, to put back into those that were written since (inputs of a forward that works in
+    place). Inference tensors are left out: nobody can write to them."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = list({id(t): t for t in tensors if not t.is_inference()}.values())
+        self._copies = [t.detach().clone() for t in self._tensors]
+        self._versions = [t._version for t in self._tensors]
+
+    def restore(self) -> None:
+        """Put back what was written; may be called again."""
+        with torch.no_grad():
+            for index, (tensor, copy) in enumerate(zip(self._tensors, self._copies, strict=True)):
+                if tensor._version != self._versions[index]:
+                    tensor.copy_(copy)
+                    self._versions[index] = tensor._version
+
+
+@contextmanager
+def preserved_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Put back the contents of tensors that are written in the block."""
+    contents = TensorContents(tensors)
+    try:
+        yield
+    finally:
+        contents.restore()
+
+
+@contextmanager
+def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of this one object, such as a method; on exit the object has it, or its class, as before."""
+    own, missing = vars(owner), object()
+    before = own.get(name, missing)
+    own[name] = value
+    try:
+        yield
+    finally:
+        if before is missing:
+            own.pop(name, None)
+        else:
+            own[name] = before
+
+
+@contextmanager
+def preserved(module: nn.Module, buffers: bool = True) -> Iterator[None]:
+    """Random state, modes and, unless somebody else sees to them, buffers."""
+    with preserved_random_state(), preserved_modes(module), preserved_buffers(module) if buffers else nullcontext():
+        yield
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are known to be equal; torch cannot tell for sparse ones."""
+    return one.layout == torch.strided and torch.equal(one, other)
