@@ -42,6 +42,7 @@ PARTS = {  # folders, and files beside them; "" are the other files
         "diagnosis",
         "runs",
     ),
+    "callbacks": ("trainer", "passes", "quantized_run", "analyses", "insertion", "ladder", ""),
 }
 LIGHTNING_LAYERS = ("callbacks", "cli")
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
