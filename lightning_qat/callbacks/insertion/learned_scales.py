@@ -7,12 +7,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import nn
 
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.region.region import Region, find_regions
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
@@ -112,13 +112,12 @@ def average_gradients(regions: Iterable[Region]) -> None:
     Gradients that are averaged already, as those of earlier accumulated batches, are not changed by it.
     """
     scales = [scale for _, scale in _learned(dict(enumerate(regions)))]
-    if not scales or not (dist.is_available() and dist.is_initialized()):
+    if not scales or ranks.count() == 1:
         return
     present = torch.tensor([float(s.grad is not None) for s in scales], device=scales[0].device)
     parts = [(s.grad if s.grad is not None else torch.zeros_like(s)).detach().reshape(-1) for s in scales]
-    sums = torch.cat([*parts, present])
-    dist.all_reduce(sums)
-    *gradients, counts = (sums / dist.get_world_size()).split([*(p.numel() for p in parts), len(scales)])
+    means = ranks.averaged(torch.cat([*parts, present]))
+    *gradients, counts = means.split([*(p.numel() for p in parts), len(scales)])
     for scale, gradient, count in zip(scales, gradients, counts.tolist(), strict=True):
         if count:
             scale.grad = gradient.reshape(scale.shape).clone()
