@@ -29,9 +29,11 @@ from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_d
 from lightning_qat.export.plan_files import write_plan
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.plan import ScaleRole
 from lightning_qat.quantization.qconfig import Override, QConfig
-from lightning_qat.quantization.region.region import Region, find_regions
-from lightning_qat.quantization.region.region_state import State, Updates
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.switches import State
 
 ActivationScales = Literal["fixed", "ema", "learned"]
 WeightScales = Literal["updated", "fixed", "learned"]
@@ -189,18 +191,18 @@ class QuantizationAwareTraining(Callback):
         """Whether fake-quant is on now. Override for another schedule."""
         return trainer.state.fn != "fit" or trainer.current_epoch >= self.start_epoch
 
-    def scale_updates(self, trainer: pl.Trainer) -> tuple[Updates, ...]:
+    def scale_updates(self, trainer: pl.Trainer) -> tuple[ScaleRole, ...]:
         """Which scales follow the data in training now. Override for another schedule."""
-        moving: dict[Updates, bool] = {
+        moving: dict[ScaleRole, bool] = {
             "weight": self.weight_scales == "updated",
             "activation": self.activation_scales == "ema",
         }
         return () if self._freezes_scales(trainer) else tuple(role for role, moves in moving.items() if moves)
 
     @property
-    def learned_scales(self) -> tuple[Updates, ...]:
+    def learned_scales(self) -> tuple[ScaleRole, ...]:
         """The scales that training finds by gradient."""
-        learned: dict[Updates, str] = {"weight": self.weight_scales, "activation": self.activation_scales}
+        learned: dict[ScaleRole, str] = {"weight": self.weight_scales, "activation": self.activation_scales}
         return tuple(role for role, how in learned.items() if how == "learned")
 
     def _freezes_scales(self, trainer: pl.Trainer) -> bool:
@@ -269,7 +271,7 @@ class QuantizationAwareTraining(Callback):
     ) -> None:
         if trainer.world_size > 1 and "activation" in self.scale_updates(trainer):
             for region in self._regions:
-                region.synchronize_scales()
+                region.scales.synchronize()
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -294,9 +296,9 @@ class QuantizationAwareTraining(Callback):
         follows = "weight" in self.scale_updates(trainer)
         for region in find_regions(module).values():
             if follows:
-                region.expect_other_weights()
+                region.scales.expect_other_weights()
             else:
-                region.keep_weight_scales()
+                region.scales.keep_weights()
 
     @override
     def on_validation_batch_start(
@@ -330,7 +332,7 @@ class QuantizationAwareTraining(Callback):
         for region in self._regions:
             region.set_state(state, updates)
             if "weight" not in updates:
-                region.keep_weight_scales()
+                region.scales.keep_weights()
         for copy in _compat.averaged_copies(trainer):
             self._expect_other_weights(trainer, copy)
         if self.freeze_observers_after is not None:
@@ -338,7 +340,7 @@ class QuantizationAwareTraining(Callback):
         self._freeze_batch_norm(trainer)
         self.frozen_parts.apply(pl_module, trainer.current_epoch)
 
-    def _wanted_state(self, trainer: pl.Trainer) -> tuple[State, frozenset[Updates]]:
+    def _wanted_state(self, trainer: pl.Trainer) -> tuple[State, frozenset[ScaleRole]]:
         return "quantize" if self.should_quantize(trainer) else "off", frozenset(self.scale_updates(trainer))
 
     def _freeze_batch_norm(self, trainer: pl.Trainer) -> None:

@@ -8,7 +8,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
-from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.regions import find_regions
 
 
 def quantization_of(trainer: pl.Trainer) -> QuantizationAwareTraining | None:

@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from torch import nn
 
 from lightning_qat.quantization import ranks
-from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.regions import find_regions
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 _GROUPS = (

@@ -24,7 +24,7 @@ from lightning_qat.callbacks.passes.module_copy import copied_module
 from lightning_qat.callbacks.trainer._compat import bare, replaced_optimizers
 from lightning_qat.callbacks.trainer.muted_loggers import muted_loggers
 from lightning_qat.quantization import ranks
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.regions import find_regions
 
 _STEPS_MEASURED = 8
 """Steps in which the effect of clipping and the size of the step are looked at."""
@@ -143,7 +143,7 @@ class TrainingCopy:
         if self._trainer.world_size > 1:
             for region in find_regions(self.module).values():
                 if "activation" in region.updates:
-                    region.synchronize_scales()
+                    region.scales.synchronize()
         loss = loss_of(outputs[0]) if outputs else None
         if loss is not None:
             self.losses.append(float(loss.detach()))

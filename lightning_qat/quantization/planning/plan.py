@@ -12,6 +12,7 @@ from lightning_qat.quantization.planning.fusion import FusionGroup, FusionMiss
 from lightning_qat.quantization.tracing.op_graph import Op, primitives
 
 PointRole = Literal["output", "weight", "input"]
+ScaleRole = Literal["weight", "activation"]
 OpStatus = Literal["quantized", "fused", "passes", "float", "constant"]
 PLAN_VERSION = 1
 
@@ -62,6 +63,11 @@ class PointPlan:
     def is_weight(self) -> bool:
         """Whether the point quantizes a weight."""
         return self.role == "weight"
+
+    @property
+    def scale_role(self) -> ScaleRole:
+        """``weight``, or ``activation`` for inputs and outputs: which of the two configurations the point has."""
+        return "weight" if self.is_weight else "activation"
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class CalibrationPass:
 
     def __enter__(self) -> CalibrationPass:
         for region in self.regions.values():
-            region.reset_statistics()
+            region.scales.reset_statistics()
             region.unplanned.clear()
             region.call_ranges.reset()
             self._stack.enter_context(region.state("observe"))
