@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_qat.callbacks.insertion.frozen_parts import FrozenParts
 from lightning_qat.callbacks.insertion.initial_weights import InitialWeights
+from lightning_qat.callbacks.schedule.frozen_parts import FrozenParts
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.qconfig import Override, QConfig
