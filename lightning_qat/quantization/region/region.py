@@ -148,7 +148,7 @@ class Region(nn.Module):
             yield self
 
     def tap(self, tap: Tap) -> AbstractContextManager[None]:
-        """Call ``tap(point, float_value, quantized_value)`` at every quantization in a block: ``with region.tap(tap):``.
+        """Call ``tap(point, float_value, quantized_value)`` at every quantization of a ``with`` block.
 
         What is given of a weight with a batch norm folded into it (``PointPlan.batch_norm``) is the folded weight.
         """

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
-from lightning_qat.callbacks.insertion.frozen_parts import FrozenParts
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.callbacks.schedule.frozen_parts import FrozenParts
 from lightning_qat.quantization.planning.make_plan import make_plans
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
