@@ -24,7 +24,7 @@ from lightning_qat.callbacks.schedule.scheduled_regions import ScheduledRegions,
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
-from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 from lightning_qat.quantization.planning.plan import ScaleRole
 from lightning_qat.quantization.qconfig import Override, QConfig
 from lightning_qat.quantization.region.switches import State
@@ -98,7 +98,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         with misconfiguration():
             self.qconfig = QConfig.of(qconfig)
             self.overrides = Override.list_of(overrides)
-            self.profile = HardwareProfile.of(profile)
+            self.profile = hardware_profile(profile)
         self.schedule = Schedule(
             activation_scales, weight_scales, start_epoch, freeze_observers_after, freeze_batch_norm_after
         )

@@ -30,6 +30,7 @@ from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 from lightning_qat.quantization.qconfig import Override
 from lightning_qat.quantization.region.region import Region
 
@@ -94,7 +95,7 @@ def compare(
     if keep_bytes < 1:
         raise ConfigurationError(f"keep_bytes must be a number of bytes such as {KEPT_BYTES}, not {keep_bytes}.")
     comparison = _Comparison(region, OutputSelector(output, post_process), seed, keep_bytes, across_ranks)
-    options = CheckOptions(profile=HardwareProfile.of(profile))
+    options = CheckOptions(profile=hardware_profile(profile))
     checked = CheckedRegion(region, options, rules_of({"": region})[""] if rules is None else rules)
     with ranks.failing_together(across_ranks), analysis_mode(region):
         for batch in batches:

@@ -199,6 +199,13 @@ class Histogram:
                 setattr(self, name, getattr(self, name).to(device))
 
 
+def magnitudes(histogram: Histogram) -> Tensor:
+    """Return the counts of a histogram by bin of magnitude, ``(channels, bins)``."""
+    bins = histogram.bins
+    negative = histogram.counts[:, :bins].flip(1).roll(1, 1)  # column = magnitude; column 0 is the empty one
+    return histogram.counts[:, bins:] + negative
+
+
 def power_of_two(exponent: Tensor) -> Tensor:
     """``2**exponent`` in float64, from the bits: ``pow`` and ``ldexp`` may be one unit off in vectorized code."""
     return ((exponent + 1023) << 52).view(torch.float64)
