@@ -20,6 +20,7 @@ LAYERS = ("quantization", "analysis", "reporting", "export", "callbacks", "cli")
 PARTS = {  # folders, and files beside them; "" are the other files
     "quantization": (
         "errors",
+        "ranks",
         "modules",
         "numerics",
         "qconfig",
@@ -42,7 +43,7 @@ PARTS = {  # folders, and files beside them; "" are the other files
         "diagnosis",
         "runs",
     ),
-    "callbacks": ("trainer", "passes", "quantized_run", "analyses", "insertion", "ladder", ""),
+    "callbacks": ("trainer", "passes", "quantized_run", "analyses", "schedule", "insertion", "ladder", ""),
 }
 LIGHTNING_LAYERS = ("callbacks", "cli")
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
@@ -98,8 +99,8 @@ def test_package_keeps_to_its_layers() -> None:
         ("callbacks/trainer/a.py", "from ..passes import x", "trainer must not import passes"),
         (
             "quantization/numerics/a.py",
-            "from lightning_qat.quantization.region.region import x",
-            "numerics must not import region (order: errors <- modules <- numerics",
+            "from lightning_qat.quantization.region.regions import x",
+            "numerics must not import region (order: errors <- ranks <- modules <- numerics",
         ),
         ("quantization/errors.py", "from .numerics import x", "errors must not import numerics"),
         (

@@ -1,21 +1,19 @@
-"""What learned scales need from a training run: an optimizer that has them, and gradients that agree on all ranks."""
+"""What learned scales need from a training run: an optimizer that has them, with steps that are small enough."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import nn
 
-from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.regions import find_regions
 
-_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 _GROUPS = (
     "torch.optim.AdamW(lightning_qat.parameter_groups(self, lr=self.lr), lr=self.lr) in configure_optimizers, in place "
     "of self.parameters()"
@@ -30,7 +28,7 @@ def check_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None
     """
     group_of = {id(p): group for group in _groups(trainer) for p in group["params"]}
     decayed, missing = [], []
-    for name, scale in _learned(find_regions(pl_module)):
+    for name, scale in named_scales(find_regions(pl_module)):
         group = group_of.get(id(scale))
         if group is None and scale.requires_grad:
             missing.append(name)
@@ -59,7 +57,7 @@ def warn_about_step_size(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
         for p in group["params"]
     }
     small = []
-    for name, scale in _learned(find_regions(pl_module)):
+    for name, scale in named_scales(find_regions(pl_module)):
         smallest = float(scale.detach().min())
         if lr_of.get(id(scale), 0.0) > smallest / 2:
             small.append((smallest, name))
@@ -84,51 +82,12 @@ def freeze_learned(regions: Iterable[Region], frozen: bool) -> None:
                 scale.grad = None if frozen else scale.grad
 
 
-def hide_from_ddp(pl_module: pl.LightningModule) -> None:
-    """Let DistributedDataParallel leave learned scales alone; :func:`average_gradients` takes its place.
-
-    DDP fails when a parameter gets no gradient in a step: scales in a branch that was not taken, before a ``detach``,
-    or of an epoch that trains in float.
-    """
-    parameters = dict(pl_module.named_parameters())
-    scales = {id(scale) for _, scale in _learned(find_regions(pl_module))}
-    ours = {name for name, p in parameters.items() if id(p) in scales}
-    if any(p.requires_grad for name, p in parameters.items() if name not in ours):  # DDP wants at least one
-        setattr(pl_module, _DDP_IGNORES, sorted({*getattr(pl_module, _DDP_IGNORES, ()), *ours}))
-
-
-def show_to_ddp(pl_module: pl.LightningModule) -> None:
-    """Undo :func:`hide_from_ddp`."""
-    ignored = getattr(pl_module, _DDP_IGNORES, ())
-    scales = {id(scale) for _, scale in _learned(find_regions(pl_module))}
-    ours = {name for name, p in pl_module.named_parameters() if id(p) in scales}
-    if ignored:
-        setattr(pl_module, _DDP_IGNORES, [name for name in ignored if name not in ours])
-
-
-def average_gradients(regions: Iterable[Region]) -> None:
-    """Average the gradients of learned scales over ranks, in one reduction; what no rank has stays without.
-
-    Gradients that are averaged already, as those of earlier accumulated batches, are not changed by it.
-    """
-    scales = [scale for _, scale in _learned(dict(enumerate(regions)))]
-    if not scales or not (dist.is_available() and dist.is_initialized()):
-        return
-    present = torch.tensor([float(s.grad is not None) for s in scales], device=scales[0].device)
-    parts = [(s.grad if s.grad is not None else torch.zeros_like(s)).detach().reshape(-1) for s in scales]
-    sums = torch.cat([*parts, present])
-    dist.all_reduce(sums)
-    *gradients, counts = (sums / dist.get_world_size()).split([*(p.numel() for p in parts), len(scales)])
-    for scale, gradient, count in zip(scales, gradients, counts.tolist(), strict=True):
-        if count:
-            scale.grad = gradient.reshape(scale.shape).clone()
+def named_scales(regions: Mapping[Any, Region]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the learned scales of regions, each with the name of its point behind the path of the region."""
+    for path, region in regions.items():
+        for name, scale in region.learned_scales.items():
+            yield f"{path}:{name}" if path else name, scale
 
 
 def _groups(trainer: pl.Trainer) -> list[dict[str, Any]]:
     return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-
-
-def _learned(regions: dict[Any, Region]) -> Iterator[tuple[str, nn.Parameter]]:
-    for path, region in regions.items():
-        for name, scale in region.learned_scales.items():
-            yield f"{path}:{name}" if path else name, scale
