@@ -14,9 +14,9 @@ from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummarizer, 
 from lightning_qat.callbacks.insertion.call_recorder import CallRecorder
 from lightning_qat.callbacks.ladder.same_values import same_values
 from lightning_qat.callbacks.passes.analysis_loaders import Stage
-from lightning_qat.callbacks.passes.analysis_pass import seeded
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, run_step
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.modules.preservation import preserved_modes
@@ -134,8 +134,8 @@ def _agreement(batch: Any, results: list[tuple[str, Any]]) -> dict[str, float]:
             for target_name, target in targets:
                 if target.shape == output.shape[:1] + output.shape[2:] and target.dtype != torch.bool:
                     answer = output.argmax(dim=1)
-                    spelled = ".".join(part for part in (path or "model", name) if part)
-                    shares[f"{spelled}={target_name or 'batch'}"] = float((answer == target).double().mean())
+                    output_name = ".".join(part for part in (path or "model", name) if part)
+                    shares[f"{output_name}={target_name or 'batch'}"] = float((answer == target).double().mean())
     return shares
 
 

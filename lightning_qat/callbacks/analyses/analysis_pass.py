@@ -1,0 +1,112 @@
+"""What the analysing callbacks share: a pass over sampled batches between epochs, and where its results go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+
+from lightning_qat.analysis.results import Result
+from lightning_qat.callbacks.passes.extra_pass import analysis_batches, run_step, undisturbed, undisturbed_forwards
+from lightning_qat.callbacks.quantized_run import require_regions
+from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
+from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
+from lightning_qat.callbacks.trainer.seeding import seeded
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.switches import State
+from lightning_qat.reporting.files import write_result
+from lightning_qat.reporting.loggers import log_histogram, log_scalars, log_table
+
+
+@contextmanager
+def analysis_pass(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    who: str,
+    state: State = "quantize",
+    seed: int = 0,
+    steps: bool = True,
+) -> Iterator[dict[str, Region]]:
+    """Prepare an analysis in the middle of training: nothing logs, nothing is changed, everything is in eval mode.
+
+    The random state is seeded, so every pass of a run draws the same batches (and augments them in the same way):
+    results of different epochs can be compared.
+
+    Args:
+        trainer: the running trainer.
+        pl_module: its module.
+        who: the callback, for messages.
+        state: of all regions, with no scale moving.
+        seed: of the random state; each rank adds its number.
+        steps: the module's steps will run. Without them there is less to put back: the analysis functions see to modes,
+            buffers and random numbers themselves.
+
+    Returns:
+        The regions by the path of their target.
+    """
+    regions = require_regions(trainer, pl_module, who)
+    with ExitStack() as stack:
+        stack.enter_context(misconfiguration())
+        stack.enter_context(undisturbed(trainer, pl_module) if steps else undisturbed_forwards(pl_module))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for region in regions.values():
+            stack.enter_context(region.state(state, updates=()))
+        if steps:
+            stack.enter_context(seeded(seed + trainer.global_rank))
+            pl_module.eval()
+        yield regions
+
+
+def sampled_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> Iterator[Callable[[], Any]]:
+    """Yield, for each of some sampled batches, a function that runs the module's step on it."""
+    for extra in analysis_batches(trainer, pl_module, batches, "calibration"):
+        yield partial(run_step, trainer, pl_module, extra, "validate")
+
+
+class AnalysisOutputs:
+    """Files and loggers of one analysing callback.
+
+    Args:
+        name: first part of file names and tags.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._warned = False
+
+    def write(self, trainer: pl.Trainer, result: Result[Any], epoch: int | None = None) -> None:
+        """Write the files of a result on rank zero; call it on all ranks. A ``fast_dev_run`` leaves no files."""
+        directory = run_directory(trainer)
+        if leaves_files(trainer):
+            write_result(result, directory, self.name, epoch)
+
+    def log(
+        self,
+        trainer: pl.Trainer,
+        result: Result[Any],
+        scalars: dict[str, float],
+        columns: Sequence[str],
+        histograms: Mapping[str, Iterable[float | None]],
+    ) -> None:
+        """Send scalars to all loggers, table and histograms to those that show them; warn once about the others."""
+        if not trainer.loggers:
+            return
+        step = _compat.steps_taken(trainer)
+        log_scalars(trainer.loggers, scalars, step)
+        for name, values in histograms.items():
+            log_histogram(trainer.loggers, f"{self.name}/{name}", values, step)
+        without = log_table(trainer.loggers, self.name, result, step, columns)
+        if without and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"{', '.join(without)} shows no tables: those of {self.name} are only in the files.",
+                category=PossibleUserWarning,
+            )

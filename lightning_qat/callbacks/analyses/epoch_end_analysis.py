@@ -1,0 +1,106 @@
+"""The base of callbacks that analyse the model at the end of epochs: their schedule, and the inputs they look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import ClassVar, TypeVar
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from typing_extensions import override
+
+from lightning_qat.analysis.captured_calls import RepeatableForward
+from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.callbacks.analyses.analysis_pass import AnalysisOutputs, analysis_pass
+from lightning_qat.callbacks.analyses.monitored_numbers import check_early_stopping, log_numbers
+from lightning_qat.callbacks.analyses.region_inputs import Calls, RegionInputs
+from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
+from lightning_qat.quantization.region.region import Region
+
+T = TypeVar("T")
+
+
+class EpochEndAnalysis(Callback):
+    """Analyses at the end of every n-th epoch, and at the end of training unless these weights were analysed already.
+
+    Args:
+        every_n_epochs: how often.
+        name: first part of file names and tags.
+    """
+
+    monitored: ClassVar[tuple[str, ...]] = ()
+    """What is logged through ``self.log``, each behind ``<name>/``."""
+
+    def __init__(self, every_n_epochs: int, name: str) -> None:
+        self.every_n_epochs = every_n_epochs
+        self._outputs = AnalysisOutputs(name)
+        self._analysed_at = -1
+        self._inputs = RegionInputs()
+
+    def should_analyse(self, trainer: pl.Trainer) -> bool:
+        """Whether to analyse at the end of this epoch. Override for another schedule."""
+        return (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        require_quantization(trainer, type(self).__name__)
+        self._analysed_at = -1
+        self._inputs = RegionInputs()
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        in_first_epoch = is_calibrated(pl_module) and self.should_analyse(trainer)
+        check_early_stopping(trainer, self, self._names(), in_first_epoch)
+
+    def _names(self) -> list[str]:
+        return [f"{self._outputs.name}/{name}" for name in self.monitored]
+
+    def _log_numbers(self, trainer: pl.Trainer, pl_module: pl.LightningModule, numbers: Mapping[str, float]) -> None:
+        """Log the numbers of an epoch, to be monitored; call it in epochs without any too."""
+        named = {f"{self._outputs.name}/{name}": number for name, number in numbers.items()}
+        log_numbers(trainer, pl_module, self._names(), named)
+
+    def tried(self, trainer: pl.Trainer, analyse: Callable[[], T]) -> T | None:
+        """Analyse; None for a model that gives NaN by now. Others say that it diverged, or stop; this must not."""
+        try:
+            return analyse()
+        except MisconfigurationException as error:
+            if trainer.global_step == 0:
+                raise
+            rank_zero_warn(f"{type(self).__name__}, epoch {trainer.current_epoch}: {error}")
+            return None
+
+    def note_analysed(self, trainer: pl.Trainer) -> None:
+        """Remember that the weights of this step were analysed."""
+        self._analysed_at = trainer.global_step
+
+    def is_analysed(self, trainer: pl.Trainer) -> bool:
+        """Whether the weights of this step were analysed."""
+        return self._analysed_at == trainer.global_step
+
+    @contextmanager
+    def _analysed(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int, seed: int
+    ) -> Iterator[tuple[dict[str, Region], Calls]]:
+        """Prepare an analysis; gives the regions, and what they are called with in the steps on some batches."""
+        steps = not self._inputs.are_kept(batches)
+        with analysis_pass(trainer, pl_module, type(self).__name__, "off", seed, steps) as regions:
+            yield regions, self._captured(trainer, pl_module, regions, batches)
+
+    def _try_output(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, select: OutputSelector, seed: int
+    ) -> None:
+        """Refuse a selection that does not fit what the regions return."""
+        with self._analysed(trainer, pl_module, 1, seed) as (regions, found):
+            for path, calls in found.items():
+                with RepeatableForward(regions[path].target, calls[0]) as forward:
+                    select(forward())
+
+    def _captured(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, regions: Mapping[str, Region], batches: int
+    ) -> Calls:
+        """What the regions are called with in the steps on some sampled batches."""
+        return self._inputs.of(trainer, pl_module, regions, batches)
