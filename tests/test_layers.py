@@ -40,7 +40,17 @@ PARTS = {  # folders, and files beside them; "" are the other files
         "diagnosis",
         "runs",
     ),
-    "callbacks": ("trainer", "passes", "quantized_run", "analyses", "schedule", "insertion", "ladder", ""),
+    "callbacks": (
+        "trainer",
+        "preservation",
+        "passes",
+        "quantized_run",
+        "analyses",
+        "schedule",
+        "insertion",
+        "ladder",
+        "",
+    ),
 }
 LIGHTNING_LAYERS = ("callbacks", "cli")
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
