@@ -142,6 +142,6 @@ def _taken_over(original: Callable[..., Any], outcome: _Outcome[Any]) -> Callabl
 
 
 def _check_checkpoint(path: Any) -> None:
-    """Say in one line that there is no such checkpoint. Lightning itself reads words such as ``best``, and addresses."""
+    """Say in one line that there is no such checkpoint. Lightning reads words such as ``best`` and addresses itself."""
     if isinstance(path, str) and Path(path).suffix == ".ckpt" and "://" not in path and not Path(path).exists():
         raise ConfigurationError(f"ckpt_path: there is no file {path!r}.")
