@@ -22,8 +22,10 @@ from lightning_qat.callbacks.pipeline_fingerprint import PipelineFingerprint
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.reporting.tables import console_text
-from tests.callbacks.analysed_run import Classifier, assert_same, run, trainer_of
-from tests.callbacks.small_digits import Digits, pretrained, qat_trainer, quiet
+from tests.harness.noisy_run import Classifier, run, trainer_of
+from tests.harness.small_digits import Digits, pretrained
+from tests.harness.state import assert_same
+from tests.harness.trainers import qat_trainer, quiet
 
 
 def checked(directory: Path, model: LightningModule, **kwargs: Any) -> PipelineResult:
