@@ -21,8 +21,9 @@ from lightning_qat.quantization.errors import TracingError
 from lightning_qat.quantization.functions.function_lookup import is_interceptable, spec_of, specialise
 from lightning_qat.quantization.functions.mask_values import makes_mask, subtracts_mask
 from lightning_qat.quantization.interception.activation_checkpointing import RunningRegion
-from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode, user_location
-from lightning_qat.quantization.interception.interception import CallPathMode, Intercepted, active_mode
+from lightning_qat.quantization.interception.call_path import CallPaths, user_location
+from lightning_qat.quantization.interception.call_stack import CallStack
+from lightning_qat.quantization.interception.interception import Intercepted, InterceptionMode, active_mode
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.preservation import preserved, preserved_tensors
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, leaves, named_leaves
@@ -105,7 +106,7 @@ class Tracer:
         """Never: a tracer is removed when it is done."""
         return False
 
-    def open(self, frame: FrameType) -> CallPathMode | None:
+    def open(self, frame: FrameType) -> InterceptionMode | None:
         """Start recording a forward; a recursive entry is part of the forward that runs."""
         if threading.get_ident() != self._thread or active_mode(self.paths) is not None:
             return None
@@ -114,7 +115,7 @@ class Tracer:
         return _TracingMode(self, frame)
 
     def run(
-        self, mode: CallPathMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, mode: InterceptionMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run and record one forward. One that raises is not recorded as a forward."""
         self.builder.begin(self.target.training)
@@ -124,7 +125,7 @@ class Tracer:
                 output = forward(*args, **kwargs)
             _refuse_lazy(self.target, output)
         finally:
-            mode.calls.clear()
+            mode.identity.clear()
             self.sources.end()
         for path, tensor in named_leaves(output):
             self.builder.leaving(path, tensor, self.sources.source(tensor))
@@ -142,12 +143,13 @@ class Tracer:
         return self.builder.graph(self.sources.constants, self.sources.carried, self.sources.writers)
 
 
-class _TracingMode(CallPathMode):
+class _TracingMode(InterceptionMode):
     def __init__(self, tracer: Tracer, frame: FrameType) -> None:
-        super().__init__(tracer.paths, frame)
+        self.calls = CallStack(tracer.paths, frame)
+        super().__init__(self.calls)
         self.tracer = tracer
 
-    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
+    def resumed(self, frame: FrameType, scope: Any) -> InterceptionMode | None:
         return None  # a backward pass inside a traced step repeats what was already recorded
 
     def __torch_function__(
