@@ -24,9 +24,10 @@ from lightning_qat.callbacks.schedule.scheduled_regions import ScheduledRegions,
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 from lightning_qat.quantization.planning.plan import ScaleRole
-from lightning_qat.quantization.qconfig import Override, QConfig
+from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.quantization.region.switches import State
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from lightning_qat.quantization.qconfig import Override
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
 
 

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.make_plan import make_plan
 from lightning_qat.quantization.planning.plan import QuantPlan
-from lightning_qat.quantization.qconfig import Override, QConfig
+from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.regions import check_target
 from lightning_qat.quantization.tracing.op_graph import OpGraph
