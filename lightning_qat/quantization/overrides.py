@@ -113,7 +113,7 @@ class Override:
     Args:
         match: glob over point names, where only ``*`` and ``?`` are special; a pattern that names an op or a scope
             covers all its points (``decoder.*``, ``layers.0.conv1``, ``*.ref_point*.input0``). Names are relative to
-            the target. Spelled with the target's path in front (``backbone.layers.0.*`` for target ``backbone``), the
+            the target. Written with the target's path in front (``backbone.layers.0.*`` for target ``backbone``), the
             pattern is about that target alone; if it matches nothing there, it is read as relative after all.
         op_type: canonical torch function (``softmax``); with ``match``, both must hold.
         activation: what changes for ``output`` and ``inputN`` points.
@@ -167,7 +167,7 @@ class Override:
         return self.match is None or glob_covers(self.match, point)
 
     def names_exactly(self, point: str) -> bool:
-        """Whether the rule spells out this point or its op, without wildcards."""
+        """Whether the rule names this point or its op in full, without wildcards."""
         return self.match is not None and self.match in (point, point.rpartition(".")[0])
 
 

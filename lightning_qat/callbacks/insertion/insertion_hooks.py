@@ -188,7 +188,7 @@ class InsertionHooks:
             points = region.points
             for point in region.plan.points:
                 if point.fixed_scale is None:
-                    role = "weight" if point.is_weight else "activation"
+                    role = point.scale_role
                     learned.setdefault(role, set()).add(points[point.name].learned)
         found = {role for role, kinds in learned.items() if True in kinds}
         wanted = set(self.request.learned_scales) & set(learned)

@@ -13,7 +13,7 @@ from lightning_qat.quantization.interception.op_identity import OpIdentity
 
 
 class dynamic_block:
-    """Mark code whose repetition varies from batch to batch (A3).
+    """Mark code whose repetition varies from batch to batch.
 
     Ops inside are identified by the label and their place in the block, not by how often the block ran: every pass uses
     the same quantizers, and fusion inside works. Outside a quantized forward it does nothing.
