@@ -49,6 +49,12 @@ def fresh_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Sta
             combined.reset()
 
 
+def has_calibration_loader(trainer: pl.Trainer) -> bool:
+    """Whether the datamodule or the module says itself what to calibrate with."""
+    owners = (trainer.datamodule, trainer.lightning_module)  # type: ignore[attr-defined]
+    return any(callable(getattr(owner, "calibration_dataloader", None)) for owner in owners)
+
+
 def _loaders(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> tuple[Any, str]:
     """Return loaders and the stage whose limits and samplers apply to them."""
     if stage != "calibration":
