@@ -1,4 +1,4 @@
-"""Finding out what a step passes to which module: the targets, and the calls to trace them with."""
+"""Finding out what a step gives to which module: the targets, and the calls to trace them with."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_debug  # type: ignor
 from lightning_qat.callbacks.insertion.call_recorder import CallRecorder
 from lightning_qat.callbacks.insertion.module_flow import ModuleFlow
 from lightning_qat.callbacks.insertion.trained_parts import gradient_leaves, parts_of_the_model
-from lightning_qat.callbacks.passes.analysis_loaders import Stage, has_calibration_loader
-from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, run_step, undisturbed
+from lightning_qat.callbacks.passes.calibration_batches import has_calibration_loader
+from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batches
+from lightning_qat.callbacks.passes.fresh_loaders import Stage
+from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.quantized_run import ScaleSource
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
@@ -188,7 +191,7 @@ class _Batches:
         if source == "calibration" and "train" in self.taken and not has_calibration_loader(self.trainer):
             return self.taken["train"]
         if source not in self.taken:
-            self.taken[source] = list(analysis_batches(self.trainer, self.pl_module, self.limit, source))
+            self.taken[source] = list(extra_batches(self.trainer, self.pl_module, self.limit, source))
         return self.taken[source]
 
 
