@@ -101,7 +101,13 @@ class InsertionHooks:
         graphs: dict[str, OpGraph] = {}
         try:
             self.request.initial_weights.load(self.pl_module)
-            graphs = traced_targets(self.trainer, self.pl_module, self.request.target, self.request.trace_batches)
+            graphs = traced_targets(
+                self.trainer,
+                self.pl_module,
+                self.request.target,
+                self.request.trace_batches,
+                self.request.train_mode,
+            )
         except (TracingError, FileNotFoundError, FloatCheckpointError) as error:
             # a checkpoint may still bring weights and a plan
             self._pending = MisconfigurationException(str(error))

@@ -37,6 +37,7 @@ class GraphBuilder:
         self._cursor = 0
         self._met: set[str] = set()
         self._seen_by_mode: dict[bool, list[set[str]]] = {False: [], True: []}
+        self._broken_off: dict[bool, set[str]] = {False: set(), True: set()}
         self._forward = 0
         self._outputs: dict[str, tuple[str, dict[Source, None]]] = {}
         self._not_scalar: set[str] = set()
@@ -80,6 +81,10 @@ class GraphBuilder:
         self.forwards += 1
         self._seen_by_mode[self.training].append(self._met)
 
+    def break_off(self) -> None:
+        """End a forward that raised: what it met is known, and that it met no more means nothing."""
+        self._broken_off[self.training] |= self._met
+
     def graph(self, constants: set[str], carried: dict[str, str], writers: dict[str, set[str]]) -> OpGraph:
         """Freeze what was collected.
 
@@ -115,7 +120,7 @@ class GraphBuilder:
         Returns:
             The keys that are gone, each with the one that took its place.
         """
-        in_eval, in_train = (set().union(*self._seen_by_mode[mode]) for mode in (False, True))
+        in_eval, in_train = (self._broken_off[mode].union(*self._seen_by_mode[mode]) for mode in (False, True))
         places: dict[tuple[str, str, str], tuple[list[OpRecord], list[OpRecord]]] = {}
         for record in self._order:
             if (record.key in in_eval) != (record.key in in_train):
@@ -140,13 +145,16 @@ class GraphBuilder:
             for operand in record.operands.values():
                 operand.sources = new(operand.sources)
         self._outputs = {path: (dtype, new(sources)) for path, (dtype, sources) in self._outputs.items()}
-        for forwards in self._seen_by_mode.values():
-            forwards[:] = [{renamed.get(key, key) for key in met} for met in forwards]
+        for forwards in (*self._seen_by_mode.values(), *([met] for met in self._broken_off.values())):
+            for met in forwards:
+                gone = met & renamed.keys()
+                met -= gone
+                met |= {renamed[key] for key in gone}
 
     def _train_only(self) -> set[str]:
         """Keys of the ops that ran in train mode and never in eval mode; none if no forward ran in eval mode."""
         in_eval, in_train = self._seen_by_mode[False], self._seen_by_mode[True]
-        return set().union(*in_train).difference(*in_eval) if in_eval else set()
+        return self._broken_off[True].union(*in_train).difference(*in_eval) if in_eval else set()
 
     def _varying(self) -> tuple[str, ...]:
         """Locations of ops that ran in some forwards of a mode and not in others (and are in no dynamic block)."""

@@ -1,8 +1,8 @@
 """Running the target a few times to learn its ops: ``trace(target, calls) -> OpGraph``.
 
-Each call runs once in eval and once in train mode; the graph is the union, so ops that exist in only one mode or in one
-branch are ordinary. Running twice also tells tensors that stay the same (constants) from tensors whose producer the
-mode did not see (opaque).
+Calls run in the mode that they were made in, examples in both; the graph is the union, so ops that exist in only one
+mode or in one branch are ordinary. Running twice also tells tensors that stay the same (constants) from tensors whose
+producer the mode did not see (opaque).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
 from typing import Any
@@ -30,6 +31,7 @@ from lightning_qat.quantization.modules.tensor_leaves import call_leaves, leaves
 from lightning_qat.quantization.tracing.graph_building import GraphBuilder
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 from lightning_qat.quantization.tracing.op_records import OpRecord
+from lightning_qat.quantization.tracing.replays import Replay, replays
 from lightning_qat.quantization.tracing.tensor_sources import TensorSources, version_of
 
 
@@ -40,8 +42,10 @@ def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) ->
 
     Args:
         target: the module whose forward is the region.
-        batches: see :meth:`~lightning_qat.quantization.modules.call.Call.of`; a few representative ones.
-        train_mode: run in eval and in train mode; else twice in eval mode.
+        batches: see :meth:`~lightning_qat.quantization.modules.call.Call.of`; a few representative ones. A call with
+            ``modes`` runs in these, an example in eval and in train mode. An example that fails in train mode only
+            (batch norm on one value, missing targets) is left out there, with a warning.
+        train_mode: False to run everything in eval mode only.
 
     Raises:
         TracingError: a forward failed, or there was no batch.
@@ -57,23 +61,38 @@ def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) ->
     limited = (m for m in target.modules() if getattr(m, "max_norm", None) is not None)
     rescaled = [p for m in limited for p in m.parameters(recurse=False)]
     with tracer, preserved(target), torch.inference_mode(False), torch.no_grad():
-        for batch in batches:
-            call = Call.of(batch)
-            for training in (False, True) if train_mode else (False, False):
-                target.train(training)
-                try:
-                    with preserved_tensors([*leaves((call.args, call.kwargs)), *rescaled]):
-                        own = call.copied()
-                        target(*own.args, **own.kwargs)
-                except TracingError:
-                    raise
-                except Exception as error:
-                    mode = "train" if training else "eval"
-                    raise TracingError(
-                        f"running {type(target).__name__} on the example batch in {mode} mode failed: "
-                        f"{type(error).__name__}: {error}"
-                    ) from error
+        tried = [_run(target, replay, rescaled) for replay in replays([Call.of(b) for b in batches], train_mode)]
+    failures = [failure for failure in tried if failure is not None]
+    if failures and not tracer.builder.forwards:
+        raise failures[0]
     return tracer.graph()
+
+
+def _run(target: nn.Module, replay: Replay, rescaled: list[nn.Parameter]) -> TracingError | None:
+    """Run one forward. Return why it failed, if it did and need not have run."""
+    replay.set_modes(target)
+    try:
+        with preserved_tensors([*leaves((replay.call.args, replay.call.kwargs)), *rescaled]):
+            own = replay.call.copied()
+            target(*own.args, **own.kwargs)
+    except TracingError:
+        raise
+    except Exception as error:
+        name, mode = type(target).__name__, "train" if replay.training else "eval"
+        why = f"{type(error).__name__}: {error}"
+        failure = TracingError(f"running {name} on the example batch in {mode} mode failed: {why}")
+        failure.__cause__ = error
+        if replay.required:
+            raise failure from error
+        if replay.call.training is None:
+            warnings.warn(
+                f"{name} does not run on the example in train mode ({why}): ops behind that place that only training "
+                "reaches will stay float. Give an example that it can train on, or write train_mode=False.",
+                UserWarning,
+                stacklevel=4,
+            )
+        return failure
+    return None
 
 
 class Tracer:
@@ -124,6 +143,9 @@ class Tracer:
             with RunningRegion(), mode:
                 output = forward(*args, **kwargs)
             _refuse_lazy(self.target, output)
+        except BaseException:
+            self.builder.break_off()
+            raise
         finally:
             mode.identity.clear()
             self.sources.end()
