@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummary
 from lightning_qat.analysis.results import plain, write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.modules.module_walk import is_in_region
 
 FINGERPRINT_VERSION = 1
@@ -156,9 +157,7 @@ def batch_norm_summary(module: nn.Module) -> dict[str, dict[str, float]]:
             "running_var": float(norm.running_var.double().mean()),
         }
         for name, norm in module.named_modules()
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm)
-        and norm.running_mean is not None
-        and norm.running_var is not None
+        if is_batch_norm(norm) and norm.running_mean is not None and norm.running_var is not None
     }
 
 
