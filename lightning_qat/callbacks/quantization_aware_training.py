@@ -241,7 +241,7 @@ class QuantizationAwareTraining(Callback):
     def _write_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         directory = run_directory(trainer)  # broadcasts: on all ranks
         if leaves_files(trainer):
-            write_plan(find_regions(pl_module), directory)
+            write_plan(pl_module, directory)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -15,7 +15,7 @@ from lightning_qat.cli.command import Command, add_quantization_options
 from lightning_qat.cli.project import Project, run_project
 from lightning_qat.reporting.console import print_note, show
 from lightning_qat.reporting.files import write_result
-from lightning_qat.reporting.model_check_report import FILE_NAME
+from lightning_qat.reporting.model_check_file import FILE_NAME
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rich.table import Table
-
 from lightning_qat.analysis.ladder.measurements import (
     Finetune,
     Measurement,
@@ -31,7 +29,7 @@ from lightning_qat.analysis.ladder.rung_evidence import (
 )
 from lightning_qat.analysis.ladder.sentences import RAISE_POINTS
 from lightning_qat.analysis.metric_direction import is_worse_when_larger
-from lightning_qat.analysis.results import Result, rich_table
+from lightning_qat.analysis.results import Block, Result
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,15 @@ class PipelineResult(Result[PipelineRow]):
     title: ClassVar[str] = "Pipeline check"
     shown: ClassVar[tuple[str, ...]] = ("rung", "what", "metric", "expected", "value", "tolerance", "status", "note")
 
-    def __rich__(self) -> Table:
+    def blocks(self) -> tuple[Block, ...]:
         """What a rung does is said once, and the notes are left to the files: this fits into 80 columns."""
         rows = self.to_dicts()
         for before, row in zip([None, *self.rows], rows, strict=False):
             repeated = before is not None and (before.rung, before.what) == (row["rung"], row["what"])
             row["rung"] = "" if repeated else f"{row['rung']} {row['what']}"
             row["metric"] = row["metric"] or row["note"]
-        return rich_table(self.title, ("rung", "metric", "expected", "value", "tolerance", "status"), rows)
+        columns = ("rung", "metric", "expected", "value", "tolerance", "status")
+        return (Block.of(self.title, columns, rows, self.note),)
 
     @property
     def is_bad(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lightning_qat.analysis.fingerprint.difference import PipelineDifference, PipelineDifferences
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
@@ -38,7 +38,7 @@ from lightning_qat.analysis.ladder.rung_evidence import (
     nothing_moved,
 )
 from lightning_qat.analysis.metric_direction import is_worse_when_larger
-from lightning_qat.analysis.results import Result
+from lightning_qat.analysis.results import Block
 
 _EXPLAINS: dict[int, tuple[str, ...]] = {
     0: ("weights", "model input (validate)", "data (validate)", "labels (validate)", "evaluation", "modes", "metric"),
@@ -71,9 +71,17 @@ class PipelineCheckResult(PipelineResult):
     stages: PipelineDifferences = field(default_factory=_no_differences)
     title: ClassVar[str] = "Pipeline check"
 
-    def parts(self) -> tuple[Result[Any], ...]:
+    def blocks(self) -> tuple[Block, ...]:
         """The table of the rungs, and those of the differences."""
-        return (self, *(table for table in (self.differences, self.stages) if table.rows))
+        tables = (block for differences in self._differences() for block in differences.blocks())
+        return (*super().blocks(), *(replace(table, note="") for table in tables))  # they begin with what it says
+
+    def full_blocks(self) -> tuple[Block, ...]:
+        """The table of the rungs, and those of the differences."""
+        return (*super().full_blocks(), *(block for table in self._differences() for block in table.full_blocks()))
+
+    def _differences(self) -> list[PipelineDifferences]:
+        return [table for table in (self.differences, self.stages) if table.rows]
 
 
 def judge_pipeline(
