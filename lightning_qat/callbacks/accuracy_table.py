@@ -15,10 +15,10 @@ from typing_extensions import override
 
 from lightning_qat.analysis.runs.accuracy import AccuracyResult, ResultTable, target_value
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.passes.extra_pass import misconfiguration
 from lightning_qat.callbacks.quantized_run import evaluations_of, is_calibrated, require_regions
 from lightning_qat.callbacks.trainer._compat import steps_taken
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, shared_directory
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice

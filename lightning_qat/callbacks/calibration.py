@@ -10,10 +10,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_qat.callbacks.insertion.scale_source import ScaleSource
-from lightning_qat.callbacks.passes.extra_pass import analysis_batches, misconfiguration, run_step, undisturbed
-from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization, require_regions
+from lightning_qat.callbacks.passes.extra_pass import analysis_batches, run_step, undisturbed
+from lightning_qat.callbacks.quantized_run import ScaleSource, is_calibrated, require_quantization, require_regions
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.progress import progress
 from lightning_qat.quantization.region.calibration import CalibrationPass, CalibrationResult

@@ -21,12 +21,12 @@ from lightning_qat.analysis.diagnosis.diagnosis_result import DiagnosisResult
 from lightning_qat.analysis.model_check.checked_region import rules_of
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
-from lightning_qat.callbacks.passes.epoch_end_analysis import EpochEndAnalysis, outputs_of_run
-from lightning_qat.callbacks.passes.extra_pass import misconfiguration
+from lightning_qat.callbacks.analyses.epoch_end_analysis import EpochEndAnalysis, outputs_of_run
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
 from lightning_qat.callbacks.trainer.progress import progress

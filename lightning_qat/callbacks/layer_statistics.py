@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,12 +13,11 @@ from lightning_qat.analysis.statistics.statistics import (
     LayerStatisticsResult,
     LayerStatisticsRow,
     ScaleSnapshot,
-    StatisticsCollector,
     WeightCodes,
     scale_snapshot,
 )
-from lightning_qat.callbacks.passes.analysis_pass import analysis_pass, sampled_steps
-from lightning_qat.callbacks.passes.epoch_end_analysis import EpochEndAnalysis
+from lightning_qat.callbacks.analyses.epoch_end_analysis import EpochEndAnalysis
+from lightning_qat.callbacks.analyses.layer_measurement import measure_layers
 from lightning_qat.callbacks.passes.shared_evaluations import ModelKey, model_key
 from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
@@ -34,9 +32,9 @@ class LayerStatistics(EpochEndAnalysis):
     scales are calibrated (``start_epoch``) only the values are described. Training is not changed, bit for bit.
 
     Goes to: ``layer_statistics.csv`` in the run's ``lightning_qat`` directory, which holds the rows of every epoch, and
-    ``layer_statistics.txt|json``, the latest table; to the loggers ``layer_statistics.<column>/<point>``; through ``self.log``, to be
-    monitored: ``layer_statistics/max_clipped_share``, ``.../min_sqnr`` (dB), ``.../max_scale_drift`` (absolute) and
-    ``.../max_flip_rate``. Columns: ``lightning_qat/reporting/README.md``.
+    ``layer_statistics.txt|json``, the latest table; to the loggers ``layer_statistics.<column>/<point>``; through
+    ``self.log``, to be monitored: ``layer_statistics/max_clipped_share``, ``.../min_sqnr`` (dB), ``.../max_scale_drift``
+    (absolute) and ``.../max_flip_rate``. Columns: ``lightning_qat/reporting/README.md``.
 
     Flip rates are those since the last measurement (or the first quantized step); drift is that since calibration, also
     after a resume.
@@ -152,20 +150,9 @@ class LayerStatistics(EpochEndAnalysis):
 
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> LayerStatisticsResult:
         """Measure now, on so many batches per rank; nothing is written or logged."""
-        with analysis_pass(trainer, pl_module, "LayerStatistics", seed=self.seed) as regions, ExitStack() as stack:
-            collectors = {
-                path: StatisticsCollector(region, self._calibrated.get(path), self.codes.get(path))
-                for path, region in regions.items()
-            }
-            for collector in collectors.values():
-                stack.enter_context(collector)
-            for step in sampled_steps(trainer, pl_module, batches):
-                step()
-            for collector in collectors.values():
-                collector.all_reduce()
-            codes = {path: c.codes for path, c in collectors.items() if c.region.is_calibrated}
-        self.codes = {**self.codes, **codes}  # a new one: others may keep the one before, to compare
-        return LayerStatisticsResult.merged({path: collector.result() for path, collector in collectors.items()})
+        measured = measure_layers(trainer, pl_module, batches, self.seed, self._calibrated, self.codes)
+        self.codes = {**self.codes, **measured.codes}  # a new one: others may keep the one before, to compare
+        return measured.result
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from typing_extensions import override
 
 from lightning_qat.analysis.model_check.model_check import check
 from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
-from lightning_qat.callbacks.insertion.scale_source import ScaleSource
-from lightning_qat.callbacks.passes.extra_pass import misconfiguration
 from lightning_qat.callbacks.quantized_run import (
+    ScaleSource,
     is_calibrated,
     quantization_of,
     require_quantization,
@@ -24,6 +23,7 @@ from lightning_qat.callbacks.quantized_run import (
 )
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
 from lightning_qat.callbacks.trainer_findings import trainer_findings, training_batch_size
 from lightning_qat.quantization.errors import unknown_choice

@@ -18,10 +18,10 @@ from lightning_qat.analysis.ladder.pipeline_ladder import RUNGS
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
 from lightning_qat.callbacks.ladder.pipeline_rung import PipelineRung, check_reference
 from lightning_qat.callbacks.ladder.starting_point import StartingPoint
-from lightning_qat.callbacks.passes.extra_pass import misconfiguration
 from lightning_qat.callbacks.pipeline_fingerprint import take_fingerprint
 from lightning_qat.callbacks.quantized_run import is_calibrated, quantization_of, require_regions
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 
 _FINGERPRINT_BATCHES = 8
 _LONGER = 10
@@ -205,6 +205,4 @@ class PipelineCheck(PipelineRung):
 def _freezes(trainer: pl.Trainer) -> bool:
     """Whether QuantizationAwareTraining keeps modules in eval mode."""
     quantization = quantization_of(trainer)
-    if quantization is None:
-        return False
-    return quantization.freeze_batch_norm_after is not None or bool(quantization.frozen_parts.first_epochs)
+    return quantization is not None and quantization.freezes_modules

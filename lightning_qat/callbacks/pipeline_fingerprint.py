@@ -28,12 +28,12 @@ from lightning_qat.analysis.fingerprint.fingerprint import (
 from lightning_qat.callbacks.ladder.step_summary import StageSummary, evaluates_randomly, summarize
 from lightning_qat.callbacks.ladder.training_copy import loss_of
 from lightning_qat.callbacks.passes.analysis_loaders import Stage
-from lightning_qat.callbacks.passes.analysis_pass import seeded
 from lightning_qat.callbacks.passes.evaluation import evaluate
 from lightning_qat.callbacks.passes.extra_pass import analysis_batches, run_step, undisturbed
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
+from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.modules.preservation import preserved_modes
 from lightning_qat.quantization.region.region import find_regions

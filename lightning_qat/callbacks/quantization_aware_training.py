@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
 from torch import nn
 from typing_extensions import override
 
 from lightning_qat.callbacks.insertion.frozen_parts import FrozenParts
+from lightning_qat.callbacks.insertion.initial_weights import InitialWeights
 from lightning_qat.callbacks.insertion.insertion_hooks import InsertionHooks
+from lightning_qat.callbacks.insertion.insertion_request import InsertionRequest
 from lightning_qat.callbacks.insertion.learned_scales import (
     average_gradients,
     check_optimizers,
     freeze_learned,
     warn_about_step_size,
 )
-from lightning_qat.callbacks.insertion.scale_source import ScaleSource
 from lightning_qat.callbacks.insertion.trainer_checks import check_averaged_copies, check_trainer, warn_about_precision
-from lightning_qat.callbacks.passes.extra_pass import misconfiguration
 from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
+from lightning_qat.callbacks.quantized_run import QuantizationCallback, ScaleSource
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.export.plan_files import write_plan
 from lightning_qat.quantization.errors import unknown_choice
@@ -38,7 +38,7 @@ WeightScales = Literal["updated", "fixed", "learned"]
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
-class QuantizationAwareTraining(Callback):
+class QuantizationAwareTraining(QuantizationCallback):
     """Insert fake-quant before weights are loaded, and switch it on and off as training needs it.
 
     Fake-quant is inserted in ``configure_model``, so checkpoints written by this callback restore it with
@@ -119,7 +119,6 @@ class QuantizationAwareTraining(Callback):
             raise MisconfigurationException(f"trace_batches={trace_batches}: must be at least 1.")
         if not target:
             raise MisconfigurationException('target is empty: write the path of a submodule, several, or "auto".')
-        self.is_configured = qconfig is not None or bool(overrides) or profile is not None
         self.target = target
         self.init_from = init_from
         self.activation_scales = activation_scales
@@ -134,7 +133,8 @@ class QuantizationAwareTraining(Callback):
         self._hooks: InsertionHooks | None = None
         self._regions: tuple[Region, ...] = ()
         self._batch_norms: tuple[nn.Module, ...] = ()
-        self._initialized: weakref.ref[pl.LightningModule] | None = None
+        self._initial_weights = InitialWeights(init_from)
+        self._is_configured = qconfig is not None or bool(overrides) or profile is not None
 
     # -- insertion
 
@@ -149,8 +149,21 @@ class QuantizationAwareTraining(Callback):
             self.frozen_parts.check(trainer)
         self.evaluations = SharedEvaluations()
         self._has_trained = False
-        self._hooks = InsertionHooks(self, trainer, pl_module)
+        self._hooks = InsertionHooks(self._request(), trainer, pl_module)
         self._hooks.install()
+
+    def _request(self) -> InsertionRequest:
+        return InsertionRequest(
+            qconfig=self.qconfig,
+            overrides=self.overrides,
+            profile=self.profile,
+            is_configured=self._is_configured,
+            target=self.target,
+            trace_batches=self.trace_batches,
+            learned_scales=self.learned_scales,
+            initial_weights=self._initial_weights,
+            frozen_parts=self.frozen_parts,
+        )
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -167,28 +180,23 @@ class QuantizationAwareTraining(Callback):
         self._regions, self._batch_norms = (), ()
         self.frozen_parts.undo()
 
+    @override
     def require_inserted(self) -> None:
         """Raise what kept fake-quant from being inserted, if anything did."""
         if self._hooks is not None:
             self._hooks.raise_pending_error()
 
-    def was_initialized(self, pl_module: pl.LightningModule) -> bool:
-        """Whether this callback has loaded ``init_from`` into this module: a second fit goes on from where it is."""
-        return self._initialized is not None and self._initialized() is pl_module
-
-    def note_initialized(self, pl_module: pl.LightningModule) -> None:
-        """Remember that ``init_from`` was loaded."""
-        self._initialized = weakref.ref(pl_module)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hooks": None, "_initialized": None, "_regions": (), "_batch_norms": ()}
+        return {**self.__dict__, "_hooks": None, "_regions": (), "_batch_norms": ()}
 
     # -- state
 
+    @override
     def should_quantize(self, trainer: pl.Trainer) -> bool:
         """Whether fake-quant is on now. Override for another schedule."""
         return trainer.state.fn != "fit" or trainer.current_epoch >= self.start_epoch
 
+    @override
     def scale_updates(self, trainer: pl.Trainer) -> tuple[Updates, ...]:
         """Which scales follow the data in training now. Override for another schedule."""
         moving: dict[Updates, bool] = {
@@ -196,6 +204,12 @@ class QuantizationAwareTraining(Callback):
             "activation": self.activation_scales == "ema",
         }
         return () if self._freezes_scales(trainer) else tuple(role for role, moves in moving.items() if moves)
+
+    @property
+    @override
+    def freezes_modules(self) -> bool:
+        """Whether parts or batch norm are frozen in some epoch."""
+        return self.freeze_batch_norm_after is not None or bool(self.frozen_parts.first_epochs)
 
     @property
     def learned_scales(self) -> tuple[Updates, ...]:

@@ -1,23 +1,69 @@
-"""What other callbacks want to know of QuantizationAwareTraining and of the model that it has quantized."""
+"""A quantized run as other callbacks see it: who quantizes, who gives scales, which regions are in the module.
+
+:class:`~lightning_qat.callbacks.quantization_aware_training.QuantizationAwareTraining` and
+:class:`~lightning_qat.callbacks.calibration.Calibration` derive from the classes here, so that the rooms below them can
+ask them something without importing them.
+"""
 
 from __future__ import annotations
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 
 from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
-from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.region.region_state import Updates
 
 
-def quantization_of(trainer: pl.Trainer) -> QuantizationAwareTraining | None:
-    """Return the QuantizationAwareTraining of a run; a Trainer has one at most."""
-    return next(iter(listed(trainer, QuantizationAwareTraining)), None)
+class QuantizationCallback(Callback):
+    """The callback that quantizes the module of a run; a Trainer has one at most.
+
+    Attributes:
+        init_from: the float checkpoint whose weights the run starts from, if one was given.
+        profile: the hardware that the model is for, if it was given.
+        evaluations: what is known about the model as it is now.
+    """
+
+    init_from: str | None
+    profile: HardwareProfile | None
+    evaluations: SharedEvaluations
+
+    def should_quantize(self, trainer: pl.Trainer) -> bool:
+        """Whether fake-quant is on now."""
+        raise NotImplementedError
+
+    def scale_updates(self, trainer: pl.Trainer) -> tuple[Updates, ...]:
+        """Which scales follow the data in training now."""
+        raise NotImplementedError
+
+    @property
+    def freezes_modules(self) -> bool:
+        """Whether the run keeps some modules in eval mode while it trains."""
+        raise NotImplementedError
+
+    def require_inserted(self) -> None:
+        """Raise what kept fake-quant from being inserted, if anything did."""
+        raise NotImplementedError
 
 
-def require_quantization(trainer: pl.Trainer, who: str) -> QuantizationAwareTraining:
-    """Return the QuantizationAwareTraining of a run.
+class ScaleSource(Callback):
+    """A callback that can give a model its scales, as :class:`Calibration` does."""
+
+    def calibrate_if_needed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give scales to a model that has none. Called on all ranks, wherever quantization would start without."""
+        raise NotImplementedError
+
+
+def quantization_of(trainer: pl.Trainer) -> QuantizationCallback | None:
+    """Return the callback that quantizes a run."""
+    return next(iter(listed(trainer, QuantizationCallback)), None)
+
+
+def require_quantization(trainer: pl.Trainer, who: str) -> QuantizationCallback:
+    """Return the callback that quantizes a run.
 
     Args:
         trainer: the running trainer.
@@ -59,6 +105,6 @@ def is_calibrated(pl_module: pl.LightningModule) -> bool:
 
 
 def evaluations_of(trainer: pl.Trainer) -> SharedEvaluations:
-    """Return what is kept of the evaluations of a run; without QuantizationAwareTraining nothing is shared."""
+    """Return what is kept of the evaluations of a run. Nothing is shared in a run that does not quantize."""
     found = quantization_of(trainer)
     return found.evaluations if found is not None else SharedEvaluations()

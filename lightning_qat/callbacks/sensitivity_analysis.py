@@ -18,10 +18,10 @@ from lightning_qat.analysis.sensitivity.sample_axes import number_of_samples
 from lightning_qat.analysis.sensitivity.sensitivity import Method, sensitivity
 from lightning_qat.analysis.sensitivity.sensitivity_metric import MetricLike, SensitivityMetric
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
-from lightning_qat.callbacks.passes.epoch_end_analysis import EpochEndAnalysis
-from lightning_qat.callbacks.passes.extra_pass import misconfiguration
-from lightning_qat.callbacks.passes.task_metric import TaskMetric
+from lightning_qat.callbacks.analyses.epoch_end_analysis import EpochEndAnalysis
+from lightning_qat.callbacks.analyses.task_metric import TaskMetric
 from lightning_qat.callbacks.quantized_run import is_calibrated
+from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.modules.call import Call
@@ -45,10 +45,10 @@ class SensitivityAnalysis(EpochEndAnalysis):
     is analysed before the scales are calibrated (``start_epoch``). Training is not changed, bit for bit.
 
     Goes to: ``sensitivity.csv`` in the run's ``lightning_qat`` directory, which holds the rows of every epoch (those of
-    the last one are of the end of training), and ``sensitivity.txt|json``, the latest table; to the loggers ``sensitivity.<metric>/<point>`` and
-    ``sensitivity.score/<point>``; through ``self.log``, to be monitored: ``sensitivity/max_score``, and where the first
-    row was measured ``sensitivity/max`` (``sensitivity/min`` for Cosine and SQNR), its metric.
-    Columns: ``lightning_qat/reporting/README.md``.
+    the last one are of the end of training), and ``sensitivity.txt|json``, the latest table; to the loggers
+    ``sensitivity.<metric>/<point>`` and ``sensitivity.score/<point>``; through ``self.log``, to be monitored:
+    ``sensitivity/max_score``, and where the first row was measured ``sensitivity/max`` (``sensitivity/min`` for Cosine
+    and SQNR), its metric. Columns: ``lightning_qat/reporting/README.md``.
 
     Args:
         every_n_epochs: how often.

@@ -9,8 +9,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from lightning_qat.analysis.comparison.point_inspection import PointInspection, inspect_point, unknown_point
-from lightning_qat.callbacks.passes.analysis_pass import analysis_pass
-from lightning_qat.callbacks.passes.chosen_samples import chosen_samples
+from lightning_qat.callbacks.analyses.analysis_pass import analysis_pass
+from lightning_qat.callbacks.analyses.chosen_samples import chosen_samples
 from lightning_qat.callbacks.passes.extra_pass import run_step
 from lightning_qat.callbacks.trainer.output_directory import shared_directory
 from lightning_qat.cli.command import Command, add_quantization_options

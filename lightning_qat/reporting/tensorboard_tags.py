@@ -7,8 +7,8 @@
 ``sensitivity/max_score``            a number of the worst point, logged by ``self.log``
 ===================================  =====================================================
 
-The part of a tag before the slash is a group of its own in TensorBoard: the hundreds of curves of a column fold into one
-line there. ``<point>`` is preceded by the path of the quantized module unless that is the model itself.
+The part of a tag before the slash is a group of its own in TensorBoard: the hundreds of curves of a column fold into
+one line there. ``<point>`` is preceded by the path of the quantized module unless that is the model itself.
 """
 
 from __future__ import annotations

@@ -140,10 +140,8 @@ class SensitivityResult(Result[SensitivityRow]):
         if self.custom_backward:
             text += f"; estimates take the backward of {_first_three(self.custom_backward)} for the derivative"
         if self.reshaped:
-            text += (
-                f"; with {_first_three(self.reshaped)} quantized the output has another shape, and missing elements "
-            )
-            text += "count as zero: choose an output before the selection"
+            text += f"; with {_first_three(self.reshaped)} quantized the output has another shape, and missing "
+            text += "elements count as zero: choose an output before the selection"
         return f"{text}; {self.reason}" if self.reason else text
 
     def blocks(self) -> tuple[Block, ...]:

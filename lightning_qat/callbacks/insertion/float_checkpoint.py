@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_qat.callbacks.passes.extra_pass import misconfiguration
+from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.quantization.modules.module_walk import REGION_NAME, is_in_region
 from lightning_qat.quantization.planning.plan_compatibility import read_extra_state
 from lightning_qat.quantization.region.insertion import attach

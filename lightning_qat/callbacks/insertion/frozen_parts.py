@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_qat.callbacks.passes.extra_pass import misconfiguration
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.quantization.region.freezing import freeze
 from lightning_qat.quantization.region.region import Region, find_regions
 

@@ -7,28 +7,24 @@ gets an instance-level ``configure_model`` that calls the original and inserts, 
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
-from torch import nn
 
-from lightning_qat.callbacks.insertion.float_checkpoint import (
-    FloatCheckpointError,
-    load_float_weights,
-    stored_regions,
-    stored_target,
-)
+from lightning_qat.callbacks.insertion.float_checkpoint import FloatCheckpointError, stored_regions, stored_target
+from lightning_qat.callbacks.insertion.insertion_request import InsertionRequest, differences
 from lightning_qat.callbacks.insertion.learned_scales import hide_from_ddp, show_to_ddp
-from lightning_qat.callbacks.insertion.target_discovery import AUTO, captured_calls
-from lightning_qat.callbacks.passes.extra_pass import misconfiguration, undisturbed
+from lightning_qat.callbacks.insertion.target_discovery import AUTO
+from lightning_qat.callbacks.insertion.traced_targets import (
+    format_targets,
+    graphs_of_rank_zero,
+    submodule,
+    traced_targets,
+)
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.quantization.errors import TracingError
 from lightning_qat.quantization.planning.make_plan import make_plans
 from lightning_qat.quantization.planning.plan import QuantPlan
@@ -36,23 +32,19 @@ from lightning_qat.quantization.planning.plan_compatibility import read_extra_st
 from lightning_qat.quantization.region.insertion import attach
 from lightning_qat.quantization.region.region import Region, find_regions
 from lightning_qat.quantization.tracing.op_graph import OpGraph
-from lightning_qat.quantization.tracing.tracer import trace
-
-if TYPE_CHECKING:
-    from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 
 
 class InsertionHooks:
     """Owns the two instance-level hooks of one run.
 
     Args:
-        callback: what to insert.
+        request: what to insert.
         trainer: the running trainer.
         pl_module: where to insert.
     """
 
-    def __init__(self, callback: QuantizationAwareTraining, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.callback = callback
+    def __init__(self, request: InsertionRequest, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.request = request
         self.trainer = trainer
         self.pl_module = pl_module
         self._before: dict[str, Any] = {}
@@ -66,13 +58,13 @@ class InsertionHooks:
         def configure_model() -> None:
             original_configure()
             self.insert()
-            self.callback.frozen_parts.apply(self.pl_module, self.trainer.current_epoch)
+            self.request.frozen_parts.apply(self.pl_module, self.trainer.current_epoch)
             self._hide_learned_scales()
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             original_load(checkpoint)
             self.check_checkpoint(checkpoint)
-            self.callback.frozen_parts.apply(self.pl_module, self.trainer.current_epoch)
+            self.request.frozen_parts.apply(self.pl_module, self.trainer.current_epoch)
             self._hide_learned_scales()
 
         for hook in (configure_model, on_load_checkpoint):
@@ -107,21 +99,21 @@ class InsertionHooks:
         _compat.convert_early(self.trainer, self.pl_module)
         graphs: dict[str, OpGraph] = {}
         try:
-            self._load_initial_weights()
-            graphs = self._traced()
+            self.request.initial_weights.load(self.pl_module)
+            graphs = traced_targets(self.trainer, self.pl_module, self.request.target, self.request.trace_batches)
         except (TracingError, FileNotFoundError, FloatCheckpointError) as error:
             # a checkpoint may still bring weights and a plan
             self._pending = MisconfigurationException(str(error))
             self._pending.__cause__ = error
         if not self._all_ranks_ready():
             return
-        graphs = self._agreed(graphs)
+        graphs = graphs_of_rank_zero(self.trainer, graphs)
         with misconfiguration():
-            plans = make_plans(graphs, self.callback.qconfig, self.callback.overrides, self.callback.profile)
+            plans = make_plans(graphs, self.request.qconfig, self.request.overrides, self.request.profile)
             for path, graph in graphs.items():
-                attach(_submodule(self.pl_module, path), graph, plans[path])
+                attach(submodule(self.pl_module, path), graph, plans[path])
         for region in find_regions(self.pl_module).values():
-            region.learn_scales(self.callback.learned_scales)
+            region.learn_scales(self.request.learned_scales)
         self._inserted = True
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -138,21 +130,21 @@ class InsertionHooks:
             if self._pending is not None:
                 self._insert_stored(stored)
                 self._pending = None
-            elif set(stored) != set(regions) and self.callback.target == AUTO:
+            elif set(stored) != set(regions) and self.request.target == AUTO:
                 # the steps of this stage call other modules than those of training did
                 for region in regions.values():
                     region.remove()
                 self._insert_stored(stored)
             elif set(stored) != set(regions):
                 raise MisconfigurationException(
-                    f"the checkpoint has fake-quants on {_spelled(stored)}, this run puts them on {_spelled(regions)}: "
-                    f"set target: {_spelled(stored)} in QuantizationAwareTraining."
+                    f"the checkpoint has fake-quants on {format_targets(stored)}, this run puts them on "
+                    f"{format_targets(regions)}: set target: {format_targets(stored)} in QuantizationAwareTraining."
                 )
             for path, region in find_regions(self.pl_module).items():
                 region.set_extra_state(stored[path])
             self._warn_about_learned_scales()
         self._inserted = True
-        if self.callback.init_from is not None:
+        if self.request.initial_weights.path is not None:
             rank_zero_info(
                 "QuantizationAwareTraining: ckpt_path brings the weights, so those of init_from are not used."
             )
@@ -165,19 +157,13 @@ class InsertionHooks:
         for path, state in stored.items():
             attach(stored_target(self.pl_module, path), *read_extra_state(state), traced=False)
 
-    def _load_initial_weights(self) -> None:
-        if self.callback.init_from is None or self.callback.was_initialized(self.pl_module):
-            return
-        load_float_weights(self.pl_module, self.callback.init_from)
-        self.callback.note_initialized(self.pl_module)
-
     def _keep(self, regions: dict[str, Region]) -> None:
         """The module was quantized by an earlier run (or insert()): that goes on."""
-        self._inserted = True
+        self._inserted, initial = True, self.request.initial_weights
         if self.trainer.state.fn == "fit":
             for region in regions.values():
-                region.learn_scales(self.callback.learned_scales)
-        if self.callback.init_from is not None and not self.callback.was_initialized(self.pl_module):
+                region.learn_scales(self.request.learned_scales)
+        if initial.path is not None and not initial.were_loaded_into(self.pl_module):
             rank_zero_warn(
                 f"{type(self.pl_module).__name__} has calibrated fake-quants already, so init_from is not used: to "
                 "start from the float checkpoint, create the module anew."
@@ -186,21 +172,12 @@ class InsertionHooks:
 
     def _warn_about_differences(self, what: str, plan: QuantPlan) -> None:
         """Say that an older plan wins over what this run asks for."""
-        if not self.callback.is_configured:
-            return
-        lines = _differences(plan.qconfig, dataclasses.asdict(self.callback.qconfig))
-        wanted = [dataclasses.asdict(override) for override in self.callback.overrides]
-        if list(plan.overrides) != wanted:
-            lines.append(f"overrides: {list(map(_short, plan.overrides))} there, {list(map(_short, wanted))} here")
-        profile = self.callback.profile.identity() if self.callback.profile is not None else None
-        if plan.profile != profile:
-            lines.append(f"profile: {_profile_name(plan.profile)} there, {_profile_name(profile)} here")
+        lines = differences(plan, self.request)
         if lines:
             rank_zero_warn(
                 f"{what} another configuration than this run's, and keeps it ({'; '.join(lines)}). To apply this "
-                "run's, "
-                'start from the float checkpoint: QuantizationAwareTraining(init_from="float.ckpt") without ckpt_path, '
-                "and calibrate anew."
+                'run\'s, start from the float checkpoint: QuantizationAwareTraining(init_from="float.ckpt") without '
+                "ckpt_path, and calibrate anew."
             )
 
     def _warn_about_learned_scales(self) -> None:
@@ -213,7 +190,7 @@ class InsertionHooks:
                     role = "weight" if point.is_weight else "activation"
                     learned.setdefault(role, set()).add(points[point.name].learned)
         found = {role for role, kinds in learned.items() if True in kinds}
-        wanted = set(self.callback.learned_scales) & set(learned)
+        wanted = set(self.request.learned_scales) & set(learned)
         if self.trainer.state.fn == "fit" and found != wanted:
             rank_zero_warn(
                 f"the checkpoint was made with learned scales for {sorted(found) or 'nothing'}, this run asks for "
@@ -225,14 +202,6 @@ class InsertionHooks:
         if self.trainer.world_size > 1:
             hide_from_ddp(self.pl_module)
 
-    def _traced(self) -> dict[str, OpGraph]:
-        """Trace the target(s) on what a few steps pass to them."""
-        device = self.trainer.strategy.root_device
-        with _on_device(self.pl_module, device), _quiet():
-            calls = captured_calls(self.trainer, self.pl_module, self.callback.target, self.callback.trace_batches)
-            with undisturbed(self.trainer, self.pl_module):  # a forward may count its calls
-                return {path: trace(_submodule(self.pl_module, path), c) for path, c in calls.items()}
-
     def _all_ranks_ready(self) -> bool:
         """Whether every rank has a graph: otherwise nobody inserts, and every rank waits for a checkpoint."""
         if self.trainer.world_size == 1:
@@ -241,65 +210,3 @@ class InsertionHooks:
         if not ready and self._pending is None:
             self._pending = MisconfigurationException("another rank could not trace the module: see its error.")
         return ready
-
-    def _agreed(self, graphs: dict[str, OpGraph]) -> dict[str, OpGraph]:
-        """All ranks use rank 0's graph; they may have drawn different batches."""
-        if self.trainer.world_size == 1:
-            return graphs
-        first = self.trainer.strategy.broadcast({path: graph.to_dict() for path, graph in graphs.items()})
-        if set(first) != set(graphs):
-            raise MisconfigurationException(
-                f"ranks disagree about the targets: {_spelled(first)} on rank 0, {_spelled(graphs)} on rank "
-                f"{self.trainer.global_rank}. Name them: target: [...]."
-            )
-        return {path: OpGraph.from_dict(graph) for path, graph in first.items()}
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    return [
-        f"{group}.{name}: {there.get(group, {}).get(name)} there, {value} here"
-        for group, values in here.items()
-        for name, value in values.items()
-        if there.get(group, {}).get(name) != value
-    ]
-
-
-def _profile_name(identity: dict[str, str] | None) -> str:
-    return f"{identity['name']} ({identity['sha256'][:8]})" if identity is not None else "none"
-
-
-def _short(value: Any) -> Any:
-    """A rule without the fields that are not set."""
-    return {k: _short(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-
-
-@contextmanager
-def _on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a block with the module on the device it will train on (some kernels exist only there), and move it back."""
-    before = next((t.device for t in module.parameters()), device)
-    moved = before != device and before.type != "meta"
-    if moved:
-        module.to(device)
-    try:
-        yield
-    finally:
-        if moved:
-            module.to(before)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Tracing is not training: advice about it would only puzzle."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is no training data in this")  # calibration says it
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
-        yield
-
-
-def _submodule(pl_module: pl.LightningModule, path: str) -> nn.Module:
-    return pl_module.get_submodule(path) if path else pl_module
-
-
-def _spelled(paths: Iterable[str]) -> str:
-    return "[" + ", ".join(repr(p) if p else "the whole module" for p in paths) + "]"

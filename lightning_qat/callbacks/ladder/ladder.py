@@ -12,9 +12,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_qat.analysis.ladder.measurements import TRAIN_LOSS, Finetune, Measurement
 from lightning_qat.analysis.ladder.pipeline_ladder import Ladder
 from lightning_qat.analysis.statistics.statistics import LayerStatisticsRow
+from lightning_qat.callbacks.analyses.layer_measurement import measure_layers
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state, moves_batch_norm
 from lightning_qat.callbacks.ladder.off_comparison import compare_off
-from lightning_qat.callbacks.layer_statistics import LayerStatistics
 from lightning_qat.callbacks.quantized_run import is_calibrated, quantization_of, require_regions
 from lightning_qat.callbacks.trainer.progress import progress
 from lightning_qat.quantization.errors import unknown_choice
@@ -117,7 +117,7 @@ class _Rungs:
 
 def worst_points(trainer: pl.Trainer, pl_module: pl.LightningModule, count: int = 3) -> tuple[str, ...]:
     """Return the points with the worst signal-to-noise ratio of their own, with the reason, in words."""
-    rows = LayerStatistics().measure(trainer, pl_module, batches=1).rows
+    rows = measure_layers(trainer, pl_module, batches=1).result.rows
     known = [row for row in rows if row.sqnr is not None and not math.isnan(row.sqnr)]
     fixed = {
         (path, point.name)

@@ -14,10 +14,10 @@ from lightning_qat.analysis.ladder.pipeline_ladder import OffComparison
 from lightning_qat.callbacks.ladder.same_values import same_values
 from lightning_qat.callbacks.ladder.training_copy import loss_of
 from lightning_qat.callbacks.passes.analysis_loaders import Stage
-from lightning_qat.callbacks.passes.analysis_pass import seeded
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, run_step, undisturbed
 from lightning_qat.callbacks.passes.module_copy import copied_module
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.modules.tensor_leaves import named_leaves
 from lightning_qat.quantization.region.region import find_regions

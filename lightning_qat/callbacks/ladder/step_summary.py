@@ -14,9 +14,9 @@ from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummarizer, 
 from lightning_qat.callbacks.insertion.call_recorder import CallRecorder
 from lightning_qat.callbacks.ladder.same_values import same_values
 from lightning_qat.callbacks.passes.analysis_loaders import Stage
-from lightning_qat.callbacks.passes.analysis_pass import seeded
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, run_step
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.modules.preservation import preserved_modes

@@ -84,15 +84,6 @@ class ExtraBatch:
 
 
 @contextmanager
-def misconfiguration() -> Iterator[None]:
-    """Turn the quantization layer's configuration errors into Lightning's."""
-    try:
-        yield
-    except ConfigurationError as error:
-        raise MisconfigurationException(str(error)) from error
-
-
-@contextmanager
 def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, *, trains: bool | None = None) -> Iterator[None]:
     """Run a block that may call the module's steps: no logging, and nothing of the run is changed by it.
 

@@ -28,9 +28,9 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_qat.analysis.captured_calls import seed_generators
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.muted_loggers import muted_loggers
+from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.preservation import preserved_random_state
 
 STAGES = {
@@ -102,21 +102,13 @@ def hook_loader(owner: Any, name: str) -> Any | None:
         return None
     if name.startswith(("train", "val", "test", "predict")):
         return _requested(_DataLoaderSource(owner, name))
-    with _fixed_random_state():
+    with seeded(0):  # a hook that draws random numbers (a random split) gives the same loader each time
         return getattr(owner, name)()
 
 
 def _requested(source: _DataLoaderSource) -> Any:
-    with _fixed_random_state():
+    with seeded(0):
         return _request_dataloader(source)
-
-
-@contextmanager
-def _fixed_random_state() -> Iterator[None]:
-    """Let a hook that draws random numbers (a random split) give the same loader each time, and put the state back."""
-    with preserved_random_state():
-        seed_generators(0)
-        yield
 
 
 def prepared_loader(trainer: pl.Trainer, loader: Any, stage: str, shuffle: bool) -> Any:

@@ -16,9 +16,9 @@ from typing_extensions import override
 from lightning_qat.analysis.captured_calls import RepeatableForward
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.results import Result
-from lightning_qat.callbacks.passes.analysis_pass import analysis_pass
-from lightning_qat.callbacks.passes.monitored_numbers import check_early_stopping, log_numbers
-from lightning_qat.callbacks.passes.region_inputs import Calls, RegionInputs
+from lightning_qat.callbacks.analyses.analysis_pass import analysis_pass
+from lightning_qat.callbacks.analyses.monitored_numbers import check_early_stopping, log_numbers
+from lightning_qat.callbacks.analyses.region_inputs import Calls, RegionInputs
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from torch import Tensor
 
-from lightning_qat.callbacks.passes import region_inputs
+from lightning_qat.callbacks.analyses import region_inputs
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.modules.call import Call

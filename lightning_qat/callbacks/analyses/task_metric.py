@@ -14,10 +14,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_qat.analysis.metric_direction import is_worse_when_larger
 from lightning_qat.analysis.metrics import MetricName
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult, most_sensitive_first
-from lightning_qat.callbacks.passes.analysis_pass import seeded
 from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
 from lightning_qat.callbacks.quantized_run import require_regions
 from lightning_qat.callbacks.trainer.progress import progress
+from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.errors import near_names
 from lightning_qat.quantization.region.region import Region
 

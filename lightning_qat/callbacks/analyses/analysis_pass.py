@@ -10,16 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lightning_qat.analysis.captured_calls import seed_generators
-from lightning_qat.callbacks.passes.extra_pass import (
-    analysis_batches,
-    misconfiguration,
-    run_step,
-    undisturbed,
-    undisturbed_forwards,
-)
+from lightning_qat.callbacks.passes.extra_pass import analysis_batches, run_step, undisturbed, undisturbed_forwards
 from lightning_qat.callbacks.quantized_run import require_regions
-from lightning_qat.quantization.modules.preservation import preserved_random_state
+from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
+from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.region_state import State
 
@@ -62,14 +56,6 @@ def analysis_pass(
             stack.enter_context(seeded(seed + trainer.global_rank))
             pl_module.eval()
         yield regions
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed all random states in a block, so that it draws the same batches every time; put back on exit."""
-    with preserved_random_state():
-        seed_generators(seed)
-        yield
 
 
 def sampled_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> Iterator[Callable[[], Any]]:

@@ -1,0 +1,75 @@
+"""What is to be inserted, and how a plan that exists already differs from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_qat.callbacks.insertion.frozen_parts import FrozenParts
+from lightning_qat.callbacks.insertion.initial_weights import InitialWeights
+from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.plan import QuantPlan
+from lightning_qat.quantization.qconfig import Override, QConfig
+from lightning_qat.quantization.region.region_state import Updates
+
+
+@dataclass(frozen=True)
+class InsertionRequest:
+    """What QuantizationAwareTraining asks to be inserted.
+
+    Args:
+        qconfig: defaults for activations and weights.
+        overrides: rules for single points.
+        profile: the hardware that the plan is for.
+        is_configured: whether the user has given one of these three.
+        target: ``auto``, the path of a submodule, or several.
+        trace_batches: how many batches are looked at to learn the ops of the model.
+        learned_scales: the scales that training finds by gradient.
+        initial_weights: loaded before insertion.
+        frozen_parts: frozen as soon as there are regions.
+    """
+
+    qconfig: QConfig
+    overrides: list[Override]
+    profile: HardwareProfile | None
+    is_configured: bool
+    target: str | list[str]
+    trace_batches: int
+    learned_scales: tuple[Updates, ...]
+    initial_weights: InitialWeights
+    frozen_parts: FrozenParts
+
+
+def differences(plan: QuantPlan, request: InsertionRequest) -> list[str]:
+    """Say, for each setting in which an existing plan differs from what a run asks for, both values.
+
+    Args:
+        plan: of a checkpoint, or of a module that was quantized before.
+        request: what the run asks for; a run that asks for nothing differs in nothing.
+    """
+    if not request.is_configured:
+        return []
+    here = dataclasses.asdict(request.qconfig)
+    lines = [
+        f"{group}.{name}: {plan.qconfig.get(group, {}).get(name)} there, {value} here"
+        for group, values in here.items()
+        for name, value in values.items()
+        if plan.qconfig.get(group, {}).get(name) != value
+    ]
+    wanted = [dataclasses.asdict(override) for override in request.overrides]
+    if list(plan.overrides) != wanted:
+        lines.append(f"overrides: {list(map(_short, plan.overrides))} there, {list(map(_short, wanted))} here")
+    profile = request.profile.identity() if request.profile is not None else None
+    if plan.profile != profile:
+        lines.append(f"profile: {_profile_name(plan.profile)} there, {_profile_name(profile)} here")
+    return lines
+
+
+def _profile_name(identity: dict[str, str] | None) -> str:
+    return f"{identity['name']} ({identity['sha256'][:8]})" if identity is not None else "none"
+
+
+def _short(value: Any) -> Any:
+    """A rule without the fields that are not set."""
+    return {k: _short(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
