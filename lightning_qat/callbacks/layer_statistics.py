@@ -33,8 +33,8 @@ class LayerStatistics(EpochEndAnalysis):
 
     Goes to: ``layer_statistics.csv`` in the run's ``lightning_qat`` directory, which holds the rows of every epoch, and
     ``layer_statistics.txt|json``, the latest table; to the loggers ``layer_statistics.<column>/<point>``; through
-    ``self.log``, to be monitored: ``layer_statistics/max_clipped_share``, ``.../min_sqnr`` (dB), ``.../max_scale_drift``
-    (absolute) and ``.../max_flip_rate``. Columns: ``lightning_qat/reporting/README.md``.
+    ``self.log``, to be monitored: ``layer_statistics/max_clipped_share``, ``.../min_sqnr`` (dB),
+    ``.../max_scale_drift`` (absolute) and ``.../max_flip_rate``. Columns: ``lightning_qat/reporting/README.md``.
 
     Flip rates are those since the last measurement (or the first quantized step); drift is that since calibration, also
     after a resume.

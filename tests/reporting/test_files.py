@@ -20,16 +20,10 @@ RESULT = SensitivityResult((ROW,), metric="MSE", output="output 'a'", points=2, 
 
 
 def test_names_of_the_files(tmp_path: Path) -> None:
-    """B2: sensitivity.csv at the end, sensitivity_epochN.csv per epoch."""
+    """B2: sensitivity.csv."""
     final = write_result(RESULT, tmp_path / "new", "sensitivity")
-    epoch = write_result(RESULT, tmp_path / "new", "sensitivity", epoch=3, formats=("csv",))
-    assert [p.name for p in (*final, *epoch)] == [
-        "sensitivity.csv",
-        "sensitivity.txt",
-        "sensitivity.json",
-        "sensitivity_epoch3.csv",
-    ]
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(p.name for p in (*final, *epoch))
+    assert [p.name for p in final] == ["sensitivity.csv", "sensitivity.txt", "sensitivity.json"]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(p.name for p in final)
 
 
 def test_all_formats_hold_the_same_rows(tmp_path: Path) -> None:
