@@ -33,7 +33,8 @@ class GrowingTable:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._size = -1
+        self._left: tuple[int, int, int] | None = None
+        self._size = 0
         self._last = -1
 
     def write(self, result: Result[Any], epoch: int) -> str:
@@ -51,25 +52,29 @@ class GrowingTable:
         moved = ""
         if not self._is_as_left():
             moved = self._take_up(header)
-        if self._size > 0 and epoch > self._last:
+        if self._size and epoch > self._last:
             self._append(lines)
         else:
-            kept = self._lines_before(epoch) if self._size > 0 else csv_lines([header]).encode()
+            kept = self._lines_before(epoch) if self._size else csv_lines([header]).encode()
             write_atomically(self.path, kept + lines)
             self._size = len(kept) + len(lines)
-        self._last = epoch
+        self._last, self._left = epoch, self._present()
         return moved
 
     def _is_as_left(self) -> bool:
         """Whether the file is there, and nobody has touched it since it was last written here."""
+        return self._left is not None and self._left == self._present()
+
+    def _present(self) -> tuple[int, int, int] | None:
         try:
-            return self.path.stat().st_size == self._size
+            status = self.path.stat()
         except FileNotFoundError:
-            return False
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
     def _take_up(self, header: Sequence[str]) -> str:
         """Go on with a file that is there. One that has other columns is moved aside."""
-        self._size, self._last = -1, -1
+        self._size, self._last = 0, -1
         if not self.path.exists():
             return ""
         content = self.path.read_bytes()
