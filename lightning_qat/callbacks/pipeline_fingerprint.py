@@ -27,16 +27,18 @@ from lightning_qat.analysis.fingerprint.fingerprint import (
 )
 from lightning_qat.callbacks.ladder.step_summary import StageSummary, evaluates_randomly, summarize
 from lightning_qat.callbacks.ladder.training_copy import loss_of
-from lightning_qat.callbacks.passes.analysis_loaders import Stage
 from lightning_qat.callbacks.passes.evaluation import evaluate
-from lightning_qat.callbacks.passes.extra_pass import analysis_batches, run_step, undisturbed
+from lightning_qat.callbacks.passes.extra_batches import extra_batches
+from lightning_qat.callbacks.passes.fresh_loaders import Stage
+from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.modules.preservation import preserved_modes
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.reporting.files import write_fingerprint
 
 _PACKAGES = ("lightning-qat", "torch", "lightning", "torchmetrics", "numpy")
@@ -45,7 +47,7 @@ FILE_NAME = "pipeline_fingerprint.json"
 
 
 class PipelineFingerprint(Callback):
-    """Write the fingerprint of a float training pipeline, to be compared with that of QAT (C5).
+    """Write the fingerprint of a float training pipeline, to be compared with that of QAT.
 
     Add it to the float run: at the end of training it looks at the first batches of the training and validation data
     with the trained weights, and writes ``pipeline_fingerprint.json`` to the run's ``lightning_qat`` directory. Hand
@@ -161,7 +163,7 @@ def _training_loss(
 ) -> tuple[float, float | None] | None:
     """Mean training loss and its standard error, with everything as in training but batch norm in the given mode."""
     losses = []
-    for extra in analysis_batches(trainer, pl_module, batches, "train"):
+    for extra in extra_batches(trainer, pl_module, batches, "train"):
         pl_module.train()
         for module in pl_module.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
 from typing_extensions import override
 
-from lightning_qat.callbacks.insertion.frozen_parts import FrozenParts
 from lightning_qat.callbacks.insertion.initial_weights import InitialWeights
 from lightning_qat.callbacks.insertion.insertion_hooks import InsertionHooks
 from lightning_qat.callbacks.insertion.insertion_request import InsertionRequest
-from lightning_qat.callbacks.insertion.learned_scales import (
-    average_gradients,
-    check_optimizers,
-    freeze_learned,
-    warn_about_step_size,
-)
+from lightning_qat.callbacks.insertion.plan_writer import PlanWriter
 from lightning_qat.callbacks.insertion.trainer_checks import check_averaged_copies, check_trainer, warn_about_precision
 from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
 from lightning_qat.callbacks.quantized_run import QuantizationCallback, ScaleSource
+from lightning_qat.callbacks.schedule.frozen_parts import FrozenParts
+from lightning_qat.callbacks.schedule.learned_scales import check_optimizers, warn_about_step_size
+from lightning_qat.callbacks.schedule.rank_averaging import average_gradients, average_scales
+from lightning_qat.callbacks.schedule.required_scales import require_scales
+from lightning_qat.callbacks.schedule.schedule import ActivationScales, Schedule, WeightScales
+from lightning_qat.callbacks.schedule.scheduled_regions import ScheduledRegions, expect_other_weights
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
-from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
-from lightning_qat.export.plan_files import write_plan
-from lightning_qat.quantization.errors import unknown_choice
-from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
+from lightning_qat.quantization.planning.plan import ScaleRole
 from lightning_qat.quantization.qconfig import Override, QConfig
-from lightning_qat.quantization.region.region import Region, find_regions
-from lightning_qat.quantization.region.region_state import State, Updates
-
-ActivationScales = Literal["fixed", "ema", "learned"]
-WeightScales = Literal["updated", "fixed", "learned"]
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+from lightning_qat.quantization.region.switches import State
 
 
 class QuantizationAwareTraining(QuantizationCallback):
@@ -106,35 +98,24 @@ class QuantizationAwareTraining(QuantizationCallback):
         with misconfiguration():
             self.qconfig = QConfig.of(qconfig)
             self.overrides = Override.list_of(overrides)
-            self.profile = HardwareProfile.of(profile)
-            if activation_scales not in get_args(ActivationScales):
-                raise unknown_choice("activation_scales", activation_scales, get_args(ActivationScales))
-            if weight_scales not in get_args(WeightScales):
-                raise unknown_choice("weight_scales", weight_scales, get_args(WeightScales))
-        epochs = {"freeze_observers_after": freeze_observers_after, "freeze_batch_norm_after": freeze_batch_norm_after}
-        for name, value in {"start_epoch": start_epoch, **epochs}.items():
-            if value is not None and value < 0:
-                raise MisconfigurationException(f"{name}={value}: epochs count from 0.")
+            self.profile = hardware_profile(profile)
+        self.schedule = Schedule(
+            activation_scales, weight_scales, start_epoch, freeze_observers_after, freeze_batch_norm_after
+        )
         if trace_batches < 1:
             raise MisconfigurationException(f"trace_batches={trace_batches}: must be at least 1.")
         if not target:
             raise MisconfigurationException('target is empty: write the path of a submodule, several, or "auto".')
         self.target = target
         self.init_from = init_from
-        self.activation_scales = activation_scales
-        self.weight_scales = weight_scales
-        self.start_epoch = start_epoch
-        self.freeze_observers_after = freeze_observers_after
-        self.freeze_batch_norm_after = freeze_batch_norm_after
         self.frozen_parts = FrozenParts(freeze)
         self.trace_batches = trace_batches
         self.evaluations = SharedEvaluations()
-        self._has_trained = False
-        self._hooks: InsertionHooks | None = None
-        self._regions: tuple[Region, ...] = ()
-        self._batch_norms: tuple[nn.Module, ...] = ()
-        self._initial_weights = InitialWeights(init_from)
         self._is_configured = qconfig is not None or bool(overrides) or profile is not None
+        self._initial_weights = InitialWeights(init_from)
+        self._hooks: InsertionHooks | None = None
+        self._regions = ScheduledRegions(self.schedule, self.frozen_parts)
+        self._plan = PlanWriter()
 
     # -- insertion
 
@@ -148,7 +129,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if stage == "fit":
             self.frozen_parts.check(trainer)
         self.evaluations = SharedEvaluations()
-        self._has_trained = False
+        self._plan = PlanWriter()
         self._hooks = InsertionHooks(self._request(), trainer, pl_module)
         self._hooks.install()
 
@@ -160,7 +141,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             is_configured=self._is_configured,
             target=self.target,
             trace_batches=self.trace_batches,
-            learned_scales=self.learned_scales,
+            learned_scales=self.schedule.learned_scales,
             initial_weights=self._initial_weights,
             frozen_parts=self.frozen_parts,
         )
@@ -177,8 +158,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self._hooks is not None:
             self._hooks.uninstall()
             self._hooks = None
-        self._regions, self._batch_norms = (), ()
-        self.frozen_parts.undo()
+        self._regions.release()
 
     @override
     def require_inserted(self) -> None:
@@ -187,38 +167,25 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._hooks.raise_pending_error()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hooks": None, "_regions": (), "_batch_norms": ()}
+        return {**self.__dict__, "_hooks": None}
 
     # -- state
 
     @override
     def should_quantize(self, trainer: pl.Trainer) -> bool:
         """Whether fake-quant is on now. Override for another schedule."""
-        return trainer.state.fn != "fit" or trainer.current_epoch >= self.start_epoch
+        return trainer.state.fn != "fit" or self.schedule.quantizes(trainer.current_epoch)
 
     @override
-    def scale_updates(self, trainer: pl.Trainer) -> tuple[Updates, ...]:
+    def scale_updates(self, trainer: pl.Trainer) -> tuple[ScaleRole, ...]:
         """Which scales follow the data in training now. Override for another schedule."""
-        moving: dict[Updates, bool] = {
-            "weight": self.weight_scales == "updated",
-            "activation": self.activation_scales == "ema",
-        }
-        return () if self._freezes_scales(trainer) else tuple(role for role, moves in moving.items() if moves)
+        return self.schedule.moving_scales(trainer.current_epoch)
 
     @property
     @override
     def freezes_modules(self) -> bool:
         """Whether parts or batch norm are frozen in some epoch."""
-        return self.freeze_batch_norm_after is not None or bool(self.frozen_parts.first_epochs)
-
-    @property
-    def learned_scales(self) -> tuple[Updates, ...]:
-        """The scales that training finds by gradient."""
-        learned: dict[Updates, str] = {"weight": self.weight_scales, "activation": self.activation_scales}
-        return tuple(role for role, how in learned.items() if how == "learned")
-
-    def _freezes_scales(self, trainer: pl.Trainer) -> bool:
-        return self.freeze_observers_after is not None and trainer.current_epoch >= self.freeze_observers_after
+        return self.schedule.freeze_batch_norm_after is not None or bool(self.frozen_parts.first_epochs)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -236,26 +203,20 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not listed(trainer, ScaleSource):
-            self._require_scales(trainer, pl_module, at_once=True)  # rather now than at start_epoch
+            require_scales(trainer, pl_module)  # rather now than at start_epoch
         self.frozen_parts.start(pl_module)
         self._apply(trainer, pl_module)
-        self._write_plan(trainer, pl_module)
-        self._has_trained = True
+        self._plan.start(trainer, pl_module)
         warn_about_step_size(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._expect_other_weights(trainer, pl_module)  # callbacks that average weights put them in place now
+        # callbacks that average weights put them in place now
+        expect_other_weights(pl_module, self.scale_updates(trainer))
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._has_trained:  # only now are the weights those that are kept: see on_train_end
-            self._write_plan(trainer, pl_module)
-
-    def _write_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        directory = run_directory(trainer)  # broadcasts: on all ranks
-        if leaves_files(trainer):
-            write_plan(pl_module, directory)
+        self._plan.end(trainer, pl_module)  # only now are the weights those that are kept: see on_train_end
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -265,25 +226,22 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        wanted = self._wanted_state(trainer)
-        if batch_idx == 0 or any((r.current_state, r.updates) != wanted for r in self._regions):
+        if batch_idx == 0 or not self._regions.are_in(*self._wanted_state(trainer)):
             self._apply(trainer, pl_module)
             self._require_scales(trainer, pl_module)
-        self._freeze_batch_norm(trainer)  # a module's own on_validation_model_train may have turned it on
-        self.frozen_parts.hold()
+        self._regions.hold(trainer.current_epoch)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size > 1:
-            average_gradients(self._regions)
+            average_gradients(self._regions.regions)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.world_size > 1 and "activation" in self.scale_updates(trainer):
-            for region in self._regions:
-                region.synchronize_scales()
+        if trainer.world_size > 1:
+            average_scales(self._regions.regions, self.scale_updates(trainer))
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -301,16 +259,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.require_inserted()
         self._apply(trainer, pl_module)
         if _compat.averaged_copies(trainer):  # whose weights are swapped in while evaluation runs
-            self._expect_other_weights(trainer, pl_module)
-
-    def _expect_other_weights(self, trainer: pl.Trainer, module: nn.Module) -> None:
-        """Something else than training changes the weights: scales that follow them are taken anew."""
-        follows = "weight" in self.scale_updates(trainer)
-        for region in find_regions(module).values():
-            if follows:
-                region.expect_other_weights()
-            else:
-                region.keep_weight_scales()
+            expect_other_weights(pl_module, self.scale_updates(trainer))
 
     @override
     def on_validation_batch_start(
@@ -336,48 +285,11 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._require_scales(trainer, pl_module)
 
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning flips modes around validation, and other callbacks may switch: say it at every stage."""
-        regions = find_regions(pl_module)
-        self._regions = tuple(regions.values())
-        self._batch_norms = tuple(m for r in self._regions for m in r.target.modules() if isinstance(m, _BATCH_NORMS))
-        state, updates = self._wanted_state(trainer)
-        for region in self._regions:
-            region.set_state(state, updates)
-            if "weight" not in updates:
-                region.keep_weight_scales()
-        for copy in _compat.averaged_copies(trainer):
-            self._expect_other_weights(trainer, copy)
-        if self.freeze_observers_after is not None:
-            freeze_learned(self._regions, self._freezes_scales(trainer))
-        self._freeze_batch_norm(trainer)
-        self.frozen_parts.apply(pl_module, trainer.current_epoch)
+        self._regions.apply(trainer, pl_module, *self._wanted_state(trainer))
 
-    def _wanted_state(self, trainer: pl.Trainer) -> tuple[State, frozenset[Updates]]:
+    def _wanted_state(self, trainer: pl.Trainer) -> tuple[State, frozenset[ScaleRole]]:
         return "quantize" if self.should_quantize(trainer) else "off", frozenset(self.scale_updates(trainer))
 
-    def _freeze_batch_norm(self, trainer: pl.Trainer) -> None:
-        if self.freeze_batch_norm_after is None or trainer.current_epoch < self.freeze_batch_norm_after:
-            return
-        for module in self._batch_norms:
-            if module.training:
-                module.eval()
-
-    def _require_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule, at_once: bool = False) -> None:
-        if not at_once and not self.should_quantize(trainer):
-            return
-        regions = find_regions(pl_module)
-        if not all(region.is_calibrated for region in regions.values()):
-            for source in listed(trainer, ScaleSource):  # listed later, or a schedule that starts within an epoch
-                source.calibrate_if_needed(trainer, pl_module)
-        for path, region in regions.items():
-            if not region.is_calibrated and any(r.is_calibrated for r in regions.values()):
-                raise MisconfigurationException(
-                    f"the calibration data never reached target {path!r}, so it has no scales: leave it out of target "
-                    "(if only training calls it), or give the datamodule a calibration_dataloader() that reaches it."
-                )
-            if not region.is_calibrated:
-                raise MisconfigurationException(
-                    f"the fake-quants of {path or type(pl_module).__name__} have no scales: add "
-                    "Calibration(batches=32) to the Trainer's callbacks, or pass the checkpoint of a calibrated model "
-                    "as ckpt_path."
-                )
+    def _require_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.should_quantize(trainer):
+            require_scales(trainer, pl_module)

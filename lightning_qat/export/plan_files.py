@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lightning_qat.atomic_files import json_value, write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.regions import find_regions
 
 FORMAT_VERSION = 1
 """Changes when a reader of the file has to change; new keys alone do not change it."""
@@ -76,7 +77,7 @@ def write_plan(model: nn.Module | Region, directory: str | os.PathLike[str]) -> 
 
 
 def _described(region: Region) -> dict[str, Any]:
-    region.refresh_weight_scales()
+    region.scales.refresh_weights()
     plan, fake_quants = region.plan, region.points
     points = []
     for point in plan.points:

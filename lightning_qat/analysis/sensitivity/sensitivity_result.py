@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lightning_qat.analysis.metric_direction import higher_is_better
 from lightning_qat.analysis.results import Block, Result
-
-_RANKED_BY_LARGE_ERROR = ("Cosine", "SQNR")
 
 
 @dataclass(frozen=True)
@@ -198,9 +197,9 @@ def most_sensitive_first(
     Args:
         rows: in execution order, which decides about ties.
         metric: name of the metric.
-        ascending: small values are sensitive; by default for Cosine and SQNR.
+        ascending: small values are sensitive; by default those of a metric of which a larger value is better.
     """
-    sign = 1.0 if (metric in _RANKED_BY_LARGE_ERROR if ascending is None else ascending) else -1.0
+    sign = 1.0 if (higher_is_better(metric) if ascending is None else ascending) else -1.0
 
     def order(row: SensitivityRow) -> tuple[bool, float]:
         if row.value is None:

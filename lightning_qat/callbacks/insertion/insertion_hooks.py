@@ -15,7 +15,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_qat.callbacks.insertion.float_checkpoint import FloatCheckpointError, stored_regions, stored_target
 from lightning_qat.callbacks.insertion.insertion_request import InsertionRequest, differences
-from lightning_qat.callbacks.insertion.learned_scales import hide_from_ddp, show_to_ddp
 from lightning_qat.callbacks.insertion.target_discovery import AUTO
 from lightning_qat.callbacks.insertion.traced_targets import (
     format_targets,
@@ -23,6 +22,7 @@ from lightning_qat.callbacks.insertion.traced_targets import (
     submodule,
     traced_targets,
 )
+from lightning_qat.callbacks.schedule.rank_averaging import hide_from_ddp, show_to_ddp
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.quantization.errors import TracingError
@@ -30,7 +30,8 @@ from lightning_qat.quantization.planning.make_plan import make_plans
 from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.planning.plan_compatibility import read_extra_state
 from lightning_qat.quantization.region.insertion import attach
-from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
 

@@ -1,0 +1,30 @@
+"""The file that says which plan is in effect, written at the start and at the end of training."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
+from lightning_qat.export.plan_files import write_plan
+
+
+class PlanWriter:
+    """Writes ``quant_plan.json`` of one run into its directory. Call its methods on all ranks."""
+
+    def __init__(self) -> None:
+        self._has_started = False
+
+    def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the plan that training starts with."""
+        self._write(trainer, pl_module)
+        self._has_started = True
+
+    def end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the plan with the scales of the weights that are kept, if training has started."""
+        if self._has_started:
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        directory = run_directory(trainer)  # broadcasts: on all ranks
+        if leaves_files(trainer):
+            write_plan(pl_module, directory)

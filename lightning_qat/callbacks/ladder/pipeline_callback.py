@@ -1,0 +1,157 @@
+"""What the checks of the training pipeline have in common: when they run, what they write, what they say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from typing_extensions import override
+
+from lightning_qat.analysis.ladder.measurements import Ladder
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult, cannot_tell
+from lightning_qat.callbacks.ladder.ladder import measure_ladder
+from lightning_qat.callbacks.trainer._compat import steps_taken
+from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
+from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
+from lightning_qat.reporting.console import show
+from lightning_qat.reporting.files import write_result
+from lightning_qat.reporting.loggers import log_table
+
+
+class PipelineCallback(Callback):
+    """Base of the checks of the training pipeline; subclasses measure rungs, this class runs them once and reports.
+
+    A check that fails must not take the training run with it: the verdict is ``cannot tell`` then, with the reason.
+
+    Args:
+        batches: training batches per finetune and rank.
+        eval_batches: validation batches per evaluation and rank; all if not given.
+        at_epoch: before which epoch it runs, None for none.
+        stop: stop training on a bad verdict (Lightning still honours ``min_epochs`` and ``min_steps``).
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init__(self, batches: int, eval_batches: int | None, at_epoch: int | None, stop: bool) -> None:
+        require_at_least(type(self).__name__, batches=batches, eval_batches=eval_batches)
+        require_at_least(type(self).__name__, least=0, at_epoch=at_epoch)
+        self.batches = batches
+        self.eval_batches = eval_batches
+        self.at_epoch = at_epoch
+        self.stop = stop
+        self.result: PipelineResult | None = None
+        self._done = False
+
+    @property
+    def state_key(self) -> str:
+        """Several of them, at different epochs, are kept apart in the checkpoint."""
+        return self._generate_state_key(at_epoch=self.at_epoch)
+
+    def should_run(self, trainer: pl.Trainer) -> bool:
+        """Whether the check runs before this epoch. Override for another schedule; it runs once in any case."""
+        return trainer.current_epoch == self.at_epoch
+
+    def measure_rungs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineResult:
+        """Measure and judge."""
+        raise NotImplementedError
+
+    def measure_ladder(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        rungs: Collection[int],
+        batches: int | None = None,
+        reference: Collection[str] = (),
+    ) -> Ladder:
+        """Measure some rungs of the ladder, with the batches asked for; the evaluation has to log ``reference``."""
+        limit = math.inf if self.eval_batches is None else self.eval_batches
+        return measure_ladder(trainer, pl_module, rungs, batches or self.batches, limit, type(self).__name__, reference)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._done = False
+            self.result = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # before the first epoch begins, so that stopping leaves no half epoch behind
+        self._run_once(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._run_once(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._done:
+            rank_zero_warn(
+                f"{type(self).__name__}(at_epoch={self.at_epoch}) did not run: this training had no start of that "
+                "epoch. Write an at_epoch that is still to come."
+            )
+
+    def _run_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._done or not self.should_run(trainer):
+            return
+        self._done = True
+        self.run_check(trainer, pl_module)
+
+    def run_check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure, judge and report now, on all ranks."""
+        # what differs between ranks (noise, errors) must not let them disagree
+        self.result = result = trainer.strategy.broadcast(self._measured(trainer, pl_module))
+        self._report(trainer, result)
+        if result.verdict != "healthy":
+            rank_zero_warn(f"{type(self).__name__}: {result.note}")
+        if result.is_bad and self.stop:
+            rank_zero_info(f"{type(self).__name__} stops the training (stop=True).")
+            trainer.should_stop = True
+
+    def _measured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineResult:
+        try:
+            return self.measure_rungs(trainer, pl_module)
+        except Exception as error:
+            if trainer.world_size > 1 or (isinstance(error, MisconfigurationException) and trainer.global_step == 0):
+                raise  # other ranks would wait for this one forever; before the first step nothing is lost
+            if isinstance(error, MisconfigurationException):
+                return cannot_tell(f"{error} Training goes on without the check.")
+            return cannot_tell(
+                f"the check failed with {type(error).__name__}: {error}. Training goes on without it; the check copies "
+                "the module and trains the copy, so look for attributes that cannot be copied."
+            )
+
+    def _report(self, trainer: pl.Trainer, result: PipelineResult) -> None:
+        directory = run_directory(trainer)  # broadcasts: on all ranks
+        if not trainer.is_global_zero:
+            return
+        file = ""
+        if leaves_files(trainer):
+            file = str(write_result(result, directory, self.name, formats=("txt", "json"))[0])
+        log_table(trainer.loggers, self.name, result, steps_taken(trainer))
+        show(result, console_of(trainer), note=result.verdict == "healthy", file=file)  # else it is a warning
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self._done}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._done = bool(state_dict["done"])
+
+
+def check_reference(who: str, reference: Mapping[str, float]) -> None:
+    """Refuse metrics of the float run that are no numbers.
+
+    Raises:
+        MisconfigurationException: one is not.
+    """
+    for metric, value in reference.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise MisconfigurationException(
+                f"{who}(reference={{{metric!r}: {value!r}}}): write a number, such as 0.98."
+            )

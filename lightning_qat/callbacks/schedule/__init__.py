@@ -1,0 +1,1 @@
+"""What QuantizationAwareTraining changes while a run goes on: scales, batch norm, frozen parts."""
