@@ -29,6 +29,9 @@ class GrowingTable:
 
     Args:
         path: the file.
+
+    Attributes:
+        path: the file that is written; another one than was asked for if several analyses write the same file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -84,16 +87,23 @@ class GrowingTable:
                 raise ValueError("it has other columns")
             last = max((epoch for epoch, _ in _records(whole)), default=-1)
         except (ValueError, IndexError, csv.Error):
-            aside = _free_path(self.path)
-            self.path.rename(aside)
-            return (
-                f"{self.path} has other columns, of another version or metric, so the rows of this run cannot follow. "
-                f"It is now called {aside.name}, and a new file was begun."
-            )
+            return self._make_room()
         if len(whole) < len(content):  # the machine failed while it was written
             write_atomically(self.path, whole)
         self._size, self._last = len(whole), last
         return ""
+
+    def _make_room(self) -> str:
+        """Move a file with other columns aside; if it was written meanwhile, by another analysis, leave it alone."""
+        free, path = _free_path(self.path), self.path
+        if self._left is not None:
+            self.path = free
+            return f"{path} is written by another analysis too. The rows of this one follow in {free.name}."
+        path.rename(free)
+        return (
+            f"{path} has other columns, of another version or metric, so the rows of this run cannot follow. It is now "
+            f"called {free.name}, and a new file was begun."
+        )
 
     def _append(self, lines: bytes) -> None:
         with open(self.path, "ab", buffering=0) as file:

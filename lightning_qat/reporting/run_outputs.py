@@ -27,7 +27,8 @@ class RunOutputs:
         self.name = name
         self.tags = tags
         self._warn = warn
-        self._table = GrowingTable("")
+        self._table: GrowingTable | None = None
+        self._directory: Path | None = None
         self._has_warned = False
 
     def write(self, result: Result[Any], directory: str | os.PathLike[str], epoch: int) -> None:
@@ -39,8 +40,8 @@ class RunOutputs:
             epoch: its number.
         """
         place = Path(directory)
-        if self._table.path != place / f"{self.name}.csv":
-            self._table = GrowingTable(place / f"{self.name}.csv")
+        if self._table is None or self._directory != place:  # another fit
+            self._table, self._directory = GrowingTable(place / f"{self.name}.csv"), place
         moved = self._table.write(result, epoch)
         write_text(result, place / f"{self.name}.txt", epoch)
         write_json(result, place / f"{self.name}.json", epoch)

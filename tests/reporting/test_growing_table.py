@@ -120,6 +120,21 @@ def test_file_of_another_layout_is_moved_aside_untouched(tmp_path: Path, content
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.1.csv", "t.2.csv", "t.csv"]
 
 
+def test_two_analyses_that_write_the_same_file_are_kept_apart(tmp_path: Path) -> None:
+    """The number of files does not grow with the epochs."""
+    first, second = GrowingTable(tmp_path / "t.csv"), GrowingTable(tmp_path / "t.csv")
+    said = []
+    for epoch in range(4):
+        said.append(first.write(result(1.0), epoch))
+        said.append(second.write(Result((Other("p0", 2.0),)), epoch))
+    assert [bool(text) for text in said] == [False, True, True, False, False, False, False, False]
+    assert said[2] == f"{tmp_path / 't.csv'} is written by another analysis too. The rows of this one follow in t.2.csv."
+    assert [path.name for path in (first.path, second.path)] == ["t.2.csv", "t.csv"]
+    assert [epoch for epoch, *_ in read(tmp_path / "t.2.csv")] == [1, 2, 3]
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.1.csv", "t.2.csv", "t.csv"]
+
+
 def test_names_with_commas_quotes_and_foreign_letters_are_counted_rightly(tmp_path: Path) -> None:
     """Where a row begins is counted in bytes."""
     table = GrowingTable(tmp_path / "t.csv")
