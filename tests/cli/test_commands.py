@@ -22,7 +22,7 @@ from lightning_qat.cli.inspect_command import find_point
 from lightning_qat.cli.script_surroundings import one_device
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.insertion import insert
-from lightning_qat.reporting.model_check_report import read_model_check
+from lightning_qat.reporting.model_check_file import read_model_check
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "examples" / "digits.py")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,13 @@ def assert_same_run(directory: Path, *callbacks: Callback, own_metrics: str | tu
     metrics = {k: v for k, v in other_trainer.callback_metrics.items() if not k.startswith(own_metrics)}
     assert_same(dict(plain_trainer.callback_metrics), metrics)
     assert len(metrics) < len(other_trainer.callback_metrics)
+
+
+def rows_of(path: Path, epoch: int | None = None) -> list[dict[str, str]]:
+    """The rows of one epoch in a csv file that grows; those of the last if not given."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    epochs = [int(row["epoch"]) for row in rows]
+    assert epochs == sorted(epochs)
+    wanted = epochs[-1] if epoch is None else epoch
+    return [row for row in rows if int(row["epoch"]) == wanted]
