@@ -151,6 +151,7 @@ def take_fingerprint(
             weights=weight_digests(pl_module),
             versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
             agreement={stage: summary.agreement for stage, summary in stages.items()},
+            constant_guess={stage: summary.constant_guess for stage, summary in stages.items()},
             random_evaluation=is_random,
             swapped=stages["validate"].swapped if "validate" in stages else [],
             batches=batches,

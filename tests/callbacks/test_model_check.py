@@ -20,8 +20,9 @@ from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.model_check import ModelCheck
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.reporting.model_check_report import markdown_report, read_model_check
-from tests.callbacks import analysed_run
-from tests.callbacks.runs import Classifier, SelfClassifier, loader, qat_trainer, trainer
+from tests.harness import noisy_run
+from tests.harness.classifier import Classifier, SelfClassifier, loader
+from tests.harness.trainers import qat_trainer, trainer
 
 WRONG = {
     "overrides": [
@@ -98,13 +99,13 @@ def test_training_is_bit_identical(tmp_path: Path) -> None:
     """Foundation: analysis leaves no trace, in a run with shuffling, augmentation, dropout and metrics."""
     runs = []
     for extra in ([], [ModelCheck(show=False)]):
-        numbers = analysed_run.RandomNumbers()
-        module, run = analysed_run.run(tmp_path, *extra, numbers)
+        numbers = noisy_run.RandomNumbers()
+        module, run = noisy_run.run(tmp_path, *extra, numbers)
         metrics = dict(run.callback_metrics)
         runs.append(
             [module.state_dict(), run.optimizers[0].state_dict(), metrics, numbers.drawn, torch.get_rng_state()]
         )
-    analysed_run.assert_same(*runs)
+    noisy_run.assert_same(*runs)
 
 
 def test_tensorboard_shows_the_report(tmp_path: Path) -> None:

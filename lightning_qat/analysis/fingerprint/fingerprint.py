@@ -42,7 +42,9 @@ class Fingerprint:
         weights: digest of the parameters and buffers of every module that owns some.
         versions: of Python and packages.
         agreement: by stage and pair of tensors, ``output=target``: the share of integer targets that are where the
-            model's output is largest; it shows labels that belong to other inputs.
+            model's output is largest; it shows labels that belong to other inputs. Batch norm and dropout are in eval
+            mode for it, so that it is about the labels alone.
+        constant_guess: the same for the best answer that does not look at the input: the most frequent class.
         random_evaluation: the same batch, evaluated twice, gave different results from the same model inputs.
         swapped: modules whose weights are others while validation runs (averages that are swapped in).
         batches: batches per stage and rank that were looked at.
@@ -63,6 +65,7 @@ class Fingerprint:
     weights: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     agreement: dict[str, dict[str, float]] = field(default_factory=dict)
+    constant_guess: dict[str, dict[str, float]] = field(default_factory=dict)
     random_evaluation: bool = False
     swapped: list[str] = field(default_factory=list)
     batches: int = 0

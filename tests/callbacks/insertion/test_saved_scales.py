@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from torch import Tensor
 
 from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
-from tests.callbacks.runs import Classifier, assert_same, dataset, only_region, qat_trainer
+from tests.harness.classifier import Classifier, dataset
+from tests.harness.state import assert_same, only_region
+from tests.harness.trainers import qat_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
 AVERAGES: dict[str, Any] = {

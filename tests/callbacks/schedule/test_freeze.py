@@ -23,7 +23,9 @@ from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.quantization.tracing.tracer import trace
-from tests.callbacks.runs import Classifier, assert_same, only_region, qat_trainer, scales, state_of, trainer
+from tests.harness.classifier import Classifier
+from tests.harness.state import assert_same, only_region, scales, state_of
+from tests.harness.trainers import qat_trainer, trainer
 
 
 class Snapshots(Callback):

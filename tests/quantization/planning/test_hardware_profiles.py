@@ -23,7 +23,7 @@ from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.planning.profile_violations import ProfileViolation, find_violations
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 from lightning_qat.quantization.tracing.tracer import trace
-from tests.quantization.models import ZOO, calibrated
+from tests.quantization.models import ZOO, Wired, calibrated
 from tests.quantization.planning.profiles import NARROW, shipped
 
 SHIPPED = shipped_profiles()
@@ -31,21 +31,21 @@ IMAGE = torch.linspace(-1, 1, 2 * 4 * 36).reshape(2, 4, 6, 6)
 ROWS = torch.linspace(-1, 1, 12).reshape(3, 4)
 
 
-class Net(nn.Module):
-    def __init__(self, function: Callable[[Any, Any], Any]) -> None:
-        super().__init__()
-        self.function = function
-        self.conv, self.conv2, self.up = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.ConvTranspose2d(4, 4, 1)
-        self.norm = nn.BatchNorm2d(4)
-        self.linear, self.linear2 = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.embedding = nn.Embedding(4, 4)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
+def wired(function: Callable[[Any, Any], Any]) -> Wired:
+    return Wired(
+        function,
+        conv=nn.Conv2d(4, 4, 1),
+        conv2=nn.Conv2d(4, 4, 1),
+        up=nn.ConvTranspose2d(4, 4, 1),
+        norm=nn.BatchNorm2d(4),
+        linear=nn.Linear(4, 4),
+        linear2=nn.Linear(4, 4),
+        embedding=nn.Embedding(4, 4),
+    )
 
 
 def graph_of(function: Callable[[Any, Any], Any], x: Tensor = IMAGE) -> OpGraph:
-    return trace(Net(function), [x])
+    return trace(wired(function), [x])
 
 
 @functools.cache
@@ -153,7 +153,7 @@ def test_consumer_that_cannot_read_its_producer_requantizes() -> None:
 
 def test_requantization_takes_part_in_the_forward() -> None:
     """The value is on both grids, and with the region off nothing is left of them."""
-    model = Net(lambda m, x: m.conv2(torch.softmax(m.conv(x), 1)))
+    model = wired(lambda m, x: m.conv2(torch.softmax(m.conv(x), 1)))
     reference = model(IMAGE)
     region = calibrated(model, IMAGE, profile=parse_profile(NARROW, "narrow"))
     seen: dict[str, Tensor] = {}

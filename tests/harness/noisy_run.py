@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from tests.harness.state import assert_same
+from tests.harness.trainers import qat_trainer
 
 
 class Classifier(LightningModule):
@@ -71,20 +72,10 @@ class RandomNumbers(Callback):
 
 
 def trainer_of(directory: Path, *callbacks: Callback, **kwargs: Any) -> Trainer:
+    """Two epochs of QAT whose activation scales move."""
     quantization = kwargs.pop("quantization", None) or QuantizationAwareTraining(activation_scales="ema")
-    settings: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 2,
-        "default_root_dir": directory,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-    }
-    settings |= kwargs
-    return Trainer(callbacks=[quantization, Calibration(batches=2), *callbacks], **settings)
+    settings = {"max_epochs": 2, "calibration_batches": 2, **kwargs}
+    return qat_trainer(directory, *callbacks, quantization=quantization, **settings)
 
 
 def run(directory: Path, *callbacks: Callback, **kwargs: Any) -> tuple[Classifier, Trainer]:
@@ -111,18 +102,3 @@ def assert_same_run(directory: Path, *callbacks: Callback, own_metrics: str | tu
     metrics = {k: v for k, v in other_trainer.callback_metrics.items() if not k.startswith(own_metrics)}
     assert_same(dict(plain_trainer.callback_metrics), metrics)
     assert len(metrics) < len(other_trainer.callback_metrics)
-
-
-def assert_same(a: Any, b: Any) -> None:
-    if isinstance(a, Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
