@@ -78,8 +78,8 @@ class ActivationOverride:
             raise ConfigurationError("give threshold or fixed_scale, not both: threshold is divided by the code range.")
         if self.split is not None and (self.threshold is not None or self.fixed_scale is not None):
             raise ConfigurationError(
-                "split finds a scale for each group, but threshold and fixed_scale give one scale for the whole tensor: "
-                "write split, or one of the other two."
+                "split finds a scale for each group, but threshold and fixed_scale give one scale for all: write "
+                "either split or one of these."
             )
         for name in ("threshold", "fixed_scale"):
             value = getattr(self, name)

@@ -1,4 +1,4 @@
-"""Reductions over the ranks of a distributed run. No other module of the quantization layer uses torch.distributed.
+"""Reductions over the ranks of a distributed run. No other module of the package uses torch.distributed.
 
 A reduction returns a new tensor on the device of its argument, whatever device the backend works on. Without a process
 group, or in a group of one rank, it returns its argument.

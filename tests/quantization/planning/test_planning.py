@@ -339,7 +339,7 @@ def test_consumer_of_an_excluded_op_gets_an_input_quantizer(resnet: OpGraph) -> 
         ({"match": "stem", "activation": {"fixed_scale": True}}, "positive number, got True"),
         ({"match": "stem"}, "changes nothing"),
         ({"match": "stem", "activation": {}, "weight": {"dtype": None}}, "changes nothing"),
-        ({"match": 0, "activation": {"dtype": "int8"}}, r'match must be one text in quotes \(such as match: "0"\), got 0'),
+        ({"match": 0, "activation": {"dtype": "int8"}}, r'must be one text in quotes \(such as match: "0"\), got 0'),
         ({"op_type": ["add"], "activation": {"dtype": "int8"}}, r"op_type must be one text.*got \['add'\]"),
         ({"activation": {"dtype": "int8"}}, "needs a selector"),
         ({"match": "stem", "activation": {"percentile": 0.5}}, "in percent"),
