@@ -10,7 +10,7 @@ from lightning_qat.callbacks.accuracy_table import AccuracyTable
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
 from lightning_qat.callbacks.float_finetune import FloatFinetune
-from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
 from lightning_qat.callbacks.model_check import ModelCheck

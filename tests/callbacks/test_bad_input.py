@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from lightning_qat.callbacks.accuracy_table import AccuracyTable
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.insertion.float_checkpoint import load_float_weights, load_quantized
+from lightning_qat.callbacks.insertion.float_checkpoint import load_float_weights
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 from tests.harness.classifier import Classifier, loader

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.passes.evaluation import evaluate
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining

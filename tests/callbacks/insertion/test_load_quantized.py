@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.quantization.errors import PlanMismatchError
 from tests.callbacks.test_resume import Changed
 from tests.harness.classifier import Classifier, SelfClassifier

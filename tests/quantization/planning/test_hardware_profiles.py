@@ -238,8 +238,8 @@ def test_op_with_a_float_operand_runs_in_float_as_a_whole() -> None:
     [
         (
             {"match": "soft*", "activation": {"dtype": "int8"}},
-            r"override 1 \(match 'soft\*'\) asks for int8 at softmax_0.output, which the hardware has not: "
-            r"profile narrow: softmax output only int16. Change the rule, or add one for this point behind it: "
+            r"override 1 \(match 'soft\*'\) asks for int8 at softmax_0.output, which the hardware does not support: "
+            r"profile narrow: softmax output only int16. Change the rule, or add one for this point after it: "
             r"\{match: 'softmax_0.output', activation: \{dtype: int16\}\}",
         ),
         ({"match": "conv", "weight": {"dtype": "int4"}}, "int4 at conv.weight.*conv2d weight only int8"),
@@ -264,7 +264,7 @@ def test_advice_of_the_error_works() -> None:
             plan = under(lambda m, x: m.conv2(torch.softmax(m.conv(x), 1)), overrides=rules)
             break
         except ConfigurationError as error:
-            advice = re.search(r"behind it: (\{.*\})\.$", str(error))
+            advice = re.search(r"after it: (\{.*\})\.$", str(error))
             assert advice is not None
             rules.append(yaml.safe_load(advice[1]))
     assert {p.name: p.dtype for p in plan.points if not p.is_weight} == {
