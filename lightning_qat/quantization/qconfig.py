@@ -1,4 +1,4 @@
-"""What the user asks for: the defaults for activations and weights. Rules for single points are in ``overrides.py``.
+"""The defaults for activations and weights that the user asks for. Rules for single points are in ``overrides.py``.
 
 Plain dataclasses, so that LightningCLI shows and validates them. Wrong values raise :class:`ConfigurationError` when
 the object is built, with a sentence that says what to write.

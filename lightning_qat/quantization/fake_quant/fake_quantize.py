@@ -235,7 +235,7 @@ class FakeQuantize(QuantizationParameters):
             self._write_ema_range(*self.statistics.ema_range)
 
     def reset_statistics(self) -> None:
-        """Forget what was observed, to calibrate anew; the scale stays."""
+        """Reset the statistics, to calibrate again; the scale stays."""
         self.statistics.reset()
 
     def get_statistics_state(self) -> dict[str, Any]:

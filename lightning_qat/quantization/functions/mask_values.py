@@ -30,7 +30,7 @@ def makes_mask(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs
         kind: canonical torch function.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        outputs: what it returned.
+        outputs: the tensors that it returned.
 
     Example:
         >>> kept = torch.tensor([0.0, 1.0])

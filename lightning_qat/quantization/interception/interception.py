@@ -102,7 +102,11 @@ class Intercepted:
         return intercepted
 
     def uninstall(self) -> None:
-        """Put back what was there before."""
+        """Put back the previous forward.
+
+        Raises:
+            RuntimeError: other code has replaced the forward since.
+        """
         current = self.target.__dict__.get("forward")
         if current is not self:
             raise RuntimeError(

@@ -39,7 +39,7 @@ class TransparentGradients(TorchFunctionMode):
 
 
 def handler_of(func: Callable[..., Any]) -> Handler | None:
-    """Return what a mode calls instead of a torch function that would cut the gradient; None for all others."""
+    """Return the replacement for a torch function that would cut the gradient; None for all other functions."""
     return _HANDLERS.get(func)
 
 
@@ -70,7 +70,7 @@ def _same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _grad_mode(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``no_grad`` does nothing, and neither does its end, which restores what was before."""
+    """``no_grad`` does nothing, and neither does its end, which restores the previous mode."""
     if args[0] or not torch.is_grad_enabled() or inside_function(sys._getframe(1)):
         return func(*args, **kwargs)
     return None

@@ -34,7 +34,7 @@ class Call:
 
     @classmethod
     def of(cls, batch: Any) -> Call:
-        """Read a batch: a Call, a tensor, a tuple or list of args, a mapping of kwargs, or ``(args, kwargs)``."""
+        """Return a Call from a Call, a tensor, a tuple or list of args, a mapping of kwargs, or ``(args, kwargs)``."""
         if isinstance(batch, Call):
             return batch
         if isinstance(batch, Mapping):
@@ -46,7 +46,7 @@ class Call:
         return cls((batch,))
 
     def copied(self) -> Call:
-        """Return a call with the same tensors and modules, and with copies of all other arguments.
+        """Return a call with the same tensors and modules whose other arguments are copies, where they can be copied.
 
         Objects that keep state between forwards, such as the key-value cache of a language model, are copied. So a
         call can run several times, and the caller's objects stay as they are.

@@ -1,4 +1,4 @@
-"""What is kept about the data of a point: extremes, moving averages and a histogram, for any observer to use."""
+"""The statistics of a point's data that any observer can use: extremes, moving averages and a histogram."""
 
 from __future__ import annotations
 

@@ -59,9 +59,9 @@ def deployed_part(graph: OpGraph) -> DeployedPart:
 
 
 def _loss(graph: OpGraph) -> set[str]:
-    """Ops that lead to scalar outputs only, and what is computed from the model's outputs and leads nowhere.
+    """Ops that lead to scalar outputs only, and ops that read the model's outputs and lead to no output.
 
-    The second are the parts of a loss that leave torch, such as the matching of a detector's predictions and labels.
+    The latter are parts of a loss that leave torch, such as the matching of a detector's predictions and labels.
     """
     scalars = [o for o in graph.outputs if o.is_scalar and is_float_name(o.dtype)]
     tensors = [o for o in graph.outputs if not o.is_scalar and is_float_name(o.dtype)]
@@ -94,7 +94,7 @@ def _ancestors(graph: OpGraph, sources: Iterable[Source]) -> set[str]:
 
 
 def _moved_from(graph: OpGraph, sources: set[Source]) -> set[Source]:
-    """The tensors, and what their values were only moved from (by ``split``, ``reshape``, ``stack``, ...)."""
+    """The tensors, and those that their values were moved from without change (``split``, ``reshape``, ``stack``)."""
     found = set(sources)
     pending = list(sources)
     while pending:

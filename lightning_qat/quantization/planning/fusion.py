@@ -128,7 +128,7 @@ class _Finder:
         return None
 
     def _varies(self, last: Op, consumers: tuple[Op, ...]) -> bool:
-        """Whether the consumers are one place in the code that sees the result in one round of a loop or another."""
+        """Whether the consumers are calls from one place in the code, which reads the result in varying rounds."""
         one_place = len({c.location for c in consumers}) == 1
         return one_place and any(len(self._fed_by(last, c).sources) > 1 for c in consumers if self._reads(last, c))
 

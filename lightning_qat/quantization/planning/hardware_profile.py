@@ -1,4 +1,4 @@
-"""What a piece of hardware can compute: which types each op takes and gives, and which ops it computes as one.
+"""Hardware profiles: which types each op can read and return on the hardware, and which ops it computes as one.
 
 A profile is data, usually a small YAML file; ``lightning_qat/profiles/README.md`` says how to write one.
 :func:`~lightning_qat.quantization.planning.hardware_profile_files.hardware_profile` reads it. To add a key to these

@@ -1,4 +1,4 @@
-"""What goes where and why, as ``make_plan`` decides it: plain frozen data."""
+"""The plan that ``make_plan`` returns: which points and ops are quantized how, and why. Plain frozen data."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class PointPlan:
 
 @dataclass(frozen=True)
 class OpPlan:
-    """What happens to one op, and why."""
+    """The decision about one op, with its reason."""
 
     name: str
     status: OpStatus

@@ -194,7 +194,7 @@ class Planner:
                 self._decide_input(op, operand, signature)
 
     def _demand(self, op: Op, operand: Operand) -> InputDemand | None:
-        """What the hardware has to be able to read; None for what is folded into the op or not quantized anyway."""
+        """What the hardware must be able to read; None for an operand that is folded into the op or not quantized."""
         origins = self.origins.of(operand.sources)
         name = f"{op.name}.input{operand.index}"
         if not origins:

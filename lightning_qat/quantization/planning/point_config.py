@@ -1,4 +1,4 @@
-"""What the defaults and overrides say about one quantization point."""
+"""The configuration of one quantization point, from the defaults and the overrides."""
 
 from __future__ import annotations
 

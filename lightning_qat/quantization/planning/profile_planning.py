@@ -67,7 +67,7 @@ class ProfileChoices:
                 self.run_in_float(op, profile.why_unsupported(op.kind))
 
     def run_in_float(self, op: Op, reason: str) -> None:
-        """Take the op, and what it is fused with, off the hardware."""
+        """Let an op and its fused group run in float, off the hardware."""
         group = self.groups.get(op.name)
         for name in group.ops if group else (op.name,):
             self.floats[name] = reason

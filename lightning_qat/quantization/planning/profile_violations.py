@@ -1,4 +1,4 @@
-"""Find what a plan asks for and the hardware does not support: ``find_violations(plan, graph, profile)``."""
+"""Find everything in a plan that the hardware does not support: ``find_violations(plan, graph, profile)``."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ class _Checker:
         return external_operands(op, group.ops if group is not None else (), self.origins)[0]
 
     def _float_inputs(self, op: Op) -> Iterator[str]:
-        """The inputs that nobody has quantized, except for masks and what is folded into the op."""
+        """The inputs that no point quantizes, except masks and constants that are folded into the op."""
         for operand in self._inputs(op):
             name = f"{op.name}.input{operand.index}"
             if name in self.plan.by_name:
@@ -219,7 +219,7 @@ class _Checker:
                 yield name
 
     def _read(self, op: Op, operand: Operand) -> Iterator[PointPlan]:
-        """The quantizers that an operand has passed last: its own, or those of its producers."""
+        """The last quantizers of an operand: its own, or those of its producers."""
         own = self.plan.by_name.get(f"{op.name}.input{operand.index}")
         if own is not None:
             yield own

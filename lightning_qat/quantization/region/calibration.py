@@ -1,4 +1,4 @@
-"""Calibration: observe a few batches in float, derive the scales, say what looks wrong."""
+"""Calibration: observe a few batches in float, derive the scales, report problems."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ __all__ = ["CalibrationFinding", "CalibrationPass", "CalibrationResult", "calibr
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """What calibration did.
+    """The result of a calibration.
 
     Args:
         batches: number of batches on this rank.
         points: number of points with a scale.
-        findings: what looks wrong.
+        findings: the problems that it saw.
     """
 
     batches: int

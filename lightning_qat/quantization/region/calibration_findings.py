@@ -112,7 +112,7 @@ def _others(kind: str, points: list[str]) -> str:
 
 
 def _behind(graph: OpGraph, point: PointPlan) -> set[str]:
-    """Names of the ops that read what is at a point, or what is computed from it."""
+    """Names of the ops that read the tensor at a point, or a tensor that is computed from it."""
     found = {point.op}
     if point.role != "output":
         sources = set(_operand(graph, point).sources)

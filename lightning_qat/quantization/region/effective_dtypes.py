@@ -21,8 +21,8 @@ class EffectiveDtypes:
 
     Args:
         graph: the traced ops.
-        plan: what was decided for them.
-        point_dtypes: types of points that are in effect instead of the planned ones.
+        plan: the plan for them.
+        point_dtypes: types of points that replace the planned ones.
 
     Attributes:
         points: the type of every point; ``float32`` for a point that is switched off.
@@ -91,7 +91,7 @@ def effective_dtypes(region: Region) -> EffectiveDtypes:
 
 
 def widest(dtypes: Iterable[str]) -> str:
-    """Return ``float32`` if it is among the types or there is none, else the one with the most bits.
+    """Return the type with the most bits; ``float32`` counts as the widest, and is returned if there is no type.
 
     Example:
         >>> widest(["int8", "int16"]), widest(["int16", "float32"])

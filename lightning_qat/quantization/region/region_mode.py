@@ -1,4 +1,4 @@
-"""What happens at every op while a region runs: its operands and its result go through their fake-quants."""
+"""The mode that handles every op while a region runs: its operands and its result go through their fake-quants."""
 
 from __future__ import annotations
 

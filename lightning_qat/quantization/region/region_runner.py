@@ -1,4 +1,4 @@
-"""Running a region: what happens when the target's forward is entered, and which ops the plan did not know."""
+"""Running a region: it opens a mode whenever the target's forward is entered, and notes ops that the plan lacks."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class RegionRunner:
         if self._is_restored and not self._graph.varying:
             raise PlanMismatchError(
                 f"the restored plan of {self._graph.target_type} does not know {location}: the code differs from the "
-                "one the checkpoint was made with. Restore the code, or insert fake-quant anew and calibrate."
+                "code the checkpoint was made with. Restore that code, or insert fake-quant anew and calibrate."
             )
         warnings.warn(
             f"{location} was not seen while tracing {self._graph.target_type}; it runs in float. Trace batches that "

@@ -37,7 +37,7 @@ class RegionScales:
         self._bound = bound
 
     def reset_statistics(self) -> None:
-        """Forget what was observed, before a new calibration; the scales stay, and so does what is frozen."""
+        """Reset all statistics except those of frozen points, before a new calibration. The scales stay."""
         for fake_quant in self._points.values():
             if not fake_quant.keeps_scale:
                 fake_quant.reset_statistics()

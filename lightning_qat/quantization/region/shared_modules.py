@@ -30,7 +30,7 @@ class SharedModule:
     """A module that was registered at several places.
 
     Args:
-        path: where it was met first; the module itself stays there.
+        path: the first place; the module itself stays there.
         copies: the other places.
         module_type: its class name.
         reason: why it is still shared; empty where it was split.
@@ -44,7 +44,7 @@ class SharedModule:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What :func:`split_shared_modules` did.
+    """The result of :func:`split_shared_modules`.
 
     Args:
         split: modules whose every place has a module of its own now.

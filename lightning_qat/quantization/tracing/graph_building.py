@@ -86,7 +86,7 @@ class GraphBuilder:
         self._broken_off[self.training] |= self._met
 
     def graph(self, constants: set[str], carried: dict[str, str], writers: dict[str, set[str]]) -> OpGraph:
-        """Freeze what was collected.
+        """Return the graph of everything that was collected.
 
         Args:
             constants: names of unknown tensors that stayed the same.

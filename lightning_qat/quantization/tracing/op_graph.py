@@ -1,4 +1,4 @@
-"""What was traced: ops, where their operands come from, and what leaves the region. Plain frozen data."""
+"""The graph that tracing returns: ops, the sources of their operands, and the region's outputs. Plain frozen data."""
 
 from __future__ import annotations
 

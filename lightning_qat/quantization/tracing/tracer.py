@@ -126,7 +126,11 @@ class Tracer:
         return False
 
     def open(self, frame: FrameType) -> InterceptionMode | None:
-        """Start recording a forward; a recursive entry is part of the forward that runs."""
+        """Start recording a forward; a recursive entry is part of the forward that runs.
+
+        Raises:
+            TracingError: inference mode is on.
+        """
         if threading.get_ident() != self._thread or active_mode(self.paths) is not None:
             return None
         if torch.is_inference_mode_enabled():
@@ -157,7 +161,7 @@ class Tracer:
         return output
 
     def graph(self) -> OpGraph:
-        """Return what was recorded.
+        """Return the graph of all recorded forwards.
 
         Raises:
             TracingError: the target was never called.
@@ -174,7 +178,7 @@ class _TracingMode(InterceptionMode):
         self.tracer = tracer
 
     def resumed(self, frame: FrameType, scope: Any) -> InterceptionMode | None:
-        return None  # a backward pass inside a traced step repeats what was already recorded
+        return None  # the backward inside a traced step repeats ops that are recorded already
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
