@@ -20,7 +20,7 @@ from lightning_qat.callbacks.quantization_aware_training import QuantizationAwar
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.reporting.tensorboard_tags import LAYER_STATISTICS
-from tests.callbacks.analysed_run import Classifier, assert_same_run, rows_of, run, trainer_of
+from tests.harness.noisy_run import Classifier, assert_same_run, rows_of, run, trainer_of
 
 POINTS = {"conv.input0", "conv.weight", "relu_0.output", "mean_0.output", "head.weight"}
 

@@ -22,8 +22,9 @@ from lightning_qat.callbacks.quantization_aware_training import QuantizationAwar
 from lightning_qat.reporting.files import write_json
 from lightning_qat.reporting.model_check_file import read_model_check
 from lightning_qat.reporting.reports import markdown_report
-from tests.callbacks import analysed_run
-from tests.callbacks.runs import Classifier, SelfClassifier, loader, qat_trainer, trainer
+from tests.harness import noisy_run
+from tests.harness.classifier import Classifier, SelfClassifier, loader
+from tests.harness.trainers import qat_trainer, trainer
 
 WRONG = {
     "overrides": [
@@ -100,13 +101,13 @@ def test_training_is_bit_identical(tmp_path: Path) -> None:
     """Foundation: analysis leaves no trace, in a run with shuffling, augmentation, dropout and metrics."""
     runs = []
     for extra in ([], [ModelCheck(show=False)]):
-        numbers = analysed_run.RandomNumbers()
-        module, run = analysed_run.run(tmp_path, *extra, numbers)
+        numbers = noisy_run.RandomNumbers()
+        module, run = noisy_run.run(tmp_path, *extra, numbers)
         metrics = dict(run.callback_metrics)
         runs.append(
             [module.state_dict(), run.optimizers[0].state_dict(), metrics, numbers.drawn, torch.get_rng_state()]
         )
-    analysed_run.assert_same(*runs)
+    noisy_run.assert_same(*runs)
 
 
 def test_tensorboard_shows_the_report(tmp_path: Path) -> None:

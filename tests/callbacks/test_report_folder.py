@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import lightning_qat
-from tests.callbacks.analysed_run import rows_of, run, trainer_of
+from tests.harness.noisy_run import rows_of, run, trainer_of
 
 EPOCHS = 20
 CONFIG = Path(__file__).parents[2] / "configs" / "all_callbacks.yaml"
@@ -49,7 +49,7 @@ def test_twenty_epochs_leave_at_most_25_files(tmp_path: Path) -> None:
 def test_epoch_of_the_end_of_training_is_the_last_one_whatever_ends_it(tmp_path: Path) -> None:
     """A run that max_steps ends in the middle of an epoch."""
     trainer = trainer_of(tmp_path, lightning_qat.SensitivityAnalysis(max_points=2), max_epochs=9, max_steps=4)
-    from tests.callbacks.analysed_run import Classifier
+    from tests.harness.noisy_run import Classifier
 
     trainer.fit(Classifier())
     counts = [len(rows_of(tmp_path / "lightning_qat" / "sensitivity.csv", epoch)) for epoch in range(3)]

@@ -19,7 +19,7 @@ from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityRes
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.region.regions import find_regions
-from tests.callbacks.analysed_run import Classifier, RandomNumbers, assert_same_run, rows_of, run, trainer_of
+from tests.harness.noisy_run import Classifier, RandomNumbers, assert_same_run, rows_of, run, trainer_of
 
 POINTS = {"conv.input0", "conv.weight", "relu_0.output", "mean_0.output", "head.weight"}
 

@@ -128,7 +128,7 @@ def test_two_analyses_that_write_the_same_file_are_kept_apart(tmp_path: Path) ->
         said.append(first.write(result(1.0), epoch))
         said.append(second.write(Result((Other("p0", 2.0),)), epoch))
     assert [bool(text) for text in said] == [False, True, True, False, False, False, False, False]
-    assert said[2] == f"{tmp_path / 't.csv'} is written by another analysis too. The rows of this one follow in t.2.csv."
+    assert said[2].endswith("t.csv is written by another analysis too. The rows of this one follow in t.2.csv.")
     assert [path.name for path in (first.path, second.path)] == ["t.2.csv", "t.csv"]
     assert [epoch for epoch, *_ in read(tmp_path / "t.2.csv")] == [1, 2, 3]
     assert len((tmp_path / "t.csv").read_text().splitlines()) == 5

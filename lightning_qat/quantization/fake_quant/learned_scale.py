@@ -19,12 +19,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_qat.quantization.fake_quant.fake_quantize_function import (
+from lightning_qat.quantization.fake_quant.primitives import (
     NATIVE,
     broadcast_to_axis,
     check_floating_point,
+    quantize_dequantize,
     straight_through,
-    tensor_forward,
 )
 
 
@@ -39,8 +39,8 @@ def fake_quantize_learned(
 ) -> Tensor:
     """Quantize as ``fake_quantize`` does, bit for bit, with a gradient for the scale.
 
-    The gradient of ``x`` is that of ``fake_quantize`` as well. NaN contribute nothing to the gradient of the scale;
-    infinities are values beyond the range.
+    The gradient of ``x`` is that of ``fake_quantize`` as well. NaN contributes nothing to the gradient of the scale;
+    infinities count as values beyond the range.
 
     Args:
         x: Floating-point tensor.
@@ -81,15 +81,15 @@ def gradient_scale(
 ) -> tuple[float, ...]:
     r"""Return :math:`g = 1/\sqrt{N Q_P}` of section 2.2 of the paper, for each scale.
 
-    :math:`Q_P` is the largest code, also of affine schemes. :math:`N` is the number of values that one scale has:
-    of a weight its elements (those of the channel), of an activation the elements of one sample.
+    :math:`Q_P` is the largest code, also of affine schemes. :math:`N` is the number of values under one scale: the
+    elements of a weight (or of one channel of it), or the elements of one sample of an activation.
 
     Args:
-        shape: Of the tensor that is quantized.
+        shape: Shape of the quantized tensor.
         quant_max: :math:`Q_P`.
         axis: The channel axis, if there is more than one scale.
         batch_axis: The axis of the samples, None for weights.
-        sizes: How many neighbouring channels share a scale; one each if not given.
+        sizes: Lengths of the groups of channels that share a scale; None if there are no groups.
 
     Returns:
         One number, or with ``sizes`` one for each group.
@@ -122,22 +122,21 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         wide = broadcast_to_axis(x, scale, axis)
         if isinstance(zero_point, Tensor):
             zero_point = broadcast_to_axis(x, zero_point, axis)
-        inverse = wide.reciprocal()  # not the scale itself: an optimizer may change it before the backward
         zero = zero_point.to(torch.float32, copy=True) if isinstance(zero_point, Tensor) else None
-        ctx.save_for_backward(x, inverse, zero)
+        ctx.save_for_backward(x, wide.clone(), zero)  # a copy: an optimizer may change the scale before the backward
         ctx.constants = (zero_point if zero is None else 0, quant_min, quant_max, axis, factor)
-        return tensor_forward(x, wide, zero_point, quant_min, quant_max)
+        return quantize_dequantize(x, wide, zero_point, quant_min, quant_max)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inverse, zero = ctx.saved_tensors
+        x, scale, zero = ctx.saved_tensors
         number, quant_min, quant_max, axis, factor = ctx.constants
         zero = number if zero is None else zero
         dtype = grad.dtype
         x = x.detach()
         if dtype not in NATIVE:
             x, grad = x.float(), grad.float()
-        quotient = x.mul(inverse)
+        quotient = x.div(scale)
         codes = quotient.round().add_(zero)
         low, high = quant_min - zero, quant_max - zero
         represented = codes.clamp(quant_min, quant_max).sub_(zero)

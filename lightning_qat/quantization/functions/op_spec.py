@@ -35,7 +35,7 @@ class OpSpec:
             parameters the matrices are weights and the vectors biases.
         weight_axis: channel axis of the weights.
         gemm: the op is a matrix product with a wide accumulator (conv, linear, matmul).
-        reason: for ``float``: why. For others: what stays float inside the op.
+        reason: why a function of role ``float`` stays float; for other roles, what stays float inside the op.
     """
 
     kind: str

@@ -1,7 +1,7 @@
 """Letting gradients through ``detach``, ``.data`` and ``no_grad``, for an analysis that differentiates a model.
 
-Inside a model these tell training what not to learn from (iterative refinement detaches its reference points). The
-value goes on all the same, and so does a quantization error in it: a derivative that stops there is silently too small.
+A model uses them to keep training from learning through a value (iterative refinement detaches its reference points).
+The value still flows on, and so does its quantization error: a derivative that stops there is silently too small.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def handler_of(func: Callable[..., Any]) -> Handler | None:
 
 
 def leaves_torch(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether a function turns a tensor that depends on the watched ones into numbers, beyond any gradient."""
+    """Whether a function turns a tensor with a gradient into Python or numpy values, which cannot carry one."""
     return func in _TO_PYTHON and isinstance(args[0], Tensor) and args[0].requires_grad
 
 

@@ -14,10 +14,23 @@ from lightning_qat.quantization.modules.tensor_leaves import leaves
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one forward of the target."""
+    """The arguments of one forward of the target.
+
+    Args:
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+        modes: for a call that was recorded in a run: maps the name of each submodule (``""`` for the target) to
+            whether it was in train mode. None for an example.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    modes: Mapping[str, bool] | None = None
+
+    @property
+    def training(self) -> bool | None:
+        """Whether the call was made in train mode; None if that is not known."""
+        return None if self.modes is None else self.modes[""]
 
     @classmethod
     def of(cls, batch: Any) -> Call:
@@ -33,12 +46,12 @@ class Call:
         return cls((batch,))
 
     def copied(self) -> Call:
-        """Return a call with the same tensors and modules whose other arguments may be changed by the forward.
+        """Return a call with the same tensors and modules, and with copies of all other arguments.
 
-        Objects that keep state between forwards, such as the key-value cache of a language model, are copied with
-        their tensors; so a call can run several times, and its owner's objects stay as they are.
+        Objects that keep state between forwards, such as the key-value cache of a language model, are copied. So a
+        call can run several times, and the caller's objects stay as they are.
         """
-        return Call(_copied(self.args), _copied(self.kwargs))
+        return Call(_copied(self.args), _copied(self.kwargs), self.modes)
 
 
 def _copied(value: Any) -> Any:
@@ -50,5 +63,5 @@ def _copied(value: Any) -> Any:
         return value
     try:
         return copy.deepcopy(value, {id(tensor): tensor for tensor in leaves(value)})
-    except Exception:  # such as tensors with a gradient history: the original has to do
+    except Exception:  # such as tensors with a gradient history: use the original
         return value

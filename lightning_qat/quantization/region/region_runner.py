@@ -14,7 +14,9 @@ from lightning_qat.quantization.errors import PlanMismatchError
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
 from lightning_qat.quantization.interception.activation_checkpointing import RunningRegion
 from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode, user_location
-from lightning_qat.quantization.interception.interception import CallPathMode, SpecCache, active_mode
+from lightning_qat.quantization.interception.call_stack import CallStack
+from lightning_qat.quantization.interception.interception import InterceptionMode, SpecCache, active_mode
+from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.region.bound_points import UNPLANNED, OpQuantizers
 from lightning_qat.quantization.region.freezing import Freezing
 from lightning_qat.quantization.region.region_mode import RegionMode
@@ -27,12 +29,12 @@ class RegionRunner:
 
     Args:
         target: the module whose forward is quantized.
-        switches: what of the region is on.
-        freezing: what of it is frozen.
+        switches: the switches of the region.
+        freezing: the frozen parts of the region.
 
     Attributes:
-        call_ranges: the range of every call of what runs several times per forward.
-        unplanned: how often an op ran that was not seen while tracing, by its place.
+        call_ranges: the range of each call of points that run several times per forward.
+        unplanned: maps the place of each op that tracing did not see to how often it ran.
         call_paths: the call tree of the target, which finds the fake-quants of an op.
         functions: the table rows of the torch functions met so far.
     """
@@ -68,8 +70,12 @@ class RegionRunner:
         """Whether the plain forward runs."""
         return self.switches.state == "off"
 
-    def open(self, frame: FrameType) -> CallPathMode | None:
-        """Decide about one entry of the forward; a recursive entry is part of the running one.
+    def identity(self, frame: FrameType) -> OpIdentity:
+        """Return the object that identifies the ops of an entry starting in ``frame``, by their call paths."""
+        return CallStack(self.call_paths, frame)
+
+    def open(self, frame: FrameType) -> InterceptionMode | None:
+        """Return the mode for one entry of the forward; None for a recursive entry, as the running mode covers it.
 
         Raises:
             RuntimeError: another region is running: its fake-quants would be applied to the same ops.
@@ -77,32 +83,33 @@ class RegionRunner:
         outer = active_mode()
         if outer is None:
             self.freezing.hold()
-            return RegionMode(self, frame)
+            return RegionMode(self, self.identity(frame))
         if active_mode(self.call_paths) is not None:
             return None
         raise RuntimeError(
             f"the quantized region {type(self.target).__name__} was called inside another one, "
-            f"{type(outer.calls.paths.target).__name__}: make only one of the two a target."
+            f"{type(outer.identity.target).__name__}: make only one of the two a target."
         )
 
     def run(
-        self, mode: CallPathMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, mode: InterceptionMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the forward under a mode; frames (and the tensors they hold) are let go at the end."""
         try:
             with RunningRegion(), mode:
                 return forward(*args, **kwargs)
         finally:
-            mode.calls.clear()
+            mode.identity.clear()
 
     def note_unplanned(self, kind: str, frame: FrameType) -> None:
         """Count an op that was not seen while tracing; it runs in float and is reported once per place.
 
-        Not reported is what pruning computes from a parameter, and started to compute after tracing: the product is
-        quantized where it is used, by the weight's own fake-quant.
+        Ops of pruning that was added after tracing are not reported: the weight's own fake-quant quantizes their
+        product where it is used.
 
         Raises:
-            PlanMismatchError: the plan was restored, and its code did not vary: this is other code.
+            PlanMismatchError: the plan comes from a checkpoint whose code ran the same ops in every forward, and this
+                op is not among them.
         """
         if frame.f_code.co_filename == prune.__file__:
             return

@@ -83,7 +83,7 @@ class OpRecord:
         return [self.operands[index] for index in range(len(operands))]
 
     def absorb(self, twin: OpRecord) -> None:
-        """Take over what was observed of the same op on another way."""
+        """Take over what was observed of the same op on another call path."""
         self.twins.append(twin.key)
         self.calls |= twin.calls
         self.options |= twin.options
@@ -95,7 +95,7 @@ class OpRecord:
             own.rewritten = own.rewritten or operand.rewritten
 
     def role_of(self, operand: OperandRecord) -> OperandRole:
-        """What an operand is to the op."""
+        """Return the role that an operand has in the op."""
         spec = self.spec
         if not is_float_name(operand.dtype):
             return "index"

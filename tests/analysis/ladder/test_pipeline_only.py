@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from typing import Any
 
 import pytest
-from lightning_qat.reporting.console import console_text
 
 from lightning_qat.analysis.ladder.measurements import Finetune, Ladder, Measurement
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.rows import PipelineRow
 from lightning_qat.analysis.ladder.rungs import FLOAT_FINETUNE, FLOAT_MODEL, ZERO_LR_RUNGS, Verdict
 from lightning_qat.analysis.ladder.verdict import judge
+from lightning_qat.reporting.console import console_text
 
 FLOAT = Measurement({"val_acc": 0.98, "val_loss": 0.06}, {"val_acc": 0.004, "val_loss": 0.02})
 CALIBRATED = Measurement({"val_acc": 0.97, "val_loss": 0.07}, {"val_acc": 0.005, "val_loss": 0.02})

@@ -16,7 +16,7 @@ from lightning_qat.analysis.runs.run_comparison import compare_runs
 from lightning_qat.analysis.runs.run_files import RunFiles
 from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
-from tests.callbacks.analysed_run import rows_of, run
+from tests.harness.noisy_run import rows_of, run
 
 OLD = Path(__file__).parent / "old_layout"
 CHANGED = ("relu_0.output", "dtype int8 -> int16")
