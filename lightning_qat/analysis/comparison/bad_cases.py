@@ -79,9 +79,7 @@ class BadCasesResult(Result[BadCase]):
 
     def about(self) -> dict[str, Any]:
         """What is known beside the rows, but for the samples."""
-        about = super().about()
-        del about["batches"]
-        return about
+        return {**super().about(), "batches": ()}
 
 
 def find_bad_cases(

@@ -127,9 +127,7 @@ class LayerComparisonResult(Result[LayerComparisonRow]):
 
     def about(self) -> dict[str, Any]:
         """What is known beside the rows, but for the evidence."""
-        about = super().about()
-        del about["evidence"]
-        return about
+        return {**super().about(), "evidence": ()}
 
     def _shortened(self) -> LayerComparisonResult:
         """Of the rounds of a loop the one with the lowest own SQNR."""
