@@ -121,7 +121,7 @@ class RegionRunner:
         if self._is_restored and not self._graph.varying:
             raise PlanMismatchError(
                 f"the restored plan of {self._graph.target_type} does not know {location}: the code differs from the "
-                "code the checkpoint was made with. Restore that code, or insert fake-quant anew and calibrate."
+                "one the checkpoint was made with. Restore that code, or insert fake-quant anew and calibrate."
             )
         warnings.warn(
             f"{location} was not seen while tracing {self._graph.target_type}; it runs in float. Trace batches that "
