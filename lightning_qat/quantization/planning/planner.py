@@ -9,8 +9,8 @@ from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.planning.external_operands import external_operands
 from lightning_qat.quantization.planning.fusion import find_fusions
 from lightning_qat.quantization.planning.fusion_patterns import DEFAULT_PATTERNS
-from lightning_qat.quantization.planning.hardware_profile import HardwareProfile, Signature
-from lightning_qat.quantization.planning.high_precision import high_precision_outputs
+from lightning_qat.quantization.planning.hardware_profile import FLOAT, HardwareProfile, Signature
+from lightning_qat.quantization.planning.high_precision import HighPrecision, high_precision_outputs
 from lightning_qat.quantization.planning.plan import OpPlan, OpStatus, QuantPlan
 from lightning_qat.quantization.planning.planned_points import PlannedPoints
 from lightning_qat.quantization.planning.point_config import PointConfig, PointConfigs
@@ -21,6 +21,8 @@ from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, So
 from lightning_qat.quantization.tracing.tensor_origins import TensorOrigins
 
 _MATRIX_PRODUCTS = frozenset(["matmul", "rmatmul", "bmm", "addmm", "baddbmm", "addbmm"])
+
+_COMPUTED_MOVES = ("max_pool", "adaptive_max_pool", "fractional_max_pool", "interpolate", "upsample_", "amax", "amin")
 
 
 class Planner:
@@ -62,8 +64,7 @@ class Planner:
         Args:
             written: the rules as the user wrote them, which the plan shows.
         """
-        high_precision = high_precision_outputs(self.graph, self.group)
-        while not self._decide(high_precision):
+        while not self._decide():
             self._forget()
         order = {op.name: i for i, op in enumerate(self.graph.ops)}
         rank = {"input": 0, "weight": 1, "output": 2}
@@ -79,9 +80,12 @@ class Planner:
             profile=self.profile.identity() if self.profile is not None else None,
         )
 
-    def _decide(self, high_precision: dict[str, str]) -> bool:
+    def _decide(self) -> bool:
         """Decide everything once. False if some ops turned out to run in float, which changes what others read."""
         settled = True
+        high_precision = high_precision_outputs(
+            self.graph, self.group, self._is_float, self._gives_float, self._moves_float
+        )
         for op in self.graph.ops:
             try:
                 self._decide_output(op, high_precision)
@@ -106,7 +110,7 @@ class Planner:
 
     # -- outputs
 
-    def _decide_output(self, op: Op, high_precision: dict[str, str]) -> None:
+    def _decide_output(self, op: Op, high_precision: HighPrecision) -> None:
         name = f"{op.name}.output"
         if not op.data_dependent:
             self._status(op, "constant", "depends on no input of the region: computed exactly")
@@ -135,12 +139,14 @@ class Planner:
         elif op.inplace and Source("op", op.name) not in self.used:
             self._float_output(op, name, "written in place and the result is not used: quantized where it is read")
             self._note_output(op, None)
-        elif op.name in high_precision and not self._forced(op, name) and self._can_leave(op):
-            self._float_output(op, name, high_precision[op.name])
+        elif op.name in high_precision.float32 and not self._forced(op, name) and self._can_leave(op):
+            self._float_output(op, name, high_precision.float32[op.name])
             self._note_output(op, "float32")
         else:
             config, changed = self._output_config(op, name)
-            why = "" if op.name not in high_precision or self._can_leave(op) else self._no_float(op)
+            why = high_precision.quantized.get(op.name, "")
+            if op.name in high_precision.float32 and not self._can_leave(op):
+                why = self._no_float(op)
             self.points.add(op, name, "output", -1, config, why, changed)
             self._status(op, "quantized", op.reason if name in self.points.by_name else self.points.in_float[name])
 
@@ -157,6 +163,23 @@ class Planner:
 
     def _forced(self, op: Op, point: str) -> bool:
         return any(o.names_exactly(point) and o.activation and o.activation.dtype for o in self.overrides)
+
+    def _is_float(self, op: Op) -> bool:
+        """Whether an op computes in float wherever it is: nobody has it on the hardware, or somebody wants it so."""
+        if op.role == "float" or op.mask or op.index_only or not op.has_float_output:
+            return True
+        if op.role == "pass":
+            return False
+        on_host = self.choices is not None and op.name in self.choices.floats
+        return on_host or self.configs.is_float(f"{op.name}.output", op.kind, "output")
+
+    def _gives_float(self, op: Op) -> bool:
+        return self._can_leave(op) and not self._forced(op, f"{op.name}.output")
+
+    def _moves_float(self, op: Op) -> bool:
+        """Whether data movement takes float32: pooling and resizing are computed with the types that a profile has."""
+        rule = self.profile.rules.get(op.kind) if self.profile is not None else None
+        return rule is None or not op.kind.startswith(_COMPUTED_MOVES) or rule.moves(FLOAT)
 
     def _can_leave(self, op: Op) -> bool:
         """Whether the hardware can give the result as float32; a join of such results happens behind it."""
