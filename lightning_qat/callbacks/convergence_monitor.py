@@ -29,7 +29,7 @@ from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.quantization.modules.module_walk import is_in_region
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_table
 

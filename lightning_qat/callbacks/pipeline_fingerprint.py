@@ -36,7 +36,7 @@ from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_d
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.modules.preservation import preserved_modes
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.regions import find_regions
 
 _PACKAGES = ("lightning-qat", "torch", "lightning", "torchmetrics", "numpy")
 _STAGES: tuple[Stage, ...] = ("train", "validate")

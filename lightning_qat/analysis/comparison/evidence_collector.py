@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_qat.analysis.comparison.point_evidence import AxisProfile, Octave, PointEvidence
@@ -18,8 +17,8 @@ from lightning_qat.analysis.model_check.divided_values import constant_inputs, d
 from lightning_qat.analysis.model_check.long_loops import long_loops
 from lightning_qat.analysis.statistics.point_ranges import observed_range, representable_range
 from lightning_qat.analysis.statistics.point_statistics import CHUNK, PointStatistics
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
-from lightning_qat.quantization.numerics.histogram import reduce_device
 from lightning_qat.quantization.planning.plan import PointPlan
 from lightning_qat.quantization.region.region import Region
 
@@ -69,17 +68,17 @@ class EvidenceCollector:
 
     def all_reduce(self) -> None:
         """Combine the evidence of all ranks (but for the profiles along axes); every rank must call this."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if ranks.count() == 1:
             return
         for name, gathered in self._gathered.items():
             own = gathered.statistics
             numbers, hits = own.to_tensors()
             packed = [torch.cat([numbers, gathered.octaves.flatten(), gathered.zeroed]), hits]
-            ranks = [_gather(part) for part in packed]
+            everywhere = [ranks.gathered(part) for part in packed]
             size = len(numbers)
             merged: PointStatistics | None = None
             octaves, zeroed = torch.zeros_like(gathered.octaves), torch.zeros_like(gathered.zeroed)
-            for both, rank_hits in zip(*ranks, strict=True):
+            for both, rank_hits in zip(*everywhere, strict=True):
                 other = PointStatistics.from_tensors(both[:size], rank_hits, own.channels, own.levels)
                 if not other.count or (merged is not None and self._plans[name].is_weight):
                     continue
@@ -222,10 +221,3 @@ def _channel_axis(value: Tensor, plan: PointPlan) -> tuple[int, ...]:
     if plan.is_weight or plan.axis is not None or value.dim() < 2:
         return ()
     return (1 if value.dim() > 3 else value.dim() - 1,)
-
-
-def _gather(tensor: Tensor) -> list[Tensor]:
-    sent = tensor.to(reduce_device(None))
-    received = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-    dist.all_gather(received, sent)
-    return [t.cpu() for t in received]

@@ -18,8 +18,9 @@ from lightning_qat.callbacks.ladder.off_comparison import compare_off
 from lightning_qat.callbacks.quantized_run import is_calibrated, quantization_of, require_regions
 from lightning_qat.callbacks.trainer.progress import progress
 from lightning_qat.quantization.errors import unknown_choice
-from lightning_qat.quantization.region.region import find_regions
-from lightning_qat.quantization.region.region_state import State, Updates
+from lightning_qat.quantization.planning.plan import ScaleRole
+from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.switches import State
 
 _OFF_BATCHES = 2
 _MANUAL = (
@@ -111,7 +112,7 @@ class _Rungs:
         return self._finetune(state, zero_lr=False)
 
     def _finetune(self, state: State, **kwargs: Any) -> Finetune:
-        updates: tuple[Updates, ...] = _scale_updates(self._trainer) if state == "quantize" else ()
+        updates: tuple[ScaleRole, ...] = _scale_updates(self._trainer) if state == "quantize" else ()
         return finetune_copy(self._trainer, self._module, state=state, updates=updates, **self._settings, **kwargs)
 
 
@@ -142,7 +143,7 @@ def _spelled(row: LayerStatisticsRow, is_fixed: bool) -> str:
     return f"{name} ({', '.join(words)})"
 
 
-def _scale_updates(trainer: pl.Trainer) -> tuple[Updates, ...]:
+def _scale_updates(trainer: pl.Trainer) -> tuple[ScaleRole, ...]:
     quantization = quantization_of(trainer)
     return quantization.scale_updates(trainer) if quantization is not None else ("weight",)
 
