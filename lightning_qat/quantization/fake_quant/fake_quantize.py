@@ -12,6 +12,7 @@ from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_quantize
 from lightning_qat.quantization.fake_quant.learned_scale import fake_quantize_learned, gradient_scale
 from lightning_qat.quantization.fake_quant.quantization_parameters import QuantizationParameters, Scheme
+from lightning_qat.quantization.numerics.channel_groups import swap_within_groups
 from lightning_qat.quantization.numerics.observers import ObserverName, clip_range
 from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE, check_percentile
 from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics, RangeStatistics
@@ -40,6 +41,8 @@ class FakeQuantize(QuantizationParameters):
         fixed_scale: A scale given by the user. It is used at once and never changed; statistics are still recorded.
         narrow_range: Leave out the smallest code of a signed type, so that the codes are symmetric (int8: -127 ...
             127).
+        groups: Of the weight of a transposed convolution, whose channels are those of all groups; see
+            :mod:`~lightning_qat.quantization.numerics.channel_groups`.
 
     Attributes:
         scale: float32 whatever the type of the model, ``()``, ``(channels,)`` or ``(groups,)``. A buffer, or once
@@ -77,6 +80,7 @@ class FakeQuantize(QuantizationParameters):
         ema_momentum: float = 0.01,
         fixed_scale: float | None = None,
         narrow_range: bool = False,
+        groups: int = 1,
     ) -> None:
         if scheme not in get_args(Scheme):
             raise unknown_choice("scheme", scheme, get_args(Scheme))
@@ -95,6 +99,8 @@ class FakeQuantize(QuantizationParameters):
         scales = channels if split_sizes is None else len(split_sizes)
         super().__init__(dtype, scheme, scales, split_sizes, fixed_scale, narrow_range)
         self.axis = axis
+        self.groups = groups
+        self._scaled_axis = axis if groups == 1 else 0  # of the weight as that of a convolution
         self.batch_axis = batch_axis
         self.observer: ObserverName = observer
         self.percentile = percentile
@@ -105,7 +111,7 @@ class FakeQuantize(QuantizationParameters):
         if axis is None or channels is None:
             self.statistics = RangeStatistics(ema_momentum)
         elif split_sizes is None:
-            self.statistics = PerChannelStatistics(axis, channels, ema_momentum)
+            self.statistics = PerChannelStatistics(axis if groups == 1 else 0, channels, ema_momentum)
         else:
             self.statistics = SplitStatistics(axis, split_sizes, ema_momentum)
         with torch.inference_mode(False):
@@ -120,27 +126,32 @@ class FakeQuantize(QuantizationParameters):
         """Fake-quantize ``x`` with the present scale; return ``x`` itself when not calibrated or not enabled."""
         if self.scale_source is None or not self.enabled:
             return x
+        if self.groups == 1:
+            return self._quantized(x)
+        return swap_within_groups(self._quantized(swap_within_groups(x, self.groups)), self.groups)
+
+    def _quantized(self, x: Tensor) -> Tensor:
         if self._parameters:
             return self._forward_learned(x)
         zero_point = self.channel_zero_point if self.scheme == "affine" else 0
-        return fake_quantize(x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self.axis)
+        return fake_quantize(x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self._scaled_axis)
 
     def _forward_learned(self, x: Tensor) -> Tensor:
         scale = self.scale
         if not torch.compiler.is_exporting():  # an optimizer may have stepped across zero; the gradient is not cut
             scale.detach().clamp_(MIN_SCALE, greatest_scale(self.quant_max - self.quant_min))
         zero_point = self.channel_zero_point if self.scheme == "affine" else 0
-        arguments = (x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self.axis)
+        arguments = (x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self._scaled_axis)
         if self.frozen or not (scale.requires_grad and torch.is_grad_enabled()):
             return fake_quantize(*arguments)
-        factors = gradient_scale(tuple(x.shape), self.quant_max, self.axis, self.batch_axis, self.split_sizes)
+        factors = gradient_scale(tuple(x.shape), self.quant_max, self._scaled_axis, self.batch_axis, self.split_sizes)
         if self.split_sizes is None:
             return fake_quantize_learned(*arguments, factors[0])
         return fake_quantize_learned(*arguments, repeat_groups(scale.new_tensor(factors), self.split_sizes))
 
     def observe(self, x: Tensor) -> None:
         """Record the statistics of ``x``; the scale stays."""
-        self.statistics.observe(x)
+        self.statistics.observe(x if self.groups == 1 else swap_within_groups(x, self.groups))
 
     @property
     def keeps_scale(self) -> bool:
@@ -210,6 +221,8 @@ class FakeQuantize(QuantizationParameters):
             return
         if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
             return
+        if self.groups > 1:
+            x = swap_within_groups(x.detach(), self.groups)
         ema = self.observer == "ema" if ema is None else ema
         if not ema and self.axis is None and x.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = torch.aminmax(x.detach())
@@ -273,6 +286,7 @@ class FakeQuantize(QuantizationParameters):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         axis = "" if self.axis is None else f", axis={self.axis}"
+        axis += "" if self.groups == 1 else f", groups={self.groups}"
         axis += "" if self.split_sizes is None else f", split_sizes={list(self.split_sizes)}"
         source = f"{self.scale_source}, learned" if self.learned else self.scale_source
         return f"{self.dtype}, {self.scheme}{axis}, observer={self.observer}, scale_source={source}"

@@ -9,7 +9,10 @@ from lightning_qat.quantization.planning.folded_batch_norm import batch_norm_to_
 from lightning_qat.quantization.planning.fusion import FusionGroup
 from lightning_qat.quantization.planning.plan import PointPlan, PointRole
 from lightning_qat.quantization.planning.point_config import PointConfig
+from lightning_qat.quantization.planning.weight_channels import SHARED, WeightChannels
 from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, Source
+
+NO_CHANNELS = WeightChannels()
 
 
 class PlannedPoints:
@@ -45,7 +48,7 @@ class PlannedPoints:
         resolved: PointConfig,
         why: str,
         changed: str,
-        axis: int | None = None,
+        held: WeightChannels = NO_CHANNELS,
         weight: Operand | None = None,
     ) -> None:
         """Add a point, or the reason why the place stays float.
@@ -58,7 +61,7 @@ class PlannedPoints:
             resolved: its configuration.
             why: why there is a point, where that is not obvious.
             changed: what the hardware changed in the configuration, and why.
-            axis: channel axis of a weight, if it has one.
+            held: where a weight holds the output channels.
             weight: the operand, if it is a weight.
         """
         reasons = [why, changed]
@@ -67,16 +70,19 @@ class PlannedPoints:
             self.in_float[name] = f"float32: {text}" if changed else f"float32 by {resolved.rule}"
             return
         shape = op.outputs[0][1] if role == "output" else next(o.shape for o in op.operands if o.index == index)
-        axis = axis if resolved.per_channel else None
-        channels = shape[axis] if axis is not None else None
+        if resolved.per_channel and held.shared:
+            reasons.append(f"{SHARED}: {held.shared}")
+        held = held if resolved.per_channel else NO_CHANNELS
+        axis, channels, groups = held.axis, held.count(shape), held.groups
         sizes = resolved.split_sizes(name, shape)
         if resolved.split is not None and sizes is not None:
-            axis, channels = resolved.split.axis, sum(sizes)
+            axis, channels, groups = resolved.split.axis, sum(sizes), 1
         same_as = norm = None
         if weight is not None:
-            norm, obstacle = batch_norm_to_fold(self.graph, self.groups.get(op.name), op, weight, axis)
-            reasons.append(f"{norm} is folded into it" if norm is not None else obstacle if axis is None else "")
-            same_as = self._first_use(name, weight, axis, resolved, norm)
+            scales = channels if sizes is None else None
+            norm, obstacle = batch_norm_to_fold(self.graph, self.groups.get(op.name), op, weight, scales)
+            reasons.append(f"{norm} is folded into it" if norm is not None else obstacle if channels is None else "")
+            same_as = self._first_use(name, weight, (axis, groups), resolved, norm)
         self.by_name[name] = PointPlan(
             name=name,
             op=op.name,
@@ -94,6 +100,7 @@ class PlannedPoints:
             same_as=same_as,
             split_sizes=sizes,
             batch_norm=norm,
+            groups=groups,
         )
         if role == "output":
             self._outputs.add(op.name)
@@ -119,7 +126,7 @@ class PlannedPoints:
         return f"{source.kind} {source.name}"
 
     def _first_use(
-        self, name: str, weight: Operand, axis: int | None, resolved: PointConfig, norm: str | None
+        self, name: str, weight: Operand, held: tuple[int | None, int], resolved: PointConfig, norm: str | None
     ) -> str | None:
         """The point of an earlier op that quantizes the same parameter in the same way, if there is one."""
         parameters = [s.name for s in weight.sources if s.kind == "parameter"]
@@ -128,5 +135,5 @@ class PlannedPoints:
         folded = None if norm is None else statistics_path(self.graph.by_name[norm])
         percentile = resolved.percentile if resolved.observer == "percentile" else None
         found_by = (resolved.dtype, resolved.observer, percentile)
-        first = self._weights.setdefault((tuple(parameters), axis, *found_by, folded), name)
+        first = self._weights.setdefault((tuple(parameters), held, *found_by, folded), name)
         return None if first == name else first

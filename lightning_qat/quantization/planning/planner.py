@@ -16,11 +16,10 @@ from lightning_qat.quantization.planning.planned_points import PlannedPoints
 from lightning_qat.quantization.planning.point_config import PointConfig, PointConfigs
 from lightning_qat.quantization.planning.profile_planning import InputDemand, ProfileChoices, RunsInFloat
 from lightning_qat.quantization.planning.unmatched_overrides import unmatched_override
+from lightning_qat.quantization.planning.weight_channels import weight_channels
 from lightning_qat.quantization.qconfig import Override, QConfig
 from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, Source
 from lightning_qat.quantization.tracing.tensor_origins import TensorOrigins
-
-_MATRIX_PRODUCTS = frozenset(["matmul", "rmatmul", "bmm", "addmm", "baddbmm", "addbmm"])
 
 _COMPUTED_MOVES = ("max_pool", "adaptive_max_pool", "fractional_max_pool", "interpolate", "upsample_", "amax", "amin")
 
@@ -261,16 +260,12 @@ class Planner:
         name = f"{op.name}.weight"
         if name in self.points:  # of two constants, or a recurrent layer's matrices
             name = f"{op.name}.weight{operand.index}"
-        axis = op.weight_axis
-        if axis is None and op.kind in _MATRIX_PRODUCTS and len(operand.shape) >= 2:
-            # columns of a right operand and rows of a left one are the output channels
-            is_left = (operand is op.operands[-2]) != (op.kind == "rmatmul")
-            axis = len(operand.shape) - (2 if is_left else 1)
+        channels = weight_channels(op, operand)
         if self.choices is None or signature is None:
             config, changed = self.configs.resolve(name, op.kind, "weight"), ""
         else:
-            config, changed = self.choices.settle_weight(op, name, signature, has_axis=axis is not None)
-        self.points.add(op, name, "weight", operand.index, config, "", changed, axis, operand)
+            config, changed = self.choices.settle_weight(op, name, signature, has_axis=channels.axis is not None)
+        self.points.add(op, name, "weight", operand.index, config, "", changed, channels, operand)
 
     # -- rules that matched nothing
 
