@@ -44,7 +44,7 @@ FILE_NAME = "pipeline_fingerprint.json"
 
 
 class PipelineFingerprint(Callback):
-    """Write the fingerprint of a float training pipeline, to be compared with that of QAT (C5).
+    """Write the fingerprint of a float training pipeline, to be compared with that of QAT.
 
     Add it to the float run: at the end of training it looks at the first batches of the training and validation data
     with the trained weights, and writes ``pipeline_fingerprint.json`` to the run's ``lightning_qat`` directory. Hand

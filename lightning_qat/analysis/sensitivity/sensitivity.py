@@ -291,9 +291,9 @@ class _Analysis:
     def _result(self, rows: list[SensitivityRow], batches: int, **fields: Any) -> SensitivityResult:
         calibrated = set(self.calibrated)
         return SensitivityResult(
-            rows=most_sensitive_first(rows, self.metric.name, self.metric.ascending),
+            rows=most_sensitive_first(rows, self.metric.name, self.metric.higher_is_better),
             metric=self.metric.name,
-            ascending=self.metric.ascending,
+            ascending=self.metric.higher_is_better,
             output=self.select.description,
             batches=batches,
             points=len(self.calibrated),

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lightning_qat.analysis.ladder.pipeline_ladder import OffComparison
+from lightning_qat.analysis.ladder.measurements import OffComparison
 from lightning_qat.callbacks.ladder.same_values import same_values
 from lightning_qat.callbacks.ladder.training_copy import loss_of
 from lightning_qat.callbacks.passes.analysis_loaders import Stage

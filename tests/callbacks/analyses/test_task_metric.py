@@ -74,8 +74,8 @@ def test_confirmed_rows_have_the_metric_of_the_validation_step(tmp_path: Path, b
 
 
 def test_small_scores_are_bad_unless_the_metric_is_a_cost() -> None:
-    assert TaskMetric("val_acc", 8, 0).ascending
-    assert not TaskMetric("val/RMSE", 8, 0).ascending
+    assert TaskMetric("val_acc", 8, 0).higher_is_better
+    assert not TaskMetric("val/RMSE", 8, 0).higher_is_better
 
 
 @pytest.mark.parametrize("method", ["sketch", "isolation"])
