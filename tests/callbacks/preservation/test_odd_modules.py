@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, random_split
 from lightning_qat.callbacks.accuracy_table import AccuracyTable
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy
 from lightning_qat.callbacks.ladder.starting_point import StartingPoint
-from lightning_qat.callbacks.passes.module_copy import copied_module
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
+from lightning_qat.callbacks.preservation.module_copy import copied_module
 from lightning_qat.callbacks.trainer.muted_loggers import muted_loggers
 from lightning_qat.quantization.region.insertion import insert
-from tests.callbacks.passes.odd_modules import assert_no_trace, assert_same_trajectory, quantization, trajectory
+from tests.callbacks.preservation.odd_modules import assert_no_trace, assert_same_trajectory, quantization, trajectory
 from tests.callbacks.runs import Classifier, dataset, loader, only_region, qat_trainer, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:PipelineCheck:", "ignore:ConvergenceMonitor")

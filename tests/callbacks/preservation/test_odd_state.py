@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import SumMetric
 
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
-from tests.callbacks.passes.odd_modules import (
+from tests.callbacks.preservation.odd_modules import (
     analysers,
     assert_no_trace,
     assert_same_trajectory,
