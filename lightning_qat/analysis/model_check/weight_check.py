@@ -35,7 +35,7 @@ def _channels(checked: CheckedRegion) -> Iterable[Finding]:
             continue
         largest = channel_rows(weight.detach().abs(), held.axis, held.groups).amax(dim=1)
         alive = largest[largest > 0]
-        if len(alive) < len(largest):
+        if len(alive) < len(largest) and not checked.points[point.name].starts_at_zero:
             dead[point.name] = len(largest) - len(alive)
         if not len(alive):
             continue

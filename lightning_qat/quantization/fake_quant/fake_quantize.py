@@ -53,6 +53,9 @@ class FakeQuantize(QuantizationParameters):
         frozen: Set to true to keep the scale as it is, once there is one; see :meth:`Region.freeze`.
         outdated: Whether the scale is a weight's and was taken in a training forward: the optimizer may have stepped
             since, so the next evaluation takes it anew.
+        starts_at_zero: Whether calibration saw nothing but zeros, and training will change that: the first scale is
+            taken from training, see :mod:`~lightning_qat.quantization.fake_quant.first_scale`.
+        batches_from_zero: Of such a point: how many batches with values it has seen since.
         statistics: What was observed.
 
     Raises:
@@ -107,6 +110,8 @@ class FakeQuantize(QuantizationParameters):
         self.enabled = True
         self.frozen = False
         self.outdated = False
+        self.starts_at_zero = False
+        self.batches_from_zero = 0
         self.statistics: RangeStatistics | PerChannelStatistics | SplitStatistics
         if axis is None or channels is None:
             self.statistics = RangeStatistics(ema_momentum)
@@ -180,6 +185,10 @@ class FakeQuantize(QuantizationParameters):
             )
         if dtype is not None:
             self.set_dtype(dtype)
+        if self.starts_at_zero:  # what calibration saw says nothing
+            if self.batches_from_zero:
+                self._write_range(*self.statistics.ema_range)
+            return
         if source == "fixed":
             self.scale.fill_(self.fixed_scale or 1.0)
             self.zero_point.zero_()
@@ -255,6 +264,15 @@ class FakeQuantize(QuantizationParameters):
     def reset_statistics(self) -> None:
         """Forget what was observed, to calibrate anew; the scale stays."""
         self.statistics.reset()
+        self.starts_at_zero, self.batches_from_zero = False, 0
+
+    @torch.no_grad()
+    def await_values(self) -> None:
+        """Have no scale until training gives it values; calibration saw only zeros."""
+        self.starts_at_zero, self.batches_from_zero = True, 0
+        self.scale_source = None
+        self.scale.fill_(1.0)
+        self.zero_point.zero_()
 
     def get_statistics_state(self) -> dict[str, Any]:
         """Return what is not in ``state_dict``: ints, floats, strings, lists and CPU tensors only."""
@@ -263,6 +281,8 @@ class FakeQuantize(QuantizationParameters):
             "scale_source": self.scale_source,
             "learned": self.learned,
             "outdated": self.outdated,
+            "starts_at_zero": self.starts_at_zero,
+            "batches_from_zero": self.batches_from_zero,
             "ratio": self._ratio.to("cpu", copy=True),
             "ema_ratio": self._ema_ratio.to("cpu", copy=True),
             "statistics": self.statistics.state_dict(),
@@ -279,6 +299,8 @@ class FakeQuantize(QuantizationParameters):
         self.scale_source = state["scale_source"]
         self.learn_scale(state["learned"])
         self.outdated = state["outdated"]
+        self.starts_at_zero = state.get("starts_at_zero", False)  # checkpoints of earlier releases have no such points
+        self.batches_from_zero = state.get("batches_from_zero", 0)
         with torch.inference_mode(False):
             self._ratio = state["ratio"].cpu().clone()
             self._ema_ratio = state["ema_ratio"].cpu().clone()

@@ -24,8 +24,10 @@ from lightning_qat.quantization.region.calibration_findings import (
     finding,
     messages,
     spread_findings,
+    starting,
 )
 from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.zero_starts import zero_starts
 
 __all__ = ["CalibrationFinding", "CalibrationPass", "CalibrationResult", "calibrate"]
 
@@ -121,6 +123,11 @@ class CalibrationPass:
             findings += spread_findings(path, region, "nan", nan)
             findings += spread_findings(path, region, "inf", inf)
             findings += [finding("no data", path, name) for name in without_data]
+            starts = zero_starts(region)
+            for name, parameter in starts.items():
+                region.points[name].await_values()
+                if not region.plan.by_name[name].is_weight:
+                    findings.append(starting(path, name, parameter))
             for name, fake_quant in region.points.items():
                 calibrated += fake_quant.scale_source is not None
                 if not fake_quant.keeps_scale:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
+from lightning_qat.quantization.fake_quant.first_scale import follow, follows
 from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode
 from lightning_qat.quantization.interception.interception import CallPathMode, SpecCache
 from lightning_qat.quantization.modules.tensor_leaves import is_float, leaves, map_call_leaves
@@ -58,6 +59,7 @@ class RegionMode(CallPathMode):
         self.state: str = runner.switches.state if repeats is None else repeats.state
         self._functions = runner.functions
         self._updates: frozenset[str] = runner.switches.updates if repeats is None else frozenset()
+        self._first_scales = runner.switches.first_scales and repeats is None
         self._taps = runner.switches.taps if repeats is None else ()
         self._calls_of_points: dict[str, int] = {}
         # by point: the running variance moves between a forward and its repetition
@@ -150,7 +152,12 @@ class RegionMode(CallPathMode):
                 self._calls_of_points[point.name] = number + 1
                 self.runner.call_ranges.observe(point.name, number, tensor)
             return tensor
-        if self._updates and not fake_quant.frozen and point.role in self._updates:
+        moves = point.role in self._updates and not fake_quant.frozen
+        if fake_quant.starts_at_zero and self._takes_first_scale(point, moves):
+            follow(fake_quant, tensor, point.is_weight)
+            if point.is_weight and not fake_quant.learned:
+                fake_quant.outdated, point.trained = True, parameter_view(tensor)
+        elif moves:
             if fake_quant.training:
                 fake_quant.update_scale(tensor, ema=not point.is_weight)
                 if point.is_weight:  # the optimizer may step before the next forward
@@ -162,6 +169,10 @@ class RegionMode(CallPathMode):
         for tap in self._taps:
             tap(point.name, tensor, quantized)
         return quantized
+
+    def _takes_first_scale(self, point: BoundPoint, moves: bool) -> bool:
+        fake_quant = point.fake_quant
+        return self._first_scales and fake_quant.training and not fake_quant.frozen and follows(fake_quant, moves)
 
 
 @torch.no_grad()
