@@ -114,8 +114,8 @@ def _starting_at_zero(checked: CheckedRegion) -> Iterable[Finding]:
             severity="info",
             kind="starts at zero",
             names=names,
-            what=f"{shortened(names)}: all values are zero, as a parameter is that training moves (a LoRA adapter, a "
-            "residual branch or a factor that begins at zero).",
+            what=f"{shortened(names)}: the values do not vary, as a parameter is zero that training moves (a LoRA "
+            "adapter, a residual branch or a factor that begins at zero).",
             why="There is no range yet to take a scale from. These points stay float until there is.",
             action="Nothing: they take their scales from training. Deployed without training, the model has none here.",
         )

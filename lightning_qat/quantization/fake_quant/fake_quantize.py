@@ -53,8 +53,8 @@ class FakeQuantize(QuantizationParameters):
         frozen: Set to true to keep the scale as it is, once there is one; see :meth:`Region.freeze`.
         outdated: Whether the scale is a weight's and was taken in a training forward: the optimizer may have stepped
             since, so the next evaluation takes it anew.
-        starts_at_zero: Whether calibration saw nothing but zeros, and training will change that: the first scale is
-            taken from training, see :mod:`~lightning_qat.quantization.fake_quant.first_scale`.
+        starts_at_zero: Whether calibration saw one value only, as a parameter is zero that training will change: the
+            first scale is taken from training, see :mod:`~lightning_qat.quantization.fake_quant.first_scale`.
         batches_from_zero: Of such a point: how many batches with values it has seen since.
         statistics: What was observed.
 
@@ -268,7 +268,7 @@ class FakeQuantize(QuantizationParameters):
 
     @torch.no_grad()
     def await_values(self) -> None:
-        """Have no scale until training gives it values; calibration saw only zeros."""
+        """Have no scale until training gives it values; calibration saw one value only."""
         self.starts_at_zero, self.batches_from_zero = True, 0
         self.scale_source = None
         self.scale.fill_(1.0)

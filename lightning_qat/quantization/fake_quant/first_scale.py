@@ -1,9 +1,9 @@
-"""Points whose values are zero until training moves a parameter: they take their first scale from training.
+"""Points that do not vary until training moves a parameter: they take their first scale from training.
 
 The second matrix of a LoRA adapter, the last layer of a residual branch, a ReZero or LayerScale factor: all begin at
 zero, so that a branch begins as nothing. Calibration sees no range there. A stand-in scale would clip whatever training
-makes of the branch, and with it the gradient. So such a point stays float as long as its values are zero (zero is exact
-on every grid), and then its scale follows the values.
+makes of the branch, and with it the gradient. So such a point stays float at first, and then its scale follows the
+values.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lightning_qat.quantization import ranks
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.numerics.channel_groups import swap_within_groups
 from lightning_qat.quantization.numerics.scales import scale_from_range
+from lightning_qat.quantization.numerics.split_statistics import SplitStatistics
 
 YOUTH = 100
 """For how many batches with values the range of a point widens at once; then scales that move on their own do so."""
@@ -60,6 +61,9 @@ def follow(fake_quant: FakeQuantize, x: Tensor, is_weight: bool) -> None:
         slowly = before + _MOMENTUM * (batch - before)
         batch = torch.stack([torch.minimum(batch[0], slowly[0]), torch.maximum(batch[1], slowly[1])])
     fake_quant.statistics.averages = batch
+    statistics = fake_quant.statistics
+    for part in statistics.groups if isinstance(statistics, SplitStatistics) else (statistics,):
+        part.batches += 1  # so that a moving average goes on as one of many batches
     fake_quant.batches_from_zero += 1
     _take_scale(fake_quant)
 

@@ -21,7 +21,7 @@ class CalibrationFinding:
 
     Args:
         kind: ``nan``, ``inf``: activations that are not finite. ``constant``: only zeros, so there is no scale.
-            ``starts at zero``: the same because a parameter is zero that training will move.
+            ``starts at zero``: one value only, because a parameter is zero that training will move.
             ``no data``: the point was never reached. ``unplanned``: an op that was not seen while tracing.
         point: point name (or place in the code).
         batch: the batch in which it was first seen, if that can be told.
@@ -44,7 +44,7 @@ def finding(kind: Literal["constant", "no data", "unplanned"], path: str, name: 
 
 
 def starting(path: str, name: str, parameter: str) -> CalibrationFinding:
-    """Return what there is to say of a point that is zero until training moves a parameter."""
+    """Return what there is to say of a point that does not vary until training moves a parameter."""
     qualified = _qualified(path, name)
     message = _STARTS_AT_ZERO.format(name=qualified, parameter=_qualified(path, parameter))
     return CalibrationFinding("starts at zero", qualified, None, message, qualified)
@@ -102,8 +102,8 @@ _NOT_FINITE = {
     "mask, keep the point in float: activation: {{dtype: float32}}.",
 }
 _STARTS_AT_ZERO = (
-    "{name} is zero as long as the parameter {parameter} is. It stays float until training moves the parameter, and "
-    "then takes its scale from training. There is nothing to do."
+    "{name} does not vary as long as the parameter {parameter} is zero. It stays float until training moves the "
+    "parameter, and then takes its scale from training. There is nothing to do."
 )
 _MESSAGES = {
     "constant": "{name} was zero in every batch, so it has no meaningful scale. Calibrate with data that reach it, or "

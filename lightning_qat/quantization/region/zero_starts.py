@@ -1,4 +1,4 @@
-"""Which points are zero because a parameter is that training will move: ``zero_starts(region)``."""
+"""Which points do not vary because a parameter is zero that training will move: ``zero_starts(region)``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _PRODUCTS = frozenset(["mul", "addcmul", "layer_norm", "group_norm", "batch_norm
 
 
 def zero_starts(region: Region) -> dict[str, str]:
-    """Map each point that calibration saw only zeros at to the parameter that makes them, if training can change it.
+    """Map each point that calibration saw one value only at to the parameter behind that, if training can change it.
 
-    That is a parameter with a gradient that is zero, and whose product the values are: the weight of a layer or a norm,
-    or a factor. A sum with a zero, a dead relu, or a branch that the data do not reach, are none.
+    That is a parameter with a gradient that is zero, and whose product the values are made of: the weight of a layer or
+    a norm, or a factor. Mostly the value is zero; behind a sigmoid it is a half. A sum with a zero, a dead relu, or a
+    branch that the data do not reach, are none.
 
     Args:
         region: calibrated.
@@ -35,7 +36,7 @@ def zero_starts(region: Region) -> dict[str, str]:
         >>> zero_starts(region)
         {'0.weight': '0.weight', '0.output': '0.weight', '1.output': '0.weight'}
     """
-    empty = {name for name, fake_quant in region.points.items() if _only_zeros(region, name)}
+    empty = {name for name in region.points if _is_constant(region, name)}
     if not empty:
         return {}
     parameters = region.target.named_parameters(remove_duplicate=False)
@@ -43,11 +44,12 @@ def zero_starts(region: Region) -> dict[str, str]:
     return _Search(region, zero).found(empty) if zero else {}
 
 
-def _only_zeros(region: Region, name: str) -> bool:
+def _is_constant(region: Region, name: str) -> bool:
     fake_quant = region.points[name]
+    if fake_quant.fixed_scale is not None or fake_quant.keeps_scale or not fake_quant.statistics.count:
+        return False
     low, high = fake_quant.statistics.range
-    moves = fake_quant.fixed_scale is None and not fake_quant.keeps_scale
-    return moves and fake_quant.statistics.count > 0 and not bool(low.any()) and not bool(high.any())
+    return bool((low == high).all()) and not (region.plan.by_name[name].is_weight and bool(low.any()))
 
 
 class _Search:
@@ -90,11 +92,12 @@ class _Search:
         return None
 
     def _has_values(self, op: Op) -> bool:
-        """Whether an op's result was seen to be something else than zero: what is behind it does not matter."""
+        """Whether an op's result was seen to vary: what is behind it does not matter."""
         fake_quant = self.region.points.get(f"{op.name}.output")
         if fake_quant is None or not fake_quant.statistics.count:
             return False
-        return any(bool(end.any()) for end in fake_quant.statistics.range)
+        low, high = fake_quant.statistics.range
+        return bool((low != high).any())
 
     def _factor(self, op: Op) -> str | None:
         """A zero parameter that the op multiplies by."""
