@@ -14,7 +14,8 @@ from lightning_qat.callbacks.analyses.undisturbed_analysis import undisturbed_an
 from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.trainer.output_directory import shared_directory
 from lightning_qat.cli.command import Command, add_quantization_options
-from lightning_qat.cli.project import Project, run_project
+from lightning_qat.cli.project import Project
+from lightning_qat.cli.run_project import run_project
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.reporting.console import print_note, print_text

@@ -128,7 +128,7 @@ def fake_quantized(point: dict[str, Any], x: np.ndarray) -> np.ndarray:
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
     if point["groups"] > 1:
         x = regrouped(x, point["groups"])
-    codes = np.rint(x * (np.float32(1) / scale)) + zero_point.astype(np.float32)
+    codes = np.rint(x / scale) + zero_point.astype(np.float32)
     codes = np.clip(codes, point["quant_min"], point["quant_max"])
     values = (codes - zero_point.astype(np.float32)) * scale
     return regrouped(values, point["groups"]) if point["groups"] > 1 else values
