@@ -166,7 +166,8 @@ def test_ranks_agree(tmp_path: Path, activation_scales: str) -> None:
     found = [torch.load(tmp_path / f"end{rank}of2.pt") for rank in (0, 1)]
     assert_same(found[0]["scales"], found[1]["scales"])
     assert_same(found[0]["state"], found[1]["state"])
-    assert {name: float(scale) for name, scale in found[0]["scales"].items() if name.endswith("b.output")} != {}
+    (scale,) = (scale.detach() for name, scale in found[0]["scales"].items() if name.endswith("b.output"))
+    assert 0.0 < float(scale) < 1.0  # a point that waits has 1
 
 
 class Shuffled(Adapted):
