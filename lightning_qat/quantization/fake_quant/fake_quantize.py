@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from lightning_qat.quantization.config_values import Scheme
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_quantize
 from lightning_qat.quantization.fake_quant.learned_scale import fake_quantize_learned, gradient_scale
-from lightning_qat.quantization.fake_quant.quantization_parameters import QuantizationParameters, Scheme
+from lightning_qat.quantization.fake_quant.quantization_parameters import QuantizationParameters
 from lightning_qat.quantization.numerics.channel_groups import swap_within_groups
 from lightning_qat.quantization.numerics.observers import ObserverName, clip_range
 from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE, check_percentile
-from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics, RangeStatistics
-from lightning_qat.quantization.numerics.scales import MIN_SCALE, greatest_scale
-from lightning_qat.quantization.numerics.split_statistics import SplitStatistics, repeat_groups
+from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics
+from lightning_qat.quantization.numerics.scales import MIN_SCALE, greatest_scale, relative_range
+from lightning_qat.quantization.numerics.split_statistics import repeat_groups, statistics_for
 
 
 class FakeQuantize(QuantizationParameters):
@@ -39,10 +40,8 @@ class FakeQuantize(QuantizationParameters):
         percentile: For the ``percentile`` observer: share of the values inside the range, in percent.
         ema_momentum: Weight of a new batch in moving averages.
         fixed_scale: A scale given by the user. It is used at once and never changed; statistics are still recorded.
-        narrow_range: Leave out the smallest code of a signed type, so that the codes are symmetric (int8: -127 ...
-            127).
-        groups: Of the weight of a transposed convolution, whose channels are those of all groups; see
-            :mod:`~lightning_qat.quantization.numerics.channel_groups`.
+        narrow_range: Leave out the smallest code of a signed type: the codes are symmetric (int8: -127 ... 127).
+        groups: Of a transposed convolution: see :mod:`~lightning_qat.quantization.numerics.channel_groups`.
 
     Attributes:
         scale: float32 whatever the type of the model, ``()``, ``(channels,)`` or ``(groups,)``. A buffer, or once
@@ -53,8 +52,7 @@ class FakeQuantize(QuantizationParameters):
         frozen: Set to true to keep the scale as it is, once there is one; see :meth:`Region.freeze`.
         outdated: Whether the scale is a weight's and was taken in a training forward: the optimizer may have stepped
             since, so the next evaluation takes it anew.
-        starts_at_zero: Whether calibration saw one value only, as a parameter is zero that training will change: the
-            first scale is taken from training, see :mod:`~lightning_qat.quantization.fake_quant.first_scale`.
+        starts_at_zero: Whether its first scale comes from training: see ``first_scale.py``.
         batches_from_zero: Of such a point: how many batches with values it has seen since.
         statistics: What was observed.
 
@@ -88,15 +86,7 @@ class FakeQuantize(QuantizationParameters):
         if scheme not in get_args(Scheme):
             raise unknown_choice("scheme", scheme, get_args(Scheme))
         _check_observer(observer, fixed_scale)
-        if (axis is None) != (channels is None):
-            raise ConfigurationError(f"axis and channels belong together, got axis={axis} and channels={channels}.")
-        if split_sizes is not None and (channels != sum(split_sizes) or min(split_sizes) < 1):
-            raise ConfigurationError(
-                f"split_sizes must be positive and add up to the {channels} channels, not {list(split_sizes)}."
-            )
         check_percentile(percentile)
-        if not 0.0 < ema_momentum <= 1.0:
-            raise ConfigurationError(f"ema_momentum must be above 0 and at most 1, such as 0.01, not {ema_momentum}.")
         if fixed_scale is not None and not 2.0**-126 <= fixed_scale <= 2.0**126:
             raise ConfigurationError(f"fixed_scale must be a positive float32, such as 100/32768, not {fixed_scale}.")
         scales = channels if split_sizes is None else len(split_sizes)
@@ -110,18 +100,10 @@ class FakeQuantize(QuantizationParameters):
         self.enabled = True
         self.frozen = False
         self.outdated = False
-        self.starts_at_zero = False
-        self.batches_from_zero = 0
-        self.statistics: RangeStatistics | PerChannelStatistics | SplitStatistics
-        if axis is None or channels is None:
-            self.statistics = RangeStatistics(ema_momentum)
-        elif split_sizes is None:
-            self.statistics = PerChannelStatistics(axis if groups == 1 else 0, channels, ema_momentum)
-        else:
-            self.statistics = SplitStatistics(axis, split_sizes, ema_momentum)
+        self.starts_at_zero, self.batches_from_zero = False, 0
+        self.statistics = statistics_for(self._scaled_axis, channels, split_sizes, ema_momentum)
         with torch.inference_mode(False):
-            # Clip range relative to the whole and to the averaged range of the data: row 0 for the lower end, 1 for
-            # the upper.
+            # Clip range relative to the whole and to the averaged range of the data; rows: lower and upper end.
             self._ratio = torch.ones(2, scales or 1, dtype=torch.float64, device="cpu")
             self._ema_ratio = self._ratio.clone()
         if fixed_scale is not None:
@@ -196,8 +178,9 @@ class FakeQuantize(QuantizationParameters):
             low, high = clip_range(
                 statistics, source, self.quant_min, self.quant_max, scheme=self.scheme, percentile=self.percentile
             )
-            self._ratio = self._relative(low, high, *statistics.range)
-            self._ema_ratio = self._relative(low, high, *statistics.ema_range)
+            signed = None if self.scheme == "affine" else self.quant_min < 0
+            self._ratio = relative_range((low, high), statistics.range, signed)
+            self._ema_ratio = relative_range((low, high), statistics.ema_range, signed)
             self._write_range(low, high)
         self.scale_source = source
 
@@ -266,14 +249,6 @@ class FakeQuantize(QuantizationParameters):
         self.statistics.reset()
         self.starts_at_zero, self.batches_from_zero = False, 0
 
-    @torch.no_grad()
-    def await_values(self) -> None:
-        """Have no scale until training gives it values; calibration saw one value only."""
-        self.starts_at_zero, self.batches_from_zero = True, 0
-        self.scale_source = None
-        self.scale.fill_(1.0)
-        self.zero_point.zero_()
-
     def get_statistics_state(self) -> dict[str, Any]:
         """Return what is not in ``state_dict``: ints, floats, strings, lists and CPU tensors only."""
         return {
@@ -316,15 +291,6 @@ class FakeQuantize(QuantizationParameters):
     def _write_ema_range(self, low: Tensor, high: Tensor) -> None:
         ratio = self._ema_ratio.to(low.device)
         self._write_range(low * ratio[0], high * ratio[1])
-
-    def _relative(self, low: Tensor, high: Tensor, whole_low: Tensor, whole_high: Tensor) -> Tensor:
-        """The given range relative to another; 1 where an end of that other is zero."""
-        if self.scheme == "symmetric":
-            signed = self.quant_min < 0
-            low = high = torch.maximum(-low, high) if signed else high
-            whole_low = whole_high = torch.maximum(-whole_low, whole_high) if signed else whole_high
-        ratios = [a / b for a, b in ((low, whole_low), (high, whole_high))]
-        return torch.stack([torch.where(r.isfinite() & (r > 0), r, 1.0) for r in ratios])
 
 
 def _check_observer(observer: str, fixed_scale: float | None) -> None:

@@ -37,6 +37,15 @@ def follows(fake_quant: FakeQuantize, moves: bool) -> bool:
 
 
 @torch.no_grad()
+def await_values(fake_quant: FakeQuantize) -> None:
+    """Let a point have no scale until training gives it values; calibration saw one value only."""
+    fake_quant.starts_at_zero, fake_quant.batches_from_zero = True, 0
+    fake_quant.scale_source = None
+    fake_quant.scale.fill_(1.0)
+    fake_quant.zero_point.zero_()
+
+
+@torch.no_grad()
 @torch.inference_mode(False)
 def follow(fake_quant: FakeQuantize, x: Tensor, is_weight: bool) -> None:
     """Take the scale of a point that began at zero from the values of a training forward.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.numerics.range_statistics import RangeStatistics
+from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics, RangeStatistics
 
 
 class SplitStatistics:
@@ -126,6 +126,35 @@ class SplitStatistics:
                 f"{self.axis}."
             )
         return torch.split(x, list(self.sizes), dim=self.axis)
+
+
+def statistics_for(
+    axis: int | None, channels: int | None, split_sizes: tuple[int, ...] | None, ema_momentum: float
+) -> RangeStatistics | PerChannelStatistics | SplitStatistics:
+    """Return empty statistics for one scale, for one per channel, or for one per group of channels.
+
+    Args:
+        axis: the channel axis, None for one scale.
+        channels: number of channels, with an axis.
+        split_sizes: lengths of the groups of channels that share a scale, if they do.
+        ema_momentum: weight of a new batch in the moving averages.
+
+    Raises:
+        ConfigurationError: an argument is out of its set, or two of them contradict each other.
+    """
+    if (axis is None) != (channels is None):
+        raise ConfigurationError(f"axis and channels belong together, got axis={axis} and channels={channels}.")
+    if split_sizes is not None and (channels != sum(split_sizes) or min(split_sizes) < 1):
+        raise ConfigurationError(
+            f"split_sizes must be positive and add up to the {channels} channels, not {list(split_sizes)}."
+        )
+    if not 0.0 < ema_momentum <= 1.0:
+        raise ConfigurationError(f"ema_momentum must be above 0 and at most 1, such as 0.01, not {ema_momentum}.")
+    if axis is None or channels is None:
+        return RangeStatistics(ema_momentum)
+    if split_sizes is None:
+        return PerChannelStatistics(axis, channels, ema_momentum)
+    return SplitStatistics(axis, split_sizes, ema_momentum)
 
 
 def repeat_groups(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
