@@ -53,7 +53,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         activation_scales: ``fixed``: as calibrated. ``ema``: they follow a moving average of the batches' ranges.
             ``learned``: trained by gradient (LSQ, arXiv:1902.08153), from the calibrated values on. Learned scales are
             parameters and must be in an optimizer, without weight decay: write ``lightning_qat.parameter_groups(self,
-            lr=self.lr)`` in the place of ``self.parameters()``.
+            lr=self.lr)`` in the place of ``self.parameters()``. Whichever it is, a branch that starts at zero (a LoRA
+            adapter, ReZero) has no range to calibrate: it is float at first, and takes its scales from training.
         weight_scales: ``updated``: those of the present weights, at every step. ``fixed`` and ``learned`` as above. A
             run resumed with ``ckpt_path`` learns what it learned before.
         start_epoch: train in float before this epoch; :class:`Calibration` then runs at its start.

@@ -118,11 +118,12 @@ class Everything(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 6, 3, padding=1)
         self.norm = nn.BatchNorm2d(6)
+        self.up = nn.ConvTranspose2d(6, 6, 2, groups=2)
         self.linear = nn.Linear(6, 8)
         self.divisor = nn.Parameter(torch.cat([torch.linspace(1, 2, 3), torch.linspace(100, 9000, 5)]))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.norm(self.conv(x))).mean((2, 3))
+        y = self.up(torch.relu(self.norm(self.conv(x)))).mean((2, 3))
         z = torch.softmax(self.linear(y) / self.divisor, -1)
         return z @ z.mT
 
@@ -143,11 +144,20 @@ def fake_quantized(point: dict[str, Any], x: np.ndarray) -> np.ndarray:
         if point["split_sizes"] is not None:
             scale, zero_point = (np.repeat(v, point["split_sizes"]) for v in (scale, zero_point))
         shape = [1] * x.ndim
-        shape[point["axis"]] = point["channels"]
+        shape[point["axis"] if point["groups"] == 1 else 0] = point["channels"]
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    if point["groups"] > 1:
+        x = regrouped(x, point["groups"])
     codes = np.rint(x / scale) + zero_point.astype(np.float32)
     codes = np.clip(codes, point["quant_min"], point["quant_max"])
-    return (codes - zero_point.astype(np.float32)) * scale
+    values = (codes - zero_point.astype(np.float32)) * scale
+    return regrouped(values, point["groups"]) if point["groups"] > 1 else values
+
+
+def regrouped(x: np.ndarray, groups: int) -> np.ndarray:
+    """The two reshapes around a swap that the README describes; the same way back."""
+    parts = x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).swapaxes(1, 2)
+    return parts.reshape(-1, *parts.shape[2:])
 
 
 def test_every_point_is_reproduced_from_the_file_alone(tmp_path: Path) -> None:
@@ -170,6 +180,7 @@ def test_every_point_is_reproduced_from_the_file_alone(tmp_path: Path) -> None:
     assert points["linear.output"]["scale_source"] == "fixed"
     assert points["div_0.input1"]["split_sizes"] == [3, 5]
     assert len(points["div_0.input1"]["scale"]) == 2
+    assert (points["up.weight"]["groups"], len(points["up.weight"]["scale"])) == (2, 6)
 
 
 def test_present_dtype_is_written_not_the_planned_one(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from lightning_qat.analysis.statistics.point_statistics import CHUNK, PointStati
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.planning.plan import PointPlan
+from lightning_qat.quantization.planning.weight_channels import weight_channels
 from lightning_qat.quantization.region.region import Region
 
 _EXPONENTS = 128
@@ -134,10 +135,11 @@ class EvidenceCollector:
         )
 
     def _channels(self, plan: PointPlan) -> int:
-        op = self.region.graph.by_name[plan.op]
-        if not plan.is_weight or op.weight_axis is None:
+        if not plan.is_weight:
             return 1
-        return next(o.shape[op.weight_axis] for o in op.operands if o.index == plan.operand)
+        op = self.region.graph.by_name[plan.op]
+        operand = next(o for o in op.operands if o.index == plan.operand)
+        return weight_channels(op, operand).count(operand.shape) or 1
 
 
 def with_configuration(

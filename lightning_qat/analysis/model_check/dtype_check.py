@@ -165,6 +165,8 @@ def _source(checked: CheckedRegion, point: str) -> str:
         return "not quantized: switched off"
     if fake_quant.fixed_scale is not None:
         return f"fixed scale {fake_quant.fixed_scale:.6g}"
+    if fake_quant.scale_source is None and fake_quant.starts_at_zero:
+        return "not quantized: does not vary until it is trained"
     if checked.is_calibrated and fake_quant.scale_source is None:
         return "not quantized: not reached by calibration"
     source = fake_quant.scale_source or fake_quant.observer

@@ -7,13 +7,12 @@ from functools import cached_property
 from typing import Literal
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion
+from lightning_qat.quantization.planning.high_precision import JOINED
 from lightning_qat.quantization.region.effective_dtypes import FLOAT
 from lightning_qat.quantization.tracing.op_graph import Op
 
 Domain = Literal["float", "quantized"]
 Place = Literal["head", "middle", "tail"]
-
-_JOINED_OUTPUT = "joins results that leave the region"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Segments:
         self.stages: dict[str, int] = {}
         self.casts: set[tuple[str, Domain]] = set()
         for op in checked.computing:
-            if checked.plan.float_points.get(f"{op.name}.output") == _JOINED_OUTPUT:
+            if checked.plan.float_points.get(f"{op.name}.output") == JOINED:
                 continue  # puts float32 results beside each other in memory
             self._add(op)
 

@@ -27,6 +27,7 @@ def check_scales(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
     return [
         *_bad_scales(checked),
         *_without_scale(checked),
+        *_starting_at_zero(checked),
         *_wide_ranges(checked),
         *_clipping_scales(checked),
         *_coarse_precision(checked),
@@ -94,7 +95,7 @@ def _is_zero_for_good(checked: CheckedRegion, point: PointPlan) -> bool:
 def _without_scale(checked: CheckedRegion) -> Iterable[Finding]:
     if not checked.is_calibrated:
         return
-    names = tuple(name for name, point in checked.points.items() if point.scale_source is None)
+    names = tuple(n for n, p in checked.points.items() if p.scale_source is None and not p.starts_at_zero)
     if names:
         yield Finding(
             severity="warning",
@@ -103,6 +104,20 @@ def _without_scale(checked: CheckedRegion) -> Iterable[Finding]:
             what=f"Calibration did not reach {shortened(names)}, so there is no scale.",
             why="These points stay float when their code runs, and accuracy is measured without their error.",
             action="Calibrate with batches that take this branch, or give them a fixed_scale or a threshold.",
+        )
+
+
+def _starting_at_zero(checked: CheckedRegion) -> Iterable[Finding]:
+    names = tuple(n for n, p in checked.points.items() if p.scale_source is None and p.starts_at_zero)
+    if names:
+        yield Finding(
+            severity="info",
+            kind="starts at zero",
+            names=names,
+            what=f"{shortened(names)}: the values do not vary, as a parameter is zero that training moves (a LoRA "
+            "adapter, a residual branch or a factor that begins at zero).",
+            why="There is no range yet to take a scale from. These points stay float until there is.",
+            action="Nothing: they take their scales from training. Deployed without training, the model has none here.",
         )
 
 

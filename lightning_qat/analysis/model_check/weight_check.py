@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor
-
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion
 from lightning_qat.analysis.model_check.findings import Finding, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.quantization.numerics.channel_groups import channel_rows
 from lightning_qat.quantization.planning.plan import PointPlan
+from lightning_qat.quantization.planning.weight_channels import SHARED, WeightChannels, weight_channels
 from lightning_qat.quantization.region.effective_dtypes import bits
 
 
 def check_weights(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
     """Look at the channels of every weight, and at parameters that several ops read."""
-    return [*_channels(checked), *_tied_weights(checked)], []
+    return [*_channels(checked), *_tied_weights(checked), *_shared_scales(checked)], []
 
 
 def _channels(checked: CheckedRegion) -> Iterable[Finding]:
@@ -30,12 +30,12 @@ def _channels(checked: CheckedRegion) -> Iterable[Finding]:
         op = checked.graph.by_name[point.op]
         operand = next(o for o in op.operands if o.index == point.operand)
         weight = next((parameters[s.name] for s in operand.sources if s.name in parameters), None)
-        axis = point.axis if point.axis is not None else op.weight_axis
-        if weight is None or axis is None or weight.dim() != len(operand.shape) or not weight.numel():
+        held = WeightChannels(point.axis, point.groups) if point.axis is not None else weight_channels(op, operand)
+        if weight is None or held.axis is None or weight.dim() != len(operand.shape) or not weight.numel():
             continue
-        largest = _channel_maxima(weight, axis)
+        largest = channel_rows(weight.detach().abs(), held.axis, held.groups).amax(dim=1)
         alive = largest[largest > 0]
-        if len(alive) < len(largest):
+        if len(alive) < len(largest) and not checked.points[point.name].starts_at_zero:
             dead[point.name] = len(largest) - len(alive)
         if not len(alive):
             continue
@@ -48,10 +48,6 @@ def _channels(checked: CheckedRegion) -> Iterable[Finding]:
     yield from _dead(dead)
     yield from _apart(apart)
     yield from _lost(lost)
-
-
-def _channel_maxima(weight: Tensor, axis: int) -> Tensor:
-    return weight.detach().abs().movedim(axis, 0).flatten(1).amax(dim=1) if weight.dim() > 1 else weight.detach().abs()
 
 
 def _dead(dead: dict[str, int]) -> Iterable[Finding]:
@@ -123,4 +119,18 @@ def _tied_weights(checked: CheckedRegion) -> Iterable[Finding]:
             if differs
             else "Nothing, unless the device is to store it once.",
             yaml=overrides_yaml(f'match: "{n}", weight: {{dtype: {widest}}}' for n in names) if differs else "",
+        )
+
+
+def _shared_scales(checked: CheckedRegion) -> Iterable[Finding]:
+    reasons = {p.name: p.reason.partition(f"{SHARED}: ")[2].partition(";")[0] for p in checked.plan.points}
+    found = {name: reason for name, reason in reasons.items() if reason}
+    if found:
+        yield Finding(
+            severity="info",
+            kind="shared scales",
+            names=tuple(found),
+            what=f"Weights with {SHARED}: {shortened(f'{name} ({reason})' for name, reason in found.items())}.",
+            why="The configuration asks for a scale per channel, and a scale can follow one axis only.",
+            action="Look at them with SensitivityAnalysis(); a linear layer for each matrix has one per channel.",
         )

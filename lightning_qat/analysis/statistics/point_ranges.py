@@ -21,6 +21,8 @@ def representable_range(fake_quant: FakeQuantize) -> tuple[float, float]:
 def observed_range(fake_quant: FakeQuantize) -> tuple[float, float] | None:
     """Return the smallest and the largest value that a point has observed; None if there were none.
 
+    Of a point that began at zero it is what training has shown it.
+
     Example:
         >>> import torch
         >>> fake_quant = FakeQuantize("int8")
@@ -30,7 +32,8 @@ def observed_range(fake_quant: FakeQuantize) -> tuple[float, float] | None:
     """
     if not fake_quant.statistics.count:
         return None
-    low, high = fake_quant.statistics.range
+    followed = fake_quant.starts_at_zero and fake_quant.batches_from_zero
+    low, high = fake_quant.statistics.ema_range if followed else fake_quant.statistics.range
     return float(low.min()), float(high.max())
 
 

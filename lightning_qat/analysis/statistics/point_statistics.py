@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.fake_quant.primitives import codes_before_clipping
+from lightning_qat.quantization.numerics.channel_groups import channel_rows
 
 CHUNK = 1 << 20
 """Values that are looked at in one go: temporary memory is a few dozen MB, whatever the size of the tensor."""
@@ -99,7 +100,7 @@ class PointStatistics:
             fake_quant: the point; its scale is that of ``quantized``.
         """
         active = fake_quant.scale_source is not None and fake_quant.enabled
-        rows, quantized_rows = _rows(value, fake_quant.axis), _rows(quantized, fake_quant.axis)
+        rows, quantized_rows = _rows(value, fake_quant), _rows(quantized, fake_quant)
         step = max(1, CHUNK // rows.shape[0])
         for x, q in zip(rows.split(step, dim=1), quantized_rows.split(step, dim=1), strict=True):
             if x.numel():
@@ -185,7 +186,7 @@ _NUMBERS = tuple(n for n in PointStatistics.__dataclass_fields__ if n not in ("c
 def weight_codes(weight: Tensor, fake_quant: FakeQuantize) -> Tensor:
     """Integer codes of a weight counted from the smallest of the type, on the CPU: one byte each up to 8 bits."""
     levels = fake_quant.quant_max - fake_quant.quant_min + 1
-    rows = _rows(weight, fake_quant.axis)
+    rows = _rows(weight, fake_quant)
     codes = _codes_from_smallest(rows, fake_quant).nan_to_num_(0.0).clamp_(0, levels - 1)
     return codes.to(torch.uint8 if levels <= 256 else torch.int32).cpu()
 
@@ -197,9 +198,6 @@ def _codes_from_smallest(rows: Tensor, fake_quant: FakeQuantize) -> Tensor:
     return codes_before_clipping(rows, scale, zero_point - fake_quant.quant_min)
 
 
-def _rows(tensor: Tensor, axis: int | None) -> Tensor:
+def _rows(tensor: Tensor, fake_quant: FakeQuantize) -> Tensor:
     """``(channels, n)``; one row without an axis."""
-    tensor = tensor.detach()
-    if axis is None:
-        return tensor.reshape(1, -1)
-    return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
+    return channel_rows(tensor.detach(), fake_quant.axis, fake_quant.groups)

@@ -57,6 +57,7 @@ def average_gradients(regions: Iterable[Region]) -> None:
 
 def average_scales(regions: Iterable[Region], updates: Collection[ScaleRole]) -> None:
     """Average the scales of activations that have followed this rank's batch over ranks."""
-    if "activation" in updates:
-        for region in regions:
+    for region in regions:
+        region.scales.agree_on_first()
+        if "activation" in updates:
             region.scales.synchronize()

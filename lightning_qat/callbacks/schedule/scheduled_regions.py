@@ -50,6 +50,7 @@ class ScheduledRegions:
         self._batch_norms = tuple(m for r in self.regions for m in r.target.modules() if is_batch_norm(m))
         for region in self.regions:
             region.set_state(state, updates)
+            region.switches.first_scales = not self.schedule.freezes_scales(trainer.current_epoch)
             if "weight" not in updates:
                 region.scales.keep_weights()
         for copy in _compat.averaged_copies(trainer):

@@ -65,6 +65,7 @@ def _fake_quant(point: PointPlan) -> FakeQuantize:
         percentile=point.percentile,
         fixed_scale=point.fixed_scale,
         narrow_range=point.narrow_range,
+        groups=point.groups,
     )
 
 

@@ -13,10 +13,11 @@ from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_quantize
 from lightning_qat.quantization.fake_quant.learned_scale import fake_quantize_learned, gradient_scale
 from lightning_qat.quantization.fake_quant.quantization_parameters import QuantizationParameters
+from lightning_qat.quantization.numerics.channel_groups import swap_within_groups
 from lightning_qat.quantization.numerics.observers import ObserverName, clip_range
 from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE, check_percentile
 from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics
-from lightning_qat.quantization.numerics.scales import MIN_SCALE, greatest_scale
+from lightning_qat.quantization.numerics.scales import MIN_SCALE, greatest_scale, relative_range
 from lightning_qat.quantization.numerics.split_statistics import repeat_groups, statistics_for
 
 
@@ -39,8 +40,8 @@ class FakeQuantize(QuantizationParameters):
         percentile: For the ``percentile`` observer: share of the values inside the range, in percent.
         ema_momentum: Weight of a new batch in moving averages.
         fixed_scale: A scale given by the user. It is used at once and never changed; statistics are still recorded.
-        narrow_range: Leave out the smallest code of a signed type, so that the codes are symmetric (int8: -127 ...
-            127).
+        narrow_range: Leave out the smallest code of a signed type: the codes are symmetric (int8: -127 ... 127).
+        groups: Of a transposed convolution: see :mod:`~lightning_qat.quantization.numerics.channel_groups`.
 
     Attributes:
         scale: Always float32, ``()``, ``(channels,)`` or ``(groups,)``. A buffer; a parameter after
@@ -51,6 +52,8 @@ class FakeQuantize(QuantizationParameters):
         frozen: Set to true to keep the scale as it is, once there is one; see :meth:`Region.freeze`.
         outdated: True if a training forward computed the scale of a weight. The optimizer may have stepped since, so
             the next evaluation computes the scale again.
+        starts_at_zero: Whether its first scale comes from training: see ``first_scale.py``.
+        batches_from_zero: Of such a point: how many batches with values it has seen since.
         statistics: What was observed.
 
     Raises:
@@ -78,34 +81,29 @@ class FakeQuantize(QuantizationParameters):
         ema_momentum: float = 0.01,
         fixed_scale: float | None = None,
         narrow_range: bool = False,
+        groups: int = 1,
     ) -> None:
         if scheme not in get_args(Scheme):
             raise unknown_choice("scheme", scheme, get_args(Scheme))
         _check_observer(observer, fixed_scale)
-        if (axis is None) != (channels is None):
-            raise ConfigurationError(f"axis and channels belong together, got axis={axis} and channels={channels}.")
-        if split_sizes is not None and (channels != sum(split_sizes) or min(split_sizes) < 1):
-            raise ConfigurationError(
-                f"split_sizes must be positive and add up to the {channels} channels, not {list(split_sizes)}."
-            )
         check_percentile(percentile)
-        if not 0.0 < ema_momentum <= 1.0:
-            raise ConfigurationError(f"ema_momentum must be above 0 and at most 1, such as 0.01, not {ema_momentum}.")
         if fixed_scale is not None and not 2.0**-126 <= fixed_scale <= 2.0**126:
             raise ConfigurationError(f"fixed_scale must be a positive float32, such as 100/32768, not {fixed_scale}.")
         scales = channels if split_sizes is None else len(split_sizes)
         super().__init__(dtype, scheme, scales, split_sizes, fixed_scale, narrow_range)
         self.axis = axis
+        self.groups = groups
+        self._scaled_axis = axis if groups == 1 else 0  # of the weight as that of a convolution
         self.batch_axis = batch_axis
         self.observer: ObserverName = observer
         self.percentile = percentile
         self.enabled = True
         self.frozen = False
         self.outdated = False
-        self.statistics = statistics_for(axis, channels, split_sizes, ema_momentum)
+        self.starts_at_zero, self.batches_from_zero = False, 0
+        self.statistics = statistics_for(self._scaled_axis, channels, split_sizes, ema_momentum)
         with torch.inference_mode(False):
-            # Clip range relative to the whole and to the averaged range of the data: row 0 for the lower end, 1 for
-            # the upper.
+            # Clip range relative to the whole and to the averaged range of the data; rows: lower and upper end.
             self._ratio = torch.ones(2, scales or 1, dtype=torch.float64, device="cpu")
             self._ema_ratio = self._ratio.clone()
         if fixed_scale is not None:
@@ -115,27 +113,32 @@ class FakeQuantize(QuantizationParameters):
         """Fake-quantize ``x`` with the present scale; return ``x`` itself when not calibrated or not enabled."""
         if self.scale_source is None or not self.enabled:
             return x
+        if self.groups == 1:
+            return self._quantized(x)
+        return swap_within_groups(self._quantized(swap_within_groups(x, self.groups)), self.groups)
+
+    def _quantized(self, x: Tensor) -> Tensor:
         if self._parameters:
             return self._forward_learned(x)
         zero_point = self.channel_zero_point if self.scheme == "affine" else 0
-        return fake_quantize(x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self.axis)
+        return fake_quantize(x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self._scaled_axis)
 
     def _forward_learned(self, x: Tensor) -> Tensor:
         scale = self.scale
         if not torch.compiler.is_exporting():  # an optimizer may have stepped across zero; the gradient is not cut
             scale.detach().clamp_(MIN_SCALE, greatest_scale(self.quant_max - self.quant_min))
         zero_point = self.channel_zero_point if self.scheme == "affine" else 0
-        arguments = (x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self.axis)
+        arguments = (x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self._scaled_axis)
         if self.frozen or not (scale.requires_grad and torch.is_grad_enabled()):
             return fake_quantize(*arguments)
-        factors = gradient_scale(tuple(x.shape), self.quant_max, self.axis, self.batch_axis, self.split_sizes)
+        factors = gradient_scale(tuple(x.shape), self.quant_max, self._scaled_axis, self.batch_axis, self.split_sizes)
         if self.split_sizes is None:
             return fake_quantize_learned(*arguments, factors[0])
         return fake_quantize_learned(*arguments, repeat_groups(scale.new_tensor(factors), self.split_sizes))
 
     def observe(self, x: Tensor) -> None:
         """Record the statistics of ``x``; the scale stays."""
-        self.statistics.observe(x)
+        self.statistics.observe(x if self.groups == 1 else swap_within_groups(x, self.groups))
 
     @property
     def keeps_scale(self) -> bool:
@@ -164,6 +167,10 @@ class FakeQuantize(QuantizationParameters):
             )
         if dtype is not None:
             self.set_dtype(dtype)
+        if self.starts_at_zero:  # what calibration saw says nothing
+            if self.batches_from_zero:
+                self._write_range(*self.statistics.ema_range)
+            return
         if source == "fixed":
             self.scale.fill_(self.fixed_scale or 1.0)
             self.zero_point.zero_()
@@ -171,8 +178,9 @@ class FakeQuantize(QuantizationParameters):
             low, high = clip_range(
                 statistics, source, self.quant_min, self.quant_max, scheme=self.scheme, percentile=self.percentile
             )
-            self._ratio = self._relative(low, high, *statistics.range)
-            self._ema_ratio = self._relative(low, high, *statistics.ema_range)
+            signed = None if self.scheme == "affine" else self.quant_min < 0
+            self._ratio = relative_range((low, high), statistics.range, signed)
+            self._ema_ratio = relative_range((low, high), statistics.ema_range, signed)
             self._write_range(low, high)
         self.scale_source = source
 
@@ -205,6 +213,8 @@ class FakeQuantize(QuantizationParameters):
             return
         if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
             return
+        if self.groups > 1:
+            x = swap_within_groups(x.detach(), self.groups)
         ema = self.observer == "ema" if ema is None else ema
         if not ema and self.axis is None and x.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = torch.aminmax(x.detach())
@@ -237,6 +247,7 @@ class FakeQuantize(QuantizationParameters):
     def reset_statistics(self) -> None:
         """Reset the statistics, to calibrate again; the scale stays."""
         self.statistics.reset()
+        self.starts_at_zero, self.batches_from_zero = False, 0
 
     def get_statistics_state(self) -> dict[str, Any]:
         """Return the state that ``state_dict`` lacks, as ints, floats, strings, lists and CPU tensors."""
@@ -245,6 +256,8 @@ class FakeQuantize(QuantizationParameters):
             "scale_source": self.scale_source,
             "learned": self.learned,
             "outdated": self.outdated,
+            "starts_at_zero": self.starts_at_zero,
+            "batches_from_zero": self.batches_from_zero,
             "ratio": self._ratio.to("cpu", copy=True),
             "ema_ratio": self._ema_ratio.to("cpu", copy=True),
             "statistics": self.statistics.state_dict(),
@@ -261,6 +274,8 @@ class FakeQuantize(QuantizationParameters):
         self.scale_source = state["scale_source"]
         self.learn_scale(state["learned"])
         self.outdated = state["outdated"]
+        self.starts_at_zero = state.get("starts_at_zero", False)  # checkpoints of earlier releases have no such points
+        self.batches_from_zero = state.get("batches_from_zero", 0)
         with torch.inference_mode(False):
             self._ratio = state["ratio"].cpu().clone()
             self._ema_ratio = state["ema_ratio"].cpu().clone()
@@ -268,6 +283,7 @@ class FakeQuantize(QuantizationParameters):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         axis = "" if self.axis is None else f", axis={self.axis}"
+        axis += "" if self.groups == 1 else f", groups={self.groups}"
         axis += "" if self.split_sizes is None else f", split_sizes={list(self.split_sizes)}"
         source = f"{self.scale_source}, learned" if self.learned else self.scale_source
         return f"{self.dtype}, {self.scheme}{axis}, observer={self.observer}, scale_source={source}"
@@ -275,15 +291,6 @@ class FakeQuantize(QuantizationParameters):
     def _write_ema_range(self, low: Tensor, high: Tensor) -> None:
         ratio = self._ema_ratio.to(low.device)
         self._write_range(low * ratio[0], high * ratio[1])
-
-    def _relative(self, low: Tensor, high: Tensor, whole_low: Tensor, whole_high: Tensor) -> Tensor:
-        """The given range relative to another; 1 where an end of that other is zero."""
-        if self.scheme == "symmetric":
-            signed = self.quant_min < 0
-            low = high = torch.maximum(-low, high) if signed else high
-            whole_low = whole_high = torch.maximum(-whole_low, whole_high) if signed else whole_high
-        ratios = [a / b for a, b in ((low, whole_low), (high, whole_high))]
-        return torch.stack([torch.where(r.isfinite() & (r > 0), r, 1.0) for r in ratios])
 
 
 def _check_observer(observer: str, fixed_scale: float | None) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.fake_quant.first_scale import follows
 
 
 def average_over_ranks(fake_quants: Iterable[FakeQuantize]) -> None:
@@ -22,6 +23,7 @@ def average_over_ranks(fake_quants: Iterable[FakeQuantize]) -> None:
     if ranks.count() == 1:
         return
     moving = [f for f in fake_quants if f.scale_source not in (None, "fixed") and not f.frozen]
+    moving = [f for f in moving if not (f.starts_at_zero and follows(f, moves=True))]
     if not moving:
         return
     parts = [f.statistics.averages for f in moving]

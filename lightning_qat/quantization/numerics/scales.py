@@ -100,6 +100,30 @@ def scale_from_bounds(bounds: Tensor, quant_min: int, quant_max: int) -> Tensor:
     return scale.masked_fill_(empty, ZERO_RANGE_SCALE).float()
 
 
+def relative_range(ends: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor], signed: bool | None) -> Tensor:
+    """Return a range relative to another, ``(2, channels)``; 1 where an end of that other is zero.
+
+    Args:
+        ends: lower and upper ends, ``(channels,)``.
+        whole: those of the other range.
+        signed: whether a symmetric type has negative codes; None for an affine scheme, whose ends are two numbers.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> relative_range((-one, 3 * one), (-2 * one, 4 * one), signed=None).flatten().tolist()
+        [0.5, 0.75]
+    """
+
+    def bounds(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if signed is None:
+            return low, high
+        bound = torch.maximum(-low, high) if signed else high
+        return bound, bound
+
+    ratios = [a / b for a, b in zip(bounds(*ends), bounds(*whole), strict=True)]
+    return torch.stack([torch.where(r.isfinite() & (r > 0), r, 1.0) for r in ratios])
+
+
 def greatest_scale(largest: int) -> float:
     """The greatest scale whose product with the code ``largest`` is finite."""
     # Rounding to float32 might exceed it by half a unit: take one unit off.

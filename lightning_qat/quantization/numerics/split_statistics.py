@@ -138,7 +138,18 @@ def statistics_for(
         channels: number of channels, with an axis.
         split_sizes: lengths of the groups of channels that share a scale, if they do.
         ema_momentum: weight of a new batch in the moving averages.
+
+    Raises:
+        ConfigurationError: an argument is out of its set, or two of them contradict each other.
     """
+    if (axis is None) != (channels is None):
+        raise ConfigurationError(f"axis and channels belong together, got axis={axis} and channels={channels}.")
+    if split_sizes is not None and (channels != sum(split_sizes) or min(split_sizes) < 1):
+        raise ConfigurationError(
+            f"split_sizes must be positive and add up to the {channels} channels, not {list(split_sizes)}."
+        )
+    if not 0.0 < ema_momentum <= 1.0:
+        raise ConfigurationError(f"ema_momentum must be above 0 and at most 1, such as 0.01, not {ema_momentum}.")
     if axis is None or channels is None:
         return RangeStatistics(ema_momentum)
     if split_sizes is None:

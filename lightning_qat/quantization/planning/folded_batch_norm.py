@@ -23,7 +23,7 @@ _STATISTICS = ["running_mean", "running_var"]
 
 
 def batch_norm_to_fold(
-    graph: OpGraph, group: FusionGroup | None, op: Op, operand: Operand, axis: int | None
+    graph: OpGraph, group: FusionGroup | None, op: Op, operand: Operand, scales: int | None
 ) -> tuple[str | None, str]:
     """Decide whether the batch norm behind a GEMM layer has to be folded into its weight.
 
@@ -32,7 +32,7 @@ def batch_norm_to_fold(
         group: the fused group of the layer, if it is in one.
         op: the layer.
         operand: its weight.
-        axis: channel axis of the weight's scales; None for one scale.
+        scales: how many channels have a scale of their own; None for one scale, or one for several of them.
 
     Returns:
         The name of the batch norm op to fold, or None; and the reason why a batch norm is not folded, or an empty text.
@@ -50,7 +50,7 @@ def batch_norm_to_fold(
     is_channel_axis = op.kind != "linear" or len(op.outputs[0][1]) == 2
     if not is_channel_axis or operand.shape[op.weight_axis] * _groups(op, operand, channels) != channels:
         return None, f"the batch norm has other channels than the layer, {not_folded}"
-    if axis == op.weight_axis and operand.shape[axis] == channels:
+    if scales == channels:
         return None, ""  # one scale per factor: folding would change no code
     return norm.name, ""
 

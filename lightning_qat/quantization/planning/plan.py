@@ -30,7 +30,7 @@ class PointPlan:
         dtype: quantized type.
         scheme: ``symmetric`` or ``affine``.
         axis: channel axis, None for one scale per tensor.
-        channels: size of that axis.
+        channels: how many there are: the size of that axis, see ``groups``.
         observer: how the scale is found.
         percentile: for the percentile observer.
         fixed_scale: scale given by the user.
@@ -41,6 +41,9 @@ class PointPlan:
         batch_norm: name of the batch norm op that is folded into the weight before quantization, as it is when
             deployed. Set where a fused batch norm multiplies channels that share a scale by different factors.
             Statistics and sensitivities of the point are those of the folded weight.
+        groups: of the weight of a transposed convolution with a scale per output channel: ``channels`` is ``groups``
+            times the length of the axis. Scale ``g * length + j`` is that of column ``j`` of group ``g``, whose rows
+            are the ``g``-th part of axis 0.
     """
 
     name: str
@@ -59,6 +62,7 @@ class PointPlan:
     same_as: str | None = None
     split_sizes: tuple[int, ...] | None = None
     batch_norm: str | None = None
+    groups: int = 1
 
     @property
     def is_weight(self) -> bool:

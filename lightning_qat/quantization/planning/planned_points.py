@@ -10,7 +10,10 @@ from lightning_qat.quantization.planning.folded_batch_norm import batch_norm_to_
 from lightning_qat.quantization.planning.fusion import FusionGroup
 from lightning_qat.quantization.planning.plan import PointPlan, PointRole
 from lightning_qat.quantization.planning.point_config import PointConfig
+from lightning_qat.quantization.planning.weight_channels import SHARED, WeightChannels
 from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, Source
+
+NO_CHANNELS = WeightChannels()
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,14 @@ class Place:
         name: name of the point.
         role: ``output``, ``weight`` or ``input``.
         operand: the operand that it quantizes; None for the output.
-        axis: the channel axis of a weight, if it has one.
+        held: where a weight holds the output channels.
     """
 
     op: Op
     name: str
     role: PointRole
     operand: Operand | None = None
-    axis: int | None = None
+    held: WeightChannels = NO_CHANNELS
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,13 +78,15 @@ class PlannedPoints:
             text = "; ".join(filter(None, reasons))
             self.in_float[place.name] = f"float32: {text}" if changed else f"float32 by {config.rule}"
             return
-        axis, channels, sizes = _groups(place, config)
+        if config.per_channel and place.held.shared:
+            reasons.append(f"{SHARED}: {place.held.shared}")
+        axis, channels, groups, sizes = _channels(place, config)
         same_as = norm = None
         if place.role == "weight" and place.operand is not None:
             group = self.groups.get(place.op.name)
-            norm, obstacle = batch_norm_to_fold(self.graph, group, place.op, place.operand, axis)
+            norm, obstacle = batch_norm_to_fold(self.graph, group, place.op, place.operand, None if sizes else channels)
             reasons.append(f"{norm} is folded into it" if norm is not None else obstacle if axis is None else "")
-            same_as = self._first_use(place.name, place.operand, axis, config, norm)
+            same_as = self._first_use(place.name, place.operand, (axis, groups), config, norm)
         self.by_name[place.name] = PointPlan(
             name=place.name,
             op=place.op.name,
@@ -99,6 +104,7 @@ class PlannedPoints:
             same_as=same_as,
             split_sizes=sizes,
             batch_norm=norm,
+            groups=groups,
         )
         if place.role == "output":
             self._outputs.add(place.op.name)
@@ -124,7 +130,7 @@ class PlannedPoints:
         return f"{source.kind} {source.name}"
 
     def _first_use(
-        self, name: str, weight: Operand, axis: int | None, config: PointConfig, norm: str | None
+        self, name: str, weight: Operand, held: tuple[int | None, int], config: PointConfig, norm: str | None
     ) -> str | None:
         """The point of an earlier op that quantizes the same parameter in the same way, if there is one."""
         parameters = [s.name for s in weight.sources if s.kind == "parameter"]
@@ -133,14 +139,14 @@ class PlannedPoints:
         folded = None if norm is None else statistics_path(self.graph.by_name[norm])
         percentile = config.percentile if config.observer == "percentile" else None
         found_by = (config.dtype, config.observer, percentile)
-        first = self._weights.setdefault((tuple(parameters), axis, *found_by, folded), name)
+        first = self._weights.setdefault((tuple(parameters), held, *found_by, folded), name)
         return None if first == name else first
 
 
-def _groups(place: Place, config: PointConfig) -> tuple[int | None, int | None, tuple[int, ...] | None]:
-    """The axis along which a point has several scales, its length, and the lengths of groups that share a scale."""
+def _channels(place: Place, config: PointConfig) -> tuple[int | None, int | None, int, tuple[int, ...] | None]:
+    """The axis along which a point has several scales, the number of channels, and what ``PointPlan`` says of them."""
     sizes = config.split_sizes(place.name, place.shape)
     if config.split is not None and sizes is not None:
-        return config.split.axis, sum(sizes), sizes
-    axis = place.axis if config.per_channel else None
-    return axis, place.shape[axis] if axis is not None else None, None
+        return config.split.axis, sum(sizes), 1, sizes
+    held = place.held if config.per_channel else NO_CHANNELS
+    return held.axis, held.count(place.shape), held.groups, None

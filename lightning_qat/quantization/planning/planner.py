@@ -10,18 +10,19 @@ from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.external_operands import external_operands
 from lightning_qat.quantization.planning.fusion import find_fusions
 from lightning_qat.quantization.planning.fusion_patterns import DEFAULT_PATTERNS
-from lightning_qat.quantization.planning.hardware_profile import HardwareProfile, Signature
-from lightning_qat.quantization.planning.high_precision import high_precision_outputs
+from lightning_qat.quantization.planning.hardware_profile import FLOAT, HardwareProfile, Signature
+from lightning_qat.quantization.planning.high_precision import HighPrecision, high_precision_outputs
 from lightning_qat.quantization.planning.plan import OpPlan, OpStatus, QuantPlan
 from lightning_qat.quantization.planning.planned_points import Place, PlannedPoints
 from lightning_qat.quantization.planning.point_config import PointConfig, PointConfigs
 from lightning_qat.quantization.planning.profile_planning import InputDemand, ProfileChoices, RunsInFloat
 from lightning_qat.quantization.planning.unmatched_overrides import unmatched_override
+from lightning_qat.quantization.planning.weight_channels import weight_channels
 from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, Source
 from lightning_qat.quantization.tracing.tensor_origins import TensorOrigins
 
-_MATRIX_PRODUCTS = frozenset(["matmul", "rmatmul", "bmm", "addmm", "baddbmm", "addbmm"])
+_COMPUTED_MOVES = ("max_pool", "adaptive_max_pool", "fractional_max_pool", "interpolate", "upsample_", "amax", "amin")
 
 
 class Planner:
@@ -63,8 +64,7 @@ class Planner:
         Args:
             written: the rules as the user wrote them, which the plan shows.
         """
-        high_precision = high_precision_outputs(self.graph, self.group)
-        while not self._decide(high_precision):
+        while not self._decide():
             self._forget()
         rank = {"input": 0, "weight": 1, "output": 2}
         points = sorted(
@@ -81,9 +81,12 @@ class Planner:
             profile=self.profile.identity() if self.profile is not None else None,
         )
 
-    def _decide(self, high_precision: dict[str, str]) -> bool:
+    def _decide(self) -> bool:
         """Decide everything once. False if some ops turned out to run in float, which changes what others read."""
         settled = True
+        high_precision = high_precision_outputs(
+            self.graph, self.group, self._is_float, self._gives_float, self._moves_float
+        )
         for op in self.graph.ops:
             try:
                 self._decide_output(op, high_precision)
@@ -108,7 +111,7 @@ class Planner:
 
     # -- outputs
 
-    def _decide_output(self, op: Op, high_precision: dict[str, str]) -> None:
+    def _decide_output(self, op: Op, high_precision: HighPrecision) -> None:
         name = f"{op.name}.output"
         if not op.data_dependent:
             self._status(op, "constant", "depends on no input of the region: computed exactly")
@@ -137,12 +140,14 @@ class Planner:
         elif op.inplace and Source("op", op.name) not in self.used:
             self._float_output(op, name, "written in place and the result is not used: quantized where it is read")
             self._note_output(op, None)
-        elif op.name in high_precision and not self._forced(op, name) and self._can_leave(op):
-            self._float_output(op, name, high_precision[op.name])
+        elif op.name in high_precision.float32 and not self._forced(op, name) and self._can_leave(op):
+            self._float_output(op, name, high_precision.float32[op.name])
             self._note_output(op, "float32")
         else:
             config, changed = self._output_config(op, name)
-            why = "" if op.name not in high_precision or self._can_leave(op) else self._no_float(op)
+            why = high_precision.quantized.get(op.name, "")
+            if op.name in high_precision.float32 and not self._can_leave(op):
+                why = self._no_float(op)
             self.points.add(Place(op, name, "output"), config, why, changed)
             self._status(op, "quantized", op.reason if name in self.points.by_name else self.points.in_float[name])
 
@@ -159,6 +164,23 @@ class Planner:
 
     def _forced(self, op: Op, point: str) -> bool:
         return any(o.names_exactly(point) and o.activation and o.activation.dtype for o in self.overrides)
+
+    def _is_float(self, op: Op) -> bool:
+        """Whether an op computes in float wherever it is: nobody has it on the hardware, or somebody wants it so."""
+        if op.role == "float" or op.mask or op.index_only or not op.has_float_output:
+            return True
+        if op.role == "pass":
+            return False
+        on_host = self.choices is not None and op.name in self.choices.floats
+        return on_host or self.configs.is_float(f"{op.name}.output", op.kind, "output")
+
+    def _gives_float(self, op: Op) -> bool:
+        return self._can_leave(op) and not self._forced(op, f"{op.name}.output")
+
+    def _moves_float(self, op: Op) -> bool:
+        """Whether data movement takes float32: pooling and resizing are computed with the types that a profile has."""
+        rule = self.profile.rules.get(op.kind) if self.profile is not None else None
+        return rule is None or not op.kind.startswith(_COMPUTED_MOVES) or rule.moves(FLOAT)
 
     def _can_leave(self, op: Op) -> bool:
         """Whether the hardware can give the result as float32; a join of such results happens behind it."""
@@ -240,16 +262,12 @@ class Planner:
         name = f"{op.name}.weight"
         if name in self.points:  # of two constants, or a recurrent layer's matrices
             name = f"{op.name}.weight{operand.index}"
-        axis = op.weight_axis
-        if axis is None and op.kind in _MATRIX_PRODUCTS and len(operand.shape) >= 2:
-            # columns of a right operand and rows of a left one are the output channels
-            is_left = (operand is op.operands[-2]) != (op.kind == "rmatmul")
-            axis = len(operand.shape) - (2 if is_left else 1)
+        channels = weight_channels(op, operand)
         if self.choices is None or signature is None:
             config, changed = self.configs.resolve(name, op.kind, "weight"), ""
         else:
-            config, changed = self.choices.settle_weight(op, name, signature, has_axis=axis is not None)
-        self.points.add(Place(op, name, "weight", operand, axis), config, "", changed)
+            config, changed = self.choices.settle_weight(op, name, signature, has_axis=channels.axis is not None)
+        self.points.add(Place(op, name, "weight", operand, channels), config, "", changed)
 
     # -- rules that matched nothing
 

@@ -106,6 +106,12 @@ class PointConfigs:
             rule = self._in_words(index)
         return _checked(point, values | dict(required or {}), rule)
 
+    def is_float(self, point: str, op_type: str, role: PointRole) -> bool:
+        """Whether the rules leave a point in float32. Unlike :meth:`resolve` it counts as no use of a rule."""
+        defaults = self.qconfig.weight if role == "weight" else self.qconfig.activation
+        given = [change.dtype for _, change in self._changes(point, op_type, role) if change.dtype is not None]
+        return (given[-1] if given else defaults.dtype) == "float32"
+
     def explicit_rule(self, field: str, point: str, op_type: str, role: PointRole) -> str | None:
         """Return a text that names the override that decides a field of a point; None if the default does."""
         changes = self._changes(point, op_type, role)

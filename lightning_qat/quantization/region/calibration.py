@@ -15,6 +15,7 @@ from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.fake_quant.call_ranges import repeating_points
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.fake_quant.first_scale import await_values
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.preservation import preserved
 from lightning_qat.quantization.region.calibration_findings import (
@@ -24,8 +25,10 @@ from lightning_qat.quantization.region.calibration_findings import (
     finding,
     messages,
     spread_findings,
+    starting,
 )
 from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.zero_starts import zero_starts
 
 __all__ = ["CalibrationFinding", "CalibrationPass", "CalibrationResult", "calibrate"]
 
@@ -121,6 +124,11 @@ class CalibrationPass:
             findings += spread_findings(path, region, "nan", nan)
             findings += spread_findings(path, region, "inf", inf)
             findings += [finding("no data", path, name) for name in without_data]
+            starts = zero_starts(region)
+            for name, parameter in starts.items():
+                await_values(region.points[name])
+                if not region.plan.by_name[name].is_weight:
+                    findings.append(starting(path, name, parameter))
             for name, fake_quant in region.points.items():
                 calibrated += fake_quant.scale_source is not None
                 if not fake_quant.keeps_scale:

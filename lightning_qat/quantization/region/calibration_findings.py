@@ -12,7 +12,7 @@ from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.tracing.op_graph import Operand, OpGraph
 from lightning_qat.quantization.tracing.tensor_origins import TensorOrigins
 
-FindingKind = Literal["nan", "inf", "constant", "no data", "unplanned"]
+FindingKind = Literal["nan", "inf", "constant", "starts at zero", "no data", "unplanned"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class CalibrationFinding:
 
     Args:
         kind: ``nan``, ``inf``: activations that are not finite. ``constant``: only zeros, so there is no scale.
+            ``starts at zero``: one value only, because a parameter is zero that training will move.
             ``no data``: the point was never reached. ``unplanned``: an op that was not seen while tracing.
         point: point name (or place in the code).
         batch: the number of the batch in which it was first seen; None if unknown.
@@ -40,6 +41,13 @@ def finding(kind: Literal["constant", "no data", "unplanned"], path: str, name: 
     """Return a finding about one point (or place in the code) of the region of the target ``path``."""
     qualified = _qualified(path, name)
     return CalibrationFinding(kind, qualified, None, _MESSAGES[kind].format(name=qualified), qualified)
+
+
+def starting(path: str, name: str, parameter: str) -> CalibrationFinding:
+    """Return what there is to say of a point that does not vary until training moves a parameter."""
+    qualified = _qualified(path, name)
+    message = _STARTS_AT_ZERO.format(name=qualified, parameter=_qualified(path, parameter))
+    return CalibrationFinding("starts at zero", qualified, None, message, qualified)
 
 
 def spread_findings(
@@ -93,6 +101,10 @@ _NOT_FINITE = {
     "inf": "{name} is infinite in {batch} ({location}): {maker}. Infinities were left out of its range. If they are a "
     "mask, keep the point in float: activation: {{dtype: float32}}.",
 }
+_STARTS_AT_ZERO = (
+    "{name} does not vary as long as the parameter {parameter} is zero. It stays float until training moves the "
+    "parameter, and then takes its scale from training. There is nothing to do."
+)
 _MESSAGES = {
     "constant": "{name} was zero in every batch, so it has no meaningful scale. Calibrate with data that reach it, or "
     "keep it in float: activation: {{dtype: float32}}.",
@@ -103,10 +115,14 @@ _MESSAGES = {
 }
 
 
+_NAMES = 20
+
+
 def _others(kind: str, points: list[str]) -> str:
     if not points:
         return ""
-    names = ", ".join(points[:3]) + (" ..." if len(points) > 3 else ".")
+    shown = _NAMES if kind == "starts at zero" else 3  # nothing else names them: they need no advice
+    names = ", ".join(points[:shown]) + (" ..." if len(points) > shown else ".")
     where = " behind it" if kind in _NOT_FINITE else ""
     return f" The same at {len(points)} more {'points' if len(points) > 1 else 'point'}{where}: {names}"
 

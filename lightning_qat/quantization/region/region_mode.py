@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
+from lightning_qat.quantization.fake_quant.first_scale import follow, follows
 from lightning_qat.quantization.interception.interception import InterceptionMode, SpecCache
 from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.modules.tensor_leaves import is_float, leaves, map_call_leaves
@@ -52,6 +53,7 @@ class RegionMode(InterceptionMode):
         self.state: str = runner.switches.state if repeats is None else repeats.state
         self._functions = runner.functions
         self._updates: frozenset[str] = runner.switches.updates if repeats is None else frozenset()
+        self._first_scales = runner.switches.first_scales and repeats is None
         self._taps = runner.switches.taps if repeats is None else ()
         self._calls_of_points: dict[str, int] = {}
         # by point: the running variance moves between a forward and its repetition
@@ -144,7 +146,12 @@ class RegionMode(InterceptionMode):
                 self._calls_of_points[point.name] = number + 1
                 self.runner.call_ranges.observe(point.name, number, tensor)
             return tensor
-        if self._updates and not fake_quant.frozen and point.role in self._updates:
+        moves = point.role in self._updates and not fake_quant.frozen
+        if fake_quant.starts_at_zero and self._takes_first_scale(point, moves):
+            follow(fake_quant, tensor, point.is_weight)
+            if point.is_weight and not fake_quant.learned:
+                fake_quant.outdated, point.trained = True, parameter_view(tensor)
+        elif moves:
             if fake_quant.training:
                 fake_quant.update_scale(tensor, ema=not point.is_weight)
                 if point.is_weight:  # the optimizer may step before the next forward
@@ -156,6 +163,10 @@ class RegionMode(InterceptionMode):
         for tap in self._taps:
             tap(point.name, tensor, quantized)
         return quantized
+
+    def _takes_first_scale(self, point: BoundPoint, moves: bool) -> bool:
+        fake_quant = point.fake_quant
+        return self._first_scales and fake_quant.training and not fake_quant.frozen and follows(fake_quant, moves)
 
 
 @torch.no_grad()

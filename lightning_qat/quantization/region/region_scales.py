@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.fake_quant.first_scale import agree_over_ranks
 from lightning_qat.quantization.fake_quant.scale_synchronization import average_over_ranks
 from lightning_qat.quantization.planning.plan import QuantPlan, ScaleRole
 from lightning_qat.quantization.region.bound_points import OpQuantizers
@@ -102,6 +103,10 @@ class RegionScales:
         self.refresh_weights()
         for fake_quant in self._points.values():
             fake_quant.outdated = False
+
+    def agree_on_first(self) -> None:
+        """Give all ranks the same scales of points that began at zero."""
+        agree_over_ranks([self._points[p.name] for p in self._plan.points if p.same_as is None])
 
     def synchronize(self) -> None:
         """Give all ranks the same activation scales, for scales that follow each rank's own batches."""

@@ -22,12 +22,14 @@ class Switches:
     Attributes:
         state: ``off``, ``observe`` or ``quantize``.
         updates: which scales follow the data while quantizing in train mode.
+        first_scales: whether points that began at zero take their scale from the data in train mode.
         taps: functions that are called at every quantization.
     """
 
     def __init__(self) -> None:
         self.state: State = "off"
         self.updates: frozenset[str] = frozenset({"weight"})
+        self.first_scales = True
         self.taps: tuple[Tap, ...] = ()
 
     def set(self, state: State, updates: Iterable[ScaleRole] | None = None) -> None:

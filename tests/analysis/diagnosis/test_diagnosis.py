@@ -232,7 +232,8 @@ def test_post_processing_changes_which_point_matters() -> None:
             return torch.cat([large * 3, small * 0.5], -1)
 
     batches = [(torch.full((4, 8), 30.0) + torch.randn(4, 8), torch.randn(4, 8))]
-    region = quantized(Heads, batches, [], INT8)
+    in_float = [{"match": "cat_0", "activation": {"dtype": "float32"}}]  # joined outside of the device
+    region = quantized(Heads, batches, in_float, INT8)
     plain = sensitivity(region, batches, method="isolation").rows[0].op_name
     after = sensitivity(region, batches, post_process=torch.sigmoid, method="isolation").rows[0].op_name
     assert (plain, after) == ("mul_0", "mul_1")
