@@ -19,6 +19,7 @@ from lightning_qat.callbacks.passes.fresh_loaders import Stage
 from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.seeding import seeded
+from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.modules.preservation import preserved_modes
@@ -120,7 +121,7 @@ def _record(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBatc
     with preserved_modes(pl_module), recorder.recording(), torch.no_grad():
         pl_module.train(stage == "train")
         for module in pl_module.modules() if stage == "train" else ():
-            if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+            if is_batch_norm(module) or isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
         if stage == "validate" and _compat.is_overridden("on_validation_model_eval", pl_module):
             _compat.call_hook(pl_module, "on_validation_model_eval")
