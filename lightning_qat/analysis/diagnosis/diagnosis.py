@@ -1,4 +1,4 @@
-"""What kind of error a point makes, and what to do about it (B4, B5, B7): ``diagnose(comparison)``.
+"""What kind of error a point makes, and what to do about it: ``diagnose(comparison)``.
 
 Pure: it looks at the numbers that :func:`~lightning_qat.analysis.comparison.comparison.compare` has gathered, at the
 sensitivity if it is given, and at nothing else.
@@ -14,15 +14,20 @@ from dataclasses import replace
 
 from lightning_qat.analysis.comparison.comparison_result import CHOSEN, LayerComparisonResult
 from lightning_qat.analysis.comparison.point_evidence import PointEvidence
+from lightning_qat.analysis.comparison.populations import Population
 from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis, DiagnosisResult, Verdict, severest_first
-from lightning_qat.analysis.diagnosis.remedies import Remedy, override, split, wider_type
+from lightning_qat.analysis.diagnosis.part_remedy import keep_part
+from lightning_qat.analysis.diagnosis.remedies import wider_type
+from lightning_qat.analysis.diagnosis.remedy import Remedy, override, percent
 from lightning_qat.analysis.diagnosis.remedy_choice import (
     against_bad_scale,
     against_clipping,
     against_rounding,
+    against_vanishing,
     is_shared_unevenly,
     is_too_wide,
 )
+from lightning_qat.analysis.diagnosis.split_remedy import split
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
 from lightning_qat.quantization.errors import ConfigurationError, near_names
 from lightning_qat.quantization.numerics.scales import MIN_SCALE
@@ -47,8 +52,13 @@ SENSITIVE_FACTOR = 4.0
 """A point whose score is this many times the median would need two bits more to be like the others. In a deep model
 many are: what is found has to matter to the output as well."""
 LEAST_EFFECT = 1 / 32
-"""Relative change of the output by one point of 8 bits or less: 30 dB, what a tensor quantized well has itself. Of a
-point with more bits, 60 dB."""
+"""Relative change of the output by one point: 30 dB, what a tensor quantized well to 8 bits has itself."""
+MOST_ERROR = 1 / 3
+"""More is not fine with three bits or more, whose best error of bell-shaped values is a fifth. With two, a half."""
+LEAST_ERROR = 1 / 256
+"""Less is fine whatever the type: that of 8 bits that values use evenly."""
+OFF = 1 / 8
+"""Relative error of the output from which a part that is lost somewhere before it is held to matter."""
 
 
 def diagnose(
@@ -95,6 +105,7 @@ def diagnose(
     size = comparison.output_size if same_output else None
     whole = comparison.by_name.get(CHOSEN) if same_output else None
     broken = whole is None or (whole.MSE is not None and math.isnan(whole.MSE))
+    is_off = _is_off(comparison)
     rows = []
     for e in comparison.evidence:
         score = scores.get(e.point)
@@ -102,11 +113,24 @@ def diagnose(
         unstable = score is not None and (math.isnan(score) or e.point in reshaped)
         if unstable and not broken:
             effect = ""  # how much the output selects follows the values: any error changes its shape
-        row = replace(_judged(e, declared.get(e.point), effect), score=score, loop=e.loop)
+        row = replace(
+            _judged(e, declared.get(e.point), effect, comparison.lost_output, is_off), score=score, loop=e.loop
+        )
         if row.verdict == "fine" and origins.get(e.point) == "inherited":
             row = replace(row, verdict="inherited", evidence=f"{row.evidence} Most of its error comes from before.")
         rows.append(row)
     return DiagnosisResult(tuple(sorted(rows, key=severest_first)))
+
+
+def allowed_error(bits: int) -> float:
+    """Return the relative error up to which a point of so many bits is fine.
+
+    Example:
+        >>> [allowed_error(bits) for bits in (2, 4, 8, 16)]
+        [0.5, 0.3333333333333333, 0.03125, 0.00390625]
+    """
+    most = max(MOST_ERROR, float(2.0 ** (1 - bits)))
+    return max(LEAST_ERROR, min(float(2.0 ** (LOST_BITS - bits)), most))
 
 
 def check_declared_range(pattern: str, ends: Sequence[float], points: Sequence[str]) -> list[str]:
@@ -142,17 +166,29 @@ def _effect(e: PointEvidence, score: float, usual: float, size: float | None) ->
     ahead = f"{score / usual:.3g} times as much as the median point"
     if not size:
         return f"Alone, it changes the output by {score:.3g} (root mean square), {ahead}."
-    if score < size * (LEAST_EFFECT if e.bits <= 8 else LEAST_EFFECT**2):
+    if score < size * LEAST_EFFECT:
         return ""
-    return f"Alone, it changes the output by {_percent(score / size)}, {ahead}."
+    return f"Alone, it changes the output by {percent(score / size)}, {ahead}."
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if abs(share) < 0.995 else f"{100 * share:.3g} %"
+def _is_off(comparison: LayerComparisonResult) -> bool:
+    """Whether the output of the quantized model is far from that of the float model."""
+    row, size = comparison.by_name.get(CHOSEN), comparison.output_size
+    return row is not None and row.MSE is not None and size is not None and not (OFF * size) ** 2 >= row.MSE
 
 
-def _judged(e: PointEvidence, declared: tuple[float, float] | None, effect: str) -> Diagnosis:
-    """The first verdict that holds: what makes the others meaningless comes first."""
+def _judged(
+    e: PointEvidence, declared: tuple[float, float] | None, effect: str, lost_output: bool, is_off: bool
+) -> Diagnosis:
+    """The first verdict that holds: what makes the others meaningless comes first.
+
+    Args:
+        e: the point.
+        declared: its declared range.
+        effect: what makes it sensitive, in words; empty if nothing does.
+        lost_output: a part of the output is lost when the whole model is quantized.
+        is_off: the output is far from that of the float model.
+    """
     severity = e.relative_error
     if e.request:
         yaml = override(e.point, e.role == "weight", dtype=e.requested)
@@ -172,21 +208,25 @@ def _judged(e: PointEvidence, declared: tuple[float, float] | None, effect: str)
     if e.divides and small > LEAST_DIVISOR_PRECISION and e.dynamic_range >= LEAST_DYNAMIC_RANGE:
         evidence = (
             f"{e.divides[0]} divides by it; its magnitudes span a factor {e.dynamic_range:.3g} with one step of "
-            f"{e.scale:.4g}, so that the smallest are off by {_percent(small)} though none is far outside the range."
+            f"{e.scale:.4g}, so that the smallest are off by {percent(small)} though none is far outside the range."
         )
         return _with(split(e) or wider_type(e), e, "non-uniform", evidence, max(small, severity))
     if (cluster := _small_cluster(e)) is not None and (declared is None or not effect):
         share, error, largest = cluster
         evidence = (
-            f"{_percent(share)} of the values are below {largest:g}, far from the others, and off by "
-            f"{_percent(error)}: the large ones, up to {e.largest:.4g}, set the step of {e.scale:.4g}."
+            f"{percent(share)} of the values are below {largest:g}, far from the others, and off by "
+            f"{percent(error)}: the large ones, up to {e.largest:.4g}, set the step of {e.scale:.4g}."
         )
         remedy = split(e) or wider_type(e, declared)
         missing = " If the large ones mark what is missing, mask them in the model before they are quantized."
         remedy = replace(remedy, action=remedy.action + missing)
         return _with(remedy, e, "non-uniform", evidence, max(error, severity))
-    if not effect and severity <= 2.0 ** (LOST_BITS - e.bits):
-        return Diagnosis(e.point, "fine", f"Relative error {_percent(severity)} at {e.dtype}.", severity=severity)
+    if (part := _lost_part(e, bool(effect) or lost_output, is_off)) is not None and declared is None:
+        return _with(
+            keep_part(e, part), e, "non-uniform", f"{_lost(e, part)} {effect}".rstrip(), max(part.error, severity)
+        )
+    if not effect and severity <= allowed_error(e.bits):
+        return Diagnosis(e.point, "fine", f"Relative error {percent(severity)} at {e.dtype}.", severity=severity)
     numbers = f"{_numbers(e, severity)} {effect}".rstrip()
     if e.clipping > e.rounding:
         return _with(against_clipping(e, declared), e, "clipping", numbers, severity)
@@ -194,12 +234,48 @@ def _judged(e: PointEvidence, declared: tuple[float, float] | None, effect: str)
         evidence = (
             f"{100 * e.vanished:.3g} % of the values other than zero become zero: a few large ones set the scale."
         )
-        return _with(split(e) or wider_type(e, declared), e, "non-uniform", evidence, severity)
-    return _with(against_rounding(e, declared), e, "rounding", numbers, severity)
+        return _with(against_vanishing(e, declared), e, "non-uniform", evidence, severity)
+    enough = 0.0 if effect else allowed_error(e.bits)
+    return _with(against_rounding(e, declared, enough), e, "rounding", numbers, severity)
 
 
 def _with(remedy: Remedy, e: PointEvidence, verdict: Verdict, evidence: str, severity: float) -> Diagnosis:
-    return Diagnosis(e.point, verdict, evidence, remedy.action, remedy.yaml, remedy.factor, remedy.relative, severity)
+    return Diagnosis(
+        e.point,
+        verdict,
+        evidence,
+        f"{remedy.action} {remedy.outcome}".rstrip(),
+        remedy.yaml,
+        remedy.factor,
+        remedy.relative,
+        severity,
+        after=remedy.after,
+    )
+
+
+def _lost_part(e: PointEvidence, matters: bool, is_off: bool) -> Population | None:
+    """The part of a tensor that quantization destroys and that counts.
+
+    Small values in the middle of a model may mean nothing. They count if they leave the region so, or if the point is
+    known to act on an output that suffers (``matters``). Where the output is just far off, those count of which it is
+    known that they are something of their own: channels of a weight, inputs of the model, parts of a join.
+    """
+    is_weight = e.role == "weight"
+    apart = [p for p in e.populations if p.apart or (is_weight and len(p.indices) >= LEAST_SHARE * p.length)]
+    if not (matters or e.leaves):
+        apart = [p for p in apart if is_off and (is_weight or e.given or p.maker)]
+    return max(apart, key=lambda p: (bool(p.maker), p.error), default=None)
+
+
+def _lost(e: PointEvidence, part: Population) -> str:
+    """What becomes of a part, in words."""
+    where = f"{part.text}, from {part.maker}," if part.maker else part.text
+    what = "become zero" if part.zero else "lose their order"
+    text = (
+        f"The values at {where} are at most {part.largest:.3g} and {what} (error {percent(part.error)} of their "
+        f"spread): the others, up to {part.others:.3g}, set the step of {e.scale:.4g}."
+    )
+    return f"{text} They leave the region so." if e.leaves else text
 
 
 def _numbers(e: PointEvidence, severity: float) -> str:
@@ -208,8 +284,8 @@ def _numbers(e: PointEvidence, severity: float) -> str:
     share = 100 * e.clipping / total if total else 0.0
     low, high = e.representable
     text = (
-        f"Relative error {_percent(severity)} at {e.dtype}; {share:.3g} % of its energy is clipping, of "
-        f"{_percent(e.clipped_share)} of the values. Represents {low:.4g} to {high:.4g}, saw {e.min:.4g} to "
+        f"Relative error {percent(severity)} at {e.dtype}; {share:.3g} % of its energy is clipping, of "
+        f"{percent(e.clipped_share)} of the values. Represents {low:.4g} to {high:.4g}, saw {e.min:.4g} to "
         f"{e.max:.4g}, step {e.scale:.4g}."
     )
     if is_shared_unevenly(e):

@@ -111,6 +111,24 @@ def hardware_types(checked: CheckedRegion) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def hardware_styles(checked: CheckedRegion) -> dict[str, tuple[str, ...]]:
+    """Map each point to what the hardware has there: schemes of an activation, granularities of a weight.
+
+    Nothing without a profile.
+    """
+    profile = checked.profile
+    found: dict[str, tuple[str, ...]] = {}
+    for point in checked.plan.points if profile is not None else ():
+        op = checked.graph.by_name.get(point.op)
+        if op is None or profile is None:
+            continue
+        head = checked.head(op)
+        rule = profile.rules.get(head.kind if point.role == "output" else op.kind) or profile.rules.get(head.kind)
+        if rule is not None:
+            found[point.name] = rule.weight_granularity if point.is_weight else rule.schemes
+    return found
+
+
 def _asked(checked: CheckedRegion, point: str, op_type: str) -> Iterable[tuple[str, str]]:
     """What each rule asks for, with the rule in words, from general to specific."""
     role = role_of(point)
