@@ -18,6 +18,7 @@ LAYERS = ("quantization", "analysis", "reporting", "export", "callbacks", "cli")
 PARTS = {  # folders, and files beside them; "" are the other files
     "quantization": (
         "errors",
+        "ranks",
         "modules",
         "numerics",
         "qconfig",
@@ -75,8 +76,8 @@ def test_package_keeps_to_its_layers() -> None:
         ("quantization/a.py", "x = 1\n" * (MAX_LINES + 1), f"{MAX_LINES + 1} lines"),
         (
             "quantization/numerics/a.py",
-            "from lightning_qat.quantization.region.region import x",
-            "numerics must not import region (order: errors <- modules <- numerics",
+            "from lightning_qat.quantization.region.regions import x",
+            "numerics must not import region (order: errors <- ranks <- modules <- numerics",
         ),
         ("quantization/errors.py", "from .numerics import x", "errors must not import numerics"),
         (

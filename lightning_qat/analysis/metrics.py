@@ -97,16 +97,6 @@ def rtol(base: Tensor, analy: Tensor) -> Tensor:
     return torch.where(difference == 0, 0.0, difference / base.abs()).max()
 
 
-def higher_is_better(metric: MetricName) -> bool:
-    """Whether a larger value of the metric means a smaller error.
-
-    Example:
-        >>> higher_is_better("SQNR"), higher_is_better("MSE")
-        (True, False)
-    """
-    return metric in ("Cosine", "SQNR")
-
-
 def check_metric(metric: str) -> None:
     """Raise a ConfigurationError for a metric that does not exist."""
     if metric not in get_args(MetricName):

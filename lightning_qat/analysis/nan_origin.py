@@ -16,7 +16,7 @@ from lightning_qat.quantization.functions.canonical_kinds import canonical_kind
 from lightning_qat.quantization.interception.call_path import user_location
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, is_float, leaves
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.region_state import Tap
+from lightning_qat.quantization.region.switches import Tap
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_qat.analysis.convergence.convergence import FIRST_LOOK, ConvergenceResult, judge_convergence
-from lightning_qat.analysis.convergence.training_series import LossHistory, PointHealth, PointHistory, TrainingSeries
+from lightning_qat.analysis.convergence.point_history import PointHealth, PointHistory, health_of_points
+from lightning_qat.analysis.convergence.training_series import LossHistory, TrainingSeries
 from lightning_qat.analysis.ladder.measurements import Measurement
 from lightning_qat.analysis.nan_origin import first_bad_point
-from lightning_qat.analysis.statistics.statistics import LayerStatisticsResult, WeightCodes
+from lightning_qat.analysis.statistics.statistics import WeightCodes
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
 from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, run_step, undisturbed
@@ -29,7 +30,7 @@ from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.quantization.modules.module_walk import is_in_region
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_table
 
@@ -38,7 +39,7 @@ GRADIENT_STEPS = 4
 
 
 class ConvergenceMonitor(Callback):
-    """Flag quantization-aware training that does not converge, with the evidence and the next step (C1, C2).
+    """Flag quantization-aware training that does not converge, with the evidence and the next step.
 
     Looks at the training loss after 32, 64, 128 ... steps and at the end of every epoch, at validation metrics against
     those of the calibrated model, at gradients, and at scales, clipping and weight codes of every point. Says nothing
@@ -192,7 +193,7 @@ class ConvergenceMonitor(Callback):
             measured = self._statistics.measure_once(trainer, pl_module)
             codes, (before, earlier) = self._statistics.codes, self._codes
             self._codes = codes, before
-            health = _health(measured, codes, before, earlier)
+            health = health_of_points(measured, codes, before, earlier)
             zero = tuple(sorted(set().union(*self._zero.values())))
             self.series = replace(self.series, points=self.series.points.after(health), zero_gradients=zero)
             self._zero, self._gradient_steps = {}, 0
@@ -244,7 +245,7 @@ class ConvergenceMonitor(Callback):
             "stride": self._losses.stride,
             "float_loss": list(series.float_loss) if series.float_loss else None,
             "evaluations": series.evaluations,
-            **{name: _spelled(m) for name, m in measured.items()},
+            **{name: _plain(m) for name, m in measured.items()},
             "first_points": {name: list(astuple(health)) for name, health in points.first.items()},
             "point_epochs": points.epochs,
             "flip_rates": list(points.flip_rates),
@@ -277,35 +278,7 @@ def _quantizes(pl_module: pl.LightningModule) -> bool:
     return any(region.current_state == "quantize" for region in find_regions(pl_module).values())
 
 
-def _health(
-    result: LayerStatisticsResult,
-    codes: Mapping[str, WeightCodes],
-    before: Mapping[str, WeightCodes],
-    earlier: Mapping[str, WeightCodes],
-) -> dict[str, PointHealth]:
-    return {
-        (f"{row.region}:{row.point}" if row.region else row.point): PointHealth(
-            scale_drift=row.scale_drift,
-            sqnr=row.sqnr,
-            clipped_share=row.clipped_share,
-            clips=row.error_source == "clipping",
-            flip_rate=row.flip_rate,
-            return_rate=_return_rate(*(c.get(row.region, {}).get(row.point) for c in (codes, before, earlier))),
-        )
-        for row in result.rows
-    }
-
-
-def _return_rate(now: Tensor | None, before: Tensor | None, earlier: Tensor | None) -> float | None:
-    """Of the codes that changed since the last measurement, the share that is back where it was the time before."""
-    if now is None or before is None or earlier is None or not now.shape == before.shape == earlier.shape:
-        return None
-    flipped = now != before
-    count = int(flipped.sum())
-    return int((flipped & (now == earlier)).sum()) / count if count else None
-
-
-def _spelled(measurement: Measurement | None) -> dict[str, dict[str, float]] | None:
+def _plain(measurement: Measurement | None) -> dict[str, dict[str, float]] | None:
     if measurement is None:
         return None
     return {"metrics": dict(measurement.metrics), "standard_errors": dict(measurement.standard_errors)}

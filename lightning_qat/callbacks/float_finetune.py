@@ -5,15 +5,16 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_qat.analysis.ladder.pipeline import PipelineResult, cannot_tell, judge_float_finetune
-from lightning_qat.analysis.ladder.rung_evidence import Verdict
-from lightning_qat.callbacks.ladder.pipeline_rung import PipelineRung
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
+from lightning_qat.analysis.ladder.rungs import FLOAT_FINETUNE, Verdict
+from lightning_qat.analysis.ladder.verdict import judge
+from lightning_qat.callbacks.ladder.pipeline_callback import PipelineCallback
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 
 
-class FloatFinetune(PipelineRung):
-    """Train a copy of the model as QAT would, but with fake-quant off, and evaluate it (C3).
+class FloatFinetune(PipelineCallback):
+    """Train a copy of the model as QAT would, but with fake-quant off, and evaluate it.
 
     If it collapses too, the pipeline or the hyperparameters are to blame, not quantization; which of the two, it can
     say if :class:`ZeroLRFinetune` is listed before it. Optimizer, schedulers, clipping, accumulation and the module's
@@ -41,10 +42,8 @@ class FloatFinetune(PipelineRung):
     @override
     def measure_rungs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineResult:
         """Measure rung 5 and judge it."""
-        ladder = self.measure_ladder(trainer, pl_module, (0, 5))
-        if ladder.float_finetune is None:
-            return cannot_tell(ladder.missing[5])
-        return judge_float_finetune(ladder.float_model, ladder.float_finetune, _zero_lr_verdict(trainer))
+        ladder = self.measure_ladder(trainer, pl_module, (FLOAT_FINETUNE,))
+        return judge(ladder, rungs=(FLOAT_FINETUNE,), pipeline_only=True, zero_lr=_zero_lr_verdict(trainer))
 
 
 def _zero_lr_verdict(trainer: pl.Trainer) -> Verdict | None:

@@ -33,7 +33,8 @@ from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_
 from lightning_qat.callbacks.trainer.progress import progress
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.qconfig import glob_covers
-from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.reporting.console import print_advice
 from lightning_qat.reporting.figures import value_histogram
 from lightning_qat.reporting.loggers import log_table, point_scalars

@@ -21,7 +21,7 @@ from lightning_qat.callbacks.analyses.layer_measurement import measure_layers
 from lightning_qat.callbacks.passes.shared_evaluations import ModelKey, model_key
 from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.reporting.loggers import point_scalars
 
 NUMBERS = (

@@ -13,10 +13,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
-from lightning_qat.analysis.ladder.pipeline_check import PipelineCheckResult, judge_pipeline
-from lightning_qat.analysis.ladder.pipeline_ladder import RUNGS
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
+from lightning_qat.analysis.ladder.rungs import FLOAT_MODEL, RUNGS
+from lightning_qat.analysis.ladder.verdict import judge
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
-from lightning_qat.callbacks.ladder.pipeline_rung import PipelineRung, check_reference
+from lightning_qat.callbacks.ladder.pipeline_callback import PipelineCallback, check_reference
 from lightning_qat.callbacks.ladder.starting_point import StartingPoint
 from lightning_qat.callbacks.pipeline_fingerprint import take_fingerprint
 from lightning_qat.callbacks.quantized_run import is_calibrated, quantization_of, require_regions
@@ -28,15 +29,15 @@ _LONGER = 10
 """A check after a flag looks at most so many times longer than one before training."""
 
 
-class PipelineCheck(PipelineRung):
+class PipelineCheck(PipelineCallback):
     """Find out whether the pipeline, the hyperparameters or quantization is to blame, before training or on demand.
 
-    Climbs a ladder; every rung changes one thing, and the first one that breaks names the culprit (C3, C4, C6): 0 the
+    Climbs a ladder; every rung changes one thing, and the first one that breaks names the culprit: 0 the
     float model as it is; 1 fake-quant inserted and off, bit by bit; 2 learning rate 0, batch norm fixed; 3 the same,
     batch norm moving; 4 quantized, learning rate 0; 5 trained as in QAT, without fake-quant; 6 QAT itself. Every rung
     trains a deep copy with fresh loaders, and nothing of the run is changed, bit for bit.
 
-    With a ``reference`` of the float run the verdict also says *what* is misaligned (C5): the fingerprint that
+    With a ``reference`` of the float run the verdict also says *what* is misaligned: the fingerprint that
     :class:`PipelineFingerprint` or ``python -m lightning_qat fingerprint`` writes. Without it, wrong labels, a wrong
     loss and a wrong checkpoint cannot be told from a right one.
 
@@ -99,7 +100,7 @@ class PipelineCheck(PipelineRung):
             check_reference("PipelineCheck", reference)
         self.reference = reference
         self.after_flag = after_flag
-        self.rungs = tuple(sorted({0, *(rungs if rungs is not None else RUNGS)}))
+        self.rungs = tuple(sorted({FLOAT_MODEL, *(rungs if rungs is not None else RUNGS)}))
         self._known: Fingerprint | dict[str, float] | None = None
         self._start: tuple[int, StartingPoint] | None = None
         self._flag_done = False
@@ -144,7 +145,7 @@ class PipelineCheck(PipelineRung):
             super().on_train_end(trainer, pl_module)
         self._run_after_flag(trainer, pl_module)
 
-    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineCheckResult:
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineResult:
         """Measure and judge now; nothing is written.
 
         Args:
@@ -155,7 +156,7 @@ class PipelineCheck(PipelineRung):
         return self.measure_rungs(trainer, pl_module)
 
     @override
-    def measure_rungs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineCheckResult:
+    def measure_rungs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineResult:
         """Measure and judge the rungs, from the weights that the run started from."""
         require_regions(trainer, pl_module, "PipelineCheck")
         started, start = self._start if self._start is not None else (trainer.global_step, None)
@@ -175,7 +176,7 @@ class PipelineCheck(PipelineRung):
                 here = replace(here, modes={mode: names for mode, names in here.modes.items() if mode != "eval"})
             metrics = known if isinstance(known, dict) else ()
             ladder = self.measure_ladder(trainer, pl_module, self.rungs, batches, metrics)
-        return judge_pipeline(ladder, known, here, self.rungs, self._flag)
+        return judge(ladder, known, here, self.rungs, flag=self._flag)
 
     def _run_after_flag(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         monitor = self._monitor(trainer)

@@ -36,7 +36,7 @@ from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_d
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.modules.preservation import preserved_modes
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.regions import find_regions
 
 _PACKAGES = ("lightning-qat", "torch", "lightning", "torchmetrics", "numpy")
 _STAGES: tuple[Stage, ...] = ("train", "validate")
@@ -44,7 +44,7 @@ FILE_NAME = "pipeline_fingerprint.json"
 
 
 class PipelineFingerprint(Callback):
-    """Write the fingerprint of a float training pipeline, to be compared with that of QAT (C5).
+    """Write the fingerprint of a float training pipeline, to be compared with that of QAT.
 
     Add it to the float run: at the end of training it looks at the first batches of the training and validation data
     with the trained weights, and writes ``pipeline_fingerprint.json`` to the run's ``lightning_qat`` directory. Hand

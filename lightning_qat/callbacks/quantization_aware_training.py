@@ -24,9 +24,10 @@ from lightning_qat.callbacks.schedule.scheduled_regions import ScheduledRegions,
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
-from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
+from lightning_qat.quantization.planning.plan import ScaleRole
 from lightning_qat.quantization.qconfig import Override, QConfig
-from lightning_qat.quantization.region.region_state import State, Updates
+from lightning_qat.quantization.region.switches import State
 
 
 class QuantizationAwareTraining(QuantizationCallback):
@@ -97,7 +98,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         with misconfiguration():
             self.qconfig = QConfig.of(qconfig)
             self.overrides = Override.list_of(overrides)
-            self.profile = HardwareProfile.of(profile)
+            self.profile = hardware_profile(profile)
         self.schedule = Schedule(
             activation_scales, weight_scales, start_epoch, freeze_observers_after, freeze_batch_norm_after
         )
@@ -176,7 +177,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         return trainer.state.fn != "fit" or self.schedule.quantizes(trainer.current_epoch)
 
     @override
-    def scale_updates(self, trainer: pl.Trainer) -> tuple[Updates, ...]:
+    def scale_updates(self, trainer: pl.Trainer) -> tuple[ScaleRole, ...]:
         """Which scales follow the data in training now. Override for another schedule."""
         return self.schedule.moving_scales(trainer.current_epoch)
 
@@ -286,7 +287,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._regions.apply(trainer, pl_module, *self._wanted_state(trainer))
 
-    def _wanted_state(self, trainer: pl.Trainer) -> tuple[State, frozenset[Updates]]:
+    def _wanted_state(self, trainer: pl.Trainer) -> tuple[State, frozenset[ScaleRole]]:
         return "quantize" if self.should_quantize(trainer) else "off", frozenset(self.scale_updates(trainer))
 
     def _require_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

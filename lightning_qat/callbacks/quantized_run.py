@@ -14,8 +14,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
-from lightning_qat.quantization.region.region import Region, find_regions
-from lightning_qat.quantization.region.region_state import Updates
+from lightning_qat.quantization.planning.plan import ScaleRole
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.regions import find_regions
 
 
 class QuantizationCallback(Callback):
@@ -35,7 +36,7 @@ class QuantizationCallback(Callback):
         """Whether fake-quant is on now."""
         raise NotImplementedError
 
-    def scale_updates(self, trainer: pl.Trainer) -> tuple[Updates, ...]:
+    def scale_updates(self, trainer: pl.Trainer) -> tuple[ScaleRole, ...]:
         """Which scales follow the data in training now."""
         raise NotImplementedError
 

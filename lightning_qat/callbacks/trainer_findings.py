@@ -15,7 +15,7 @@ from lightning_qat.callbacks.passes.analysis_loaders import fresh_loaders
 from lightning_qat.callbacks.passes.extra_pass import undisturbed
 from lightning_qat.callbacks.quantized_run import quantization_of
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.regions import find_regions
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 

@@ -8,13 +8,16 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_qat.analysis.ladder.pipeline import PipelineResult, judge_zero_lr
-from lightning_qat.callbacks.ladder.pipeline_rung import PipelineRung, check_reference
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
+from lightning_qat.analysis.ladder.rungs import FLOAT_MODEL, ZERO_LR_RUNGS
+from lightning_qat.analysis.ladder.verdict import judge
+from lightning_qat.callbacks.ladder.pipeline_callback import PipelineCallback, check_reference
+
+_RUNGS = (FLOAT_MODEL, *ZERO_LR_RUNGS)
 
 
-class ZeroLRFinetune(PipelineRung):
-    """Train a copy of the model with learning rate 0 and evaluate it (C4): weights cannot change, so nothing may
-    collapse.
+class ZeroLRFinetune(PipelineCallback):
+    """Train a copy of the model with learning rate 0 and evaluate it: weights cannot change, so nothing may collapse.
 
     If accuracy falls all the same, the training code is not aligned with the float code and quantization is innocent.
     Three variants run, each changing one thing: fake-quant off with batch norm in eval mode; fake-quant off with batch
@@ -62,14 +65,6 @@ class ZeroLRFinetune(PipelineRung):
 
     @override
     def measure_rungs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineResult:
-        """Measure rungs 2 to 4 and judge them."""
-        ladder = self.measure_ladder(trainer, pl_module, (0, 2, 3, 4), reference=self.reference or ())
-        assert ladder.batch_norm_frozen is not None
-        return judge_zero_lr(
-            ladder.float_model,
-            ladder.batch_norm_frozen,
-            ladder.batch_norm_moving,
-            ladder.calibrated,
-            ladder.quantized,
-            self.reference,
-        )
+        """Measure the rungs with learning rate 0 and judge them."""
+        ladder = self.measure_ladder(trainer, pl_module, _RUNGS, reference=self.reference or ())
+        return judge(ladder, self.reference, rungs=_RUNGS, pipeline_only=True)

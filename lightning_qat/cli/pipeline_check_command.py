@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from lightning_qat.analysis.ladder.pipeline_check import PipelineCheckResult
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
 from lightning_qat.callbacks.trainer.output_directory import shared_directory
 from lightning_qat.cli.command import Command, add_quantization_options, number_of_batches
@@ -30,8 +30,8 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
     check = PipelineCheck(reference=options.reference, batches=options.batches)
     check.read_reference()  # rather now than after the project has been loaded
 
-    def climb(project: Project) -> tuple[PipelineCheckResult, Path, list[str]]:
-        def work(trainer: pl.Trainer, module: pl.LightningModule) -> tuple[PipelineCheckResult, Path]:
+    def climb(project: Project) -> tuple[PipelineResult, Path, list[str]]:
+        def work(trainer: pl.Trainer, module: pl.LightningModule) -> tuple[PipelineResult, Path]:
             return check.check(trainer, module), shared_directory(trainer)
 
         return *project.before_training(work, options.calibration_batches), project.notes

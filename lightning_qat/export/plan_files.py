@@ -46,7 +46,7 @@ def write_plan(regions: Mapping[str, Region], directory: str | os.PathLike[str])
 
 
 def _described(region: Region) -> dict[str, Any]:
-    region.refresh_weight_scales()
+    region.scales.refresh_weights()
     plan, fake_quants = region.plan, region.points
     points = []
     for point in plan.points:

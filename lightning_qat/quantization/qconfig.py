@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_args
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.numerics.dtypes import DtypeName
 from lightning_qat.quantization.numerics.observers import ObserverName
+from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE, check_percentile
 
 Scheme = Literal["symmetric", "affine"]
 Granularity = Literal["per_tensor", "per_channel"]
@@ -43,7 +44,7 @@ class ActivationConfig:
     dtype: DtypeName = "int8"
     observer: ObserverName = "mse"
     scheme: Scheme = "symmetric"
-    percentile: float = 99.99
+    percentile: float = DEFAULT_PERCENTILE
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -57,6 +58,8 @@ class WeightConfig:
         dtype: as for activations.
         observer: as for activations.
         granularity: one scale per output channel, or one for the whole tensor.
+        percentile: as for activations, of the values that share a scale: a channel of 64 values has no value beyond
+            99.99 %.
 
     Raises:
         ConfigurationError: a value is not one of the choices.
@@ -65,6 +68,7 @@ class WeightConfig:
     dtype: DtypeName = "int8"
     observer: ObserverName = "minmax"
     granularity: Granularity = "per_channel"
+    percentile: float = DEFAULT_PERCENTILE
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -101,7 +105,7 @@ class QConfig:
 
 @dataclass
 class Split:
-    """Groups along an axis that get a scale each (B8): for data whose small values one scale would round away.
+    """Groups along an axis that get a scale each: for data whose small values one scale would round away.
 
     Args:
         axis: the axis, negative ones count from the end.
@@ -172,7 +176,7 @@ class WeightOverride:
     """Fields to change for the weights an override matches; None means inherit.
 
     Args:
-        dtype, observer, granularity: as in :class:`WeightConfig`.
+        dtype, observer, granularity, percentile: as in :class:`WeightConfig`.
 
     Raises:
         ConfigurationError: a value is not one of the choices.
@@ -181,6 +185,7 @@ class WeightOverride:
     dtype: DtypeName | None = None
     observer: ObserverName | None = None
     granularity: Granularity | None = None
+    percentile: float | None = None
 
     def __post_init__(self) -> None:
         _check_values(self, optional=True)
@@ -320,10 +325,8 @@ def _check_values(config: object, optional: bool = False) -> None:
             continue
         if name in _CHOICES and value not in _CHOICES[name]:
             raise unknown_choice(name, value, _CHOICES[name])
-        if name == "percentile" and not (isinstance(value, (int, float)) and 50.0 < value <= 100.0):
-            raise ConfigurationError(
-                f"percentile is in percent, above 50 and at most 100 (such as 99.99), got {value!r}."
-            )
+        if name == "percentile":
+            check_percentile(value)
 
 
 _T = TypeVar("_T")

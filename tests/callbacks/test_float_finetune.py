@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR, StepLR
 
-from lightning_qat.analysis.ladder.pipeline import PipelineResult
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.callbacks.float_finetune import FloatFinetune
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
@@ -41,7 +41,9 @@ def test_healthy_training_is_found_healthy(seed: int, tmp_path: Path) -> None:
 
 def test_misaligned_pipeline_collapses_in_float_too(tmp_path: Path) -> None:
     """C3: 0 / 0 without quantization as well; alone it cannot tell the pipeline from the hyperparameters."""
-    with pytest.warns(UserWarning, match="pipeline or hyperparameters: the float model collapses too"):
+    with pytest.warns(
+        UserWarning, match=r"pipeline or hyperparameters \(rung 5, float finetune\): the float model collapses too"
+    ):
         result = checked(tmp_path, pretrained(normalized_in_training=False), batches=20)
     assert "quantization is not the cause" in result.note
     assert "ZeroLRFinetune(), listed before FloatFinetune(), tells" in result.note
@@ -58,7 +60,9 @@ def test_after_zero_lr_finetune_a_misaligned_pipeline_is_called_so(tmp_path: Pat
 def test_learning_rate_100_times_too_large_is_called_a_hyperparameter(tmp_path: Path) -> None:
     """C3, C6: at learning rate 0 all is well."""
     zero = ZeroLRFinetune(batches=20)
-    with pytest.warns(UserWarning, match="FloatFinetune: hyperparameters: the float model collapses too"):
+    with pytest.warns(
+        UserWarning, match=r"FloatFinetune: hyperparameters \(rung 5, float finetune\): the float model collapses"
+    ):
         result = checked(tmp_path, pretrained(lr=0.3), zero)
     assert zero.result is not None
     assert zero.result.verdict == "healthy"

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.regions import find_regions
 from tests.callbacks.runs import (
     Classifier,
     Net,

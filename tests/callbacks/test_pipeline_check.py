@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_qat.analysis.ladder.pipeline_check import PipelineCheckResult
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
 from lightning_qat.callbacks.pipeline_fingerprint import PipelineFingerprint
@@ -26,12 +26,12 @@ from tests.callbacks.analysed_run import Classifier, assert_same, run, trainer_o
 from tests.callbacks.small_digits import Digits, pretrained, qat_trainer, quiet
 
 
-def checked(directory: Path, model: LightningModule, **kwargs: Any) -> PipelineCheckResult:
+def checked(directory: Path, model: LightningModule, **kwargs: Any) -> PipelineResult:
     """Run the check ahead of one batch of training."""
     trainer_arguments = kwargs.pop("trainer", {})
     check = PipelineCheck(**({"batches": 20} | kwargs))
     qat_trainer(directory, check, **({"max_steps": 1, "limit_val_batches": 1.0} | trainer_arguments)).fit(model)
-    assert isinstance(check.result, PipelineCheckResult)
+    assert isinstance(check.result, PipelineResult)
     return check.result
 
 
@@ -62,7 +62,7 @@ def test_story_of_the_source(tmp_path: Path) -> None:
     assert accuracy[0] > float_accuracy  # calibrated
     assert accuracy[-1] < 0.9 * float_accuracy  # QAT
     result = check.result
-    assert isinstance(result, PipelineCheckResult)
+    assert isinstance(result, PipelineResult)
     rows = {(row.rung, row.what, row.metric): row for row in result.rows}
     assert rows[4, "calibrated", "val_acc"].status == "holds"
     assert rows[3, "lr 0, BN moving", "val_acc"].status == "breaks"  # lr = 0

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.regions import find_regions
 from tests.callbacks.analysed_run import Classifier, RandomNumbers, assert_same_run, run, trainer_of
 
 POINTS = {"conv.input0", "conv.weight", "relu_0.output", "mean_0.output", "head.weight"}

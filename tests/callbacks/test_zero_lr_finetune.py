@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR
 from torch.utils.data import DataLoader
 
-from lightning_qat.analysis.ladder.pipeline import PipelineResult
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
@@ -257,7 +257,7 @@ def test_healthy_pipeline_is_found_healthy(seed: int, tmp_path: Path) -> None:
 
 def test_normalization_missing_in_training_is_found(tmp_path: Path) -> None:
     """C4, C6: calibration is fine, QAT would collapse, and quantization is innocent."""
-    with pytest.warns(UserWarning, match="pipeline misaligned: accuracy collapses at learning rate 0"):
+    with pytest.warns(UserWarning, match=r"pipeline misaligned \(rung 3, .*\): accuracy collapses at learning rate 0"):
         result = checked(tmp_path, pretrained(normalized_in_training=False))
     assert result.verdict == "pipeline misaligned"
     rows = {(r.rung, r.metric): r for r in result.rows}

@@ -7,8 +7,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from lightning_qat.analysis.ladder.measurements import PipelineRow
-from lightning_qat.analysis.ladder.pipeline import PipelineResult
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
+from lightning_qat.analysis.ladder.rows import PipelineRow
 from lightning_qat.reporting.console import print_advice, show
 
 ROW = PipelineRow(0, "float model", "val_acc", 0.98, 0.1, 0.03, "breaks")

@@ -17,7 +17,7 @@ from lightning_qat.analysis.model_check.findings import Finding
 from lightning_qat.analysis.model_check.model_check import check
 from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult, Section
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.reporting import files
@@ -213,7 +213,7 @@ def test_readme_documents_every_table_and_column() -> None:
     """Foundation: documented column by column."""
     region = insert(Shared(), (torch.randn(2, 3, 4, 4),))
     calibrate(region, [torch.randn(2, 3, 4, 4)])
-    result = check(region, profile=HardwareProfile.of("generic_int8_int16"))
+    result = check(region, profile=hardware_profile("generic_int8_int16"))
     readme = (Path(files.__file__).parent / "README.md").read_text()
     text = readme.split("## `model_check_result.txt|json`")[1].split("\n## ")[0]
     for section in result.sections:

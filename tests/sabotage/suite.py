@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lightning_qat.analysis.ladder.pipeline_check import PipelineCheckResult
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
 from tests.sabotage.pipelines import HEALTHY, HEALTHY_SEEDS, SABOTAGES, Sabotage, StopBeforeTraining, float_run, qat_run
 
@@ -57,7 +57,7 @@ def checked(sabotage: Sabotage, directory: Path, seed: int = 0) -> Outcome:
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         qat_run(sabotage, weights, directory, check, StopBeforeTraining())
-    assert isinstance(check.result, PipelineCheckResult)
+    assert isinstance(check.result, PipelineResult)
     return Outcome(sabotage, check.result.verdict, check.result.rung, check.result.note)
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.analysis.captured_calls import RepeatableForward, analysis_mode
-from lightning_qat.analysis.metrics import MetricName, check_metric, error_sums, higher_is_better, metric_of_sums
+from lightning_qat.analysis.metric_direction import higher_is_better
+from lightning_qat.analysis.metrics import MetricName, check_metric, error_sums, metric_of_sums
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.results import Result
 from lightning_qat.analysis.sensitivity.sample_axes import fewer_samples
@@ -21,7 +22,8 @@ from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.preservation import preserved
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, is_float, map_call_leaves, named_leaves
-from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.regions import find_regions
 
 SampleMetric: TypeAlias = MetricName | Callable[[Any, Any], Any]
 
@@ -167,8 +169,7 @@ class _Search:
         self.select = select
         self.seed = seed
         self.samples = 0
-        better = higher_is_better(metric) if isinstance(metric, str) else getattr(metric, "higher_is_better", False)
-        self.sign = -1.0 if better else 1.0
+        self.sign = -1.0 if higher_is_better(metric) else 1.0
         # per output the worst so far; the first of a heap is the least bad one
         self.worst: dict[str, list[tuple[float, int, int, int, float]]] = {}
         self.kept: dict[int, Call] = {}

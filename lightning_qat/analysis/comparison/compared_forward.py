@@ -16,8 +16,9 @@ from typing_extensions import override
 
 from lightning_qat.quantization.interception.interception import CallPathMode
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, is_float, map_call_leaves
+from lightning_qat.quantization.region.bound_points import BoundPoint, OpQuantizers
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.region_mode import BoundPoint, Operation, OpQuantizers
+from lightning_qat.quantization.region.region_mode import Operation
 from lightning_qat.quantization.region.replaced_forward import InspectingMode, ReplacedForward
 
 
@@ -64,7 +65,7 @@ class _QuantizedMode(InspectingMode):
     """The quantized model, as the region runs it."""
 
     def __init__(self, forward: ComparedForward, frame: FrameType) -> None:
-        super().__init__(forward.region, frame)
+        super().__init__(forward.region.runner, frame)
         self.listener = forward.listener
         self._taps = (lambda name, _, quantized: self.listener.on_value(name, quantized),)
 
@@ -82,7 +83,7 @@ class _FloatMode(InspectingMode):
     """The float model, and beside it every op with its own fake-quants on."""
 
     def __init__(self, forward: ComparedForward, frame: FrameType) -> None:
-        super().__init__(forward.region, frame)
+        super().__init__(forward.region.runner, frame)
         self.forward = forward
         self.listener = forward.listener
         self._taps = (self._note_direct,)

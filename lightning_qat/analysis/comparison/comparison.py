@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_qat.analysis.captured_calls import RepeatableForward, analysis_mode
@@ -28,11 +27,11 @@ from lightning_qat.analysis.model_check.checked_region import CheckedRegion, Che
 from lightning_qat.analysis.model_check.configuration_check import hardware_styles, hardware_types, unmet_requests
 from lightning_qat.analysis.nan_origin import first_nan_op
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.analysis.rank_agreement import failing_together
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
-from lightning_qat.quantization.numerics.histogram import reduce_device
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 from lightning_qat.quantization.qconfig import Override
 from lightning_qat.quantization.region.region import Region
 
@@ -97,9 +96,9 @@ def compare(
     if keep_bytes < 1:
         raise ConfigurationError(f"keep_bytes must be a number of bytes such as {KEPT_BYTES}, not {keep_bytes}.")
     comparison = _Comparison(region, OutputSelector(output, post_process), seed, keep_bytes, across_ranks)
-    options = CheckOptions(profile=HardwareProfile.of(profile))
+    options = CheckOptions(profile=hardware_profile(profile))
     checked = CheckedRegion(region, options, rules_of({"": region})[""] if rules is None else rules)
-    with failing_together(across_ranks), analysis_mode(region):
+    with ranks.failing_together(across_ranks), analysis_mode(region):
         for batch in batches:
             comparison.add(Call.of(batch))
     return comparison.result(checked)
@@ -225,14 +224,13 @@ class _Comparison:
         )
 
     def _all_reduce(self) -> None:
-        device = reduce_device(None)
+        device = ranks.reduce_device()
         self.accumulated.to(device), self.own.to(device)
         self.evidence.all_reduce()
         self.output_parts.all_reduce()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if ranks.count() > 1:
             names = [*self.number, CHOSEN]
-            counts = torch.tensor([self.batches, *(name in self.diverged for name in names)], device=device)
-            dist.all_reduce(counts)
+            counts = ranks.summed(torch.tensor([self.batches, *(name in self.diverged for name in names)]))
             self.batches = int(counts[0])
             self.diverged = {name: None for name, count in zip(names, counts[1:].tolist(), strict=True) if count}
 

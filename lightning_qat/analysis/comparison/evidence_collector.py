@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_qat.analysis.comparison.axis_sums import SumsByAxis
@@ -22,8 +21,8 @@ from lightning_qat.analysis.model_check.long_loops import long_loops
 from lightning_qat.analysis.statistics.affine_gain import affine_gain
 from lightning_qat.analysis.statistics.point_ranges import observed_range, representable_range
 from lightning_qat.analysis.statistics.point_statistics import CHUNK, PointStatistics
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
-from lightning_qat.quantization.numerics.histogram import reduce_device
 from lightning_qat.quantization.numerics.scales import MIN_SCALE
 from lightning_qat.quantization.planning.plan import PointPlan
 from lightning_qat.quantization.region.region import Region
@@ -96,17 +95,17 @@ class EvidenceCollector:
 
     def all_reduce(self) -> None:
         """Combine the evidence of all ranks; every rank must call this."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if ranks.count() == 1:
             return
         for name, gathered in self._gathered.items():
             own = gathered.statistics
             numbers, hits = own.to_tensors()
             packed = [torch.cat([numbers, gathered.octaves.flatten(), gathered.zeroed]), hits]
-            ranks = [_gather(part) for part in packed]
+            everywhere = [ranks.gathered(part) for part in packed]
             size = len(numbers)
             merged: PointStatistics | None = None
             octaves, zeroed = torch.zeros_like(gathered.octaves), torch.zeros_like(gathered.zeroed)
-            for both, rank_hits in zip(*ranks, strict=True):
+            for both, rank_hits in zip(*everywhere, strict=True):
                 other = PointStatistics.from_tensors(both[:size], rank_hits, own.channels, own.levels)
                 if not other.count or (merged is not None and self._plans[name].is_weight):
                     continue
@@ -121,10 +120,9 @@ class EvidenceCollector:
 
     def _reduce_axes(self) -> None:
         """Put the sums along axes together."""
-        ranks: list[dict[str, _Along]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(ranks, {name: gathered.along for name, gathered in self._gathered.items()})
+        every = ranks.gathered_objects({name: gathered.along for name, gathered in self._gathered.items()})
         for name, gathered in self._gathered.items():
-            seen = [rank[name] for rank in ranks if rank[name].axes.seen]
+            seen = [rank[name] for rank in every if rank[name].axes.seen]
             gathered.along = seen[0] if seen else gathered.along
             for other in seen[1:] if not self._plans[name].is_weight else ():
                 gathered.along.axes.merge(other.axes)
@@ -290,10 +288,3 @@ def _per_channel_error(weight: Tensor, axis: int, point: FakeQuantize) -> float:
         codes = (rows / scale).round_().clamp_(point.quant_min, point.quant_max)
         best = torch.minimum(best, (codes * scale - rows).square_().sum(1, keepdim=True))
     return float(best.sum())
-
-
-def _gather(tensor: Tensor) -> list[Tensor]:
-    sent = tensor.to(reduce_device(None))
-    received = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-    dist.all_gather(received, sent)
-    return [t.cpu() for t in received]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_qat.analysis.comparison.axis_sums import AxisSums, SumsByAxis
 from lightning_qat.analysis.comparison.populations import lost_populations
 from lightning_qat.analysis.comparison.tensor_makers import TensorMakers
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.region.region import Region
 
 _QUANT_MAX = 127
@@ -37,12 +37,9 @@ class OutputParts:
 
     def all_reduce(self) -> None:
         """Put the sums of all ranks together; every rank must call this."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return
-        ranks: list[dict[int, SumsByAxis]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(ranks, self._sums)
+        every = ranks.gathered_objects(self._sums)
         self._sums = {}
-        for number, sums in (item for rank in ranks for item in rank.items()):
+        for number, sums in (item for rank in every for item in rank.items()):
             if number in self._sums:
                 self._sums[number].merge(sums)
             else:

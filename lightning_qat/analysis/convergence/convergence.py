@@ -1,4 +1,4 @@
-"""Whether quantization-aware training converges, judged by its losses, metrics and points (C1, C2).
+"""Whether quantization-aware training converges, judged by its losses, metrics and points.
 
 Every limit is a significance level, a bit (a factor of two in a scale, 6 dB) or the collapse the pipeline checks use; a
 flag says which, and what to do next.
@@ -18,10 +18,10 @@ from lightning_qat.analysis.convergence.point_checks import (
     oscillating_weights,
 )
 from lightning_qat.analysis.convergence.training_series import ConvergenceRow, TrainingSeries
-from lightning_qat.analysis.ladder.measurements import breaks, compare, judged, spelled
-from lightning_qat.analysis.ladder.sentences import RAISE_POINTS
+from lightning_qat.analysis.ladder.rows import breaks, compare, format_falls, judged
+from lightning_qat.analysis.ladder.sentences import LOWER_LEARNING_RATE, RAISE_POINTS
 from lightning_qat.analysis.results import Result
-from lightning_qat.analysis.tolerance import STANDARD_ERRORS
+from lightning_qat.analysis.tolerance import STANDARD_ERRORS, tolerance
 from lightning_qat.analysis.trend import STILL, Trend, block_length, mann_kendall, mean_and_error
 
 ConvergenceVerdict = Literal[
@@ -124,21 +124,21 @@ def _metric(series: TrainingSeries) -> ConvergenceRow:
     check = "metric"
     if series.calibrated is None or series.metrics is None:
         return ConvergenceRow(check, "cannot tell", evidence="no evaluation before and after an epoch yet")
-    rows = compare(0, "", series.calibrated.metrics, series.metrics, series.calibrated)
+    rows = compare(series.calibrated.metrics, series.metrics, series.calibrated)
     if not breaks(rows):
         return ConvergenceRow(check, "holds" if judged(rows) else "cannot tell")
     worst = next(row for row in judged(rows) if row.status == "breaks")
     known = series.float_model
-    lost = compare(0, "", known.metrics, series.calibrated, known) if known is not None else []
+    lost = compare(known.metrics, series.calibrated, known) if known is not None else []
     return ConvergenceRow(
         check,
         "flagged",
         worst.value,
         worst.expected,
-        evidence=f"the metric has collapsed against the calibrated model's ({spelled(judged(rows))}); a fall of a "
+        evidence=f"the metric has collapsed against the calibrated model's ({format_falls(judged(rows))}); a fall of a "
         f"tenth or of {STANDARD_ERRORS:g} standard errors is tolerated.",
         next_step=(
-            f"Calibration alone had lost much already ({spelled(judged(lost))}): first {RAISE_POINTS}."
+            f"Calibration alone had lost much already ({format_falls(judged(lost))}): first {RAISE_POINTS}."
             if breaks(lost)
             else "Calibration was right, so do not sweep learning rate and weight decay yet: see what PipelineCheck() "
             "(or ZeroLRFinetune() and FloatFinetune()) says, whether quantization is to blame at all."
@@ -154,7 +154,7 @@ def _diverging(series: TrainingSeries) -> ConvergenceRow:
     latest = losses[len(losses) // 2 :]
     whole, recent = _trend(losses), _trend(latest)
     first, last = mean_and_error(losses[: len(losses) // 4]), mean_and_error(losses[-(len(losses) // 4) :])
-    rise, noise = last[0] - first[0], STANDARD_ERRORS * math.hypot(first[1], last[1])
+    rise, noise = last[0] - first[0], tolerance(first[1], last[1])
     evidence = (
         f"mean loss {first[0]:.4g} in the first quarter of {len(losses)} steps, {last[0]:.4g} in the last "
         f"(Mann-Kendall p = {whole.p_rise:.1g} for a rise)."
@@ -170,8 +170,8 @@ def _diverging(series: TrainingSeries) -> ConvergenceRow:
         whole.p_rise,
         SIGNIFICANCE,
         f"the training loss rises and goes on rising: {evidence}",
-        "Run FloatFinetune(): if the float model diverges too, lower the learning rate (QAT wants 1/10 to 1/20 of the "
-        "float one, no warm-up); if it does not, fix the scales (activation_scales: fixed).",
+        f"Run FloatFinetune(): if the float model diverges too, {LOWER_LEARNING_RATE}; if it does not, fix the scales "
+        "(activation_scales: fixed).",
     )
 
 
@@ -185,8 +185,8 @@ def _not_learning(series: TrainingSeries) -> ConvergenceRow:
     reference = series.float_loss
     latest = losses[len(losses) // 2 :]
     falling = _trend(latest).p_fall < STILL
-    above = now[0] - reference[0] > STANDARD_ERRORS * math.hypot(now[1], reference[1])
-    gained = start[0] - now[0] > STANDARD_ERRORS * math.hypot(start[1], now[1])
+    above = now[0] - reference[0] > tolerance(now[1], reference[1])
+    gained = start[0] - now[0] > tolerance(start[1], now[1])
     evidence = (
         f"mean loss {now[0]:.4g} in the second half of {len(losses)} steps, {start[0]:.4g} in the first quarter; the "
         f"float model's is {reference[0]:.4g}."

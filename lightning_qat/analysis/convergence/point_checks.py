@@ -1,11 +1,12 @@
-"""The checks of the convergence monitor that look at parameters and quantization points (C1)."""
+"""The checks of the convergence monitor that look at parameters and quantization points."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-from lightning_qat.analysis.convergence.training_series import ConvergenceRow, PointHealth, TrainingSeries
+from lightning_qat.analysis.convergence.point_history import PointHealth
+from lightning_qat.analysis.convergence.training_series import ConvergenceRow, TrainingSeries
 from lightning_qat.analysis.trend import STILL, mann_kendall
 
 ONE_BIT = 20 * math.log10(2)
@@ -122,13 +123,13 @@ def _points_row(
     if not found:
         return ConvergenceRow(check, "holds", None, limit)
     names = tuple(sorted(found, key=lambda name: -found[name]))
-    spelled_names = names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+    shown = names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
     return ConvergenceRow(
         check,
         "noted" if series.keeps_metric else "flagged",
         found[names[0]],
         limit,
-        evidence.format(names=spelled_names, worst=found[names[0]]),
+        evidence.format(names=shown, worst=found[names[0]]),
         next_step,
         names,
     )

@@ -4,67 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lightning_qat.analysis.ladder.measurements import Measurement, compare, judged
+from lightning_qat.analysis.convergence.point_history import PointHistory
+from lightning_qat.analysis.ladder.measurements import Measurement
+from lightning_qat.analysis.ladder.rows import compare, judged
 
 CheckStatus = Literal["holds", "flagged", "noted", "cannot tell"]
-MOST_FLIP_RATES = 256
-"""Epochs of flip rates that are kept: enough for a trend, and a bounded checkpoint."""
-
-
-@dataclass(frozen=True)
-class PointHealth:
-    """The state of one quantization point at the end of an epoch.
-
-    Args:
-        scale_drift: scale relative to the calibrated one, minus 1.
-        sqnr: of the point alone, in dB.
-        clipped_share: share of its values that are clipped.
-        clips: clipping makes more of its error than rounding does.
-        flip_rate: share of its weight codes that changed during the epoch; None for activations.
-        return_rate: share of these that are back at the code of an epoch before; None if unknown.
-    """
-
-    scale_drift: float | None = None
-    sqnr: float | None = None
-    clipped_share: float | None = None
-    clips: bool = False
-    flip_rate: float | None = None
-    return_rate: float | None = None
-
-
-@dataclass(frozen=True)
-class PointHistory:
-    """What is kept of the points over any number of epochs.
-
-    Args:
-        first: health of every point at the end of the first epoch.
-        latest: the same at the end of the latest.
-        epochs: how many there were.
-        flip_rates: mean flip rate of the weights, by epoch, of the latest 256 epochs that have one.
-
-    Example:
-        >>> history = PointHistory()
-        >>> for rate in (0.2, 0.1, 0.05):
-        ...     history = history.after({"fc.weight": PointHealth(flip_rate=rate)})
-        >>> history.first["fc.weight"].flip_rate, history.flip_rates, history.epochs
-        (0.2, (0.2, 0.1, 0.05), 3)
-    """
-
-    first: Mapping[str, PointHealth] = field(default_factory=dict)
-    latest: Mapping[str, PointHealth] = field(default_factory=dict)
-    epochs: int = 0
-    flip_rates: tuple[float, ...] = ()
-
-    def after(self, health: Mapping[str, PointHealth]) -> PointHistory:
-        """Return the history with one more epoch."""
-        rates = [point.flip_rate for point in health.values() if point.flip_rate is not None]
-        mean = (statistics.fmean(rates),) if rates else ()
-        first = self.first if self.epochs else health
-        return PointHistory(first, health, self.epochs + 1, (*self.flip_rates, *mean)[-MOST_FLIP_RATES:])
 
 
 class LossHistory:
@@ -150,7 +98,7 @@ class TrainingSeries:
     def _holds(self, before: Measurement | None) -> bool:
         if before is None or self.metrics is None:
             return False
-        rows = judged(compare(0, "", before.metrics, self.metrics, before))
+        rows = judged(compare(before.metrics, self.metrics, before))
         return bool(rows) and all(row.status == "holds" for row in rows)
 
 

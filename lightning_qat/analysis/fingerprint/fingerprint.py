@@ -1,4 +1,4 @@
-"""The fingerprint of a training pipeline: everything that has to be the same in the float run and in QAT (C5)."""
+"""The fingerprint of a training pipeline: everything that has to be the same in the float run and in QAT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What differs between two training pipelines, the most suspicious first, in words (C5)."""
+"""What differs between two training pipelines, the most suspicious first, in words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_qat.analysis.fingerprint.difference import (
 )
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.fingerprint.tensor_differences import tensor_difference, tensor_differences
-from lightning_qat.analysis.tolerance import COLLAPSE, ROUNDING, STANDARD_ERRORS
+from lightning_qat.analysis.tolerance import COLLAPSE, ROUNDING, tolerance
 
 
 def compare_fingerprints(reference: Fingerprint, here: Fingerprint) -> PipelineDifferences:
@@ -83,19 +83,19 @@ def _weights(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDiff
     missing, extra = sorted(before.keys() - now.keys()), sorted(now.keys() - before.keys())
     for names, what in ((missing, "exist only in the reference"), (extra, "exist only here")):
         if names:
-            spelled = _names(names)
-            yield PipelineDifference("strong", "weights", spelled, "", "", f"modules {spelled} {what}: another model?")
+            shown = _names(names)
+            yield PipelineDifference("strong", "weights", shown, "", "", f"modules {shown} {what}: another model?")
     common = before.keys() & now.keys()
     different = [name for name in now if name in common and before[name] != now[name]]
     if different:
         whole = len(different) == len(common)
-        spelled = _names(different)
+        shown = _names(different)
         what = (
             f"the weights of all {len(common)} modules differ: another checkpoint?"
             if whole
-            else f"the weights of {len(different)} of {len(common)} modules differ ({spelled}): partly loaded?"
+            else f"the weights of {len(different)} of {len(common)} modules differ ({shown}): partly loaded?"
         )
-        yield PipelineDifference("strong", "weights", spelled, before[different[0]], now[different[0]], what)
+        yield PipelineDifference("strong", "weights", shown, before[different[0]], now[different[0]], what)
 
 
 def _agreement(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
@@ -142,8 +142,9 @@ def _results(reference: Fingerprint, here: Fingerprint, explained: set[str]) -> 
     for part, before, now in (("loss", reference.losses, here.losses), ("metric", reference.metrics, here.metrics)):
         for name in _common(before, now):
             one, other = before[name], now[name]
-            noise = math.hypot(reference.standard_errors.get(name, 0.0), here.standard_errors.get(name, 0.0))
-            if abs(one - other) <= max(STANDARD_ERRORS * noise, ROUNDING * abs(one)) or (one != one and other != other):
+            errors = reference.standard_errors.get(name, 0.0), here.standard_errors.get(name, 0.0)
+            tolerated = tolerance(*errors, least=ROUNDING * abs(one))
+            if abs(one - other) <= tolerated or (one != one and other != other):
                 continue
             ratio = other / one if one else math.inf
             guess = ""

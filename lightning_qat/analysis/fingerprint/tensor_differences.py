@@ -1,4 +1,4 @@
-"""How the tensors of two pipelines differ, beyond what other samples of the same data would change (C5)."""
+"""How the tensors of two pipelines differ, beyond what other samples of the same data would change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a tensor of a pipeline is not what it was in the float run: the usual mistakes, by their traces (C5)."""
+"""Why a tensor of a pipeline is not what it was in the float run: the usual mistakes, by their traces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from lightning_qat.analysis.fingerprint.difference import Suspicion
 from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummary
-from lightning_qat.analysis.tolerance import STANDARD_ERRORS
+from lightning_qat.analysis.tolerance import tolerance
 
 LEAST_SHIFT = 0.1
 """Means of shuffled or augmented batches vary; a tenth of the spread is nothing that ruins a network."""
@@ -29,9 +29,9 @@ def has_moved(before: TensorSummary, channel: int, now: TensorSummary, other: in
         now: here.
         other: number of the channel to compare with.
     """
-    noise = math.hypot(before.mean_error[channel], now.mean_error[other])
-    tolerance = max(STANDARD_ERRORS * noise, LEAST_SHIFT * before.std[channel], 1e-6)
-    if abs(now.mean[other] - before.mean[channel]) > tolerance:
+    least = max(LEAST_SHIFT * before.std[channel], 1e-6)
+    tolerated = tolerance(before.mean_error[channel], now.mean_error[other], least=least)
+    if abs(now.mean[other] - before.mean[channel]) > tolerated:
         return True
     low, high = sorted((before.std[channel], now.std[other]))
     return high > 1e-6 and low < high / OTHER_SPREAD

@@ -1,4 +1,4 @@
-"""What a stream of batches looks like: a few numbers per channel, enough to see that two streams differ (C5)."""
+"""What a stream of batches looks like: a few numbers per channel, enough to see that two streams differ."""
 
 from __future__ import annotations
 

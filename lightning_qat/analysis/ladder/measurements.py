@@ -1,23 +1,17 @@
-"""The evidence of the pipeline ladder: what was measured, and how one measurement compares with another.
-
-A fall counts if it is larger than what evaluating on other batches would change: three standard errors of the metric
-over the evaluation batches. Where something may move, a fall that counts is a collapse only if it also takes more than
-a tenth away (the source's rule of thumb: above 90 % of the float value, go on training).
-"""
+"""What is measured on the ladder that tells the pipeline from quantization: one change per rung."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
-from lightning_qat.analysis.metric_direction import is_worse_when_larger
-from lightning_qat.analysis.tolerance import COLLAPSE, STANDARD_ERRORS
-
-Status = Literal["holds", "falls", "breaks", "noted", "cannot tell"]
-
-TRAIN_LOSS = "train_loss"
+from lightning_qat.analysis.ladder.rungs import (
+    BATCH_NORM_FIXED,
+    BATCH_NORM_MOVING,
+    FLOAT_FINETUNE,
+    QAT,
+    QUANTIZED,
+)
 
 
 @dataclass(frozen=True)
@@ -68,122 +62,58 @@ class Finetune:
 
 
 @dataclass(frozen=True)
-class PipelineRow:
-    """One number on one rung.
+class OffComparison:
+    """The module with fake-quant inserted and off, against a copy from which it was removed (rung 1).
 
     Args:
-        rung: number of the rung.
-        what: what the rung does.
-        metric: which number.
-        expected: what it was before, or in the float run.
-        value: what it is.
-        tolerance: how much worse it may be.
-        status: ``falls``: by more than the tolerance, but it is no collapse. ``noted``: evidence without judgement.
-        note: what there is to say about it.
+        compared: number of tensors compared: outputs of the steps and gradients.
+        differing: names of those that are not bit-identical.
+        repeatable: whether the float module gives the same bits when it is run again.
     """
 
-    rung: int
-    what: str
-    metric: str
-    expected: float | None
-    value: float | None
-    tolerance: float | None
-    status: Status
-    note: str = ""
+    compared: int
+    differing: tuple[str, ...] = ()
+    repeatable: bool = True
 
 
-def compare(
-    rung: int,
-    what: str,
-    expected: Mapping[str, float],
-    after: Measurement,
-    noise: Measurement,
-    strict: bool = False,
-) -> list[PipelineRow]:
-    """Compare metric by metric.
+@dataclass(frozen=True)
+class Ladder:
+    """What was measured on the rungs; None where a rung was not measured.
 
     Args:
-        rung: number of the rung.
-        what: what the rung does.
-        expected: the values before.
-        after: the evaluation after.
-        noise: the evaluation whose standard errors give the tolerance.
-        strict: nothing may have moved, so every fall beyond the tolerance breaks, however small.
+        float_model: evaluation with fake-quant off, before.
+        off: rung 1.
+        batch_norm_fixed: rung 2, fake-quant off, lr 0, batch norm in eval mode.
+        batch_norm_moving: rung 3, the same with batch norm as in training; None if none moves there.
+        calibrated: evaluation of the quantized model, before; None without calibrated scales.
+        quantized: rung 4, quantized, lr 0, as in QAT.
+        float_finetune: rung 5, fake-quant off, trained as QAT would.
+        qat: rung 6, quantized, trained.
+        missing: why a rung that was asked for was not measured.
+        points: the points that lose most, in words, the worst first.
+        total_steps: optimizer steps that this training will have.
     """
-    return [_row(rung, what, name, before, after, noise, strict) for name, before in expected.items()]
 
+    float_model: Measurement
+    off: OffComparison | None = None
+    batch_norm_fixed: Finetune | None = None
+    batch_norm_moving: Finetune | None = None
+    calibrated: Measurement | None = None
+    quantized: Finetune | None = None
+    float_finetune: Finetune | None = None
+    qat: Finetune | None = None
+    missing: Mapping[int, str] = field(default_factory=dict)
+    points: tuple[str, ...] = ()
+    total_steps: int = 0
 
-def _row(
-    rung: int, what: str, metric: str, before: float, after: Measurement, noise: Measurement, strict: bool
-) -> PipelineRow:
-    value = after.metrics.get(metric)
-    if value is None or not math.isfinite(before):
-        note = "not logged by the evaluation" if value is None else "not finite to begin with"
-        return PipelineRow(rung, what, metric, before, value, None, "cannot tell", note)
-    error = noise.standard_errors.get(metric, 0.0)
-    # without an estimate (one batch, a metric of the whole epoch, batches that all agree) only a collapse counts
-    tolerance = STANDARD_ERRORS * error if error > 0 else COLLAPSE * abs(before)
-    tolerance = max(tolerance, 1e-6 * abs(before))  # float32 rounding of a mean
-    fall = value - before if is_worse_when_larger(metric) else before - value
-    status: Status = "breaks"  # NaN breaks
-    if fall <= tolerance:
-        status = "holds"
-    elif not strict and fall <= COLLAPSE * abs(before):
-        status = "falls"
-    note = "" if error > 0 else "no estimate of the noise: a tenth is tolerated"
-    return PipelineRow(rung, what, metric, before, value, tolerance, status, note)
-
-
-def train_loss_row(rung: int, what: str, finetune: Finetune, reference: float | None = None) -> list[PipelineRow]:
-    """Note the training loss; judge it if that of the float run is known."""
-    loss = finetune.train_loss
-    if loss is None:
-        return []
-    status: Status = "noted"
-    tolerance = None
-    if not math.isfinite(loss):
-        status = "breaks"
-    elif reference is not None:
-        # batch norm and dropout are in another mode than in the float run: less than double says nothing
-        tolerance = abs(reference) + STANDARD_ERRORS * (finetune.train_loss_error or 0.0)
-        status = "holds" if loss - reference <= tolerance else "breaks"
-    return [PipelineRow(rung, what, TRAIN_LOSS, reference, loss, tolerance, status)]
-
-
-def drift_row(rung: int, what: str, metric: str, moved: Mapping[str, float]) -> list[PipelineRow]:
-    """Note the largest relative change of statistics or scales, if any moved."""
-    if not moved:
-        return []
-    name, largest = next(iter(moved.items()))
-    note = f"relative change of {name}, the largest of {len(moved)} that moved"
-    return [PipelineRow(rung, what, metric, None, largest, None, "noted", note)]
-
-
-def skipped_row(rung: int, what: str, note: str) -> PipelineRow:
-    """Say that a rung was not measured."""
-    return PipelineRow(rung, what, "", None, None, None, "cannot tell", note)
-
-
-def judged(rows: Sequence[PipelineRow]) -> list[PipelineRow]:
-    """Return the rows that decide: a cost may rise while the scores hold (an overconfident classifier).
-
-    Without scores the costs decide.
-    """
-    compared = [row for row in rows if row.tolerance is not None and row.metric != TRAIN_LOSS]
-    return [row for row in compared if not is_worse_when_larger(row.metric)] or compared
-
-
-def breaks(rows: Sequence[PipelineRow]) -> bool:
-    """Whether a metric that decides breaks."""
-    return any(row.status == "breaks" for row in judged(rows))
-
-
-def spelled(rows: Sequence[PipelineRow]) -> str:
-    """Spell the first rows that fall, scores first: ``val_acc 0.98 -> 0.1``."""
-    fallen = sorted((r for r in rows if r.status in ("breaks", "falls")), key=lambda r: is_worse_when_larger(r.metric))
-    return ", ".join(
-        f"{row.metric} {row.value:.4g}"
-        if row.expected is None
-        else f"{row.metric} {row.expected:.4g} -> {row.value:.4g}"
-        for row in fallen[:2]
-    )
+    @property
+    def finetunes(self) -> dict[int, Finetune]:
+        """The finetunes that were run, by the number of their rung."""
+        every = {
+            BATCH_NORM_FIXED: self.batch_norm_fixed,
+            BATCH_NORM_MOVING: self.batch_norm_moving,
+            QUANTIZED: self.quantized,
+            FLOAT_FINETUNE: self.float_finetune,
+            QAT: self.qat,
+        }
+        return {rung: finetune for rung, finetune in every.items() if finetune is not None}

@@ -1,15 +1,26 @@
-"""What a broken rung of the pipeline ladder means, in words."""
+"""What a broken rung of the pipeline check means, in words, and what to do next."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from lightning_qat.analysis.ladder.measurements import Finetune, PipelineRow, judged, spelled
+from lightning_qat.analysis.ladder.measurements import Finetune
+from lightning_qat.analysis.ladder.rows import PipelineRow, format_falls, judged
 
 Sentence = Callable[[Sequence[PipelineRow], Finetune], str]
+FINGERPRINT_COMMAND = "python -m lightning_qat fingerprint train.py --config float.yaml --ckpt_path float.ckpt"
+MAKE_REFERENCE = (
+    f"Make a reference in the float project: {FINGERPRINT_COMMAND}; then write "
+    "PipelineCheck(reference='pipeline_fingerprint.json')"
+)
 NOT_QUANTIZATION = " Quantization is not the cause; do not tune learning rate or weight decay before this is fixed."
 RAISE_POINTS = "raise the points that SensitivityAnalysis() puts first to int16 with overrides"
 """The next step, in words that fit whether it is listed already or not."""
+LOWER_LEARNING_RATE = "lower the learning rate (QAT wants about 1/10 to 1/20 of the float one, no warm-up)"
+NO_METRIC = (
+    "the evaluation logs no finite number to judge by. Log one in validation_step, self.log('val_acc', ...), and give "
+    "it batches (limit_val_batches)."
+)
 TRAINING_LOSS = (
     "the training loss of the untouched float model is {loss}: look for bad values in the training data, the labels "
     "or the loss."
@@ -20,22 +31,29 @@ QUANTIZED_LOSS = (
 )
 
 
+def other_metrics(rows: Sequence[PipelineRow]) -> str:
+    """Say that the float model is not as good here as it was in the float run (rung 0)."""
+    return (
+        f"the float model does not reproduce its own accuracy here ({format_falls(judged(rows))}), before any training "
+        "and with fake-quant off"
+    )
+
+
 def side_effect(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
     """Say that the training step changes the evaluation though nothing may move (rung 2)."""
     buffers = f" It writes to {', '.join(list(finetune.moved_buffers)[:3])}." if finetune.moved_buffers else ""
     return (
-        f"the evaluation changes ({spelled(judged(rung))}) although weights and batch norm are fixed: the training "
-        f"step has a side effect.{buffers} Look for what it stores in the module."
+        f"the evaluation changes ({format_falls(judged(rung))}) although weights and batch norm are fixed: the "
+        f"training step has a side effect.{buffers} Look for what it stores in the module."
     )
 
 
 def batch_norm(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
     """Say that moving batch norm destroys the accuracy (rung 3)."""
-    moved = [f"{name} by {change:.0%}" for name, change in list(finetune.moved_buffers.items())[:3]]
-    most = f"; moved most: {', '.join(moved)}" if moved else ""
+    most = f"; moved most: {_format_moved(finetune.moved_buffers)}" if finetune.moved_buffers else ""
     return (
         "accuracy collapses at learning rate 0 as soon as batch norm updates its statistics "
-        f"({spelled(judged(rung))}{most}). The training data do not look like the "
+        f"({format_falls(judged(rung))}{most}). The training data do not look like the "
         "evaluation data (normalization, channel order, preprocessing, augmentation), or the batches are too small. "
         "Compare the training pipeline with that of the float run, line by line. If only the batches are small: "
         "QuantizationAwareTraining(freeze_batch_norm_after=0)."
@@ -44,8 +62,8 @@ def batch_norm(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
 
 def scales(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
     """Say that what moves in the quantized model destroys its accuracy (rung 4)."""
-    moved = [f"{name} by {change:.0%}" for name, change in list(finetune.moved_scales.items())[:3]]
-    what = f"scales moved most: {', '.join(moved)}" if moved else "no scale moved, batch norm did"
+    moved = finetune.moved_scales
+    what = f"scales moved most: {_format_moved(moved)}" if moved else "no scale moved, batch norm did"
     remedy = (
         "Keep the calibrated scales (activation_scales: fixed, freeze_observers_after: 0) and calibrate with more "
         "batches"
@@ -53,8 +71,8 @@ def scales(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
         else "Set freeze_batch_norm_after: 0"
     )
     return (
-        f"the calibrated model collapses at learning rate 0 ({spelled(judged(rung))}; {what}) while the float model "
-        f"holds: what moves without training destroys it, not the learning rate. {remedy}."
+        f"the calibrated model collapses at learning rate 0 ({format_falls(judged(rung))}; {what}) while the float "
+        f"model holds: what moves without training destroys it, not the learning rate. {remedy}."
     )
 
 
@@ -77,3 +95,30 @@ def other_loss(value: float | None, expected: float | None) -> str:
         "the training data, labels, augmentation or loss are not those of the float run. Compare the two training "
         "pipelines."
     )
+
+
+def format_training(finetune: Finetune) -> str:
+    """Say how a copy was trained, with the learning rates."""
+    if finetune.learning_rates is None:
+        rates = ""
+    else:
+        low, high = finetune.learning_rates
+        rates = f" (lr {low:.3g})" if low == high else f" (lr {low:.3g} to {high:.3g})"
+    return f"{finetune.batches} batches of QAT's own training{rates}"
+
+
+def nothing_moved(finetune: Finetune) -> str:
+    """Say that training changed no weight."""
+    return (
+        f"{format_training(finetune)} changed no weight at all: a warm-up that starts at 0, a step without loss, or "
+        "nothing to optimize. Write FloatFinetune(batches=...) with more batches than the warm-up has."
+    )
+
+
+def worst_points(points: Sequence[str]) -> str:
+    """Name the points that lose most, the worst first."""
+    return f"Worst points: {'; '.join(points[:3])}. " if points else ""
+
+
+def _format_moved(moved: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} by {change:.0%}" for name, change in list(moved.items())[:3])

@@ -15,7 +15,7 @@ from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.quantization.planning.deployed_part import deployed_part
 from lightning_qat.quantization.planning.fusion import FusionGroup
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
-from lightning_qat.quantization.planning.profile_files import shipped_profiles
+from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile, shipped_profiles
 from lightning_qat.quantization.planning.target_paths import local_rules
 from lightning_qat.quantization.qconfig import Override
 from lightning_qat.quantization.region.effective_dtypes import FLOAT, EffectiveDtypes, effective_dtypes
@@ -96,7 +96,7 @@ class CheckedRegion:
         planned = self.plan.profile
         if self.options.profile is not None or planned is None or planned["name"] not in shipped_profiles():
             return self.options.profile
-        shipped = HardwareProfile.of(planned["name"])
+        shipped = hardware_profile(planned["name"])
         return shipped if shipped is not None and shipped.digest == planned["sha256"] else None
 
     @cached_property

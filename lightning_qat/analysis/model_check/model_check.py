@@ -21,6 +21,7 @@ from lightning_qat.analysis.model_check.scale_check import check_scales
 from lightning_qat.analysis.model_check.training_check import check_training
 from lightning_qat.analysis.model_check.weight_check import check_weights
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 from lightning_qat.quantization.region.region import Region
 
 __all__ = ["ModelCheckResult", "Section", "check"]
@@ -80,7 +81,7 @@ def check(
           - {match: "1.output", activation: {dtype: int16}}
     """
     regions = {"": region} if isinstance(region, Region) else dict(region)
-    options = CheckOptions(tuple(optimizers), precision, batch_size, HardwareProfile.of(profile))
+    options = CheckOptions(tuple(optimizers), precision, batch_size, hardware_profile(profile))
     findings: list[Finding] = list(extra_findings)
     sections: list[Section] = []
     rules = rules_of(regions)

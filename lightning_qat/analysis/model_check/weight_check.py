@@ -39,7 +39,7 @@ def _channels(checked: CheckedRegion) -> Iterable[Finding]:
         if not bool(largest.all()):
             dead[point.name] = int((largest == 0).sum())
         if (folded := FoldedBatchNorm.of(checked.graph, point, checked.region.target)) is not None:
-            largest = _channel_maxima(folded.fold(weight, folded.factor(weight)), axis)
+            largest = _channel_maxima(folded.fold(weight, folded.factor(weight)), axis) * _counts(folded, len(largest))
         alive = largest[largest > 0]
         if not len(alive):
             continue
@@ -56,6 +56,15 @@ def _channels(checked: CheckedRegion) -> Iterable[Finding]:
 
 def _channel_maxima(weight: Tensor, axis: int) -> Tensor:
     return weight.detach().abs().movedim(axis, 0).flatten(1).amax(dim=1) if weight.dim() > 1 else weight.detach().abs()
+
+
+def _counts(folded: FoldedBatchNorm, channels: int) -> Tensor | float:
+    """1 for the channels that count; a batch norm that makes a channel small on purpose has small factors for it."""
+    gamma: Tensor | None = folded.target.get_submodule(folded.path).weight  # type: ignore[assignment]
+    if gamma is None or gamma.numel() != channels:
+        return 1.0
+    size = gamma.detach().abs()
+    return (size * _SMALL_FACTOR >= size.max()).to(size.dtype)
 
 
 def _dead(dead: dict[str, int]) -> Iterable[Finding]:
@@ -100,9 +109,10 @@ def _lost(lost: dict[str, int], styles: Mapping[str, tuple[str, ...]]) -> Iterab
         )
 
 
+_SMALL_FACTOR = 16.0
 _ONE_SCALE = (
-    "The hardware has one scale per weight here: even the channels out by cross-layer equalization (Nagel et al., 2019, "
-    "arXiv:1906.04721)."
+    "The hardware has one scale per weight here: even the channels out by cross-layer equalization (Nagel et al., "
+    "2019, arXiv:1906.04721)."
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from rich.table import Table
 
-from lightning_qat.analysis.metric_direction import is_worse_when_larger
+from lightning_qat.analysis.metric_direction import higher_is_better
 from lightning_qat.analysis.results import Result, plain, rich_table, write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
 
@@ -165,7 +165,7 @@ class ResultTable:
             if s != "float"
         }
         own = tuple(stage for stage in self.runs.get(run, {}) if stage != "float")
-        scores = [metric for metric in metrics if not is_worse_when_larger(metric)] or metrics
+        scores = [metric for metric in metrics if higher_is_better(metric)] or metrics
         rows = []
         for metric in metrics:
             baseline = self.float_value(run, metric)
@@ -204,7 +204,7 @@ def target_value(metric: str, float_value: float | None, target: Target) -> floa
             raise ConfigurationError(f"target {target!r}: write the loss that is allowed, such as 1% or 0.5%.")
         if float_value is None:
             return None
-        return float_value + abs(float_value) * share * (1 if is_worse_when_larger(metric) else -1)
+        return float_value + abs(float_value) * share * (-1 if higher_is_better(metric) else 1)
     try:
         value = float(target)
     except (ValueError, TypeError):
@@ -265,4 +265,4 @@ _NOT_TRAINING = (
 
 
 def _reaches(metric: str, value: float, target: float) -> bool:
-    return value <= target if is_worse_when_larger(metric) else value >= target
+    return value >= target if higher_is_better(metric) else value <= target

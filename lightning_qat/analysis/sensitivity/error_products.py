@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_qat.analysis.sensitivity.sample_axes import Key, SampleAxis, sample_axis
 from lightning_qat.analysis.sensitivity.watched_forward import WeightUse
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves
-from lightning_qat.quantization.region.region_mode import BoundPoint
+from lightning_qat.quantization.region.bound_points import BoundPoint
 
 _KEPT_BYTES = 2**29
 """So much memory may hold errors from one probe to the next; the others are computed again."""

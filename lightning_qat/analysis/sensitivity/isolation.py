@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,9 +13,9 @@ from lightning_qat.analysis.metrics import error_sums
 from lightning_qat.analysis.nan_origin import refuse_nan
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.sensitivity.sensitivity_metric import SensitivityMetric
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
-from lightning_qat.quantization.numerics.histogram import reduce_device
 from lightning_qat.quantization.region.region import Region
 
 
@@ -86,7 +85,7 @@ class Isolation:
 
     def all_reduce(self) -> None:
         """Add the sums of all ranks."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if ranks.count() == 1:
             return
         custom = self.custom
         rows = [
@@ -94,10 +93,9 @@ class Isolation:
             for n, s in self.sums.items()
         ]
         rows.append([0.0] * 7 + [float(self.batches), 0.0, 0.0, 0.0])
-        table = torch.tensor(rows, dtype=torch.float64, device=reduce_device(None))
-        dist.all_reduce(table)
+        table = ranks.summed(torch.tensor(rows, dtype=torch.float64))
         self.batches = int(table[-1, 7])
-        for (name, sums), row in zip(self.sums.items(), table.cpu(), strict=False):
+        for (name, sums), row in zip(self.sums.items(), table, strict=False):
             sums.copy_(row[:7])
             custom[name].sums = (float(row[9]), float(row[10]))
             if row[7]:

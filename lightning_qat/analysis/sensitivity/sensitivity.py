@@ -11,7 +11,6 @@ from lightning_qat.analysis.flops import op_flops
 from lightning_qat.analysis.influence import Influence, influence_on
 from lightning_qat.analysis.metrics import metric_of_sums
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.analysis.rank_agreement import failing_together
 from lightning_qat.analysis.region_memory import RegionMemory
 from lightning_qat.analysis.sensitivity.isolation import Isolation, choose_points
 from lightning_qat.analysis.sensitivity.sensitivity_metric import MetricLike, SensitivityMetric
@@ -21,6 +20,7 @@ from lightning_qat.analysis.sensitivity.sensitivity_result import (
     most_sensitive_first,
 )
 from lightning_qat.analysis.sensitivity.sensitivity_sketch import Sketch
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.region.region import Region
@@ -197,7 +197,7 @@ class _Analysis:
         """Estimate all points; None, and why, if that is impossible."""
         sketch = Sketch(self.region, self.calibrated, self.select, probes, self.seed, max_samples, self.memory)
         problem = "a rank could not compute gradients"
-        with failing_together(self.across_ranks), analysis_mode(self.region, buffers=False):
+        with ranks.failing_together(self.across_ranks), analysis_mode(self.region, buffers=False):
             try:
                 for call in calls:
                     sketch.run(call)
@@ -254,7 +254,7 @@ class _Analysis:
 
     def _measure(self, batches: Iterable[object], names: list[str]) -> Isolation:
         isolation = Isolation(self.region, names, self.select, self.metric, self.seed)
-        with failing_together(self.across_ranks), analysis_mode(self.region, buffers=False):
+        with ranks.failing_together(self.across_ranks), analysis_mode(self.region, buffers=False):
             for batch in batches:
                 isolation.run(Call.of(batch))
         if self.across_ranks:
@@ -291,9 +291,9 @@ class _Analysis:
     def _result(self, rows: list[SensitivityRow], batches: int, **fields: Any) -> SensitivityResult:
         calibrated = set(self.calibrated)
         return SensitivityResult(
-            rows=most_sensitive_first(rows, self.metric.name, self.metric.ascending),
+            rows=most_sensitive_first(rows, self.metric.name, self.metric.higher_is_better),
             metric=self.metric.name,
-            ascending=self.metric.ascending,
+            ascending=self.metric.higher_is_better,
             output=self.select.description,
             batches=batches,
             points=len(self.calibrated),

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_qat.analysis.metrics import MetricName, check_metric, higher_is_better, metric_of_sums
+from lightning_qat.analysis.metric_direction import higher_is_better
+from lightning_qat.analysis.metrics import MetricName, check_metric, metric_of_sums
 from lightning_qat.quantization.errors import ConfigurationError
 
 MetricLike: TypeAlias = MetricName | Metric | Callable[[Any, Any], Any]
@@ -31,7 +32,7 @@ class SensitivityMetric:
     Example:
         >>> def largest(base, analy):
         ...     return (base - analy).abs().max()
-        >>> SensitivityMetric(largest).name, SensitivityMetric("SQNR").ascending
+        >>> SensitivityMetric(largest).name, SensitivityMetric("SQNR").higher_is_better
         ('largest', True)
     """
 
@@ -39,12 +40,11 @@ class SensitivityMetric:
         if isinstance(metric, str):
             check_metric(metric)
             self.name: str = metric
-            self.ascending = higher_is_better(metric)
         elif callable(metric):
             self.name = getattr(metric, "__name__", type(metric).__name__)
-            self.ascending = getattr(metric, "higher_is_better", None) is True
         else:
             raise ConfigurationError(f"metric must be a name such as 'MSE', a function or a Metric, not {metric!r}.")
+        self.higher_is_better = higher_is_better(metric)
         self._metric = metric
 
     def accumulator(self) -> MetricAccumulator:

@@ -1,4 +1,4 @@
-"""The sensitivity table (B2): its rows, their order, and what is said about it."""
+"""The sensitivity table: its rows, their order, and what is said about it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 
 from rich.table import Table
 
+from lightning_qat.analysis.metric_direction import higher_is_better
 from lightning_qat.analysis.results import Result, rich_table
-
-_RANKED_BY_LARGE_ERROR = ("Cosine", "SQNR")
 
 
 @dataclass(frozen=True)
@@ -201,9 +200,9 @@ def most_sensitive_first(
     Args:
         rows: in execution order, which decides about ties.
         metric: name of the metric.
-        ascending: small values are sensitive; by default for Cosine and SQNR.
+        ascending: small values are sensitive; by default those of a metric of which a larger value is better.
     """
-    sign = 1.0 if (metric in _RANKED_BY_LARGE_ERROR if ascending is None else ascending) else -1.0
+    sign = 1.0 if (higher_is_better(metric) if ascending is None else ascending) else -1.0
 
     def order(row: SensitivityRow) -> tuple[bool, float]:
         if row.value is None:

@@ -19,7 +19,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_qat.analysis.captured_calls import RepeatableForward
@@ -29,11 +28,11 @@ from lightning_qat.analysis.region_memory import RegionMemory
 from lightning_qat.analysis.sensitivity.error_products import ErrorProducts, SampleComparison, custom_functions
 from lightning_qat.analysis.sensitivity.sample_axes import Key, SampleAxis, fewer_samples, sample_axis
 from lightning_qat.analysis.sensitivity.watched_forward import WatchedForward
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.interception.transparent_gradients import TransparentGradients
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.module_walk import modules_outside_regions
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves
-from lightning_qat.quantization.numerics.histogram import reduce_device
 from lightning_qat.quantization.region.region import Region
 
 
@@ -177,13 +176,11 @@ class Sketch:
 
     def all_reduce(self) -> None:
         """Add the sums of all ranks. Every rank has to call this, also one whose forward failed (``failures``)."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if ranks.count() == 1:
             return
         rows = [[e.squared, e.fourth, e.products, float(e.reached), e.failed] for e in self.estimates.values()]
         rows.append([self.elements, self.batches, self.left_torch, self.unsplit, self.failures])
-        table = torch.tensor(rows, dtype=torch.float64, device=reduce_device(None))
-        dist.all_reduce(table)
-        *rows, totals = table.tolist()
+        *rows, totals = ranks.summed(torch.tensor(rows, dtype=torch.float64)).tolist()
         for name, (squared, fourth, products, reached, failed) in zip(self.estimates, rows, strict=True):
             self.estimates[name] = Estimate(squared, fourth, products, bool(reached), failed)
         self.elements, self.batches, self.unsplit, self.failures = (int(totals[i]) for i in (0, 1, 3, 4))
@@ -222,7 +219,7 @@ class Sketch:
     def _probe(self, watched: ErrorProducts, chosen: list[Tensor], axes: dict[Key, SampleAxis] | None) -> None:
         differentiable = [t for t in chosen if t.requires_grad]
         watched.axes = axes or {}
-        batch = self.batches * _ranks() + _rank()  # so that ranks together draw what one process would
+        batch = self.batches * ranks.count() + ranks.rank()  # so that ranks together draw what one process would
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + batch)
         moved: set[str] = set()
         for probe in range(self.probes if differentiable else 0):
@@ -281,11 +278,3 @@ def _signs(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Random signs where the output is finite, zero elsewhere."""
     signs = torch.randint(0, 2, tensor.shape, generator=generator).mul_(2).sub_(1).to(tensor.device, tensor.dtype)
     return torch.where(tensor.isfinite(), signs, 0.0)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -13,8 +13,9 @@ from typing_extensions import override
 from lightning_qat.quantization.interception.interception import CallPathMode
 from lightning_qat.quantization.interception.transparent_gradients import handler_of, leaves_torch
 from lightning_qat.quantization.modules.tensor_leaves import map_call_leaves
+from lightning_qat.quantization.region.bound_points import BoundPoint, OpQuantizers
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.region_mode import BoundPoint, Operation, OpQuantizers
+from lightning_qat.quantization.region.region_mode import Operation, Runner
 from lightning_qat.quantization.region.replaced_forward import InspectingMode, ReplacedForward
 
 
@@ -103,8 +104,8 @@ class WeightUse:
 class WatchingMode(InspectingMode):
     """Shows a watcher every point while the target's forward runs in float."""
 
-    def __init__(self, region: Region, frame: FrameType, watcher: Watcher) -> None:
-        super().__init__(region, frame)
+    def __init__(self, runner: Runner, frame: FrameType, watcher: Watcher) -> None:
+        super().__init__(runner, frame)
         self.watcher = watcher
         self._uses: Counter[str] = Counter()
 
@@ -195,4 +196,4 @@ class WatchedForward(ReplacedForward):
 
     @override
     def mode(self, frame: FrameType) -> CallPathMode:
-        return WatchingMode(self.region, frame, self.watcher)
+        return WatchingMode(self.region.runner, frame, self.watcher)

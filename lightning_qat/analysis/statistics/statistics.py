@@ -13,16 +13,15 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_qat.analysis.captured_calls import RepeatableForward, analysis_mode
 from lightning_qat.analysis.metrics import metric_of_sums
 from lightning_qat.analysis.results import Result
 from lightning_qat.analysis.statistics.point_statistics import PointStatistics, weight_codes
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.modules.call import Call
-from lightning_qat.quantization.numerics.histogram import reduce_device
 from lightning_qat.quantization.planning.plan import PointPlan
 from lightning_qat.quantization.region.region import Region
 
@@ -198,21 +197,21 @@ class StatisticsCollector:
                 statistics.flipped = float((before != codes).sum())
                 statistics.compared = float(codes.numel())
 
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+    def all_reduce(self) -> None:
         """Merge the statistics of all ranks, so that all have the same; every rank must call this.
 
         Activations are merged. Weights are the same on all ranks: those of the first rank that has met them are taken.
-        Does nothing without an initialised process group.
+        Does nothing with one rank.
         """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        if ranks.count() == 1:
             return
         names = list(self._points)
         own = [self._statistics.get(n) or PointStatistics.of(self._points[n]) for n in names]
         packed = [statistics.to_tensors() for statistics in own]
-        ranks = [_gather(torch.cat([p[i] for p in packed]) if packed else torch.empty(0), group) for i in (0, 1)]
+        everywhere = [ranks.gathered(torch.cat([p[i] for p in packed]) if packed else torch.empty(0)) for i in (0, 1)]
         sizes = [[len(p[i]) for p in packed] for i in (0, 1)]
         self._statistics = {}
-        for numbers, hits in zip(*ranks, strict=True):
+        for numbers, hits in zip(*everywhere, strict=True):
             parts = zip(names, own, numbers.split(sizes[0]), hits.split(sizes[1]), strict=True)
             for name, mine, point_numbers, point_hits in parts:
                 other = PointStatistics.from_tensors(point_numbers, point_hits, mine.channels, mine.levels)
@@ -273,11 +272,3 @@ def _drift(fake_quant: FakeQuantize, calibrated: dict[str, object] | None) -> fl
         return None
     change = now / before.double().reshape(-1) - 1.0
     return float(change[change.abs().argmax()])
-
-
-def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
-    """The tensor of every rank, all of one size, on the CPU."""
-    sent = tensor.to(reduce_device(group))
-    received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(received, sent, group)
-    return [t.cpu() for t in received]

@@ -20,7 +20,7 @@ from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.region_state import State
+from lightning_qat.quantization.region.switches import State
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_histogram, log_scalars, log_table
 

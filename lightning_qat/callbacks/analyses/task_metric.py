@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_qat.analysis.metric_direction import is_worse_when_larger
+from lightning_qat.analysis.metric_direction import higher_is_better
 from lightning_qat.analysis.metrics import MetricName
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult, most_sensitive_first
 from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
@@ -37,7 +37,7 @@ class TaskMetric:
         self.name = name
         self.batches = batches
         self.seed = seed
-        self.ascending = not is_worse_when_larger(name)
+        self.higher_is_better = higher_is_better(name)
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the float model on one batch, to see what the step logs.
@@ -52,9 +52,9 @@ class TaskMetric:
         rows = [dataclasses.replace(row, value=None) for row in result.rows]
         return dataclasses.replace(
             result,
-            rows=most_sensitive_first(rows, self.name, self.ascending),
+            rows=most_sensitive_first(rows, self.name, self.higher_is_better),
             metric=self.name,
-            ascending=self.ascending,
+            ascending=self.higher_is_better,
             task=True,
         )
 
@@ -80,7 +80,7 @@ class TaskMetric:
         rows = [dataclasses.replace(row, value=values.get((row.region, row.point))) for row in plain.rows]
         return dataclasses.replace(
             plain,
-            rows=most_sensitive_first(rows, self.name, self.ascending),
+            rows=most_sensitive_first(rows, self.name, self.higher_is_better),
             float_value=base.metrics[self.name],
             evaluated_batches=base.batches,
         )

@@ -9,9 +9,8 @@ from typing import Any
 from lightning_qat.callbacks.insertion.initial_weights import InitialWeights
 from lightning_qat.callbacks.schedule.frozen_parts import FrozenParts
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
-from lightning_qat.quantization.planning.plan import QuantPlan
+from lightning_qat.quantization.planning.plan import QuantPlan, ScaleRole
 from lightning_qat.quantization.qconfig import Override, QConfig
-from lightning_qat.quantization.region.region_state import Updates
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class InsertionRequest:
     is_configured: bool
     target: str | list[str]
     trace_batches: int
-    learned_scales: tuple[Updates, ...]
+    learned_scales: tuple[ScaleRole, ...]
     initial_weights: InitialWeights
     frozen_parts: FrozenParts
 

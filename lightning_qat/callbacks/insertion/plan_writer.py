@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.export.plan_files import write_plan
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.regions import find_regions
 
 
 class PlanWriter:

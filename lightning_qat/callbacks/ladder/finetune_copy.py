@@ -20,8 +20,9 @@ from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
 from lightning_qat.callbacks.passes.extra_pass import undisturbed
 from lightning_qat.callbacks.quantized_run import evaluations_of
 from lightning_qat.quantization.modules.module_walk import REGION_NAME
-from lightning_qat.quantization.region.region import find_regions
-from lightning_qat.quantization.region.region_state import State, Updates
+from lightning_qat.quantization.planning.plan import ScaleRole
+from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.switches import State
 
 
 def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: float, copy: pl.LightningModule) -> Measurement:
@@ -43,7 +44,7 @@ def finetune_copy(
     state: State,
     zero_lr: bool,
     freeze_batch_norm: bool = False,
-    updates: Iterable[Updates] = (),
+    updates: Iterable[ScaleRole] = (),
     advance: Callable[[], Any] = lambda: None,
 ) -> Finetune:
     """Finetune a copy and evaluate it.

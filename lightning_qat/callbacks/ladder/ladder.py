@@ -9,8 +9,17 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_qat.analysis.ladder.measurements import TRAIN_LOSS, Finetune, Measurement
-from lightning_qat.analysis.ladder.pipeline_ladder import Ladder
+from lightning_qat.analysis.ladder.measurements import Finetune, Ladder, Measurement
+from lightning_qat.analysis.ladder.rows import TRAIN_LOSS
+from lightning_qat.analysis.ladder.rungs import (
+    BATCH_NORM_FIXED,
+    BATCH_NORM_MOVING,
+    FLOAT_FINETUNE,
+    OFF,
+    QAT,
+    QUANTIZED,
+    TRAINING_RUNGS,
+)
 from lightning_qat.analysis.statistics.statistics import LayerStatisticsRow
 from lightning_qat.callbacks.analyses.layer_measurement import measure_layers
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state, moves_batch_norm
@@ -18,8 +27,9 @@ from lightning_qat.callbacks.ladder.off_comparison import compare_off
 from lightning_qat.callbacks.quantized_run import is_calibrated, quantization_of, require_regions
 from lightning_qat.callbacks.trainer.progress import progress
 from lightning_qat.quantization.errors import unknown_choice
-from lightning_qat.quantization.region.region import find_regions
-from lightning_qat.quantization.region.region_state import State, Updates
+from lightning_qat.quantization.planning.plan import ScaleRole
+from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.switches import State
 
 _OFF_BATCHES = 2
 _MANUAL = (
@@ -55,30 +65,35 @@ def measure_ladder(
     require_regions(trainer, pl_module, who)
     calibrated, moving = is_calibrated(pl_module), moves_batch_norm(pl_module)
     trains = pl_module.automatic_optimization
-    missing = {} if trains else {n: _MANUAL.format(module=type(pl_module).__name__) for n in (5, 6) if n in rungs}
-    if 6 in rungs and not calibrated:
-        missing.setdefault(6, "no calibrated scales")
-    finetunes = {
-        number: number in rungs and number not in missing and possible
-        for number, possible in {2: True, 3: moving, 4: calibrated, 5: trains, 6: trains and calibrated}.items()
+    manual = _MANUAL.format(module=type(pl_module).__name__)
+    missing = {} if trains else {rung: manual for rung in TRAINING_RUNGS if rung in rungs}
+    if QAT in rungs and not calibrated:
+        missing.setdefault(QAT, "no calibrated scales")
+    possible = {
+        BATCH_NORM_FIXED: True,
+        BATCH_NORM_MOVING: moving,
+        QUANTIZED: calibrated,
+        FLOAT_FINETUNE: trains,
+        QAT: trains and calibrated,
     }
-    total = batches * sum(finetunes.values()) + (2 * _OFF_BATCHES if 1 in rungs else 0)
+    wanted = [rung for rung in possible if possible[rung] and rung in rungs]
+    total = batches * len(wanted) + (2 * _OFF_BATCHES if OFF in rungs else 0)
     with progress(trainer, who, total) as advance:
         run = _Rungs(trainer, pl_module, batches, eval_batches, advance)
         float_model = measure_in_state(trainer, pl_module, "off", eval_batches)
         _require_logged(reference, float_model, who)
-        needs_calibrated = calibrated and (4 in rungs or 6 in rungs)
+        needs_calibrated = calibrated and (QUANTIZED in rungs or QAT in rungs)
         return Ladder(
             float_model=float_model,
-            off=compare_off(trainer, pl_module, _OFF_BATCHES, advance) if 1 in rungs else None,
-            batch_norm_frozen=run.zero_lr("off", freeze=True) if finetunes[2] else None,
-            batch_norm_moving=run.zero_lr("off") if finetunes[3] else None,
+            off=compare_off(trainer, pl_module, _OFF_BATCHES, advance) if OFF in rungs else None,
+            batch_norm_fixed=run.zero_lr("off", freeze=True) if BATCH_NORM_FIXED in wanted else None,
+            batch_norm_moving=run.zero_lr("off") if BATCH_NORM_MOVING in wanted else None,
             calibrated=measure_in_state(trainer, pl_module, "quantize", eval_batches) if needs_calibrated else None,
-            quantized=run.zero_lr("quantize") if finetunes[4] else None,
-            float_finetune=run.trained("off") if finetunes[5] else None,
-            qat=run.trained("quantize") if finetunes[6] else None,
+            quantized=run.zero_lr("quantize") if QUANTIZED in wanted else None,
+            float_finetune=run.trained("off") if FLOAT_FINETUNE in wanted else None,
+            qat=run.trained("quantize") if QAT in wanted else None,
             missing=missing,
-            points=worst_points(trainer, pl_module) if needs_calibrated and 6 in rungs else (),
+            points=worst_points(trainer, pl_module) if needs_calibrated and QAT in rungs else (),
             total_steps=_total_steps(trainer),
         )
 
@@ -111,7 +126,7 @@ class _Rungs:
         return self._finetune(state, zero_lr=False)
 
     def _finetune(self, state: State, **kwargs: Any) -> Finetune:
-        updates: tuple[Updates, ...] = _scale_updates(self._trainer) if state == "quantize" else ()
+        updates: tuple[ScaleRole, ...] = _scale_updates(self._trainer) if state == "quantize" else ()
         return finetune_copy(self._trainer, self._module, state=state, updates=updates, **self._settings, **kwargs)
 
 
@@ -126,10 +141,10 @@ def worst_points(trainer: pl.Trainer, pl_module: pl.LightningModule, count: int 
         if point.fixed_scale is not None
     }
     ordered = sorted(known, key=lambda row: row.sqnr or 0.0)[:count]
-    return tuple(_spelled(row, (row.region, row.point) in fixed) for row in ordered)
+    return tuple(_format_point(row, (row.region, row.point) in fixed) for row in ordered)
 
 
-def _spelled(row: LayerStatisticsRow, is_fixed: bool) -> str:
+def _format_point(row: LayerStatisticsRow, is_fixed: bool) -> str:
     name = f"{row.region}:{row.point}" if row.region else row.point
     words = [row.dtype, f"{row.sqnr:.3g} dB"]
     largest = max(abs(row.min or 0.0), abs(row.max or 0.0))
@@ -142,7 +157,7 @@ def _spelled(row: LayerStatisticsRow, is_fixed: bool) -> str:
     return f"{name} ({', '.join(words)})"
 
 
-def _scale_updates(trainer: pl.Trainer) -> tuple[Updates, ...]:
+def _scale_updates(trainer: pl.Trainer) -> tuple[ScaleRole, ...]:
     quantization = quantization_of(trainer)
     return quantization.scale_updates(trainer) if quantization is not None else ("weight",)
 

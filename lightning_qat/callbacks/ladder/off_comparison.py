@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lightning_qat.analysis.ladder.pipeline_ladder import OffComparison
+from lightning_qat.analysis.ladder.measurements import OffComparison
 from lightning_qat.callbacks.ladder.same_values import same_values
 from lightning_qat.callbacks.ladder.training_copy import loss_of
 from lightning_qat.callbacks.passes.analysis_loaders import Stage
@@ -20,7 +20,7 @@ from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.modules.tensor_leaves import named_leaves
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.regions import find_regions
 
 _STAGES: tuple[Stage, ...] = ("train", "validate")
 

@@ -134,8 +134,8 @@ def _agreement(batch: Any, results: list[tuple[str, Any]]) -> dict[str, float]:
             for target_name, target in targets:
                 if target.shape == output.shape[:1] + output.shape[2:] and target.dtype != torch.bool:
                     answer = output.argmax(dim=1)
-                    spelled = ".".join(part for part in (path or "model", name) if part)
-                    shares[f"{spelled}={target_name or 'batch'}"] = float((answer == target).double().mean())
+                    output_name = ".".join(part for part in (path or "model", name) if part)
+                    shares[f"{output_name}={target_name or 'batch'}"] = float((answer == target).double().mean())
     return shares
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,7 +23,8 @@ from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batch
 from lightning_qat.callbacks.passes.module_copy import copied_module
 from lightning_qat.callbacks.trainer._compat import bare, replaced_optimizers
 from lightning_qat.callbacks.trainer.muted_loggers import muted_loggers
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization import ranks
+from lightning_qat.quantization.region.regions import find_regions
 
 _STEPS_MEASURED = 8
 """Steps in which the effect of clipping and the size of the step are looked at."""
@@ -143,7 +143,7 @@ class TrainingCopy:
         if self._trainer.world_size > 1:
             for region in find_regions(self.module).values():
                 if "activation" in region.updates:
-                    region.synchronize_scales()
+                    region.scales.synchronize()
         loss = loss_of(outputs[0]) if outputs else None
         if loss is not None:
             self.losses.append(float(loss.detach()))
@@ -200,13 +200,12 @@ class TrainingCopy:
             if not all(bool(gradient.isfinite().all()) for gradient in gradients):
                 self._loss_scale /= 2  # too large for float16: skip this step, as a gradient scaler does
                 self.module.zero_grad()
-        if self._trainer.world_size > 1 and dist.is_initialized():
+        if ranks.count() > 1:
             for parameter in self.module.parameters():
                 if parameter.requires_grad:
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= self._trainer.world_size
+                    parameter.grad.copy_(ranks.averaged(parameter.grad))
 
     def _step_schedulers(self, interval: str, index: int) -> None:
         for config in self._schedulers:
@@ -245,9 +244,11 @@ class TrainingCopy:
 
     def _share_buffers(self) -> None:
         """Every rank goes on with the buffers of rank 0, as under DDP."""
-        if self._trainer.world_size > 1 and dist.is_initialized():
+        if ranks.count() == 1:
+            return
+        with torch.no_grad():
             for buffer in self.module.buffers():
-                dist.broadcast(buffer, src=0)
+                buffer.copy_(ranks.of_first_rank(buffer))
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

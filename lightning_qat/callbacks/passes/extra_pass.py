@@ -30,7 +30,7 @@ from lightning_qat.callbacks.passes.optimizer_state import preserved_optimizers
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.preservation import preserved, replaced_attribute
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.regions import find_regions
 
 _STEPS = {
     "train": "training_step",

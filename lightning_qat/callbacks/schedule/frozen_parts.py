@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
-from lightning_qat.quantization.region.freezing import freeze
-from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.regions import find_regions, freeze
 
 
 class FrozenParts:
@@ -82,7 +82,7 @@ class FrozenParts:
             self._require_something_to_train(pl_module)
             return
         for region in regions.values():
-            region.freezing.release_modes(region)
+            region.freezing.release_modes(region.target)
 
     def start(self, pl_module: pl.LightningModule) -> None:
         """Training begins: from now on frozen modules are in eval mode between forwards too.

@@ -11,7 +11,8 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import nn
 
-from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.regions import find_regions
 
 _GROUPS = (
     "torch.optim.AdamW(lightning_qat.parameter_groups(self, lr=self.lr), lr=self.lr) in configure_optimizers, in place "

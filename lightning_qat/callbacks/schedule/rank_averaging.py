@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterable
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 
 from lightning_qat.callbacks.schedule.learned_scales import named_scales
-from lightning_qat.quantization.region.region import Region, find_regions
-from lightning_qat.quantization.region.region_state import Updates
+from lightning_qat.quantization import ranks
+from lightning_qat.quantization.planning.plan import ScaleRole
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.regions import find_regions
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
@@ -43,20 +44,19 @@ def average_gradients(regions: Iterable[Region]) -> None:
     Gradients that are averaged already, as those of earlier accumulated batches, are not changed by it.
     """
     scales = [scale for _, scale in named_scales(dict(enumerate(regions)))]
-    if not scales or not (dist.is_available() and dist.is_initialized()):
+    if not scales or ranks.count() == 1:
         return
     present = torch.tensor([float(s.grad is not None) for s in scales], device=scales[0].device)
     parts = [(s.grad if s.grad is not None else torch.zeros_like(s)).detach().reshape(-1) for s in scales]
-    sums = torch.cat([*parts, present])
-    dist.all_reduce(sums)
-    *gradients, counts = (sums / dist.get_world_size()).split([*(p.numel() for p in parts), len(scales)])
+    means = ranks.averaged(torch.cat([*parts, present]))
+    *gradients, counts = means.split([*(p.numel() for p in parts), len(scales)])
     for scale, gradient, count in zip(scales, gradients, counts.tolist(), strict=True):
         if count:
             scale.grad = gradient.reshape(scale.shape).clone()
 
 
-def average_scales(regions: Iterable[Region], updates: Collection[Updates]) -> None:
+def average_scales(regions: Iterable[Region], updates: Collection[ScaleRole]) -> None:
     """Average the scales of activations that have followed this rank's batch over ranks."""
     if "activation" in updates:
         for region in regions:
-            region.synchronize_scales()
+            region.scales.synchronize()

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_qat.quantization.errors import unknown_choice
-from lightning_qat.quantization.region.region_state import Updates
+from lightning_qat.quantization.planning.plan import ScaleRole
 
 ActivationScales = Literal["fixed", "ema", "learned"]
 WeightScales = Literal["updated", "fixed", "learned"]
@@ -53,18 +53,18 @@ class Schedule:
         """Whether fake-quant is on in an epoch of training."""
         return epoch >= self.start_epoch
 
-    def moving_scales(self, epoch: int) -> tuple[Updates, ...]:
+    def moving_scales(self, epoch: int) -> tuple[ScaleRole, ...]:
         """Which scales follow the data in an epoch of training."""
-        moving: dict[Updates, bool] = {
+        moving: dict[ScaleRole, bool] = {
             "weight": self.weight_scales == "updated",
             "activation": self.activation_scales == "ema",
         }
         return () if self.freezes_scales(epoch) else tuple(role for role, moves in moving.items() if moves)
 
     @property
-    def learned_scales(self) -> tuple[Updates, ...]:
+    def learned_scales(self) -> tuple[ScaleRole, ...]:
         """The scales that training finds by gradient."""
-        learned: dict[Updates, str] = {"weight": self.weight_scales, "activation": self.activation_scales}
+        learned: dict[ScaleRole, str] = {"weight": self.weight_scales, "activation": self.activation_scales}
         return tuple(role for role, how in learned.items() if how == "learned")
 
     def freezes_scales(self, epoch: int) -> bool:

@@ -11,8 +11,10 @@ from lightning_qat.callbacks.schedule.frozen_parts import FrozenParts
 from lightning_qat.callbacks.schedule.learned_scales import freeze_learned
 from lightning_qat.callbacks.schedule.schedule import Schedule
 from lightning_qat.callbacks.trainer import _compat
-from lightning_qat.quantization.region.region import Region, find_regions
-from lightning_qat.quantization.region.region_state import State, Updates
+from lightning_qat.quantization.planning.plan import ScaleRole
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.switches import State
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -35,7 +37,7 @@ class ScheduledRegions:
         self._batch_norms: tuple[nn.Module, ...] = ()
 
     def apply(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: State, updates: Collection[Updates]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: State, updates: Collection[ScaleRole]
     ) -> None:
         """Say again what holds now: Lightning flips modes around validation, and other callbacks may switch.
 
@@ -50,7 +52,7 @@ class ScheduledRegions:
         for region in self.regions:
             region.set_state(state, updates)
             if "weight" not in updates:
-                region.keep_weight_scales()
+                region.scales.keep_weights()
         for copy in _compat.averaged_copies(trainer):
             expect_other_weights(copy, updates)
         if self.schedule.freeze_observers_after is not None:
@@ -58,7 +60,7 @@ class ScheduledRegions:
         self._freeze_batch_norm(trainer.current_epoch)
         self.frozen_parts.apply(pl_module, trainer.current_epoch)
 
-    def are_in(self, state: State, updates: frozenset[Updates]) -> bool:
+    def are_in(self, state: State, updates: frozenset[ScaleRole]) -> bool:
         """Whether all regions are in a state, with these scales following the data."""
         return all(r.current_state == state and r.updates == updates for r in self.regions)
 
@@ -81,10 +83,10 @@ class ScheduledRegions:
         return {**self.__dict__, "regions": (), "_batch_norms": ()}
 
 
-def expect_other_weights(module: nn.Module, updates: Collection[Updates]) -> None:
+def expect_other_weights(module: nn.Module, updates: Collection[ScaleRole]) -> None:
     """Prepare for weights that something else than training puts in place: scales that follow them are taken anew."""
     for region in find_regions(module).values():
         if "weight" in updates:
-            region.expect_other_weights()
+            region.scales.expect_other_weights()
         else:
-            region.keep_weight_scales()
+            region.scales.keep_weights()

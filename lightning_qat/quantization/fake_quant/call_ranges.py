@@ -1,4 +1,4 @@
-"""The range of every single call of what runs several times per forward with one scale (A5)."""
+"""The range of every single call of what runs several times per forward with one scale."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lightning_qat.quantization.numerics.histogram import reduce_device
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
@@ -54,22 +53,16 @@ class CallRanges:
             low, high = torch.aminmax(finite)
             calls[call] = (min(calls[call][0], low.item()), max(calls[call][1], high.item()))
 
-    def all_reduce(self, points: Iterable[str], group: dist.ProcessGroup | None = None) -> None:
+    def all_reduce(self, points: Iterable[str]) -> None:
         """Combine the ranges of all ranks; every rank must call this, with the same points in the same order."""
         names = list(points)
         if not names:
             return
-        counts = torch.tensor([len(self.points.get(name, ())) for name in names], device=reduce_device(group))
-        dist.all_reduce(counts, dist.ReduceOp.MAX, group)
+        counts = ranks.largest(torch.tensor([len(self.points.get(name, ())) for name in names]))
         own = [[*self.points.get(name, ())] for name in names]
         padded = [r + [EMPTY] * (count - len(r)) for r, count in zip(own, counts.tolist(), strict=True)]
-        ends = torch.tensor(
-            [(-low, high) for ranges in padded for low, high in ranges],
-            dtype=torch.float64,
-            device=reduce_device(group),
-        )
-        if ends.numel():
-            dist.all_reduce(ends, dist.ReduceOp.MAX, group)
+        own_ends = [(-low, high) for calls in padded for low, high in calls]
+        ends = ranks.largest(torch.tensor(own_ends, dtype=torch.float64)) if own_ends else torch.empty(0, 2)
         rows = iter((-low, high) for low, high in ends.tolist())
         self.points = {
             name: [next(rows) for _ in range(count)] for name, count in zip(names, counts.tolist(), strict=True)

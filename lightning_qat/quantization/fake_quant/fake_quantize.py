@@ -13,6 +13,7 @@ from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_qu
 from lightning_qat.quantization.fake_quant.learned_scale import fake_quantize_learned, gradient_scale
 from lightning_qat.quantization.fake_quant.quantization_parameters import QuantizationParameters, Scheme
 from lightning_qat.quantization.numerics.observers import ObserverName, clip_range
+from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE, check_percentile
 from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics, RangeStatistics
 from lightning_qat.quantization.numerics.scales import MIN_SCALE, greatest_scale
 from lightning_qat.quantization.numerics.split_statistics import SplitStatistics, repeat_groups
@@ -72,7 +73,7 @@ class FakeQuantize(QuantizationParameters):
         split_sizes: tuple[int, ...] | None = None,
         batch_axis: int | None = None,
         observer: ObserverName = "mse",
-        percentile: float = 99.99,
+        percentile: float = DEFAULT_PERCENTILE,
         ema_momentum: float = 0.01,
         fixed_scale: float | None = None,
         narrow_range: bool = False,
@@ -86,8 +87,7 @@ class FakeQuantize(QuantizationParameters):
             raise ConfigurationError(
                 f"split_sizes must be positive and add up to the {channels} channels, not {list(split_sizes)}."
             )
-        if not 0.0 < percentile <= 100.0:
-            raise ConfigurationError(f"percentile must be above 0 and at most 100, such as 99.99, not {percentile}.")
+        check_percentile(percentile)
         if not 0.0 < ema_momentum <= 1.0:
             raise ConfigurationError(f"ema_momentum must be above 0 and at most 1, such as 0.01, not {ema_momentum}.")
         if fixed_scale is not None and not 2.0**-126 <= fixed_scale <= 2.0**126:

@@ -5,29 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
-from lightning_qat.quantization.numerics.histogram import reduce_device
 
 
 def average_over_ranks(fake_quants: Iterable[FakeQuantize]) -> None:
     """Average the moving averages of the ranges over ranks, in one reduction, and take the scales from them.
 
-    The averages themselves are averaged, so that a checkpoint of any rank is that of all. Without an initialised
-    process group, and for scales that are fixed, frozen or not there yet, nothing changes.
+    The averages themselves are averaged, so that a checkpoint of any rank is that of all. With one rank, and for
+    scales that are fixed, frozen or not there yet, nothing changes.
 
     Args:
         fake_quants: the points whose scales may move, in the same order on all ranks.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if ranks.count() == 1:
         return
     moving = [f for f in fake_quants if f.scale_source not in (None, "fixed") and not f.frozen]
     if not moving:
         return
     parts = [f.statistics.averages for f in moving]
-    averages = torch.cat(parts, dim=1).to(reduce_device(None), torch.float32)
-    dist.all_reduce(averages)
-    averages /= dist.get_world_size()
+    averages = ranks.averaged(torch.cat(parts, dim=1).to(torch.float32))
     for fake_quant, average in zip(moving, averages.split([p.shape[1] for p in parts], dim=1), strict=True):
         fake_quant.set_averages(average)

@@ -12,9 +12,9 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError
 
 # The smallest normal float32: the inverse of a width below 2**-127 would overflow float32.
@@ -127,18 +127,14 @@ class Histogram:
         self.zeros += rows.shape[1] - nonzero
         return low, high
 
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+    def all_reduce(self) -> None:
         """Merge the histograms of all ranks, with a maximum and a sum. A rank that saw nothing takes part as well."""
-        device = reduce_device(group)
-        extremes = torch.stack([-self.low, self.high, self.exponent.double()]).to(device)
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
-        extremes = extremes.to(self.counts.device)
+        extremes = ranks.largest(torch.stack([-self.low, self.high, self.exponent.double()]))
         self.low, self.high = -extremes[0], extremes[1]
         self._grow(extremes[2].to(torch.int64))
         others = torch.tensor([self.nan_count, self.inf_count], device=self.counts.device)
-        sums = torch.cat([self.counts.flatten(), self.zeros, others]).to(device)
-        dist.all_reduce(sums, dist.ReduceOp.SUM, group)
-        counts, self.zeros, others = sums.to(self.counts.device).split([self.counts.numel(), self.channels, 2])
+        sums = ranks.summed(torch.cat([self.counts.flatten(), self.zeros, others]))
+        counts, self.zeros, others = sums.split([self.counts.numel(), self.channels, 2])
         self.counts = counts.reshape(self.channels, -1)
         self.nan_count, self.inf_count = (int(n) for n in others.tolist())
 
@@ -203,16 +199,16 @@ class Histogram:
                 setattr(self, name, getattr(self, name).to(device))
 
 
+def magnitudes(histogram: Histogram) -> Tensor:
+    """Return the counts of a histogram by bin of magnitude, ``(channels, bins)``."""
+    bins = histogram.bins
+    negative = histogram.counts[:, :bins].flip(1).roll(1, 1)  # column = magnitude; column 0 is the empty one
+    return histogram.counts[:, bins:] + negative
+
+
 def power_of_two(exponent: Tensor) -> Tensor:
     """``2**exponent`` in float64, from the bits: ``pow`` and ``ldexp`` may be one unit off in vectorized code."""
     return ((exponent + 1023) << 52).view(torch.float64)
-
-
-def reduce_device(group: dist.ProcessGroup | None) -> torch.device:
-    """The device on which the backend of ``group`` can reduce."""
-    if dist.get_backend(group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _grown(counts: Tensor, doublings: Tensor) -> Tensor:

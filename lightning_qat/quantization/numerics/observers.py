@@ -1,5 +1,8 @@
 """Observers: pure functions that derive a scale from statistics.
 
+A new observer gets its name in :data:`ObserverName` and its line in :func:`clip_range`, both here, and a function that
+returns the range from the statistics (see ``range_search.py``). Everything else asks these two.
+
 :func:`clip_range` chooses the range to represent, by any method and for any type;
 :func:`~lightning_qat.quantization.numerics.scales.scale_from_range` turns a range into scale and zero point.
 """
@@ -12,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
-from lightning_qat.quantization.numerics.range_search import kl_range, mse_range, percentile_range
+from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE, percentile_range
+from lightning_qat.quantization.numerics.range_search import kl_range, mse_range
 from lightning_qat.quantization.numerics.range_statistics import Statistics
 from lightning_qat.quantization.numerics.scales import scale_from_range
 from lightning_qat.quantization.numerics.split_statistics import SplitStatistics
@@ -26,13 +30,14 @@ def scale_for(
     quant_min: int,
     quant_max: int,
     scheme: str = "symmetric",
-    percentile: float = 99.99,
+    percentile: float = DEFAULT_PERCENTILE,
 ) -> tuple[Tensor, Tensor]:
     """Derive scale (float32) and zero point (int32), both ``(channels,)``: :func:`clip_range`, then
     :func:`scale_from_range`.
 
     Raises:
-        ConfigurationError: If there is no such observer, or it is ``fixed``, which derives nothing.
+        ConfigurationError: If there is no such observer, if it is ``fixed``, which derives nothing, or the
+            percentile is out of its bounds.
 
     Example:
         >>> from lightning_qat.quantization.numerics.range_statistics import RangeStatistics
@@ -51,7 +56,7 @@ def clip_range(
     quant_min: int,
     quant_max: int,
     scheme: str = "symmetric",
-    percentile: float = 99.99,
+    percentile: float = DEFAULT_PERCENTILE,
 ) -> tuple[Tensor, Tensor]:
     """Choose the range of values to represent.
 
@@ -78,7 +83,8 @@ def clip_range(
         to zero, which every grid holds.
 
     Raises:
-        ConfigurationError: If there is no such observer, or it is ``fixed``, which derives nothing.
+        ConfigurationError: If there is no such observer, if it is ``fixed``, which derives nothing, or the
+            percentile is out of its bounds.
     """
     if isinstance(statistics, SplitStatistics):
         groups = statistics.groups

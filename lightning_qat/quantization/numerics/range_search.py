@@ -1,4 +1,4 @@
-"""The searches behind the percentile, MSE and KL observers, over histograms."""
+"""The searches behind the MSE and KL observers, over histograms."""
 
 from __future__ import annotations
 
@@ -7,53 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_qat.quantization.numerics.histogram import Histogram
+from lightning_qat.quantization.numerics.histogram import Histogram, magnitudes
 from lightning_qat.quantization.numerics.range_statistics import Statistics
 from lightning_qat.quantization.numerics.scales import scale_from_range
 
 VALUES_AT_ONCE = 32768
 """How many float64 the error search works on at once: few enough to stay in a processor's cache."""
-
-
-def percentile_range(statistics: Statistics, scheme: str, percentile: float) -> tuple[Tensor, Tensor]:
-    """The percentile of the magnitudes or, affine, of the values at both ends."""
-    histogram = statistics.histogram
-    low, high = statistics.range
-    share = percentile / 100
-    only_zeros = histogram.zeros >= share * histogram.counts.sum(1)
-    if scheme == "affine":
-        upper = _quantile(histogram.counts, histogram, share) * histogram.width
-        lower = -_quantile(histogram.counts.flip(1).roll(1, 1), histogram, share) * histogram.width
-        lower, upper = torch.maximum(lower, low), torch.minimum(upper, high)
-        is_empty = only_zeros | (lower >= upper)
-        return torch.where(is_empty, low, lower), torch.where(is_empty, high, upper)
-    bound = torch.maximum(-low, high)
-    folded = torch.zeros_like(histogram.counts)
-    folded[:, histogram.bins :] = _magnitudes(histogram)
-    threshold = torch.minimum(_quantile(folded, histogram, share, folded=True) * histogram.width, bound)
-    threshold = torch.where(only_zeros | (threshold <= 0), bound, threshold)
-    return torch.maximum(-threshold, low), torch.minimum(threshold, high)
-
-
-def _quantile(counts: Tensor, histogram: Histogram, share: float, folded: bool = False) -> Tensor:
-    """Where the cumulative count reaches ``share``, in bin widths, interpolated within the bin."""
-    edges = histogram.edges.clone()
-    if folded:
-        edges[histogram.bins] = 0.0  # magnitudes: the middle bin is [0, 1)
-    cumulative = counts.cumsum(1).double()
-    target = (share * cumulative[:, -1:]).contiguous()
-    column = torch.searchsorted(cumulative, target).clamp_(max=counts.shape[1] - 1)
-    inside = counts.gather(1, column).double()
-    before = cumulative.gather(1, column) - inside
-    left, right = edges[column], edges[column + 1]
-    return (left + (right - left) * ((target - before) / inside.clamp(min=1)).clamp(0, 1)).squeeze(1)
-
-
-def _magnitudes(histogram: Histogram) -> Tensor:
-    """Counts by bin of magnitude, ``(channels, bins)``."""
-    bins = histogram.bins
-    negative = histogram.counts[:, :bins].flip(1).roll(1, 1)  # column = magnitude; column 0 is the empty one
-    return histogram.counts[:, bins:] + negative
 
 
 def mse_range(statistics: Statistics, quant_min: int, quant_max: int, scheme: str) -> tuple[Tensor, Tensor]:
@@ -167,10 +126,10 @@ def kl_range(statistics: Statistics, quant_min: int, quant_max: int) -> tuple[Te
     levels = quant_max + 1
     if levels > histogram.bins // 8:
         return low, high
-    magnitudes = _magnitudes(histogram).double()
-    magnitudes[:, 0] = 0.0  # as in TensorRT: zeros are exact whatever the threshold, and there may be very many
+    counts = magnitudes(histogram).double()
+    counts[:, 0] = 0.0  # as in TensorRT: zeros are exact whatever the threshold, and there may be very many
     with torch.device("cpu"):  # small tensors: on an accelerator the many calls would cost more
-        thresholds = torch.stack([_kl_threshold(row, levels) for row in magnitudes.cpu()])
+        thresholds = torch.stack([_kl_threshold(row, levels) for row in counts.cpu()])
     thresholds = thresholds.to(low.device) * histogram.width
     return torch.maximum(-thresholds, low), torch.minimum(thresholds, high)
 

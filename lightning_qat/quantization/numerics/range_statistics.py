@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.numerics.histogram import CHANNEL_BINS, TENSOR_BINS, Histogram, reduce_device
+from lightning_qat.quantization.numerics.histogram import CHANNEL_BINS, TENSOR_BINS, Histogram
 
 
 class Statistics:
@@ -106,14 +106,13 @@ class Statistics:
         with torch.inference_mode(False):
             self._ema = value.to(self._ema.device, torch.float64, copy=True)
 
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Merge the statistics of all ranks, so that all have the same; every rank of ``group`` must call this."""
-        self.histogram.all_reduce(group)
-        device = reduce_device(group)
-        sums = torch.cat([self._ema.flatten().to(device) * self.batches, torch.tensor([self.batches], device=device)])
-        dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+    def all_reduce(self) -> None:
+        """Merge the statistics of all ranks, so that all have the same; every rank must call this."""
+        self.histogram.all_reduce()
+        batches = torch.tensor([self.batches], device=self._ema.device)
+        sums = ranks.summed(torch.cat([self._ema.flatten() * self.batches, batches]))
         self.batches = int(sums[-1])
-        self._ema = (sums[:-1] / max(1, self.batches)).reshape(2, -1).to(self._ema.device)
+        self._ema = (sums[:-1] / max(1, self.batches)).reshape(2, -1)
 
     def reset(self) -> None:
         """Forget everything."""

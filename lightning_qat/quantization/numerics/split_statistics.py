@@ -1,4 +1,4 @@
-"""Statistics of groups of neighbouring channels that have a scale each (B8)."""
+"""Statistics of groups of neighbouring channels that have a scale each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_qat.quantization.errors import ConfigurationError
@@ -94,10 +93,10 @@ class SplitStatistics:
         ends = zip(self.groups, low.split(1), high.split(1), strict=True)
         return _joined([group.update_ema(*pair) for group, *pair in ends])
 
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Merge the statistics of all ranks; every rank of ``group`` must call this."""
+    def all_reduce(self) -> None:
+        """Merge the statistics of all ranks; every rank must call this."""
         for part in self.groups:
-            part.all_reduce(group)
+            part.all_reduce()
 
     def reset(self) -> None:
         """Forget everything."""

@@ -1,6 +1,8 @@
 """What a piece of hardware can compute: which types each op takes and gives, and which ops it computes as one.
 
 A profile is data, usually a small YAML file; ``lightning_qat/profiles/README.md`` says how to write one.
+:func:`~lightning_qat.quantization.planning.hardware_profile_files.hardware_profile` reads it. A new key of these files
+gets a field here, is read there and described in that README; if it changes what is allowed, :attr:`digest` counts it.
 """
 
 from __future__ import annotations
@@ -10,8 +12,6 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from lightning_qat.quantization.numerics.dtypes import is_float, quant_dtype
 from lightning_qat.quantization.planning.fusion_patterns import DEFAULT_PATTERNS, FusionPatterns
@@ -93,7 +93,8 @@ class HardwareProfile:
         unsupported: kinds without a rule on purpose, with the reason.
 
     Example:
-        >>> profile = HardwareProfile.of("generic_int8_int16")
+        >>> from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
+        >>> profile = hardware_profile("generic_int8_int16")
         >>> print(profile.rules["conv2d"].signatures[0])
         input int8, weight int8 -> output int8|int16|float32
     """
@@ -105,19 +106,6 @@ class HardwareProfile:
     description: str = ""
     source: str = ""
     unsupported: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, value: HardwareProfile | str | Path | Mapping[str, Any] | None) -> HardwareProfile | None:
-        """Accept a profile, the name of a shipped one, the path of a YAML file, the content of one, or None.
-
-        Raises:
-            ConfigurationError: there is no such profile, or it says something unknown.
-        """
-        if value is None or isinstance(value, cls):
-            return value
-        from lightning_qat.quantization.planning.profile_files import parse_profile, read_profile
-
-        return parse_profile(value, "profile") if isinstance(value, Mapping) else read_profile(value)  # type: ignore[arg-type]
 
     def why_unsupported(self, kind: str) -> str:
         """Say why an op without a rule runs in float."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_qat.quantization.planning.deployed_part import DeployedPart, deployed_part
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 from lightning_qat.quantization.planning.plan import OpPlan, QuantPlan
 from lightning_qat.quantization.planning.planner import Planner
 from lightning_qat.quantization.planning.target_paths import local_rules
@@ -65,7 +66,7 @@ def make_plans(
         ConfigurationError: unknown names, a rule that matches nothing in any target, or one that asks for what the
             hardware has not.
     """
-    defaults, rules, hardware = QConfig.of(qconfig), Override.list_of(overrides), HardwareProfile.of(profile)
+    defaults, rules, hardware = QConfig.of(qconfig), Override.list_of(overrides), hardware_profile(profile)
     parts = {path: deployed_part(graph) for path, graph in graphs.items()}
     local = local_rules(rules, graphs)
     planners = {path: Planner(part.graph, defaults, local[path], hardware) for path, part in parts.items()}

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE
 from lightning_qat.quantization.planning.fusion import FusionGroup, FusionMiss
 from lightning_qat.quantization.tracing.op_graph import Op, primitives
 
 PointRole = Literal["output", "weight", "input"]
+ScaleRole = Literal["weight", "activation"]
 OpStatus = Literal["quantized", "fused", "passes", "float", "constant"]
 PLAN_VERSION = 1
 
@@ -50,7 +52,7 @@ class PointPlan:
     axis: int | None = None
     channels: int | None = None
     observer: str = "mse"
-    percentile: float = 99.99
+    percentile: float = DEFAULT_PERCENTILE
     fixed_scale: float | None = None
     narrow_range: bool = False
     reason: str = ""
@@ -62,6 +64,11 @@ class PointPlan:
     def is_weight(self) -> bool:
         """Whether the point quantizes a weight."""
         return self.role == "weight"
+
+    @property
+    def scale_role(self) -> ScaleRole:
+        """``weight``, or ``activation`` for inputs and outputs: which of the two configurations the point has."""
+        return "weight" if self.is_weight else "activation"
 
 
 @dataclass(frozen=True)
@@ -136,14 +143,26 @@ class QuantPlan:
             misses=tuple(
                 FusionMiss(tuple(m["ops"]), tuple(m["kinds"]), m["cause"], m["location"]) for m in data["misses"]
             ),
-            qconfig=dict(data["qconfig"]),
-            overrides=tuple(dict(o) for o in data["overrides"]),
+            qconfig=_qconfig(data["qconfig"]),
+            overrides=tuple(map(_override, data["overrides"])),
             profile=data["profile"],
         )
 
     def to_json(self, indent: int | None = 2) -> str:
         """Return the plan as JSON."""
         return json.dumps(self.to_dict(), indent=indent)
+
+
+def _qconfig(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what plans did not have before: weights took the percentile of activations."""
+    activation, weight = stored["activation"], stored["weight"]
+    used = activation["percentile"] if weight["observer"] == "percentile" else DEFAULT_PERCENTILE
+    return {**stored, "weight": {"percentile": used, **weight}}
+
+
+def _override(stored: Mapping[str, Any]) -> dict[str, Any]:
+    weight = stored.get("weight")
+    return {**stored, "weight": None if weight is None else {"percentile": None, **weight}}
 
 
 def _point(item: Mapping[str, Any]) -> PointPlan:

@@ -126,5 +126,7 @@ class PlannedPoints:
         if len(parameters) != len(weight.sources):
             return None
         folded = None if norm is None else statistics_path(self.graph.by_name[norm])
-        first = self._weights.setdefault((tuple(parameters), axis, resolved.dtype, resolved.observer, folded), name)
+        percentile = resolved.percentile if resolved.observer == "percentile" else None
+        found_by = (resolved.dtype, resolved.observer, percentile)
+        first = self._weights.setdefault((tuple(parameters), axis, *found_by, folded), name)
         return None if first == name else first

@@ -91,7 +91,6 @@ class PointConfigs:
         defaults = self.qconfig.weight if role == "weight" else self.qconfig.activation
         values: dict[str, Any] = {
             "scheme": "symmetric",
-            "percentile": self.qconfig.activation.percentile,
             "granularity": "per_tensor",
             **_NO_GIVEN_SCALE,
             **vars(defaults),

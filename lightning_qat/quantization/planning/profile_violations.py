@@ -16,6 +16,7 @@ from lightning_qat.quantization.planning.hardware_profile import (
     Signature,
     nearest_dtype,
 )
+from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 from lightning_qat.quantization.planning.plan import PointPlan, QuantPlan
 from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, Source
 from lightning_qat.quantization.tracing.tensor_origins import TensorOrigins, moved
@@ -76,7 +77,7 @@ def find_violations(
         ...     print(violation)
         1: elu op quantized; allowed: float32. Add an override: {match: '1', activation: {dtype: float32}}.
     """
-    hardware = HardwareProfile.of(profile)
+    hardware = hardware_profile(profile)
     assert hardware is not None
     return tuple(_Checker(plan, deployed_part(graph).graph, hardware).rows())
 

@@ -54,7 +54,9 @@ def _wrong_key(override: Override, selected: list[str], fused: list[OpPlan]) -> 
     """Say which key would have changed what the rule matches, and where the output of a fused op is."""
     given, needed = ("activation", "weight") if override.weight is None else ("weight", "activation")
     change = override.activation or override.weight
-    values = {name: value for name in ("dtype", "observer") if (value := getattr(change, name)) is not None}
+    values = {
+        name: value for name in ("dtype", "observer", "percentile") if (value := getattr(change, name)) is not None
+    }
     written = ", ".join(f"{name}: {value}" for name, value in (values or {"dtype": "int16"}).items())
     names = ", ".join(selected[:3]) + (f" and {len(selected) - 3} more" if len(selected) > 3 else "")
     message = (

@@ -10,14 +10,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.fake_quant.call_ranges import repeating_points
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.preservation import preserved
-from lightning_qat.quantization.numerics.histogram import reduce_device
 from lightning_qat.quantization.region.calibration_findings import (
     CalibrationFinding,
     FindingKind,
@@ -78,7 +77,7 @@ class CalibrationPass:
 
     def __enter__(self) -> CalibrationPass:
         for region in self.regions.values():
-            region.reset_statistics()
+            region.scales.reset_statistics()
             region.unplanned.clear()
             region.call_ranges.reset()
             self._stack.enter_context(region.state("observe"))
@@ -139,7 +138,7 @@ class CalibrationPass:
                     yield path, name, fake_quant
 
     def _reduce(self) -> int:
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if ranks.count() == 1:
             return self.batches
         done: set[int] = set()
         for *_, fake_quant in self._points():
@@ -148,9 +147,7 @@ class CalibrationPass:
                 fake_quant.statistics.all_reduce()
         for region in self.regions.values():
             region.call_ranges.all_reduce(repeating_points(region.graph, region.plan))
-        total = torch.tensor([self.batches], device=reduce_device(None))
-        dist.all_reduce(total)
-        return int(total)
+        return int(ranks.summed(torch.tensor(self.batches)))
 
 
 def calibrate(region: Region, batches: Iterable[Any]) -> CalibrationResult:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -21,21 +20,35 @@ from lightning_qat.quantization.planning.target_paths import local_patterns
 from lightning_qat.quantization.qconfig import glob_covers
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
-if TYPE_CHECKING:
-    from lightning_qat.quantization.region.region import Region
-
 _CALL_NUMBER = re.compile(r"@\d+")
 
 
-def freeze(regions: Mapping[str, Region], patterns: str | Iterable[str]) -> None:
-    """Freeze parts of several regions, see :meth:`Region.freeze`.
+@dataclass(frozen=True)
+class Freezable:
+    """What freezing looks at of one region.
 
     Args:
-        regions: the regions by the path of their target, as :func:`find_regions` returns them.
+        target: the module whose forward is quantized.
+        graph: its ops.
+        plan: where its fake-quants are.
+        points: the fake-quants by point.
+    """
+
+    target: nn.Module
+    graph: OpGraph
+    plan: QuantPlan
+    points: Mapping[str, FakeQuantize]
+
+
+def patterns_by_target(regions: Mapping[str, Freezable], patterns: str | Iterable[str]) -> dict[str, list[str]]:
+    """Return which patterns are about which target, relative to it.
+
+    Args:
+        regions: the regions by the path of their target.
         patterns: relative to each target, or beginning with the path of one (``backbone.*``).
 
     Raises:
-        ConfigurationError: a pattern matches nothing; then nothing is frozen.
+        ConfigurationError: a pattern matches nothing.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     local: dict[str, list[str]] = {path: [] for path in regions}
@@ -45,9 +58,7 @@ def freeze(regions: Mapping[str, Region], patterns: str | Iterable[str]) -> None
             raise _unmatched(pattern, regions)
         for path, rest in found.items():
             local[path].append(rest)
-    for path, region in regions.items():
-        if local[path]:
-            region.freezing.add(region, local[path])
+    return local
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,9 @@ class Freezing:
     """What of one region is frozen, and how it was before. Kept by name: parameters may be replaced meanwhile."""
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self.patterns: tuple[str, ...] = ()
         self._target_training = True
         self._training: dict[str, bool] = {}
@@ -77,15 +91,14 @@ class Freezing:
     def __bool__(self) -> bool:
         return bool(self.patterns)
 
-    def add(self, region: Region, patterns: Iterable[str]) -> None:
+    def add(self, region: Freezable, patterns: Iterable[str]) -> None:
         """Freeze what the patterns select, beside what is frozen already."""
-        region.refresh_weight_scales()
         if not self.patterns:
             self._target_training = region.target.training
         self.patterns = tuple(dict.fromkeys((*self.patterns, *patterns)))
         self.apply(region)
 
-    def apply(self, region: Region) -> None:
+    def apply(self, region: Freezable) -> None:
         """Freeze everything the patterns select now: again after the plan or its fake-quants were replaced."""
         selection = _selected(region, self.patterns)
         modules, parameters = _modules(region.target), _parameters(region.target)
@@ -113,16 +126,16 @@ class Freezing:
                 fake_quant.scale.requires_grad_(False)
                 fake_quant.scale.grad = None
 
-    def release_modes(self, region: Region) -> None:
+    def release_modes(self, target: nn.Module) -> None:
         """Put back the modes until the next forward: Lightning warns of modules in eval mode when training starts."""
-        modules = _modules(region.target)
+        modules = _modules(target)
         for name, training in self._training.items():
             modules[name].training = training
 
-    def undo(self, region: Region) -> None:
-        """Put everything back as it was before; the object is of no use afterwards."""
-        modules, parameters = _modules(region.target), _parameters(region.target)
-        now = self._training.get("", region.target.training)
+    def undo(self, target: nn.Module) -> None:
+        """Put everything back as it was before."""
+        modules, parameters = _modules(target), _parameters(target)
+        now = self._training.get("", target.training)
         for name, training in self._training.items():
             if name in modules:
                 modules[name].training = now if training == self._target_training else training
@@ -133,9 +146,10 @@ class Freezing:
             fake_quant.frozen = False
             if fake_quant.learned and name in self._learning:
                 fake_quant.scale.requires_grad_(True)
+        self._reset()
 
 
-def _selected(region: Region, patterns: Iterable[str]) -> Selection:
+def _selected(region: Freezable, patterns: Iterable[str]) -> Selection:
     """A pattern that names a module means its whole sub-tree, and ``backbone.*`` means the same as ``backbone``.
 
     The scale of a weight belongs to its parameters, wherever they are used: it is frozen if they are.
@@ -163,8 +177,7 @@ def _selected(region: Region, patterns: Iterable[str]) -> Selection:
                 return stay
         return covered(_CALL_NUMBER.sub("", point.name)) or _CALL_NUMBER.sub("", op.scope) in scopes
 
-    plan: QuantPlan = region.plan
-    points = {p.name for p in plan.points if is_frozen(p, region.graph)}
+    points = {p.name for p in region.plan.points if is_frozen(p, region.graph)}
     return Selection(frozenset(modules), frozenset(parameters), frozenset(points))
 
 
@@ -178,7 +191,7 @@ def _parameters(target: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in target.named_parameters() if name.partition(".")[0] != REGION_NAME}
 
 
-def _unmatched(pattern: str, regions: Mapping[str, Region]) -> ConfigurationError:
+def _unmatched(pattern: str, regions: Mapping[str, Freezable]) -> ConfigurationError:
     names = {
         f"{path}.{name}" if path else name
         for path, region in regions.items()

@@ -13,7 +13,8 @@ from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.make_plan import make_plan
 from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.qconfig import Override, QConfig
-from lightning_qat.quantization.region.region import Region, check_target
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.regions import check_target
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 from lightning_qat.quantization.tracing.tracer import trace
 
@@ -73,5 +74,9 @@ def attach(module: nn.Module, graph: OpGraph, plan: QuantPlan, traced: bool = Tr
         graph: what was traced.
         plan: what was decided for it.
         traced: False if both come from a checkpoint rather than from this code.
+
+    Raises:
+        ConfigurationError: the module is quantized already, or its forward cannot be taken over.
     """
+    check_target(module)
     return Region(module, graph, plan, traced).attach()

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Callable, Iterable
-from types import FrameType
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import prune
+from typing_extensions import Self
 
-from lightning_qat.quantization.errors import ConfigurationError, PlanMismatchError
+from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
 from lightning_qat.quantization.fake_quant.fake_quant_dict import FakeQuantDict
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
-from lightning_qat.quantization.interception.activation_checkpointing import RunningRegion
-from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode, user_location
-from lightning_qat.quantization.interception.interception import CallPathMode, Intercepted, SpecCache, active_mode
-from lightning_qat.quantization.modules.module_walk import REGION_NAME, modules_and_regions
-from lightning_qat.quantization.planning.plan import PLAN_VERSION, QuantPlan
+from lightning_qat.quantization.interception.interception import Intercepted
+from lightning_qat.quantization.modules.module_walk import REGION_NAME
+from lightning_qat.quantization.planning.plan import PLAN_VERSION, QuantPlan, ScaleRole
 from lightning_qat.quantization.planning.plan_compatibility import read_extra_state, rebound
-from lightning_qat.quantization.region.freezing import Freezing, freeze
-from lightning_qat.quantization.region.region_mode import UNPLANNED, OpQuantizers, RegionMode, bind
+from lightning_qat.quantization.region.bound_points import bind
+from lightning_qat.quantization.region.freezing import Freezable, Freezing, patterns_by_target
+from lightning_qat.quantization.region.region_runner import RegionRunner
 from lightning_qat.quantization.region.region_scales import RegionScales
+from lightning_qat.quantization.region.switches import State, Switches, Tap, only
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
 
-class Region(RegionScales):
+class Region(nn.Module):
     """The quantized region of a model: child module ``_quantization`` of the target.
 
     Everything it adds to the model lives here: the fake-quants, the plan and the graph (as extra state of the
-    checkpoint). The float state_dict keys stay as they are.
+    checkpoint). The float state_dict keys stay as they are. It is made of parts: ``switches``, what is on; ``scales``,
+    what can be done with them; ``freezing``, what is frozen; ``runner``, what happens in a forward.
 
     Args:
         target: the module whose forward is quantized.
@@ -47,11 +47,10 @@ class Region(RegionScales):
         super().__init__()
         self.__dict__["target"] = target  # not registered: the region is a child of the target
         self._traced_graph = graph if traced else None
-        self.unplanned: dict[str, int] = {}
-        self.call_ranges = CallRanges()
-        self.functions = SpecCache()
-        self._intercepted: Intercepted | None = None
+        self.switches = Switches()
         self.freezing = Freezing()
+        self.runner = RegionRunner(target, self.switches, self.freezing)
+        self._intercepted: Intercepted | None = None
         self.set_plan(graph, plan)
 
     # -- what is where
@@ -68,7 +67,7 @@ class Region(RegionScales):
         self.fake_quants = FakeQuantDict(plan).to(device)
         self.fake_quants.train(self.target.training)
         if self.freezing:
-            self.freezing.apply(self)
+            self.freezing.apply(self.freezable)
         self._bind()
 
     @property
@@ -77,19 +76,26 @@ class Region(RegionScales):
         return self.fake_quants.by_point(self.plan)
 
     def _bind(self) -> None:
-        self.call_paths = CallPaths(self.target, self._find)
-        self._quantizers = bind(self.graph, self.plan, self.points, self.target)
+        bound = bind(self.graph, self.plan, self.points, self.target)
+        self.scales = RegionScales(self.target, self.plan, self.points, bound)
+        self.runner.bind(self.target, self.graph, bound, self._traced_graph is None)
 
-    def _find(self, digest: str, node: ScopeNode, kind: str) -> OpQuantizers:
-        return self._quantizers.get(digest, UNPLANNED)
+    @property
+    def call_ranges(self) -> CallRanges:
+        """The range of every call of what runs several times per forward, over all calibration batches."""
+        return self.runner.call_ranges
+
+    @property
+    def unplanned(self) -> dict[str, int]:
+        """How often an op ran that was not seen while tracing, by its place."""
+        return self.runner.unplanned
 
     # -- attaching and removing
 
     def attach(self) -> Region:
         """Become a child of the target and take over its forward (which stays float until the state changes)."""
-        check_target(self.target)
         self.target.add_module(REGION_NAME, self)
-        self._intercepted = Intercepted.install(self.target, self)
+        self._intercepted = Intercepted.install(self.target, self.runner)
         return self
 
     def remove(self) -> nn.Module:
@@ -101,6 +107,95 @@ class Region(RegionScales):
         self._intercepted = None
         del self.target._modules[REGION_NAME]
         return self.target
+
+    # -- what is on
+
+    @property
+    def current_state(self) -> State:
+        """``off``, ``observe`` or ``quantize``."""
+        return self.switches.state
+
+    @property
+    def updates(self) -> frozenset[str]:
+        """Which scales follow the data while quantizing in train mode."""
+        return self.switches.updates
+
+    def set_state(self, state: State, updates: Iterable[ScaleRole] | None = None) -> None:
+        """Switch the whole region.
+
+        Args:
+            state: ``off``: the float module, exactly and at its speed. ``observe``: float results, statistics are
+                collected. ``quantize``: fake-quantized.
+            updates: which scales follow the data while quantizing *in train mode*: ``weight`` (the default) and
+                ``activation`` (EMA). Unchanged if not given.
+
+        Raises:
+            ConfigurationError: there is no such state or role.
+        """
+        self.switches.set(state, updates)
+
+    @contextmanager
+    def state(self, state: State, updates: Iterable[ScaleRole] | None = None) -> Iterator[Self]:
+        """Switch the region for the duration of a block; restores exactly, also after an exception."""
+        with self.switches.kept():
+            self.set_state(state, updates)
+            yield self
+
+    @contextmanager
+    def only(self, names: Iterable[str]) -> Iterator[Self]:
+        """Quantize only the named points for the duration of a block."""
+        with only(self.points, names):
+            yield self
+
+    def tap(self, tap: Tap) -> AbstractContextManager[None]:
+        """Call ``tap(point, float_value, quantized_value)`` at every quantization of a ``with`` block.
+
+        What is given of a weight with a batch norm folded into it (``PointPlan.batch_norm``) is the folded weight.
+        """
+        return self.switches.tap(tap)
+
+    # -- scales
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether scales were computed or restored: at least one that is not merely fixed by the configuration."""
+        return self.scales.are_calibrated
+
+    def compute_scales(self, observer: str | None = None, dtype: str | None = None) -> tuple[str, ...]:
+        """Derive all scales from the statistics that calibration kept, but for frozen ones.
+
+        Args:
+            observer: another method than planned, for every point without a fixed scale.
+            dtype: another dtype than planned.
+
+        Returns:
+            Names of the points that never saw a finite value; they have no scale and stay float.
+        """
+        return self.scales.compute(observer, dtype)
+
+    def learn_scales(self, roles: Iterable[ScaleRole] = ("weight", "activation")) -> None:
+        """Make the scales of these points parameters, trained with the gradient of LSQ, and all others buffers.
+
+        Do it before the optimizer is built, before or after calibration. Scales that the user has fixed stay so. Weight
+        decay would shrink a scale to nothing: see :func:`lightning_qat.parameter_groups`. A checkpoint brings its own.
+
+        Args:
+            roles: ``weight``, ``activation`` or both (another is a ConfigurationError); nothing to end learning.
+
+        Example:
+            >>> from lightning_qat.quantization.region.insertion import insert
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+            >>> region = insert(model, (torch.randn(16, 4),))
+            >>> region.learn_scales({"weight"})
+            >>> {name: tuple(scale.shape) for name, scale in region.learned_scales.items()}
+            {'0.weight': (8,), '2.weight': (2,)}
+        """
+        self.scales.learn(roles)
+
+    @property
+    def learned_scales(self) -> dict[str, nn.Parameter]:
+        """The scales that are parameters, by point; one that points share is listed once."""
+        return self.scales.learned
 
     # -- frozen parts
 
@@ -130,66 +225,23 @@ class Region(RegionScales):
             >>> model[1].training
             True
         """
-        freeze({"": self}, patterns)
+        (chosen,) = patterns_by_target({"": self.freezable}, patterns).values()
+        if chosen:
+            self.freeze_selected(chosen)
+
+    def freeze_selected(self, patterns: Iterable[str]) -> None:
+        """Freeze by patterns that :func:`patterns_by_target` has chosen for this region."""
+        self.scales.refresh_weights()
+        self.freezing.add(self.freezable, patterns)
 
     def unfreeze(self) -> None:
         """Undo :meth:`freeze`: gradients, modes and scales are as free as they were before."""
-        self.freezing.undo(self)
-        self.freezing = Freezing()
+        self.freezing.undo(self.target)
 
-    # -- running
-
-    def open(self, frame: FrameType) -> CallPathMode | None:
-        """Decide about one entry of the forward; a recursive entry is part of the running one.
-
-        Raises:
-            RuntimeError: another region is running: its fake-quants would be applied to the same ops.
-        """
-        outer = active_mode()
-        if outer is None:
-            self.freezing.hold()
-            return RegionMode(self, frame)
-        if active_mode(self.call_paths) is not None:
-            return None
-        raise RuntimeError(
-            f"the quantized region {type(self.target).__name__} was called inside another one, "
-            f"{type(outer.calls.paths.target).__name__}: make only one of the two a target."
-        )
-
-    def run(
-        self, mode: CallPathMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run the forward under a mode; frames (and the tensors they hold) are let go at the end."""
-        try:
-            with RunningRegion(), mode:
-                return forward(*args, **kwargs)
-        finally:
-            mode.calls.clear()
-
-    def note_unplanned(self, kind: str, frame: FrameType) -> None:
-        """Count an op that was not seen while tracing; it runs in float and is reported once per place.
-
-        Not reported is what pruning computes from a parameter, and started to compute after tracing: the product is
-        quantized where it is used, by the weight's own fake-quant.
-        """
-        if frame.f_code.co_filename == prune.__file__:
-            return
-        location = f"{kind} at {user_location(frame)}"
-        count = self.unplanned.get(location, 0)
-        self.unplanned[location] = count + 1
-        if count:
-            return
-        if self._traced_graph is None and not self.graph.varying:
-            raise PlanMismatchError(
-                f"the restored plan of {self.graph.target_type} does not know {location}: the code differs from the "
-                "one the checkpoint was made with. Restore the code, or insert fake-quant anew and calibrate."
-            )
-        warnings.warn(
-            f"{location} was not seen while tracing {self.graph.target_type}; it runs in float. Trace batches that "
-            "reach it, or, if its repetition varies, put the code into `with dynamic_block(self, ...)`.",
-            UserWarning,
-            stacklevel=2,
-        )
+    @property
+    def freezable(self) -> Freezable:
+        """What freezing looks at."""
+        return Freezable(self.target, self.graph, self.plan, self.points)
 
     # -- checkpoints and copies
 
@@ -199,7 +251,7 @@ class Region(RegionScales):
         Code that copies or averages a ``state_dict`` value by value leaves it out, ``if torch.is_tensor(value)``, and
         loads with ``strict=False``. Encoded in a tensor of bytes it would pass such code, and be averaged by it.
         """
-        self.refresh_weight_scales()  # the scales themselves are collected afterwards
+        self.scales.refresh_weights()  # the scales themselves are collected afterwards
         if self._stored is None:
             self._stored = {"version": PLAN_VERSION, "graph": self.graph.to_dict(), "plan": self.plan.to_dict()}
         return {
@@ -230,17 +282,14 @@ class Region(RegionScales):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}_extra_state" not in state_dict and "weight" in self.updates:
-            self.expect_other_weights()  # float ones or averages, perhaps: not what the scales were taken of
+            self.scales.expect_other_weights()  # float ones or averages, perhaps: not what the scales were taken of
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        for cache in ("call_paths", "functions", "_quantizers"):  # rebuilt on the other side; hold code objects
-            state.pop(cache, None)
-        return {**state, "taps": (), "_stored": None}
+        state = {name: value for name, value in self.__dict__.items() if name != "scales"}  # made anew
+        return {**state, "_stored": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.functions = SpecCache()
         self._bind()
 
     def forward(self, value: Any) -> Any:
@@ -248,34 +297,4 @@ class Region(RegionScales):
         return value
 
     def extra_repr(self) -> str:
-        return f"{len(self.plan.points)} points, state={self._state}"
-
-
-def check_target(module: nn.Module) -> None:
-    """Refuse a module that is quantized already, or whose forward cannot be taken over.
-
-    Raises:
-        ConfigurationError: it has, or contains, a region; or it is a script module.
-    """
-    name = type(module).__name__
-    regions = find_regions(module)
-    if "" in regions:
-        raise ConfigurationError(f"{name} already has fake-quants; remove() them first.")
-    if regions:
-        raise ConfigurationError(
-            f"{name} contains quantized regions ({', '.join(regions)}): an op must not be quantized twice. Remove them "
-            "first, or leave this target out."
-        )
-    if isinstance(module, torch.jit.ScriptModule):
-        raise ConfigurationError(
-            f"{name} is a script module, whose ops cannot be seen: pass the module it was made of."
-        )
-
-
-def find_regions(module: nn.Module) -> dict[str, Region]:
-    """Return the regions inside a module by the path of their target (``""`` for the module itself)."""
-    return {
-        name.removesuffix(REGION_NAME).removesuffix("."): child
-        for name, child in modules_and_regions(module)
-        if isinstance(child, Region)
-    }
+        return f"{len(self.plan.points)} points, state={self.current_state}"

@@ -3,125 +3,45 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
-from lightning_qat.quantization.interception.call_path import ScopeNode
-from lightning_qat.quantization.interception.interception import CallPathMode
+from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
+from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode
+from lightning_qat.quantization.interception.interception import CallPathMode, SpecCache
 from lightning_qat.quantization.modules.tensor_leaves import is_float, leaves, map_call_leaves
 from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm
-from lightning_qat.quantization.planning.plan import QuantPlan
-from lightning_qat.quantization.tracing.op_graph import OpGraph
-
-if TYPE_CHECKING:
-    from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.bound_points import UNPLANNED, BoundPoint, OpQuantizers, parameter_view
+from lightning_qat.quantization.region.switches import Switches
 
 Operation = Callable[..., Any]
-_ParameterView = tuple[nn.Parameter, torch.Size, tuple[int, ...], int]
 
 
-class BoundPoint:
-    """A point of the plan with its fake-quant.
+class Runner(Protocol):
+    """What the mode needs of the region it runs."""
 
-    Args:
-        name: name of the point.
-        fake_quant: the quantizer.
-        is_weight: it quantizes a weight.
-        written: the op writes into the operand, or the result of an in-place op is written once more: it must stay
-            the same tensor, which others may know under another name.
-        rewritten: the operand is written later, so that backward must not rely on its values.
-        batch_norm: the batch norm that is folded into the weight before it is quantized.
-        repeats: several calls within one forward share it.
+    @property
+    def call_paths(self) -> CallPaths:
+        """The call tree of the target, which finds the fake-quants of an op."""
 
-    Attributes:
-        trained: where the weight of the last training forward is, which the optimizer may have changed since.
-    """
+    @property
+    def functions(self) -> SpecCache:
+        """The table rows of the torch functions met so far."""
 
-    __slots__ = ("batch_norm", "fake_quant", "is_weight", "name", "repeats", "rewritten", "role", "trained", "written")
+    @property
+    def switches(self) -> Switches:
+        """Whether to observe or to quantize, which scales follow the data, who watches."""
 
-    def __init__(
-        self,
-        name: str,
-        fake_quant: FakeQuantize,
-        is_weight: bool = False,
-        written: bool = False,
-        rewritten: bool = False,
-        batch_norm: FoldedBatchNorm | None = None,
-        repeats: bool = False,
-    ) -> None:
-        self.name = name
-        self.fake_quant = fake_quant
-        self.is_weight = is_weight
-        self.role = "weight" if is_weight else "activation"
-        self.written = written
-        self.rewritten = rewritten
-        self.batch_norm = batch_norm
-        self.repeats = repeats and not is_weight
-        self.trained: _ParameterView | None = None
+    @property
+    def call_ranges(self) -> CallRanges:
+        """Where the ranges of repeated calls are noted."""
 
-    @torch.no_grad()
-    def refresh(self, parameters: Container[int]) -> None:
-        """Take the scale of a weight as the next evaluation would, if only the optimizer made it outdated.
-
-        Args:
-            parameters: identities of the parameters that the target has now.
-        """
-        fake_quant, norm = self.fake_quant, self.batch_norm
-        if self.trained is None or not fake_quant.outdated or fake_quant.frozen:
-            return
-        if id(self.trained[0]) not in parameters:  # another one was put into its place
-            return
-        weight = torch.as_strided(*self.trained)
-        fake_quant.update_scale(weight if norm is None else norm.fold(weight, norm.factor(weight)), ema=False)
-        fake_quant.outdated = False
-
-
-class OpQuantizers:
-    """The fake-quants of one op, in the form interception needs; ``op`` is its name."""
-
-    __slots__ = ("inputs", "op", "output")
-
-    def __init__(self, op: str = "") -> None:
-        self.op = op
-        self.inputs: dict[int, BoundPoint] = {}
-        self.output: BoundPoint | None = None
-
-
-UNPLANNED = OpQuantizers()
-"""Stands for an op the plan does not know."""
-
-
-def bind(
-    graph: OpGraph, plan: QuantPlan, points: Mapping[str, FakeQuantize], target: nn.Module
-) -> dict[str, OpQuantizers]:
-    """Return the fake-quants of every op of the graph by its run-time identity."""
-    bound = {op.key: OpQuantizers(op.name) for op in graph.ops}
-    bound |= {twin: bound[op.key] for op in graph.ops for twin in op.twins}
-    operands = (operand for op in graph.ops for operand in op.operands if operand.written)
-    written = {s.name for operand in operands for s in operand.sources if s.kind == "op"}
-    for point in plan.points:
-        op, fake_quant = graph.by_name[point.op], points[point.name]
-        if point.role == "output":
-            written_again = op.inplace and op.name in written
-            bound[op.key].output = BoundPoint(point.name, fake_quant, written=written_again, repeats=op.calls > 1)
-        else:
-            operand = next(o for o in op.operands if o.index == point.operand)
-            norm = FoldedBatchNorm.of(graph, point, target)
-            bound[op.key].inputs[point.operand] = BoundPoint(
-                point.name,
-                fake_quant,
-                point.is_weight,
-                operand.written and not point.is_weight,  # an embedding with max_norm: see _renormalized
-                operand.rewritten,
-                norm,
-                op.calls > 1,
-            )
-    return bound
+    def note_unplanned(self, kind: str, frame: FrameType) -> None:
+        """Be told of an op that the plan does not know."""
 
 
 class RegionMode(CallPathMode):
@@ -131,20 +51,20 @@ class RegionMode(CallPathMode):
     """
 
     def __init__(
-        self, region: Region, frame: FrameType, node: ScopeNode | None = None, repeats: RegionMode | None = None
+        self, runner: Runner, frame: FrameType, node: ScopeNode | None = None, repeats: RegionMode | None = None
     ) -> None:
-        super().__init__(region.call_paths, frame, node, recomputing=repeats is not None)
-        self.region = region
-        self.state: str = region.current_state if repeats is None else repeats.state
-        self._functions = region.functions
-        self._updates: frozenset[str] = region.updates if repeats is None else frozenset()
-        self._taps = region.taps if repeats is None else ()
+        super().__init__(runner.call_paths, frame, node, recomputing=repeats is not None)
+        self.runner = runner
+        self.state: str = runner.switches.state if repeats is None else repeats.state
+        self._functions = runner.functions
+        self._updates: frozenset[str] = runner.switches.updates if repeats is None else frozenset()
+        self._taps = runner.switches.taps if repeats is None else ()
         self._calls_of_points: dict[str, int] = {}
         # by point: the running variance moves between a forward and its repetition
         self._factors: dict[str, Tensor] = {} if repeats is None else repeats._factors
 
     def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
-        return RegionMode(self.region, frame, node, repeats=self)
+        return RegionMode(self.runner, frame, node, repeats=self)
 
     def __torch_function__(
         self, func: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -162,7 +82,7 @@ class RegionMode(CallPathMode):
         if quantizers is UNPLANNED:
             result = func(*args, **kwargs)
             if any(map(is_float, leaves(result))):  # counting and comparing is never quantized
-                self.region.note_unplanned(spec.kind, frame)
+                self.runner.note_unplanned(spec.kind, frame)
             return result
         return self.run_op(quantizers, spec.kind, func, args, kwargs)
 
@@ -215,7 +135,7 @@ class RegionMode(CallPathMode):
         folded = batch_norm.fold(weight, factor)
         quantized = self._apply(point, folded)
         if point.fake_quant.outdated:
-            point.trained = _parameter_view(weight)
+            point.trained = parameter_view(weight)
         return weight if quantized is folded else batch_norm.unfold(quantized, factor, weight)
 
     def _apply(self, point: BoundPoint, tensor: Tensor) -> Tensor:
@@ -228,13 +148,13 @@ class RegionMode(CallPathMode):
             if point.repeats and not self.recomputing:
                 number = self._calls_of_points.get(point.name, 0)
                 self._calls_of_points[point.name] = number + 1
-                self.region.call_ranges.observe(point.name, number, tensor)
+                self.runner.call_ranges.observe(point.name, number, tensor)
             return tensor
         if self._updates and not fake_quant.frozen and point.role in self._updates:
             if fake_quant.training:
                 fake_quant.update_scale(tensor, ema=not point.is_weight)
                 if point.is_weight:  # the optimizer may step before the next forward
-                    fake_quant.outdated, point.trained = True, _parameter_view(tensor)
+                    fake_quant.outdated, point.trained = True, parameter_view(tensor)
             elif fake_quant.outdated:
                 fake_quant.update_scale(tensor, ema=False)
                 fake_quant.outdated = False
@@ -242,14 +162,6 @@ class RegionMode(CallPathMode):
         for tap in self._taps:
             tap(point.name, tensor, quantized)
         return quantized
-
-
-def _parameter_view(weight: Tensor) -> _ParameterView | None:
-    """Where in a parameter a weight is; None for one that is computed anew in every forward."""
-    base = weight._base if weight._is_view() else weight
-    if not isinstance(base, nn.Parameter):
-        return None
-    return base, weight.size(), weight.stride(), int(weight.storage_offset())
 
 
 @torch.no_grad()

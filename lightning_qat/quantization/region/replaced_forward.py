@@ -23,7 +23,7 @@ class ReplacedForward:
 
     def __init__(self, region: Region) -> None:
         self.region = region
-        self.run = region.run
+        self.run = region.runner.run
 
     def mode(self, frame: FrameType) -> CallPathMode:
         """Return the mode of one forward, which starts at a frame."""
@@ -31,7 +31,7 @@ class ReplacedForward:
 
     def open(self, frame: FrameType) -> CallPathMode | None:
         """Start a forward; a recursive entry is part of the forward that runs."""
-        return None if active_mode(self.region.call_paths) else self.mode(frame)
+        return None if active_mode(self.region.runner.call_paths) else self.mode(frame)
 
     def __enter__(self) -> Self:
         self._intercepted = Intercepted.install(self.region.target, self)

@@ -258,7 +258,7 @@ def test_nothing_is_changed(net: tuple[Net, Region, list[Tensor]]) -> None:
     assert model.training
     assert region.current_state == state
     assert model.forward is region._intercepted
-    assert not region.taps
+    assert not region.switches.taps
 
 
 def test_chosen_output_after_post_processing_is_the_last_row(net: tuple[Net, Region, list[Tensor]]) -> None:

@@ -75,7 +75,7 @@ def test_nothing_is_left_changed() -> None:
     inspect_point(region, "0.input0", lambda: m(X))
     assert torch.equal(torch.get_rng_state(), before)
     assert m[2].training
-    assert (region.current_state, region.taps) == ("off", ())
+    assert (region.current_state, region.switches.taps) == ("off", ())
 
 
 def test_wrong_names_and_unreached_points_say_what_to_write() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_qat.analysis.convergence.convergence import FIRST_LOOK, judge_convergence
-from lightning_qat.analysis.convergence.training_series import PointHealth, PointHistory, TrainingSeries
+from lightning_qat.analysis.convergence.point_history import PointHealth, PointHistory
+from lightning_qat.analysis.convergence.training_series import TrainingSeries
 from lightning_qat.analysis.ladder.measurements import Measurement
 
 DIRECTORY = Path(__file__).parent / "recorded_runs"

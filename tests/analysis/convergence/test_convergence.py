@@ -10,13 +10,8 @@ import numpy as np
 import pytest
 
 from lightning_qat.analysis.convergence.convergence import ConvergenceResult, judge_convergence
-from lightning_qat.analysis.convergence.training_series import (
-    ConvergenceRow,
-    LossHistory,
-    PointHealth,
-    PointHistory,
-    TrainingSeries,
-)
+from lightning_qat.analysis.convergence.point_history import PointHealth, PointHistory
+from lightning_qat.analysis.convergence.training_series import ConvergenceRow, LossHistory, TrainingSeries
 from lightning_qat.analysis.ladder.measurements import Measurement
 
 GOOD = Measurement({"val_acc": 0.9}, {"val_acc": 0.01})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_qat.analysis.model_check.model_check import check
 from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
-from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
@@ -191,7 +191,7 @@ CASES: dict[str, Case] = {
     "profile violation": Case(
         flawed.mlp,
         (("warning", "profile violation", "", ("1",)),),
-        checked_with={"profile": HardwareProfile.of("onnxruntime_qdq")},
+        checked_with={"profile": hardware_profile("onnxruntime_qdq")},
     ),
     "tiny batch": Case(
         lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lightning_qat.callbacks.analyses.task_metric import TaskMetric
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.regions import find_regions
 from tests.callbacks.analysed_run import Classifier, RandomNumbers, assert_same_run, run, trainer_of
 
 
@@ -74,8 +74,8 @@ def test_confirmed_rows_have_the_metric_of_the_validation_step(tmp_path: Path, b
 
 
 def test_small_scores_are_bad_unless_the_metric_is_a_cost() -> None:
-    assert TaskMetric("val_acc", 8, 0).ascending
-    assert not TaskMetric("val/RMSE", 8, 0).ascending
+    assert TaskMetric("val_acc", 8, 0).higher_is_better
+    assert not TaskMetric("val/RMSE", 8, 0).higher_is_better
 
 
 @pytest.mark.parametrize("method", ["sketch", "isolation"])

@@ -82,6 +82,6 @@ def test_saving_after_every_step_changes_no_bit_of_the_training(tmp_path: Path, 
     saved = trained(tmp_path / "b", ModelCheckpoint(tmp_path / "b", **EVERY_STEP), qat=qat)
     assert len(list((tmp_path / "b").glob("*.ckpt"))) == 6
     for module in (alone, saved):
-        only_region(module).refresh_weight_scales()
+        only_region(module).scales.refresh_weights()
     states = [{k: v for k, v in m.state_dict().items() if isinstance(v, Tensor)} for m in (alone, saved)]
     assert_same(*states)

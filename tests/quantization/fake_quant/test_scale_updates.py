@@ -15,7 +15,7 @@ from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.numerics.scales import scale_from_bounds, scale_from_numbers, scale_from_range
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
-from lightning_qat.quantization.region.region import find_regions
+from lightning_qat.quantization.region.regions import find_regions
 from tests.quantization.models import calibrated as calibrated_region
 
 DTYPES = ["int2", "int4", "int8", "int16", "uint2", "uint8", "uint16"]
@@ -147,7 +147,7 @@ def test_checkpoint_between_a_step_and_an_evaluation_says_so() -> None:
 def test_scales_that_are_kept_are_those_of_the_weights_at_that_moment() -> None:
     """freeze_observers_after: whether or not an evaluation or a checkpoint came between."""
     module, region, x = trained_int16()
-    region.keep_weight_scales()
+    region.scales.keep_weights()
     kept = scale_of_the_weight(module)
     module[0].weight.data.mul_(2)  # type: ignore[index, union-attr, operator]
     module(x)
@@ -201,7 +201,7 @@ def test_refreshed_scales_are_those_that_an_evaluation_takes() -> None:
     twin = copy.deepcopy(module)
     twin(x)
     expected = {name: point.scale for name, point in next(iter(find_regions(twin).values())).points.items()}
-    region.refresh_weight_scales()
+    region.scales.refresh_weights()
     waiting = [name for name, point in region.points.items() if point.outdated]
     assert waiting == ["computed.linear_0.weight"]
     for name, point in region.points.items():
@@ -226,7 +226,7 @@ def test_refreshing_does_not_change_training() -> None:
             optimizer.step()
             if saves:
                 net.state_dict()
-    region.refresh_weight_scales()
+    region.scales.refresh_weights()
     other = twin.state_dict()
     assert all(torch.equal(v, other[n]) for n, v in module.state_dict().items() if isinstance(v, Tensor))
 
@@ -243,7 +243,7 @@ def test_weights_that_are_elsewhere_now(replaced: bool) -> None:
         module.both = nn.Parameter(new)
     else:
         module.both.data = new
-    region.refresh_weight_scales()
+    region.scales.refresh_weights()
     names, halves = ["linear_0.weight", "linear_1.weight"], (new[:4], new[4:])
     assert [region.points[name].outdated for name in names] == [replaced, replaced]
     module.eval()(x)

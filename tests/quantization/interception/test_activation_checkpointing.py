@@ -112,7 +112,7 @@ def test_observers_are_not_moved_by_the_repetition(way: str, reentrant: bool) ->
     """foundation 4."""
     x = torch.randn(6, 4)
     (module, region), _ = pair_of_models(way, reentrant, x)
-    region.reset_statistics()
+    region.scales.reset_statistics()
     with region.state("observe"):
         step(module, x)
     assert {f.statistics.batches for f in region.points.values()} == {1}

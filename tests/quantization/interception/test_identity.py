@@ -55,7 +55,7 @@ class Add(nn.Module):
 @contextlib.contextmanager
 def observing(region: Region) -> Iterator[dict[str, float]]:
     """Yield a dict that holds, at the end, the highest value each output point saw; each must have seen one value."""
-    region.reset_statistics()
+    region.scales.reset_statistics()
     seen: dict[str, float] = {}
     with region.state("observe"), torch.no_grad():
         yield seen
@@ -365,10 +365,10 @@ def test_modules_made_in_forward_are_told_apart_and_forgotten() -> None:
 
     region = insert(Calls(forward), (X,))
     assert sorted(values(region, X).values()) == [11, 111, 1111]
-    known = len(region.call_paths.root.children)
+    known = len(region.runner.call_paths.root.children)
     for _ in range(5):
         values(region, X)
-    assert len(region.call_paths.root.children) == known
+    assert len(region.runner.call_paths.root.children) == known
     assert region.unplanned == {}
 
 

@@ -6,12 +6,13 @@ import functools
 from typing import Any
 
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 
 
 @functools.cache
 def shipped(name: str) -> HardwareProfile:
     """Read a shipped profile once."""
-    profile = HardwareProfile.of(name)
+    profile = hardware_profile(name)
     assert profile is not None
     return profile
 

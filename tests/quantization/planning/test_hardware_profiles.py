@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.planning.fusion import find_fusions
+from lightning_qat.quantization.planning.hardware_profile_files import parse_profile, shipped_profiles
 from lightning_qat.quantization.planning.make_plan import make_plan
 from lightning_qat.quantization.planning.plan import QuantPlan
-from lightning_qat.quantization.planning.profile_files import parse_profile, shipped_profiles
 from lightning_qat.quantization.planning.profile_violations import ProfileViolation, find_violations
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 from lightning_qat.quantization.tracing.tracer import trace

@@ -1,4 +1,4 @@
-"""Verdicts about the training pipeline from planted numbers (C3, C4, C6)."""
+"""The verdicts of ZeroLRFinetune and FloatFinetune, which judge some rungs, from planted numbers (C3, C4, C6)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lightning_qat.analysis.ladder.measurements import Finetune, Measurement, PipelineRow
-from lightning_qat.analysis.ladder.pipeline import PipelineResult, judge_float_finetune, judge_zero_lr
-from lightning_qat.analysis.metric_direction import is_worse_when_larger
+from lightning_qat.analysis.ladder.measurements import Finetune, Ladder, Measurement
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
+from lightning_qat.analysis.ladder.rows import PipelineRow
+from lightning_qat.analysis.ladder.rungs import FLOAT_FINETUNE, FLOAT_MODEL, ZERO_LR_RUNGS, Verdict
+from lightning_qat.analysis.ladder.verdict import judge
 
 FLOAT = Measurement({"val_acc": 0.98, "val_loss": 0.06}, {"val_acc": 0.004, "val_loss": 0.02})
 CALIBRATED = Measurement({"val_acc": 0.97, "val_loss": 0.07}, {"val_acc": 0.005, "val_loss": 0.02})
@@ -23,17 +25,29 @@ def finetune(val_acc: float, val_loss: float = 0.06, **kwargs: Any) -> Finetune:
     return Finetune(Measurement({"val_acc": val_acc, "val_loss": val_loss}), 50, **kwargs)
 
 
-def zero_lr(**kwargs: Any) -> PipelineResult:
+def judge_zero_lr(ladder: Ladder, reference: Any = None) -> PipelineResult:
+    """As ZeroLRFinetune judges."""
+    return judge(ladder, reference, rungs=(FLOAT_MODEL, *ZERO_LR_RUNGS), pipeline_only=True)
+
+
+def judge_float_finetune(
+    float_model: Measurement, finetune: Finetune, zero_lr: Verdict | None = None
+) -> PipelineResult:
+    """As FloatFinetune judges."""
+    ladder = Ladder(float_model, float_finetune=finetune)
+    return judge(ladder, rungs=(FLOAT_FINETUNE,), pipeline_only=True, zero_lr=zero_lr)
+
+
+def zero_lr(reference: Any = {"val_acc": 0.981}, **kwargs: Any) -> PipelineResult:  # noqa: B006
     """A healthy pipeline but for what is given."""
     healthy: dict[str, Any] = {
         "float_model": FLOAT,
-        "batch_norm_frozen": finetune(0.98),
+        "batch_norm_fixed": finetune(0.98),
         "batch_norm_moving": finetune(0.979, moved_buffers={"bn1.running_mean": 0.04}),
         "calibrated": CALIBRATED,
         "quantized": finetune(0.969),
-        "reference": {"val_acc": 0.981},
     }
-    return judge_zero_lr(**(healthy | kwargs))
+    return judge_zero_lr(Ladder(**(healthy | kwargs)), reference)
 
 
 def row(result: PipelineResult, rung: int, metric: str) -> PipelineRow:
@@ -52,8 +66,8 @@ def test_everything_holds_is_healthy_and_says_what_to_run_next() -> None:
 def test_tolerance_is_three_standard_errors() -> None:
     """C4: from the noise of the evaluation, not from a constant."""
     assert row(zero_lr(), 2, "val_acc").tolerance == pytest.approx(3 * 0.004)
-    just = zero_lr(batch_norm_frozen=finetune(0.98 - 0.0119))
-    beyond = zero_lr(batch_norm_frozen=finetune(0.98 - 0.0121))
+    just = zero_lr(batch_norm_fixed=finetune(0.98 - 0.0119))
+    beyond = zero_lr(batch_norm_fixed=finetune(0.98 - 0.0121))
     assert (row(just, 2, "val_acc").status, row(beyond, 2, "val_acc").status) == ("holds", "breaks")
     assert row(zero_lr(), 4, "val_acc").tolerance == pytest.approx(3 * 0.005)  # of the calibrated model
 
@@ -68,7 +82,7 @@ def test_float_model_that_misses_its_reference_convicts_checkpoint_or_evaluation
 
 def test_fall_without_anything_moving_is_a_side_effect() -> None:
     """C4, rung 2."""
-    result = zero_lr(batch_norm_frozen=finetune(0.5, moved_buffers={"memory": 0.5}))
+    result = zero_lr(batch_norm_fixed=finetune(0.5, moved_buffers={"memory": 0.5}))
     assert result.verdict == "pipeline misaligned"
     assert "side effect" in result.note
     assert "memory" in result.note
@@ -117,7 +131,7 @@ def test_first_broken_rung_gives_the_verdict() -> None:
 def test_changed_weights_are_named_with_who_changed_them(by_optimizer: tuple[str, ...], words: str) -> None:
     """C4: weights cannot change at learning rate 0."""
     changed = finetune(0.98, changed_parameters=("w", "x", "y", "z"), changed_by_optimizer=by_optimizer)
-    result = zero_lr(batch_norm_frozen=changed)
+    result = zero_lr(batch_norm_fixed=changed)
     assert result.verdict == "pipeline misaligned"
     assert "w, x, y and 1 more" in result.note
     assert words in result.note
@@ -132,7 +146,7 @@ def test_nan_after_finetune_breaks() -> None:
 
 def test_nan_training_loss_is_not_blamed_on_the_weights_it_destroys() -> None:
     """C1: 0 * nan is nan, so Adam moves weights at learning rate 0."""
-    result = zero_lr(batch_norm_frozen=finetune(math.nan, train_loss=math.nan, changed_parameters=("w",)))
+    result = zero_lr(batch_norm_fixed=finetune(math.nan, train_loss=math.nan, changed_parameters=("w",)))
     assert "training loss of the untouched float model is nan" in result.note
     quantized = zero_lr(quantized=finetune(math.nan, train_loss=math.inf))
     assert quantized.verdict == "scales drift"
@@ -142,7 +156,7 @@ def test_nan_training_loss_is_not_blamed_on_the_weights_it_destroys() -> None:
 def test_float_model_that_is_nan_to_begin_with_convicts_checkpoint_or_data() -> None:
     """C1."""
     broken = Measurement({"val_acc": math.nan})
-    result = judge_zero_lr(broken, Finetune(broken, 5), None)
+    result = judge_zero_lr(Ladder(broken, batch_norm_fixed=Finetune(broken, 5)))
     assert result.verdict == "pipeline misaligned"
     assert "evaluates to nan or inf before any training" in result.note
 
@@ -165,22 +179,23 @@ def test_reference_that_is_not_logged_is_named_with_what_is() -> None:
 def test_training_loss_is_judged_against_that_of_the_float_run() -> None:
     """C4: all there is to see for a model without batch norm whose training data are wrong."""
     wrong = zero_lr(
-        batch_norm_frozen=finetune(0.98, train_loss=3.2, train_loss_error=0.1), reference={"train_loss": 0.05}
+        batch_norm_fixed=finetune(0.98, train_loss=3.2, train_loss_error=0.1), reference={"train_loss": 0.05}
     )
     assert wrong.verdict == "pipeline misaligned"
     assert "training loss of 3.2 here and had 0.05 in the float run" in wrong.note
     noisy = zero_lr(
-        batch_norm_frozen=finetune(0.98, train_loss=0.09, train_loss_error=0.01), reference={"train_loss": 0.05}
+        batch_norm_fixed=finetune(0.98, train_loss=0.09, train_loss_error=0.01), reference={"train_loss": 0.05}
     )
     assert noisy.verdict == "healthy"
-    assert row(zero_lr(batch_norm_frozen=finetune(0.98, train_loss=3.2)), 2, "train_loss").status == "noted"
+    assert row(zero_lr(batch_norm_fixed=finetune(0.98, train_loss=3.2)), 2, "train_loss").status == "noted"
 
 
 def test_cost_may_rise_while_the_score_holds() -> None:
     """An overconfident classifier is not a collapse; a model that logs only costs is judged by them."""
     assert zero_lr(batch_norm_moving=finetune(0.98, val_loss=5.0)).verdict == "healthy"
     cost = Measurement({"val_loss": 0.06}, {"val_loss": 0.001})
-    result = judge_zero_lr(cost, Finetune(cost, 5), Finetune(Measurement({"val_loss": 5.0}), 5, moved_buffers=DRIFT))
+    risen = Finetune(Measurement({"val_loss": 5.0}), 5, moved_buffers=DRIFT)
+    result = judge_zero_lr(Ladder(cost, batch_norm_fixed=Finetune(cost, 5), batch_norm_moving=risen))
     assert result.verdict == "pipeline misaligned"
 
 
@@ -188,16 +203,17 @@ def test_without_noise_estimate_a_tenth_is_tolerated() -> None:
     """One batch, a metric of the whole epoch (mAP), batches that all agree: one image more or less is no verdict."""
     before = Measurement({"mAP": 0.5})
     near, far = (Finetune(Measurement({"mAP": value}), 5, moved_buffers=DRIFT) for value in (0.46, 0.44))
-    assert judge_zero_lr(before, Finetune(before, 5), near).verdict == "healthy"
-    assert judge_zero_lr(before, Finetune(before, 5), far).verdict == "pipeline misaligned"
+    fixed = Finetune(before, 5)
+    assert judge_zero_lr(Ladder(before, None, fixed, near)).verdict == "healthy"
+    assert judge_zero_lr(Ladder(before, None, fixed, far)).verdict == "pipeline misaligned"
     perfect = Measurement({"val_acc": 1.0}, {"val_acc": 0.0})
     almost = Finetune(Measurement({"val_acc": 0.997}), 5)
-    assert judge_zero_lr(perfect, Finetune(perfect, 5), almost).verdict == "healthy"
+    assert judge_zero_lr(Ladder(perfect, None, Finetune(perfect, 5), almost)).verdict == "healthy"
 
 
 def test_nothing_logged_is_no_verdict() -> None:
     nothing = Measurement({})
-    result = judge_zero_lr(nothing, Finetune(nothing, 5), None)
+    result = judge_zero_lr(Ladder(nothing, batch_norm_fixed=Finetune(nothing, 5)))
     assert result.verdict == "cannot tell"
     assert "self.log('val_acc', ...)" in result.note
     assert judge_float_finetune(nothing, Finetune(nothing, 5, changed_parameters=("w",))).verdict == "cannot tell"
@@ -268,11 +284,18 @@ def test_float_finetune_that_trained_nothing_is_no_verdict() -> None:
     assert "FloatFinetune(batches=...)" in result.note
 
 
-def test_direction_of_a_metric_is_read_from_its_words() -> None:
-    costs = ["val_loss", "loss", "val/mse", "RMSE", "valLoss", "test_WER", "val_loss/dataloader_idx_0", "abs.error"]
-    scores = ["val_acc", "lossless_acc", "mAP", "F1", "embedding_sim", "terrain_iou", "psnr", "val_CEO"]
-    assert all(map(is_worse_when_larger, costs))
-    assert not any(map(is_worse_when_larger, scores))
+def test_float_finetune_that_clipping_holds_still_is_a_hyperparameter() -> None:
+    """C3: the same evidence as that of PipelineCheck."""
+    still = finetune(0.98, changed_parameters=("w",), gradient_kept=1e-9, step_size=1e-9)
+    result = judge_float_finetune(FLOAT, still)
+    assert (result.verdict, result.rung) == ("hyperparameters", FLOAT_FINETUNE)
+    assert "Raise gradient_clip_val" in result.note
+
+
+def test_rung_that_could_not_be_measured_gives_its_reason() -> None:
+    result = judge(Ladder(FLOAT, missing={FLOAT_FINETUNE: "it optimizes manually"}), rungs=(FLOAT_FINETUNE,))
+    assert (result.verdict, result.note) == ("cannot tell", "cannot tell: it optimizes manually")
+    assert [row.note for row in result.rows] == ["it optimizes manually"]
 
 
 @pytest.mark.parametrize("width", [80, 120])

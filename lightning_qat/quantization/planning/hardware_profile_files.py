@@ -1,4 +1,7 @@
-"""Reading hardware profiles: the shipped ones by name, others by path."""
+"""Reading hardware profiles: the shipped ones by name, others by path.
+
+The keys that a file may have are in the constants at the top; each one is read where it is named below.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,24 @@ GROUPS: dict[str, frozenset[str]] = {
     "normalization": frozenset(["batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"]),
 }
 """Names that stand for several kinds; a profile can add its own."""
+
+
+def hardware_profile(
+    value: HardwareProfile | str | os.PathLike[str] | Mapping[str, Any] | None,
+) -> HardwareProfile | None:
+    """Accept a profile, the name of a shipped one, the path of a YAML file, the content of one, or None.
+
+    Raises:
+        ConfigurationError: there is no such profile, or it says something unknown.
+
+    Example:
+        >>> profile = hardware_profile("generic_int8_int16")
+        >>> profile.name, hardware_profile(profile) is profile, hardware_profile(None)
+        ('generic_int8_int16', True, None)
+    """
+    if value is None or isinstance(value, HardwareProfile):
+        return value
+    return parse_profile(value, "profile") if isinstance(value, Mapping) else read_profile(value)
 
 
 def shipped_profiles() -> tuple[str, ...]:

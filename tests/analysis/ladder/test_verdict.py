@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.fingerprint.fingerprint_differences import compare_fingerprints, compare_stages
 from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummary
-from lightning_qat.analysis.ladder.measurements import Finetune, Measurement
-from lightning_qat.analysis.ladder.pipeline_check import PipelineCheckResult, judge_pipeline
-from lightning_qat.analysis.ladder.pipeline_ladder import RUNGS, Ladder, OffComparison
+from lightning_qat.analysis.ladder.measurements import Finetune, Ladder, Measurement, OffComparison
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
+from lightning_qat.analysis.ladder.verdict import judge
 from lightning_qat.reporting.tables import console_text
 
 FLOAT = Measurement({"val_acc": 0.98, "val_loss": 0.06}, {"val_acc": 0.004, "val_loss": 0.02})
@@ -39,14 +39,12 @@ def trained(val_acc: float, **kwargs: Any) -> Finetune:
     return finetune(val_acc, **({"changed_parameters": ("w",), "learning_rates": (0.1, 0.1)} | kwargs))
 
 
-def judged(
-    reference: Any = HERE, here: Fingerprint | None = HERE, flag: str = "", **kwargs: Any
-) -> PipelineCheckResult:
+def judged(reference: Any = HERE, here: Fingerprint | None = HERE, flag: str = "", **kwargs: Any) -> PipelineResult:
     """A healthy ladder but for what is given."""
     healthy: dict[str, Any] = {
         "float_model": FLOAT,
         "off": OffComparison(20),
-        "batch_norm_frozen": finetune(0.98),
+        "batch_norm_fixed": finetune(0.98),
         "batch_norm_moving": finetune(0.979),
         "calibrated": Measurement({"val_acc": 0.97}, {"val_acc": 0.005}),
         "quantized": finetune(0.969),
@@ -55,7 +53,7 @@ def judged(
         "points": ("conv.output (int8, 3 dB)",),
         "total_steps": 1000,
     }
-    return judge_pipeline(Ladder(**(healthy | kwargs)), reference, here, RUNGS, flag)
+    return judge(Ladder(**(healthy | kwargs)), reference, here, flag=flag)
 
 
 def test_cost_that_breaks_while_the_scores_hold_is_said_in_the_healthy_verdict() -> None:
@@ -73,7 +71,7 @@ def test_cost_that_breaks_while_the_scores_hold_is_said_in_the_healthy_verdict()
     [
         ({}, "healthy", None),
         ({"off": OffComparison(20, ("conv",))}, "pipeline misaligned", 1),
-        ({"batch_norm_frozen": finetune(0.5)}, "pipeline misaligned", 2),
+        ({"batch_norm_fixed": finetune(0.5)}, "pipeline misaligned", 2),
         ({"batch_norm_moving": finetune(0.5)}, "pipeline misaligned", 3),
         ({"quantized": finetune(0.5), "qat": trained(0.5)}, "quantization error", 4),
         ({"calibrated": Measurement({"val_acc": 0.3}), "qat": trained(0.5)}, "quantization error", 4),
@@ -94,7 +92,7 @@ def test_first_rung_that_breaks_gives_the_verdict(broken: dict[str, Any], verdic
 @given(st.sets(st.sampled_from([2, 3, 5, 6])))
 def test_lowest_broken_rung_decides_whatever_breaks_above(broken: set[int]) -> None:
     """Each rung changes one thing: what breaks above follows."""
-    fields = {2: "batch_norm_frozen", 3: "batch_norm_moving", 5: "float_finetune", 6: "qat"}
+    fields = {2: "batch_norm_fixed", 3: "batch_norm_moving", 5: "float_finetune", 6: "qat"}
     make = {2: finetune, 3: finetune, 5: trained, 6: trained}
     changed: dict[str, Any] = {fields[n]: make[n](0.1) for n in broken}
     result = judged(**changed)
@@ -107,6 +105,13 @@ def test_what_training_wins_back_is_no_collapse() -> None:
     assert result.verdict == "healthy"
     assert "QAT wins it back" in result.note
     assert "conv.output" in result.note
+
+
+def test_score_that_training_wins_back_is_not_called_a_cost() -> None:
+    """C6: only the quantized model at learning rate 0 falls, and QAT mends it."""
+    result = judged(quantized=finetune(0.2))
+    assert result.verdict == "healthy"
+    assert "A cost rises" not in result.note
 
 
 def test_quantization_error_names_the_worst_points_and_the_next_step() -> None:
@@ -262,7 +267,7 @@ def test_result_is_whole_in_json_and_fits_the_terminal(tmp_path: Path) -> None:
 def test_float_model_that_a_few_batches_improve_is_not_called_healthy() -> None:
     """C5: without a reference nothing else shows that weights or preprocessing are not those of the float run."""
     bad = {"float_model": Measurement({"val_acc": 0.24}, {"val_acc": 0.02}), "calibrated": None, "quantized": None}
-    kept = {"batch_norm_frozen": finetune(0.24), "batch_norm_moving": finetune(0.24)}
+    kept = {"batch_norm_fixed": finetune(0.24), "batch_norm_moving": finetune(0.24)}
     better = {"float_finetune": trained(0.9), "qat": trained(0.9)}
     result = judged(None, None, **(bad | kept | better))
     assert result.verdict == "cannot tell"

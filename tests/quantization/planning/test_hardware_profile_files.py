@@ -12,8 +12,8 @@ from torch import nn
 
 import lightning_qat
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.planning.hardware_profile import HardwareProfile, nearest_dtype
-from lightning_qat.quantization.planning.profile_files import parse_profile, shipped_profiles
+from lightning_qat.quantization.planning.hardware_profile import nearest_dtype
+from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile, parse_profile, shipped_profiles
 from lightning_qat.quantization.planning.profile_violations import find_violations
 from tests.quantization.models import calibrated
 from tests.quantization.planning.profiles import NARROW, shipped
@@ -124,7 +124,7 @@ def test_wrong_file_is_one_clear_error(tmp_path: Path, name: str, content: str |
     if content is not None:
         path.write_text(content, encoding="latin-1")
     with pytest.raises(ConfigurationError, match=message):
-        HardwareProfile.of(path if name.endswith(".yaml") else name)
+        hardware_profile(path if name.endswith(".yaml") else name)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_qat.analysis.ladder.pipeline import PipelineResult, cannot_tell
-from lightning_qat.analysis.ladder.pipeline_ladder import Ladder
+from lightning_qat.analysis.ladder.measurements import Ladder
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult, cannot_tell
 from lightning_qat.callbacks.ladder.ladder import measure_ladder
 from lightning_qat.callbacks.trainer._compat import steps_taken
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
@@ -23,8 +23,8 @@ from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_table
 
 
-class PipelineRung(Callback):
-    """Base of the finetune checks; subclasses measure, this class runs them once and reports.
+class PipelineCallback(Callback):
+    """Base of the checks of the training pipeline; subclasses measure rungs, this class runs them once and reports.
 
     A check that fails must not take the training run with it: the verdict is ``cannot tell`` then, with the reason.
 

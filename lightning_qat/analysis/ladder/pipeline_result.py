@@ -1,0 +1,63 @@
+"""The result of a pipeline check: the evidence of its rungs, one verdict, and what differs from the float run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from rich.table import Table
+
+from lightning_qat.analysis.fingerprint.difference import PipelineDifferences
+from lightning_qat.analysis.ladder.rows import PipelineRow
+from lightning_qat.analysis.ladder.rungs import Verdict
+from lightning_qat.analysis.results import Result, rich_table
+
+
+def _no_differences() -> PipelineDifferences:
+    return PipelineDifferences(())
+
+
+@dataclass(frozen=True)
+class PipelineResult(Result[PipelineRow]):
+    """Evidence of the rungs, one verdict, and what differs from the float pipeline.
+
+    Args:
+        verdict: what is to blame.
+        note: the verdict as a sentence, with the next step.
+        rung: number of the rung that breaks first, None if none does.
+        cause: the difference that explains it, in words; empty if none does.
+        differences: to the reference, the most suspicious first.
+        stages: of the model's inputs in training to those in validation.
+    """
+
+    verdict: Verdict = "cannot tell"
+    note: str = ""
+    rung: int | None = None
+    cause: str = ""
+    differences: PipelineDifferences = field(default_factory=_no_differences)
+    stages: PipelineDifferences = field(default_factory=_no_differences)
+    title: ClassVar[str] = "Pipeline check"
+    shown: ClassVar[tuple[str, ...]] = ("rung", "what", "metric", "expected", "value", "tolerance", "status", "note")
+
+    def __rich__(self) -> Table:
+        """What a rung does is said once, and the notes are left to the files: this fits into 80 columns."""
+        rows = self.to_dicts()
+        for before, row in zip([None, *self.rows], rows, strict=False):
+            repeated = before is not None and (before.rung, before.what) == (row["rung"], row["what"])
+            row["rung"] = "" if repeated else f"{row['rung']} {row['what']}"
+            row["metric"] = row["metric"] or row["note"]
+        return rich_table(self.title, ("rung", "metric", "expected", "value", "tolerance", "status"), rows)
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether something was found that has to be fixed before training makes sense."""
+        return self.verdict not in ("healthy", "cannot tell")
+
+    def parts(self) -> tuple[Result[Any], ...]:
+        """The table of the rungs, and those of the differences."""
+        return (self, *(table for table in (self.differences, self.stages) if table.rows))
+
+
+def cannot_tell(reason: str) -> PipelineResult:
+    """Return a verdict without evidence: the check could not run."""
+    return PipelineResult((), "cannot tell", f"cannot tell: {reason}")

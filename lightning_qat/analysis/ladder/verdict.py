@@ -1,0 +1,250 @@
+"""The judge of the pipeline check: is the pipeline, the hyperparameters or quantization to blame?
+
+Pure: numbers measured by somebody else in, evidence and one verdict out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from lightning_qat.analysis.fingerprint.difference import PipelineDifference, PipelineDifferences
+from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
+from lightning_qat.analysis.fingerprint.fingerprint_differences import compare_fingerprints, compare_stages
+from lightning_qat.analysis.ladder.healthy import healthy
+from lightning_qat.analysis.ladder.measurements import Ladder
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
+from lightning_qat.analysis.ladder.rows import TRAIN_LOSS, Evidence, PipelineRow, compare, judged, skipped_row
+from lightning_qat.analysis.ladder.rungs import (
+    BATCH_NORM_FIXED,
+    BATCH_NORM_MOVING,
+    FLOAT_FINETUNE,
+    FLOAT_MODEL,
+    RUNG_NAMES,
+    RUNGS,
+    TRAINING_RUNGS,
+    ZERO_LR_RUNGS,
+    BrokenRung,
+    Verdict,
+)
+from lightning_qat.analysis.ladder.sentences import MAKE_REFERENCE, NO_METRIC, nothing_moved
+from lightning_qat.analysis.ladder.training_rungs import (
+    blame_after_zero_lr,
+    blame_on_the_ladder,
+    blame_quantization,
+    calibrated_evidence,
+    float_finetune_evidence,
+    is_loss_known,
+    qat_evidence,
+)
+from lightning_qat.analysis.ladder.zero_lr_rungs import (
+    fingerprint_evidence,
+    float_model_evidence,
+    off_evidence,
+    training_loss_evidence,
+    zero_lr_evidence,
+)
+
+Reference = Mapping[str, float] | Fingerprint | None
+"""What is known of the float run: its metrics, or its fingerprint."""
+_EXPLAINS: dict[int, tuple[str, ...]] = {
+    FLOAT_MODEL: (
+        "weights",
+        "model input (validate)",
+        "data (validate)",
+        "labels (validate)",
+        "evaluation",
+        "modes",
+        "metric",
+    ),
+    BATCH_NORM_FIXED: (
+        "weights",
+        "model input (train)",
+        "data (train)",
+        "labels (train)",
+        "modes",
+        "loss",
+        "batch norm",
+    ),
+    BATCH_NORM_MOVING: ("model input (train)", "data (train)", "modes", "batch norm", "settings", "loss"),
+    FLOAT_FINETUNE: (
+        "model input (train)",
+        "data (train)",
+        "labels (train)",
+        "optimizer",
+        "settings",
+        "scheduler",
+        "loss",
+    ),
+}
+"""Parts of two pipelines that can explain why a rung breaks, if they differ."""
+_WEAK_CAUSES = {
+    BATCH_NORM_MOVING: ("batch_size", "momentum"),
+    FLOAT_FINETUNE: ("gradient_clip", "class", "schedulers", "lr", "weight_decay"),
+}
+"""Differences that are common in healthy runs, and still the likeliest cause if just this rung breaks."""
+
+
+def judge(
+    ladder: Ladder,
+    reference: Reference = None,
+    here: Fingerprint | None = None,
+    rungs: Collection[int] = RUNGS,
+    *,
+    pipeline_only: bool = False,
+    zero_lr: Verdict | None = None,
+    flag: str = "",
+) -> PipelineResult:
+    """Judge the ladder: the first rung that breaks names the culprit.
+
+    Args:
+        ladder: what was measured.
+        reference: the float run: its fingerprint, or its metrics; ``train_loss`` among them is its last training loss.
+        here: the fingerprint of this pipeline with the weights it starts from.
+        rungs: those asked for.
+        pipeline_only: ask only whether the pipeline is to blame. What quantization loses is said then, but it is no
+            verdict, and a quantized model that collapses at learning rate 0 is called ``scales drift``.
+        zero_lr: the verdict of a finetune with learning rate 0 that ran before, if this one has no such rung.
+        flag: what ConvergenceMonitor has flagged, if that is why the check runs.
+
+    Example:
+        >>> from lightning_qat.analysis.ladder.measurements import Finetune, Measurement
+        >>> accuracy = Measurement({"val_acc": 0.9}, {"val_acc": 0.01})
+        >>> collapsed = Finetune(Measurement({"val_acc": 0.1}), 50, moved_buffers={"bn.running_mean": 0.9})
+        >>> kept = Finetune(accuracy, 50)
+        >>> result = judge(Ladder(accuracy, batch_norm_fixed=kept, batch_norm_moving=collapsed), rungs=(0, 2, 3))
+        >>> result.verdict, result.rung
+        ('pipeline misaligned', 3)
+    """
+    known = reference if isinstance(reference, Fingerprint) else None
+    rows, broken = _evidence(ladder, reference, here, rungs, pipeline_only, zero_lr)
+    result = PipelineResult(
+        tuple(rows),
+        differences=compare_fingerprints(known, here) if known and here else PipelineDifferences(()),
+        stages=compare_stages(here) if here is not None else PipelineDifferences(()),
+    )
+    if broken:
+        return _convicted(result, broken[0], known is not None)
+    if missing := _nothing_judged(ladder, rows, rungs):
+        return replace(result, note=f"cannot tell: {missing}")
+    if ladder.float_finetune and not ladder.float_finetune.changed_parameters:
+        return replace(result, note=f"cannot tell: {nothing_moved(ladder.float_finetune)}", rung=FLOAT_FINETUNE)
+    if flag:
+        return replace(result, note=f"cannot tell: {_nothing_found(ladder, flag)}")
+    if FLOAT_MODEL in rungs and (better := _better_after_training(ladder, rows)):
+        return replace(result, note=f"cannot tell: {better}")
+    strong = result.differences.strong
+    suspicious = f" Yet there is a suspicious difference: {_ended(strong[0].what)}" if strong else ""
+    note = healthy(ladder, rows, rungs, reference if isinstance(reference, Mapping) else None, pipeline_only)
+    return replace(result, verdict="healthy", note=f"healthy: {note}{suspicious}")
+
+
+def _evidence(
+    ladder: Ladder,
+    reference: Reference,
+    here: Fingerprint | None,
+    rungs: Collection[int],
+    pipeline_only: bool,
+    zero_lr: Verdict | None,
+) -> Evidence:
+    """The rows and the broken rungs, the lowest first, of the rungs asked for."""
+    known = reference if isinstance(reference, Fingerprint) else None
+    metrics = dict(reference) if isinstance(reference, Mapping) else {}
+    float_model = ladder.float_model
+    still = zero_lr_evidence(ladder, rungs, metrics.get(TRAIN_LOSS))
+    if not pipeline_only:
+        still = still[0], blame_quantization(still[1], ladder)
+    nothing_at_zero = here is None and not any(rung in rungs for rung in ZERO_LR_RUNGS)
+    blame = blame_after_zero_lr(zero_lr) if nothing_at_zero else blame_on_the_ladder(is_loss_known(reference, here))
+    nothing: Evidence = [], []
+    every: tuple[Evidence, ...] = (
+        fingerprint_evidence(known, here, float_model)
+        if known and here
+        else float_model_evidence(float_model, metrics),
+        off_evidence(ladder.off),
+        calibrated_evidence(ladder) if not pipeline_only else nothing,
+        still,
+        training_loss_evidence(known, here) if known and here else nothing,
+        float_finetune_evidence(ladder, blame),
+        qat_evidence(ladder),
+    )
+    rows = [row for evidence in every for row in evidence[0] if row.rung in rungs]
+    rows += [skipped_row(rung, why) for rung, why in ladder.missing.items()]
+    broken = [rung for evidence in every for rung in evidence[1] if rung.rung in rungs]
+    return sorted(rows, key=lambda row: row.rung), sorted(broken, key=lambda found: found.rung)
+
+
+def _convicted(result: PipelineResult, broken: BrokenRung, has_fingerprint: bool) -> PipelineResult:
+    cause = _cause(result, broken, has_fingerprint)
+    verdict = broken.verdict
+    if verdict == "cannot tell" and cause and cause.part.startswith("labels"):
+        verdict = "pipeline misaligned"  # the model's own answers convict them
+    words = ""
+    if cause:
+        words = f" Most likely cause: {_ended(cause.what)}"
+    elif verdict == "pipeline misaligned" and not has_fingerprint and broken.rung in _EXPLAINS:
+        words = f" {MAKE_REFERENCE}: it says what differs."
+    where = f"{verdict} (rung {broken.rung}, {RUNG_NAMES[broken.rung]})"
+    return replace(
+        result,
+        verdict=verdict,
+        note=f"{where}: {broken.text}{words}",
+        rung=broken.rung,
+        cause=cause.what if cause else "",
+    )
+
+
+def _cause(result: PipelineResult, broken: BrokenRung, has_fingerprint: bool) -> PipelineDifference | None:
+    """The most suspicious difference that could break this rung."""
+    parts = _EXPLAINS.get(broken.rung, ())
+    weak = _WEAK_CAUSES.get(broken.rung, ())
+    rows = [row for row in result.differences.rows if any(row.part.startswith(part) for part in parts)]
+    for row in rows:
+        if row.suspicion == "strong":
+            return row
+    for row in rows:
+        if row.suspicion == "possible" and any(word in row.what for word in weak):
+            return row
+    if not has_fingerprint and broken.rung in (BATCH_NORM_FIXED, BATCH_NORM_MOVING, FLOAT_FINETUNE):
+        return next((row for row in result.stages.rows if row.suspicion == "strong"), None)
+    return None
+
+
+def _ended(what: str) -> str:
+    return what if what.endswith("?") else f"{what}."
+
+
+def _nothing_judged(ladder: Ladder, rows: Sequence[PipelineRow], rungs: Collection[int]) -> str:
+    """Say why no rung that trains could be judged; empty if one was, or if none was asked for."""
+    asked = [rung for rung in rungs if rung in (*ZERO_LR_RUNGS, *TRAINING_RUNGS)]
+    if not asked or judged([row for row in rows if row.rung in asked]):
+        return ""
+    if all(rung in ladder.missing for rung in asked):
+        return ladder.missing[asked[0]]
+    return NO_METRIC
+
+
+def _nothing_found(ladder: Ladder, flag: str) -> str:
+    finetune = ladder.qat or ladder.float_finetune or ladder.batch_norm_fixed
+    batches = finetune.batches if finetune else 0
+    return (
+        f"ConvergenceMonitor has flagged this run ({flag}), and from the weights it started from nothing breaks within "
+        f"{batches} batches. Look for longer: PipelineCheck(batches={10 * max(1, batches)}), and do what "
+        "convergence.txt says."
+    )
+
+
+def _better_after_training(ladder: Ladder, rows: Sequence[PipelineRow]) -> str:
+    """Without a reference: say that a few batches improve the float model a lot, so that it was not good here."""
+    finetune = ladder.float_finetune or ladder.qat
+    if finetune is None or any(row.rung == FLOAT_MODEL and row.status == "holds" for row in rows):
+        return ""
+    worse = judged(compare(finetune.after.metrics, ladder.float_model, finetune.after))
+    changes = [f"{row.metric} {row.value:.4g} -> {row.expected:.4g}" for row in worse if row.status == "breaks"]
+    if not changes:
+        return ""
+    return (
+        f"{finetune.batches} batches of training make the float model far better ({', '.join(changes[:2])}), so it was "
+        "not good to begin with. Are these the weights of the float run (init_from), and is the data prepared as it "
+        f"was there? {MAKE_REFERENCE}: it says what differs."
+    )

@@ -1,0 +1,123 @@
+"""The points of a plan bound to a target: each op's fake-quants, with what interception has to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm
+from lightning_qat.quantization.planning.plan import QuantPlan
+from lightning_qat.quantization.tracing.op_graph import OpGraph
+
+ParameterView = tuple[nn.Parameter, torch.Size, tuple[int, ...], int]
+"""A part of a parameter: the parameter, and size, strides and offset of the part."""
+
+
+class BoundPoint:
+    """A point of the plan with its fake-quant.
+
+    Args:
+        name: name of the point.
+        fake_quant: the quantizer.
+        is_weight: it quantizes a weight.
+        written: the op writes into the operand, or the result of an in-place op is written once more: it must stay
+            the same tensor, which others may know under another name.
+        rewritten: the operand is written later, so that backward must not rely on its values.
+        batch_norm: the batch norm that is folded into the weight before it is quantized.
+        repeats: several calls within one forward share it.
+
+    Attributes:
+        trained: where the weight of the last training forward is, which the optimizer may have changed since.
+    """
+
+    __slots__ = ("batch_norm", "fake_quant", "is_weight", "name", "repeats", "rewritten", "role", "trained", "written")
+
+    def __init__(
+        self,
+        name: str,
+        fake_quant: FakeQuantize,
+        is_weight: bool = False,
+        written: bool = False,
+        rewritten: bool = False,
+        batch_norm: FoldedBatchNorm | None = None,
+        repeats: bool = False,
+    ) -> None:
+        self.name = name
+        self.fake_quant = fake_quant
+        self.is_weight = is_weight
+        self.role = "weight" if is_weight else "activation"
+        self.written = written
+        self.rewritten = rewritten
+        self.batch_norm = batch_norm
+        self.repeats = repeats and not is_weight
+        self.trained: ParameterView | None = None
+
+    @torch.no_grad()
+    def refresh(self, parameters: Container[int]) -> None:
+        """Take the scale of a weight as the next evaluation would, if only the optimizer made it outdated.
+
+        Args:
+            parameters: identities of the parameters that the target has now.
+        """
+        fake_quant, norm = self.fake_quant, self.batch_norm
+        if self.trained is None or not fake_quant.outdated or fake_quant.frozen:
+            return
+        if id(self.trained[0]) not in parameters:  # another one was put into its place
+            return
+        weight = torch.as_strided(*self.trained)
+        fake_quant.update_scale(weight if norm is None else norm.fold(weight, norm.factor(weight)), ema=False)
+        fake_quant.outdated = False
+
+
+class OpQuantizers:
+    """The fake-quants of one op, in the form interception needs; ``op`` is its name."""
+
+    __slots__ = ("inputs", "op", "output")
+
+    def __init__(self, op: str = "") -> None:
+        self.op = op
+        self.inputs: dict[int, BoundPoint] = {}
+        self.output: BoundPoint | None = None
+
+
+UNPLANNED = OpQuantizers()
+"""Stands for an op the plan does not know."""
+
+
+def bind(
+    graph: OpGraph, plan: QuantPlan, points: Mapping[str, FakeQuantize], target: nn.Module
+) -> dict[str, OpQuantizers]:
+    """Return the fake-quants of every op of the graph by its run-time identity."""
+    bound = {op.key: OpQuantizers(op.name) for op in graph.ops}
+    bound |= {twin: bound[op.key] for op in graph.ops for twin in op.twins}
+    operands = (operand for op in graph.ops for operand in op.operands if operand.written)
+    written = {s.name for operand in operands for s in operand.sources if s.kind == "op"}
+    for point in plan.points:
+        op, fake_quant = graph.by_name[point.op], points[point.name]
+        if point.role == "output":
+            written_again = op.inplace and op.name in written
+            bound[op.key].output = BoundPoint(point.name, fake_quant, written=written_again, repeats=op.calls > 1)
+        else:
+            operand = next(o for o in op.operands if o.index == point.operand)
+            norm = FoldedBatchNorm.of(graph, point, target)
+            bound[op.key].inputs[point.operand] = BoundPoint(
+                point.name,
+                fake_quant,
+                point.is_weight,
+                operand.written and not point.is_weight,  # an embedding with max_norm, see RegionMode
+                operand.rewritten,
+                norm,
+                op.calls > 1,
+            )
+    return bound
+
+
+def parameter_view(weight: Tensor) -> ParameterView | None:
+    """Where in a parameter a weight is; None for one that is computed anew in every forward."""
+    base = weight._base if weight._is_view() else weight
+    if not isinstance(base, nn.Parameter):
+        return None
+    return base, weight.size(), weight.stride(), int(weight.storage_offset())

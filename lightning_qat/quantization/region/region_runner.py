@@ -1,0 +1,128 @@
+"""Running a region: what happens when the target's forward is entered, and which ops the plan did not know."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import prune
+
+from lightning_qat.quantization.errors import PlanMismatchError
+from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
+from lightning_qat.quantization.interception.activation_checkpointing import RunningRegion
+from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode, user_location
+from lightning_qat.quantization.interception.interception import CallPathMode, SpecCache, active_mode
+from lightning_qat.quantization.region.bound_points import UNPLANNED, OpQuantizers
+from lightning_qat.quantization.region.freezing import Freezing
+from lightning_qat.quantization.region.region_mode import RegionMode
+from lightning_qat.quantization.region.switches import Switches
+from lightning_qat.quantization.tracing.op_graph import OpGraph
+
+
+class RegionRunner:
+    """Opens a :class:`RegionMode` for every entry of the target's forward.
+
+    Args:
+        target: the module whose forward is quantized.
+        switches: what of the region is on.
+        freezing: what of it is frozen.
+
+    Attributes:
+        call_ranges: the range of every call of what runs several times per forward.
+        unplanned: how often an op ran that was not seen while tracing, by its place.
+        call_paths: the call tree of the target, which finds the fake-quants of an op.
+        functions: the table rows of the torch functions met so far.
+    """
+
+    call_paths: CallPaths
+    functions: SpecCache
+
+    def __init__(self, target: nn.Module, switches: Switches, freezing: Freezing) -> None:
+        self.target = target
+        self.switches = switches
+        self.freezing = freezing
+        self.call_ranges = CallRanges()
+        self.unplanned: dict[str, int] = {}
+
+    def bind(self, target: nn.Module, graph: OpGraph, bound: Mapping[str, OpQuantizers], is_restored: bool) -> None:
+        """Take over a graph and its fake-quants.
+
+        Args:
+            target: the module whose forward is quantized.
+            graph: its ops.
+            bound: the fake-quants of every op by its run-time identity.
+            is_restored: the graph is that of a checkpoint; the code of this process was not traced.
+        """
+        self._graph, self._bound, self._is_restored = graph, bound, is_restored
+        self.functions = SpecCache()
+        self.call_paths = CallPaths(target, self._find)
+
+    def _find(self, digest: str, node: ScopeNode, kind: str) -> OpQuantizers:
+        return self._bound.get(digest, UNPLANNED)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the plain forward runs."""
+        return self.switches.state == "off"
+
+    def open(self, frame: FrameType) -> CallPathMode | None:
+        """Decide about one entry of the forward; a recursive entry is part of the running one.
+
+        Raises:
+            RuntimeError: another region is running: its fake-quants would be applied to the same ops.
+        """
+        outer = active_mode()
+        if outer is None:
+            self.freezing.hold()
+            return RegionMode(self, frame)
+        if active_mode(self.call_paths) is not None:
+            return None
+        raise RuntimeError(
+            f"the quantized region {type(self.target).__name__} was called inside another one, "
+            f"{type(outer.calls.paths.target).__name__}: make only one of the two a target."
+        )
+
+    def run(
+        self, mode: CallPathMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the forward under a mode; frames (and the tensors they hold) are let go at the end."""
+        try:
+            with RunningRegion(), mode:
+                return forward(*args, **kwargs)
+        finally:
+            mode.calls.clear()
+
+    def note_unplanned(self, kind: str, frame: FrameType) -> None:
+        """Count an op that was not seen while tracing; it runs in float and is reported once per place.
+
+        Not reported is what pruning computes from a parameter, and started to compute after tracing: the product is
+        quantized where it is used, by the weight's own fake-quant.
+
+        Raises:
+            PlanMismatchError: the plan was restored, and its code did not vary: this is other code.
+        """
+        if frame.f_code.co_filename == prune.__file__:
+            return
+        location = f"{kind} at {user_location(frame)}"
+        count = self.unplanned.get(location, 0)
+        self.unplanned[location] = count + 1
+        if count:
+            return
+        if self._is_restored and not self._graph.varying:
+            raise PlanMismatchError(
+                f"the restored plan of {self._graph.target_type} does not know {location}: the code differs from the "
+                "one the checkpoint was made with. Restore the code, or insert fake-quant anew and calibrate."
+            )
+        warnings.warn(
+            f"{location} was not seen while tracing {self._graph.target_type}; it runs in float. Trace batches that "
+            "reach it, or, if its repetition varies, put the code into `with dynamic_block(self, ...)`.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        rebuilt = ("call_paths", "functions", "_bound", "_graph")  # by the region of the copy; some hold code objects
+        return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
