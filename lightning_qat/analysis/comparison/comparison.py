@@ -1,9 +1,8 @@
-"""Float model against quantized model, tensor by tensor (B3): ``compare(region, batches)``."""
+"""Float model against quantized model, tensor by tensor: ``compare(region, batches)``."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lightning_qat.analysis.captured_calls import RepeatableForward, analysis_mode
 from lightning_qat.analysis.comparison.compared_forward import ComparedForward
+from lightning_qat.analysis.comparison.compared_round import ComparedRound
 from lightning_qat.analysis.comparison.compared_tensors import ComparedTensor, compared_tensors
 from lightning_qat.analysis.comparison.comparison_metrics import LayerErrors, TensorErrors
 from lightning_qat.analysis.comparison.comparison_result import (
@@ -124,14 +124,14 @@ class _Comparison:
         self.diverged: dict[str, None] = {}
         self.batches = 0
         self.most_kept = 0
-        self._round = _Round(0)
+        self._round = ComparedRound(0)
 
     def add(self, call: Call) -> None:
         """Compare the two models on one batch."""
         with RepeatableForward(self.region.target, call, self.seed) as forward:
             start: int | None = 0
             while start is not None:
-                self._round = _Round(start)
+                self._round = ComparedRound(start)
                 reference = self._float_forward(forward, own=start == 0)
                 self.most_kept = max(self.most_kept, self._round.kept_bytes)
                 self._round.to_quantized()
@@ -267,46 +267,6 @@ _COLUMNS = (
     *_OWN,
     *(f"{model}_model_{what}" for what in ("min", "max", "mean", "var") for model in ("base", "analy")),
 )
-
-
-class _Round:
-    """One float forward and the quantized one after it: the float values from ``start`` on, as far as there is room."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-        self.next: int | None = None
-        self.quantized = False
-        self.kept: dict[tuple[str, int], Tensor] = {}
-        self.kept_bytes = 0
-        self._position = 0
-        self._uses: Counter[str] = Counter()
-        self._float_uses: Counter[str] = Counter()
-
-    def to_quantized(self) -> None:
-        """The float forward is over."""
-        self.quantized = True
-        self._float_uses, self._uses = self._uses, Counter()
-
-    def uneven(self) -> list[str]:
-        """Rows that the two models showed a different number of times."""
-        return [name for name in self._float_uses | self._uses if self._float_uses[name] != self._uses[name]]
-
-    def use(self, name: str) -> int:
-        """Count how often a row was shown in this forward."""
-        self._uses[name] += 1
-        return self._uses[name] - 1
-
-    def keep(self, key: tuple[str, int], value: Tensor, keep_bytes: int) -> None:
-        """Keep a copy of a float value, or leave it to the next round."""
-        position, self._position = self._position, self._position + 1
-        if position < self.start or self.next is not None:
-            return
-        size = value.numel() * value.element_size()
-        if self.kept and self.kept_bytes + size > keep_bytes:
-            self.next = position
-            return
-        self.kept[key] = value.detach().clone()
-        self.kept_bytes += size
 
 
 def _origin(errors: TensorErrors | None, own: TensorErrors | None) -> Origin | None:

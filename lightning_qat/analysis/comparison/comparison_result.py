@@ -1,4 +1,4 @@
-"""The table of a layer comparison (B3): its rows and columns."""
+"""The table of a layer comparison: its rows and columns."""
 
 from __future__ import annotations
 

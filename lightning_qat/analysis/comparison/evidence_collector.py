@@ -86,12 +86,13 @@ class EvidenceCollector:
         return sorted({1, channels, dims - 1, *joined}), (channels,)
 
     def _add_weight(self, gathered: _Gathered, value: Tensor, quantized: Tensor, plan: PointPlan) -> None:
-        """Try a scale per channel at a weight that has one for all."""
+        """Look along the inputs of a weight; if it has one scale also along its channels, and try a scale for each."""
         axis = self.region.graph.by_name[plan.op].weight_axis
-        if plan.axis is not None or axis is None or value.dim() < 2:
+        if axis is None or value.dim() < 2:
             return
-        gathered.along.axes.add(value, quantized, [axis])
-        gathered.along.per_channel = _per_channel_error(value, axis, self._points[plan.name])
+        gathered.along.axes.add(value, quantized, [1 - axis] if plan.axis is not None else [0, 1])
+        if plan.axis is None:
+            gathered.along.per_channel = _per_channel_error(value, axis, self._points[plan.name])
 
     def all_reduce(self) -> None:
         """Combine the evidence of all ranks; every rank must call this."""
@@ -168,6 +169,7 @@ class EvidenceCollector:
             populations=self._populations(plan, point, gathered),
             leaves=plan.role == "output" and plan.op in self._makers.leaving,
             given=self._makers.given(plan),
+            channel_axis=self.region.graph.by_name[plan.op].weight_axis if plan.is_weight else None,
             affine_gain=affine_gain(point) if not plan.is_weight else None,
             per_channel=gathered.along.per_channel,
             scales=point.scale.numel(),
@@ -177,9 +179,9 @@ class EvidenceCollector:
 
     def _populations(self, plan: PointPlan, point: FakeQuantize, gathered: _Gathered) -> tuple[Population, ...]:
         sums = gathered.along.axes.known
-        if not sums or point.scale.numel() != 1 or not bool(point.scale.isfinite()):
+        if not sums or not bool(point.scale.isfinite().all()):
             return ()
-        scale = float(point.scale.detach())
+        scale = float(point.scale.detach().max())
         highest = max(map(abs, representable_range(point))) + scale / 2
         parts = () if plan.is_weight else self._makers.parts(plan)
         bound = None if plan.is_weight else self._makers.bound(plan)

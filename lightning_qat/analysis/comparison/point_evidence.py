@@ -66,7 +66,8 @@ class PointEvidence:
         calls: range of each call of a point that several calls in a dynamic block share.
         divides: ops that divide by the values, or take their reciprocal or logarithm.
         profiles: of a point that is divided by: along its axes. Of another: along its channel axis.
-        scales: how many scales it has; ``channels``: how many it could have along the channel axis of a weight.
+        scales: how many scales it has; ``channels``: how many it could have along the channel axis of a weight, which
+            is ``channel_axis``.
         types: those that the hardware has here; empty if it is not known. ``styles``: schemes of an activation,
             granularities of a weight.
         request: what an override asks for and is not in effect; empty if all is. ``requested`` is the type.
@@ -113,6 +114,7 @@ class PointEvidence:
     populations: tuple[Population, ...] = ()
     leaves: bool = False
     given: bool = False
+    channel_axis: int | None = None
     affine_gain: float | None = None
     per_channel: float | None = None
 

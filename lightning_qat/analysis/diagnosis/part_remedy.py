@@ -21,7 +21,8 @@ def keep_part(e: PointEvidence, part: Population) -> Remedy:
     """
     is_weight = e.role == "weight"
     found: list[Remedy] = []
-    if (channels := scale_per_channel(e)) is not None:
+    channels = scale_per_channel(e) if part.axis == e.channel_axis else None
+    if channels is not None:
         found.append(_kept(e, part, channels.action, channels.yaml, part.own_error))
     wide = wider_dtype(e)
     quant_max = INT16_MAX if wide == "int16" else INT8_MAX
@@ -31,7 +32,8 @@ def keep_part(e: PointEvidence, part: Population) -> Remedy:
         fields: dict[str, object] = {"dtype": wide}
         if e.fixed_scale is not None:
             fields["fixed_scale"] = f"{rounded_up(e.largest):g}/{quant_max}"
-        wider = [_kept(e, part, f"Raise it to {wide}.", override(e.point, is_weight, **fields), error)]
+        even = "Bring the inputs to like sizes in the model, or: " if is_weight and channels is None else ""
+        wider = [_kept(e, part, f"{even}Raise it to {wide}.", override(e.point, is_weight, **fields), error)]
     groups = []
     if part.groups and not is_weight:
         split_along = {"axis": part.axis, "sizes": list(part.groups)}
