@@ -1,7 +1,7 @@
 """The package's structure: which layer may import which, where Lightning may appear, how long a file may be.
 
 ``quantization <- analysis <- reporting, export <- callbacks <- cli``: a layer imports itself and what stands left of
-it. So do the parts of a layer.
+it. So do the parts of a layer. No file is part of a circle.
 """
 
 from __future__ import annotations
@@ -41,7 +41,17 @@ PARTS = {  # folders, and files beside them; "" are the other files
         "diagnosis",
         "runs",
     ),
-    "callbacks": ("trainer", "passes", "quantized_run", "analyses", "schedule", "insertion", "ladder", ""),
+    "callbacks": (
+        "trainer",
+        "preservation",
+        "passes",
+        "quantized_run",
+        "analyses",
+        "schedule",
+        "insertion",
+        "ladder",
+        "",
+    ),
 }
 LIGHTNING_LAYERS = ("callbacks", "cli")
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
@@ -111,6 +121,43 @@ def test_imports_in_the_right_direction_are_not_reported(tmp_path: Path) -> None
         },
     )
     assert violations(root) == []
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    """At type-checking time either: what stands under ``if TYPE_CHECKING`` counts."""
+    assert circles(ROOT) == []
+
+
+@pytest.mark.parametrize("guard", ["", "if TYPE_CHECKING:\n    "])
+def test_planted_circle_is_found(tmp_path: Path, guard: str) -> None:
+    root = package_with(
+        tmp_path,
+        {
+            "quantization/a.py": "from lightning_qat.quantization.b import x",
+            "quantization/b.py": "from .c import x",
+            "quantization/c.py": f"{guard}from lightning_qat.quantization import a",
+            "quantization/d.py": "from .a import x",
+        },
+    )
+    assert circles(root) == [["quantization.a", "quantization.b", "quantization.c"]]
+
+
+def circles(root: Path) -> list[list[str]]:
+    """Groups of files that import each other, directly or through others."""
+    paths = {".".join(path.relative_to(root).with_suffix("").parts): path for path in root.rglob("*.py")}
+    reached = {}
+    for module, path in paths.items():
+        package = (PACKAGE, *path.relative_to(root).parent.parts)
+        names = (name for _, name in imported_names(ast.parse(path.read_text(encoding="utf-8")), package))
+        inner = [name.removeprefix(f"{PACKAGE}.") for name in names if name.startswith(f"{PACKAGE}.")]
+        # a name stands for a file, or for what is in one
+        reached[module] = {found for name in inner for found in (name, name.rpartition(".")[0]) if found in paths}
+    for through in paths:  # Warshall: what is reached through a file
+        for imported in reached.values():
+            if through in imported:
+                imported |= reached[through]
+    together = {tuple(sorted(m for m in reached[n] if n in reached[m])) for n in paths if n in reached[n]}
+    return [list(group) for group in sorted(together)]
 
 
 def violations(root: Path) -> list[str]:

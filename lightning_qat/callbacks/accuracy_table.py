@@ -1,4 +1,4 @@
-"""Float, calibrated and QAT accuracy side by side, across runs, with pass or fail."""
+"""Float, calibrated and QAT accuracy side by side, across runs, and whether the target is met."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lightning_qat.reporting.tables import markdown
 
 
 class AccuracyTable(Callback):
-    """Evaluate the float, the calibrated and the trained model, and keep the values of all runs in one table (D7).
+    """Evaluate the float, the calibrated and the trained model, and keep the values of all runs in one table.
 
     The float model is the module with fake-quant off, before training; with trained weights only ``QAT`` is evaluated.
     Also runs in ``trainer.validate`` and ``trainer.test``. Values are kept in ``result_table.json`` under

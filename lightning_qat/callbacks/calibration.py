@@ -10,7 +10,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_qat.callbacks.passes.extra_pass import analysis_batches, run_step, undisturbed
+from lightning_qat.callbacks.passes.extra_batches import extra_batches
+from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.quantized_run import ScaleSource, is_calibrated, require_quantization, require_regions
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
@@ -27,7 +29,7 @@ class Calibration(ScaleSource):
     are those of the weights that quantization starts with. Also runs ahead of ``trainer.validate``, ``test`` and
     ``predict`` alone, so that post-training quantization is a Trainer call. Skipped when a restored checkpoint brings
     calibrated scales, and in a second fit. Data come from ``calibration_dataloader()`` of the datamodule or module if
-    there is one, else from the training data; they pass through the validation step in eval mode, in float.
+    there is one, else from the training data; they go through the validation step in eval mode, in float.
 
     Args:
         batches: number of batches over all ranks together; 32 if neither is given.
@@ -116,7 +118,7 @@ class Calibration(ScaleSource):
         ):
             pl_module.eval()
             for _ in range(self.epochs or 1):
-                for extra in analysis_batches(trainer, pl_module, per_rank, "calibration"):
+                for extra in extra_batches(trainer, pl_module, per_rank, "calibration"):
                     run_step(trainer, pl_module, extra, "validate")
                     calibration.batch_done()
                     advance()

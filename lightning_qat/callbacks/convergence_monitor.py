@@ -22,8 +22,10 @@ from lightning_qat.analysis.nan_origin import first_bad_point
 from lightning_qat.analysis.statistics.statistics import WeightCodes
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
-from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, run_step, undisturbed
-from lightning_qat.callbacks.passes.module_copy import copied_module
+from lightning_qat.callbacks.passes.extra_batches import ExtraBatch
+from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.preservation.module_copy import copied_module
+from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.callbacks.trainer._compat import bare, steps_taken
 from lightning_qat.callbacks.trainer.listed_callbacks import listed

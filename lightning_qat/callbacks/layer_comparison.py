@@ -21,8 +21,8 @@ from lightning_qat.analysis.diagnosis.diagnosis_result import DiagnosisResult
 from lightning_qat.analysis.model_check.checked_region import rules_of
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
-from lightning_qat.callbacks.analyses.analysis_pass import AnalysisOutputs
 from lightning_qat.callbacks.analyses.epoch_end_analysis import EpochEndAnalysis
+from lightning_qat.callbacks.analyses.undisturbed_analysis import AnalysisOutputs
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.callbacks.trainer import _compat

@@ -27,9 +27,11 @@ from lightning_qat.analysis.fingerprint.fingerprint import (
 )
 from lightning_qat.callbacks.ladder.step_summary import StageSummary, evaluates_randomly, summarize
 from lightning_qat.callbacks.ladder.training_copy import loss_of
-from lightning_qat.callbacks.passes.analysis_loaders import Stage
 from lightning_qat.callbacks.passes.evaluation import evaluate
-from lightning_qat.callbacks.passes.extra_pass import analysis_batches, run_step, undisturbed
+from lightning_qat.callbacks.passes.extra_batches import extra_batches
+from lightning_qat.callbacks.passes.fresh_loaders import Stage
+from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
@@ -160,7 +162,7 @@ def _training_loss(
 ) -> tuple[float, float | None] | None:
     """Mean training loss and its standard error, with everything as in training but batch norm in the given mode."""
     losses = []
-    for extra in analysis_batches(trainer, pl_module, batches, "train"):
+    for extra in extra_batches(trainer, pl_module, batches, "train"):
         pl_module.train()
         for module in pl_module.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -60,7 +60,7 @@ class SensitivityAnalysis(EpochEndAnalysis):
         output: path into the region's output such as ``map.layer_3``; all its tensors if not given.
         post_process: applied to that output in float, such as ``torch.sigmoid``.
         method: ``sketch``, ``isolation``, or ``auto``: isolation for few points and where there is no gradient.
-        probes: backward passes per batch of a sketch at the end of an epoch, which confirms nothing.
+        probes: backwards per batch of a sketch at the end of an epoch, which confirms nothing.
         final_probes: the same at the end of training.
         top_k: how many of the most sensitive points matter at the end of training: they are found among three times as
             many that are measured by isolation. A tenth of all points if not given.

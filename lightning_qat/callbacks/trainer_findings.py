@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_qat.analysis.model_check.findings import Finding
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.passes.analysis_loaders import fresh_loaders
-from lightning_qat.callbacks.passes.extra_pass import undisturbed
+from lightning_qat.callbacks.passes.fresh_loaders import fresh_loaders
+from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.quantized_run import quantization_of
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.quantization.region.regions import find_regions

@@ -12,7 +12,8 @@ from lightning_qat.analysis.model_check.model_check_result import ModelCheckResu
 from lightning_qat.callbacks.model_check import FailOn, ModelCheck
 from lightning_qat.callbacks.trainer.output_directory import shared_directory
 from lightning_qat.cli.command import Command, add_quantization_options
-from lightning_qat.cli.project import Project, run_project
+from lightning_qat.cli.project import Project
+from lightning_qat.cli.run_project import run_project
 from lightning_qat.reporting.console import print_note, show
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.model_check_report import FILE_NAME

@@ -11,7 +11,8 @@ from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.callbacks.pipeline_fingerprint import FILE_NAME, take_fingerprint
 from lightning_qat.callbacks.trainer.output_directory import shared_directory
 from lightning_qat.cli.command import Command, add_project_options, number_of_batches
-from lightning_qat.cli.project import Project, run_project
+from lightning_qat.cli.project import Project
+from lightning_qat.cli.run_project import run_project
 from lightning_qat.reporting.console import print_note, print_text
 
 

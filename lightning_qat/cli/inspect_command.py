@@ -9,12 +9,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from lightning_qat.analysis.comparison.point_inspection import PointInspection, inspect_point, unknown_point
-from lightning_qat.callbacks.analyses.analysis_pass import analysis_pass
 from lightning_qat.callbacks.analyses.chosen_samples import chosen_samples
-from lightning_qat.callbacks.passes.extra_pass import run_step
+from lightning_qat.callbacks.analyses.undisturbed_analysis import undisturbed_analysis
+from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.trainer.output_directory import shared_directory
 from lightning_qat.cli.command import Command, add_quantization_options
-from lightning_qat.cli.project import Project, run_project
+from lightning_qat.cli.project import Project
+from lightning_qat.cli.run_project import run_project
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.reporting.console import print_note, print_text
@@ -41,7 +42,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) -> int:
     def inspect(project: Project) -> tuple[PointInspection, Path, list[str]]:
         def work(trainer: pl.Trainer, module: pl.LightningModule) -> tuple[PointInspection, Path]:
-            with analysis_pass(trainer, module, "inspect") as regions:
+            with undisturbed_analysis(trainer, module, "inspect") as regions:
                 region, point = find_point(regions, options.point)
                 batch = chosen_samples(trainer, module, options.samples)
                 inspection = inspect_point(
@@ -93,7 +94,7 @@ def _sample_numbers(text: str) -> tuple[int, ...]:
 INSPECT = Command(
     name="inspect",
     summary="one point of the quantized model: its tensors, their range, histogram and error, as files and figures",
-    description="""Run samples through the quantized model in evaluation mode and keep what passes one point.
+    description="""Run samples through the quantized model in evaluation mode and keep what flows through one point.
 
 Written to <output>/<point>/: tensors.npz (float, quantized and error of every quantization), summary.txt, histogram.csv
 and three figures. The names of the points are those of the reports, such as model_check_result.txt.

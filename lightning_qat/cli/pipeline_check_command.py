@@ -11,7 +11,8 @@ from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
 from lightning_qat.callbacks.trainer.output_directory import shared_directory
 from lightning_qat.cli.command import Command, add_quantization_options, number_of_batches
-from lightning_qat.cli.project import Project, run_project
+from lightning_qat.cli.project import Project
+from lightning_qat.cli.run_project import run_project
 from lightning_qat.reporting.console import print_note, show
 from lightning_qat.reporting.files import write_result
 

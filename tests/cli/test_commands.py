@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningCLI
 from examples.digits import DigitsDataModule
 from lightning_qat.cli.command_line import main
 from lightning_qat.cli.inspect_command import find_point
-from lightning_qat.cli.project import one_device
+from lightning_qat.cli.script_surroundings import one_device
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.reporting.model_check_report import read_model_check
@@ -342,7 +342,7 @@ def test_module_runs_as_a_program(tmp_path: Path) -> None:
 
 def test_signature_of_fit_survives_the_interception() -> None:
     """LightningCLI builds its options from it."""
-    from lightning_qat.cli import project
+    from lightning_qat.cli.run_project import _Outcome, _taken_over
 
-    taken_over = project._taken_over(Trainer.fit, project._Outcome(lambda p: None))
+    taken_over = _taken_over(Trainer.fit, _Outcome(lambda project: None))
     assert python_inspect.signature(taken_over) == python_inspect.signature(Trainer.fit)

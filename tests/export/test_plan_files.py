@@ -125,7 +125,7 @@ def fake_quantized(point: dict[str, Any], x: np.ndarray) -> np.ndarray:
         shape = [1] * x.ndim
         shape[point["axis"]] = point["channels"]
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-    codes = np.rint(x * (np.float32(1) / scale)) + zero_point.astype(np.float32)
+    codes = np.rint(x / scale) + zero_point.astype(np.float32)
     codes = np.clip(codes, point["quant_min"], point["quant_max"])
     return (codes - zero_point.astype(np.float32)) * scale
 

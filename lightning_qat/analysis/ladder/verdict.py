@@ -125,8 +125,8 @@ def judge(
     )
     if broken:
         return _convicted(result, broken[0], known is not None)
-    if missing := _nothing_judged(ladder, rows, rungs):
-        return replace(result, note=f"cannot tell: {missing}")
+    if reason := _nothing_judged(ladder, rows, rungs):
+        return replace(result, note=f"cannot tell: {reason}")
     if ladder.float_finetune and not ladder.float_finetune.changed_parameters:
         return replace(result, note=f"cannot tell: {nothing_moved(ladder.float_finetune)}", rung=FLOAT_FINETUNE)
     if flag:
@@ -170,7 +170,7 @@ def _evidence(
     )
     rows = [row for evidence in every for row in evidence[0] if row.rung in rungs]
     rows += [skipped_row(rung, why) for rung, why in ladder.missing.items()]
-    broken = [rung for evidence in every for rung in evidence[1] if rung.rung in rungs]
+    broken = [found for evidence in every for found in evidence[1] if found.rung in rungs]
     return sorted(rows, key=lambda row: row.rung), sorted(broken, key=lambda found: found.rung)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.fake_quant.primitives import codes_before_clipping
 
 CHUNK = 1 << 20
 """Values that are looked at in one go: temporary memory is a few dozen MB, whatever the size of the tensor."""
@@ -148,7 +149,7 @@ class PointStatistics:
 
     def _add_codes(self, x: Tensor, finite: Tensor | None, error: Tensor, fake_quant: FakeQuantize) -> None:
         """Add codes, and the squared errors of the finite values."""
-        unclipped = codes_before_clipping(x, fake_quant)
+        unclipped = _codes_from_smallest(x, fake_quant)
         codes = unclipped.clamp(0, self.levels - 1).nan_to_num_(0.0)  # a diverged run may have a scale that is NaN
         outside = codes != unclipped
         if finite is None:
@@ -181,20 +182,19 @@ class PointStatistics:
 _NUMBERS = tuple(n for n in PointStatistics.__dataclass_fields__ if n not in ("channels", "levels"))
 
 
-def codes_before_clipping(rows: Tensor, fake_quant: FakeQuantize) -> Tensor:
-    """Codes of ``(channels, n)`` values counted from the smallest of the type, by the arithmetic of fake_quantize."""
-    work = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
-    zero = fake_quant.channel_zero_point.reshape(-1, 1).to(rows.device) - fake_quant.quant_min
-    inverse = fake_quant.channel_scale.detach().to(rows.device).reciprocal()
-    return work.mul(inverse.reshape(-1, 1)).round_().add_(zero)
-
-
 def weight_codes(weight: Tensor, fake_quant: FakeQuantize) -> Tensor:
     """Integer codes of a weight counted from the smallest of the type, on the CPU: one byte each up to 8 bits."""
     levels = fake_quant.quant_max - fake_quant.quant_min + 1
     rows = _rows(weight, fake_quant.axis)
-    codes = codes_before_clipping(rows, fake_quant).nan_to_num_(0.0).clamp_(0, levels - 1)
+    codes = _codes_from_smallest(rows, fake_quant).nan_to_num_(0.0).clamp_(0, levels - 1)
     return codes.to(torch.uint8 if levels <= 256 else torch.int32).cpu()
+
+
+def _codes_from_smallest(rows: Tensor, fake_quant: FakeQuantize) -> Tensor:
+    """Codes of ``(channels, n)`` values before clipping, counted from the smallest code of the type."""
+    scale = fake_quant.channel_scale.detach().to(rows.device).reshape(-1, 1)
+    zero_point = fake_quant.channel_zero_point.to(rows.device).reshape(-1, 1)
+    return codes_before_clipping(rows, scale, zero_point - fake_quant.quant_min)
 
 
 def _rows(tensor: Tensor, axis: int | None) -> Tensor:

@@ -1,1 +1,1 @@
-"""What the analysing callbacks share: the pass over sampled batches, the schedule, the numbers to monitor."""
+"""What the analysing callbacks share: a pass over sampled batches, when to analyse, the numbers to monitor."""

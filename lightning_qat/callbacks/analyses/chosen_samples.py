@@ -8,8 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_qat.callbacks.passes.analysis_loaders import Stage, fresh_loaders
-from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, transferred
+from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batches, transferred
+from lightning_qat.callbacks.passes.fresh_loaders import Stage, fresh_loaders
 from lightning_qat.callbacks.trainer import _compat
 
 
@@ -26,7 +26,7 @@ def chosen_samples(trainer: pl.Trainer, pl_module: pl.LightningModule, samples: 
     """
     stage: Stage = "validate" if _compat.attached_loader(trainer, "validate") is not None else "calibration"
     if samples is None:
-        first = next(iter(analysis_batches(trainer, pl_module, 1, stage)), None)
+        first = next(iter(extra_batches(trainer, pl_module, 1, stage)), None)
         if first is None:
             raise MisconfigurationException("the data loader is empty, or limit_val_batches leaves nothing of it.")
         return first

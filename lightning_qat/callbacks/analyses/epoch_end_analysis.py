@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from lightning_qat.analysis.captured_calls import RepeatableForward
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.callbacks.analyses.analysis_pass import AnalysisOutputs, analysis_pass
 from lightning_qat.callbacks.analyses.monitored_numbers import check_early_stopping, log_numbers
 from lightning_qat.callbacks.analyses.region_inputs import Calls, RegionInputs
+from lightning_qat.callbacks.analyses.undisturbed_analysis import AnalysisOutputs, undisturbed_analysis
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.quantization.region.region import Region
 
@@ -87,7 +87,7 @@ class EpochEndAnalysis(Callback):
     ) -> Iterator[tuple[dict[str, Region], Calls]]:
         """Prepare an analysis; gives the regions, and what they are called with in the steps on some batches."""
         steps = not self._inputs.are_kept(batches)
-        with analysis_pass(trainer, pl_module, type(self).__name__, "off", seed, steps) as regions:
+        with undisturbed_analysis(trainer, pl_module, type(self).__name__, "off", seed, steps) as regions:
             yield regions, self._captured(trainer, pl_module, regions, batches)
 
     def _try_output(

@@ -14,7 +14,7 @@ from lightning_qat.analysis.statistics.statistics import (
     StatisticsCollector,
     WeightCodes,
 )
-from lightning_qat.callbacks.analyses.analysis_pass import analysis_pass, sampled_steps
+from lightning_qat.callbacks.analyses.undisturbed_analysis import sampled_steps, undisturbed_analysis
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def measure_layers(
         MisconfigurationException: there are no regions, or no data.
     """
     calibrated, codes = calibrated or {}, codes or {}
-    with analysis_pass(trainer, pl_module, "LayerStatistics", seed=seed) as regions, ExitStack() as stack:
+    with undisturbed_analysis(trainer, pl_module, "LayerStatistics", seed=seed) as regions, ExitStack() as stack:
         collectors = {
             path: StatisticsCollector(region, calibrated.get(path), codes.get(path)) for path, region in regions.items()
         }

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_qat.analysis.captured_calls import capture_calls
-from lightning_qat.callbacks.passes.extra_pass import EVALUATION_HOOKS, analysis_batches, run_step
+from lightning_qat.callbacks.passes.extra_batches import extra_batches
+from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.preservation.undisturbed import EVALUATION_HOOKS
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.tensor_leaves import leaves, map_call_leaves
@@ -45,7 +47,7 @@ class RegionInputs:
     def of(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, regions: Mapping[str, Region], batches: int
     ) -> Calls:
-        """Return the calls of every region. Call it on all ranks, within an ``analysis_pass``.
+        """Return the calls of every region. Call it on all ranks, within an ``undisturbed_analysis``.
 
         Args:
             trainer: the running trainer.
@@ -58,7 +60,7 @@ class RegionInputs:
         calls: Calls = {path: [] for path in regions}
         kept: dict[str, list[Call | None]] = {path: [] for path in regions}
         room = 0 if _depends_on_weights(trainer, pl_module) else _KEPT_BYTES
-        for extra in analysis_batches(trainer, pl_module, batches, "calibration"):
+        for extra in extra_batches(trainer, pl_module, batches, "calibration"):
             tensors = leaves(extra.batch)
             room -= sum(t.numel() * t.element_size() for t in tensors)
             copies = {id(t): t.detach().clone() for t in tensors} if room > 0 else {}

@@ -1,4 +1,4 @@
-"""A metric that the validation step logs, measured with single points quantized in the float model (B2)."""
+"""A metric that the validation step logs, measured with single points quantized in the float model."""
 
 from __future__ import annotations
 

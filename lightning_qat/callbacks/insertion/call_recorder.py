@@ -1,4 +1,4 @@
-"""What the steps of a module pass to which of its submodules."""
+"""What the steps of a module give to which of its submodules."""
 
 from __future__ import annotations
 

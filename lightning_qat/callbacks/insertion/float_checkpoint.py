@@ -140,7 +140,7 @@ def _renaming(given: dict[str, Any], own: dict[str, Any]) -> str:
 
 
 def _counted(names: list[str], one: str, several: str, limit: int = 3) -> str:
-    """Spell how many, and the first names."""
+    """Return how many there are, and the first names."""
     if not names:
         return ""
     shown = ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
@@ -157,7 +157,7 @@ def load_quantized(
         checkpoint_path: a checkpoint written during or after QAT.
         weights_only: read tensors and primitives only. False also reads hyperparameters of other classes: only for
             files that you trust.
-        kwargs: passed to ``cls.load_from_checkpoint`` (constructor arguments that are not in the checkpoint).
+        kwargs: given to ``cls.load_from_checkpoint`` (constructor arguments that are not in the checkpoint).
 
     Raises:
         MisconfigurationException: ``cls`` is not a class, there is no such file, or the checkpoint holds

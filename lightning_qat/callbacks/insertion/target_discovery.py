@@ -1,4 +1,4 @@
-"""Finding out what a step passes to which module: the targets, and the calls to trace them with."""
+"""Finding out what a step gives to which module: the targets, and the calls to trace them with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_debug  # type: ignore[attr-defined]
 
 from lightning_qat.callbacks.insertion.call_recorder import CallRecorder
-from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, run_step, undisturbed
+from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batches
+from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.quantization.errors import TracingError, near_names
 from lightning_qat.quantization.modules.call import Call
@@ -138,7 +140,7 @@ def _batches(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, bat
         attached = stage != "calibration" and _compat.attached_loader(trainer, stage) is not None
     except Exception:  # a hook that needs a setup() of another stage
         attached = False
-    return analysis_batches(trainer, pl_module, batches, stage if attached else "calibration")  # type: ignore[arg-type]
+    return extra_batches(trainer, pl_module, batches, stage if attached else "calibration")  # type: ignore[arg-type]
 
 
 def _check_disjoint(paths: list[str]) -> None:

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_qat.callbacks.insertion.target_discovery import captured_calls
-from lightning_qat.callbacks.passes.extra_pass import undisturbed
+from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 from lightning_qat.quantization.tracing.tracer import trace
 

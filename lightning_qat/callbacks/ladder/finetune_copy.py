@@ -17,7 +17,7 @@ from lightning_qat.analysis.ladder.measurements import Finetune, Measurement
 from lightning_qat.callbacks.ladder.same_values import same_values
 from lightning_qat.callbacks.ladder.training_copy import TrainingCopy
 from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
-from lightning_qat.callbacks.passes.extra_pass import undisturbed
+from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.quantized_run import evaluations_of
 from lightning_qat.quantization.modules.module_walk import REGION_NAME
 from lightning_qat.quantization.planning.plan import ScaleRole

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from lightning_qat.analysis.ladder.measurements import OffComparison
 from lightning_qat.callbacks.ladder.same_values import same_values
 from lightning_qat.callbacks.ladder.training_copy import loss_of
-from lightning_qat.callbacks.passes.analysis_loaders import Stage
-from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, run_step, undisturbed
-from lightning_qat.callbacks.passes.module_copy import copied_module
+from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batches
+from lightning_qat.callbacks.passes.fresh_loaders import Stage
+from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.preservation.module_copy import copied_module
+from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.module_walk import is_in_region
@@ -49,7 +51,7 @@ def compare_off(
         for stage in _STAGES:
             if _compat.attached_loader(trainer, stage) is None:
                 continue
-            for extra in analysis_batches(trainer, pl_module, batches, stage):
+            for extra in extra_batches(trainer, pl_module, batches, stage):
                 off, plain, again = (_run(trainer, m, extra, stage) for m in (inserted, removed, removed))
                 repeatable = repeatable and all(_equal(plain[name], again.get(name)) for name in plain)
                 names = plain.keys() | off.keys()

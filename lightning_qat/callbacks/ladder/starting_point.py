@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_qat.callbacks.passes.optimizer_state import apply_settings, settings_of
+from lightning_qat.callbacks.preservation.optimizer_state import apply_settings, settings_of
 
 
 class StartingPoint:

@@ -13,8 +13,9 @@ from lightning_qat.analysis.fingerprint.fingerprint import weight_digests
 from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummarizer, TensorSummary
 from lightning_qat.callbacks.insertion.call_recorder import CallRecorder
 from lightning_qat.callbacks.ladder.same_values import same_values
-from lightning_qat.callbacks.passes.analysis_loaders import Stage
-from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, run_step
+from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batches
+from lightning_qat.callbacks.passes.fresh_loaders import Stage
+from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.call import Call
@@ -53,7 +54,7 @@ def summarize(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, 
     inputs: dict[str, TensorSummarizer] = {}
     agreement: dict[str, list[float]] = {}
     before, swapped = weight_digests(pl_module) if stage == "validate" else {}, dict[str, None]()
-    for extra in analysis_batches(trainer, pl_module, batches, stage):
+    for extra in extra_batches(trainer, pl_module, batches, stage):
         _update(data, "", extra.batch)
         recorder = _record(trainer, pl_module, extra, stage)
         for path, calls in recorder.calls.items():
@@ -80,7 +81,7 @@ def evaluates_randomly(trainer: pl.Trainer, pl_module: pl.LightningModule, seed:
     if stage is None:
         return False
     with seeded(seed):
-        extra = next(iter(analysis_batches(trainer, pl_module, 1, stage)), None)  # type: ignore[arg-type]
+        extra = next(iter(extra_batches(trainer, pl_module, 1, stage)), None)  # type: ignore[arg-type]
     if extra is None:
         return False
     runs = []

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_qat.callbacks.passes.extra_pass import ExtraBatch, analysis_batches, muted_logging, run_step
-from lightning_qat.callbacks.passes.module_copy import copied_module
+from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batches
+from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.preservation.module_copy import copied_module
+from lightning_qat.callbacks.preservation.undisturbed import muted_logging
 from lightning_qat.callbacks.trainer._compat import bare, replaced_optimizers
 from lightning_qat.callbacks.trainer.muted_loggers import muted_loggers
 from lightning_qat.quantization import ranks
@@ -100,7 +102,7 @@ class TrainingCopy:
             while done < batches:
                 before = done
                 extra = None
-                for extra in analysis_batches(self._trainer, self._original, batches - done, "train"):
+                for extra in extra_batches(self._trainer, self._original, batches - done, "train"):
                     self._train_batch(extra, epoch)
                     done += 1
                     advance()

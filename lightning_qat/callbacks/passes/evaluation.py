@@ -13,19 +13,15 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_qat.callbacks.passes.extra_pass import (
-    ExtraBatch,
-    analysis_batches,
-    muted_logging,
-    run_step,
-    undisturbed,
-)
+from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batches
+from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.preservation.undisturbed import muted_logging, undisturbed
 from lightning_qat.callbacks.trainer import _compat
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one evaluation pass logged.
+    """What one pass over the evaluation data logged.
 
     Args:
         metrics: every value logged on epoch level, by the name it has in ``trainer.callback_metrics``.
@@ -88,7 +84,7 @@ def _evaluated(
         metric.reset()
     if stage != "train" and _compat.is_overridden(f"{prefix}_model_eval", module):
         _compat.call_hook(module, f"{prefix}_model_eval")
-    for extra in analysis_batches(trainer, pl_module, limit, stage):  # type: ignore[arg-type]
+    for extra in extra_batches(trainer, pl_module, limit, stage):  # type: ignore[arg-type]
         recorder.begin_batch(extra)
         run_step(trainer, module, extra, "validate" if stage == "train" else stage)
         recorder.end_batch()

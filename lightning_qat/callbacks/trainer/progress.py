@@ -1,4 +1,4 @@
-"""Progress bars for passes outside the Trainer's own loops."""
+"""Progress bars for passes over data outside the Trainer's own loops."""
 
 from __future__ import annotations
 

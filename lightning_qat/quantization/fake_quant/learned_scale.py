@@ -19,12 +19,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_qat.quantization.fake_quant.fake_quantize_function import (
+from lightning_qat.quantization.fake_quant.primitives import (
     NATIVE,
     broadcast_to_axis,
     check_floating_point,
+    quantize_dequantize,
     straight_through,
-    tensor_forward,
 )
 
 
@@ -122,22 +122,21 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         wide = broadcast_to_axis(x, scale, axis)
         if isinstance(zero_point, Tensor):
             zero_point = broadcast_to_axis(x, zero_point, axis)
-        inverse = wide.reciprocal()  # not the scale itself: an optimizer may change it before the backward
         zero = zero_point.to(torch.float32, copy=True) if isinstance(zero_point, Tensor) else None
-        ctx.save_for_backward(x, inverse, zero)
+        ctx.save_for_backward(x, wide.clone(), zero)  # a copy: an optimizer may change the scale before the backward
         ctx.constants = (zero_point if zero is None else 0, quant_min, quant_max, axis, factor)
-        return tensor_forward(x, wide, zero_point, quant_min, quant_max)
+        return quantize_dequantize(x, wide, zero_point, quant_min, quant_max)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inverse, zero = ctx.saved_tensors
+        x, scale, zero = ctx.saved_tensors
         number, quant_min, quant_max, axis, factor = ctx.constants
         zero = number if zero is None else zero
         dtype = grad.dtype
         x = x.detach()
         if dtype not in NATIVE:
             x, grad = x.float(), grad.float()
-        quotient = x.mul(inverse)
+        quotient = x.div(scale)
         codes = quotient.round().add_(zero)
         low, high = quant_min - zero, quant_max - zero
         represented = codes.clamp(quant_min, quant_max).sub_(zero)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 MIN_SCALE = 2.0**-126
-"""The smallest scale, the smallest normal float32: below it digits are lost, and soon the inverse overflows."""
+"""The smallest scale, the smallest normal float32: below it digits are lost."""
 
 ZERO_RANGE_SCALE = torch.tensor(1e-7).item()
 """The scale of data that are all zero. Their true scale would be 0; this is about the epsilon of float32."""

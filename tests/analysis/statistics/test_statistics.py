@@ -45,7 +45,7 @@ def brute_force(x: Tensor, fake_quant: FakeQuantize) -> dict[str, float]:
     """Everything in numpy, value by value, with the definition of quantization; no chunks, no streaming."""
     values = x.movedim(fake_quant.axis, -1).numpy() if fake_quant.axis is not None else x.numpy()
     scale = fake_quant.scale.numpy()
-    unclipped = np.round(values * np.float32(1.0 / scale)) + fake_quant.zero_point.numpy()
+    unclipped = np.round(values / scale) + fake_quant.zero_point.numpy()
     codes = np.clip(unclipped, fake_quant.quant_min, fake_quant.quant_max)
     error = (((codes - fake_quant.zero_point.numpy()).astype(np.float32) * scale).astype(np.float64) - values) ** 2
     outside = (unclipped < fake_quant.quant_min) | (unclipped > fake_quant.quant_max)

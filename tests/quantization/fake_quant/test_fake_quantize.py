@@ -1,4 +1,7 @@
-"""Arithmetic, gradient and state of fake-quantization (foundation 2, design section 6), against torch's operators."""
+"""Arithmetic, gradient and state of fake-quantization (foundation 2, design section 6).
+
+Against the formula ``round(x / scale)`` bit for bit, and against torch's operators but for ties.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +20,16 @@ from torch import Tensor
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_quantize
+from tests.quantization.fake_quant.reference import (
+    assert_same_bits,
+    assert_torchs_but_for_ties,
+    assert_torchs_gradient_but_for_ties,
+    formula,
+)
 
 RANGES = [(-128, 127), (-127, 127), (0, 255), (-8, 7), (-2, 1), (0, 3), (-32768, 32767), (0, 65535), (-15, 16)]
 SCALES = [1.0, 0.1, 0.02, 100 / 32768, 0.7764707, 0.2642754, 1 / 3, 1e-3, 3e-20, 7e11, 2.0**-126, 1.2e-38]
 normal_scales = st.floats(2.0**-100, 2.0**60, width=32)
-
-
-def bits(x: Tensor) -> Tensor:
-    """The bit pattern, which also tells 0.0 from -0.0."""
-    return x.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    assert torch.equal(bits(actual), bits(expected))
 
 
 def near_thresholds(scale: float, quant_min: int, quant_max: int, zero_point: int = 0) -> Tensor:
@@ -51,14 +49,25 @@ def run(function: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Output and gradient, for a gradient of distinct numbers."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     y = function(x, *args)
-    y.backward(torch.linspace(1, 2, x.numel(), dtype=x.dtype).reshape(x.shape))
+    y.backward(upstream(x))
     assert x.grad is not None
     return y.detach(), x.grad
 
 
+def upstream(x: Tensor) -> Tensor:
+    return torch.linspace(1, 2, x.numel(), dtype=x.dtype).reshape(x.shape)
+
+
+def assert_is_formula(results: tuple[Tensor, Tensor], x: Tensor, *args: Any) -> None:
+    """Output and gradient, bit for bit."""
+    value, inside = formula(x, *args)
+    assert_same_bits(results[0], value)
+    assert_same_bits(results[1], torch.where(inside, upstream(x), 0.0))
+
+
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(("quant_min", "quant_max"), RANGES)
-def test_per_tensor_output_and_gradient_equal_torchs_bit_for_bit_around_every_tie(
+def test_per_tensor_output_and_gradient_around_every_tie_are_the_formulas_and_torchs_but_for_ties(
     scale: float, quant_min: int, quant_max: int
 ) -> None:
     torch.manual_seed(0)
@@ -67,17 +76,20 @@ def test_per_tensor_output_and_gradient_equal_torchs_bit_for_bit_around_every_ti
             continue
         s = torch.tensor(scale)
         x = near_thresholds(s.item(), quant_min, quant_max, zero_point)
-        expected = run(torch.fake_quantize_per_tensor_affine, x, s.item(), zero_point, quant_min, quant_max)
+        torchs = run(torch.fake_quantize_per_tensor_affine, x, s.item(), zero_point, quant_min, quant_max)
         for z in (zero_point, torch.tensor(zero_point, dtype=torch.int32)):
             output, grad = run(fake_quantize, x, s, z, quant_min, quant_max)
-            assert_same_bits(output, expected[0])
-            assert_same_bits(grad, expected[1])
-            assert_same_bits(fake_quantize(x, s, z, quant_min, quant_max), expected[0])
+            assert_is_formula((output, grad), x, s, zero_point, quant_min, quant_max)
+            assert_torchs_but_for_ties(output, torchs[0], x, s)
+            assert_torchs_gradient_but_for_ties(grad, torchs[1], x, s, zero_point, quant_min, quant_max)
+            assert_same_bits(fake_quantize(x, s, z, quant_min, quant_max), output)
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize(("quant_min", "quant_max"), RANGES)
-def test_per_channel_output_and_gradient_equal_torchs_bit_for_bit(quant_min: int, quant_max: int, axis: int) -> None:
+def test_per_channel_output_and_gradient_are_the_formulas_and_torchs_but_for_ties(
+    quant_min: int, quant_max: int, axis: int
+) -> None:
     torch.manual_seed(0)
     scales = torch.tensor([s for s in SCALES if s > 1e-30])
     channels = len(scales)
@@ -93,15 +105,16 @@ def test_per_channel_output_and_gradient_equal_torchs_bit_for_bit(quant_min: int
         length = min(len(row) for row in rows)
         x = torch.stack([row[:length] for row in rows]).reshape(channels, -1, 1).movedim(0, axis)
         # On large non-contiguous tensors torch's operator is given the contiguous values.
-        args = (scales, zero_points, axis % 3, quant_min, quant_max)
-        expected = run(torch.fake_quantize_per_channel_affine, x.contiguous(), *args)
-        output, grad = run(fake_quantize, x.contiguous(), scales, zero_points, quant_min, quant_max, axis)
-        assert_same_bits(output, expected[0])
-        assert_same_bits(grad, expected[1])
-        if not zero_points.any():
-            output, grad = run(fake_quantize, x.contiguous(), scales, 0, quant_min, quant_max, axis)
-            assert_same_bits(output, expected[0])
-            assert_same_bits(grad, expected[1])
+        x = x.contiguous()
+        torchs = run(torch.fake_quantize_per_channel_affine, x, scales, zero_points, axis % 3, quant_min, quant_max)
+        args = (scales, zero_points, quant_min, quant_max, axis)
+        output, grad = run(fake_quantize, x, *args)
+        assert_is_formula((output, grad), x, *args)
+        assert_torchs_but_for_ties(output, torchs[0], x, scales, axis)
+        assert_torchs_gradient_but_for_ties(grad, torchs[1], x, *args)
+        if zero_points.unique().numel() == 1:
+            results = run(fake_quantize, x, scales, int(zero_points[0]), quant_min, quant_max, axis)
+            assert_is_formula(results, x, *args)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -111,45 +124,84 @@ def test_per_channel_output_and_gradient_equal_torchs_bit_for_bit(quant_min: int
     limits=st.sampled_from(RANGES),
     data=st.data(),
 )
-def test_any_input_within_torchs_limits_gives_torchs_bits(
+def test_any_input_gives_the_formulas_bits_and_within_torchs_limits_torchs_but_for_ties(
     scale: float, codes: list[float], limits: tuple[int, int], data: st.DataObject
 ) -> None:
     quant_min, quant_max = limits
     zero_point = data.draw(st.integers(quant_min, quant_max))
     x = (torch.tensor(codes, dtype=torch.float64) * scale).float()
-    args = (torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32), quant_min, quant_max)
-    expected = run(torch.fake_quantize_per_tensor_affine, x, *args)
+    s = torch.tensor(scale)
+    args = (s, torch.tensor(zero_point, dtype=torch.int32), quant_min, quant_max)
+    torchs = run(torch.fake_quantize_per_tensor_affine, x, *args)
     output, grad = run(fake_quantize, x, *args)
-    assert_same_bits(output, expected[0])
-    assert_same_bits(grad, expected[1])
+    assert_is_formula((output, grad), x, *args)
+    assert_torchs_but_for_ties(output, torchs[0], x, s)
+    assert_torchs_gradient_but_for_ties(grad, torchs[1], x, *args)
+    assert_is_formula(run(fake_quantize, x[None], s[None], args[1][None], quant_min, quant_max, 0), x[None], *args)
 
 
-def test_two_million_random_ties_give_torchs_bits() -> None:
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    scale=st.floats(2.0**-126, 2.0**110, width=32),
+    limits=st.sampled_from(RANGES),
+    end=st.sampled_from([0, 1]),
+    double=st.booleans(),
+    data=st.data(),
+)
+def test_the_gradient_mask_changes_at_the_very_value_whose_code_leaves_the_range(
+    scale: float, limits: tuple[int, int], end: int, double: bool, data: st.DataObject
+) -> None:
+    """The sixteen values on both sides of either end of the range; per tensor it is found by bounds on ``x``."""
+    zero_point = data.draw(st.integers(*limits))
+    s = torch.tensor(scale)
+    dtype = torch.float64 if double else torch.float32
+    tie = (limits[end] - zero_point + (0.5 if end else -0.5)) * s.double()
+    values = [tie.to(dtype)]
+    for towards in (torch.inf, -torch.inf):
+        value = values[0]
+        for _ in range(16):
+            value = torch.nextafter(value, torch.tensor(towards, dtype=dtype))
+            values.append(value)
+    x = torch.stack(values)
+    _, inside = formula(x, s, zero_point, *limits)
+    assert bool(inside.any()) != bool(inside.all())
+    for args in ((s, zero_point, *limits), (s[None], torch.tensor([zero_point]), *limits, 0)):
+        shaped = x if len(args) == 4 else x[None]
+        _, grad = run(fake_quantize, shaped, *args)
+        assert torch.equal((grad != 0).reshape(-1), inside)
+
+
+def test_two_million_random_ties_give_the_formulas_bits_and_torchs_but_for_ties() -> None:
     torch.manual_seed(0)
     x = (torch.randint(-140, 140, (2_000_000,)) + 0.5) * 0.05
     x.add_(torch.randn_like(x) * 1e-8)
-    assert_same_bits(
-        fake_quantize(x, torch.tensor(0.05), 0, -128, 127), torch.fake_quantize_per_tensor_affine(x, 0.05, 0, -128, 127)
-    )
+    scale = torch.tensor(0.05)
+    output = fake_quantize(x, scale, 0, -128, 127)
+    torchs = torch.fake_quantize_per_tensor_affine(x, 0.05, 0, -128, 127)
+    assert_same_bits(output, formula(x, scale, 0, -128, 127)[0])
+    assert_torchs_but_for_ties(output, torchs, x, scale)
+    assert not torch.equal(output, torchs)  # torch multiplies
 
 
 def test_float64_is_computed_in_float64_as_in_torchs_per_channel_operator() -> None:
-    """(torch's per-tensor operator rounds its result to float32: the codes are the same.)"""
+    """(torch's per-tensor operator rounds its result to float32: the codes are the same, but for ties.)"""
     torch.manual_seed(0)
     x = torch.cat([(torch.arange(-140, 140) + 0.5).double() * 0.05, torch.randn(1000).double()])
     x = torch.cat([x, torch.nextafter(x, torch.tensor(torch.inf).double())])
     scale = torch.tensor(0.05)
+    x = x[None]
     args = (scale[None], torch.tensor([3], dtype=torch.int32))
-    expected = run(torch.fake_quantize_per_channel_affine, x[None], *args, 0, -128, 127)
+    per_channel = run(torch.fake_quantize_per_channel_affine, x, *args, 0, -128, 127)
+    per_tensor = run(torch.fake_quantize_per_tensor_affine, x, scale.item(), 3, -128, 127)
     for output, grad in (
-        run(fake_quantize, x[None], scale, 3, -128, 127),
-        run(fake_quantize, x[None], *args, -128, 127, 0),
+        run(fake_quantize, x, scale, 3, -128, 127),
+        run(fake_quantize, x, *args, -128, 127, 0),
     ):
-        assert_same_bits(output, expected[0])
-        assert_same_bits(grad, expected[1])
-    per_tensor = run(torch.fake_quantize_per_tensor_affine, x[None], scale.item(), 3, -128, 127)
-    assert_same_bits(output.float(), per_tensor[0].float())
-    assert_same_bits(grad, per_tensor[1])
+        assert_is_formula((output, grad), x, scale, 3, -128, 127)
+        assert_torchs_but_for_ties(output, per_channel[0], x, scale)
+        assert_torchs_but_for_ties(output.float(), per_tensor[0].float(), x, scale)
+        for torchs in (per_channel[1], per_tensor[1]):
+            assert_torchs_gradient_but_for_ties(grad, torchs, x, scale, 3, -128, 127)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -163,13 +215,17 @@ def test_half_precision_is_computed_in_float32(
     scale = torch.tensor(2.0 / quant_max) if axis is None else torch.tensor([0.5, 1.0, 2.0]) / quant_max
     zero_point = torch.zeros(scale.shape, dtype=torch.int32)
     output, grad = run(fake_quantize, x, scale, zero_point, quant_min, quant_max, axis)
+    wide, wide_grad = run(fake_quantize, x.float(), scale, zero_point, quant_min, quant_max, axis)
     if axis is None:
-        expected = run(torch.fake_quantize_per_tensor_affine, x.float(), scale, zero_point, quant_min, quant_max)
+        torchs = run(torch.fake_quantize_per_tensor_affine, x.float(), scale, zero_point, quant_min, quant_max)
     else:
-        expected = run(torch.fake_quantize_per_channel_affine, x.float(), scale, zero_point, 0, quant_min, quant_max)
-    assert_same_bits(output, expected[0].to(dtype))
+        torchs = run(torch.fake_quantize_per_channel_affine, x.float(), scale, zero_point, 0, quant_min, quant_max)
+    value, inside = formula(x.float(), scale, zero_point, quant_min, quant_max, axis)
+    assert_same_bits(output, value.to(dtype))
     assert grad.dtype == dtype
-    assert torch.equal(grad != 0, expected[1] != 0)
+    assert torch.equal(grad != 0, inside)
+    assert_torchs_but_for_ties(wide, torchs[0], x.float(), scale, axis)
+    assert_torchs_gradient_but_for_ties(wide_grad, torchs[1], x.float(), scale, zero_point, quant_min, quant_max, axis)
 
 
 @pytest.mark.parametrize("axis", [None, 0])
@@ -202,7 +258,7 @@ def test_numpys_formula_gives_the_same() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=5000).astype(np.float32)
     scale = np.float32(0.013)
-    codes = np.clip(np.rint(x * (np.float32(1) / scale)) + 7, 0, 255)
+    codes = np.clip(np.rint(x / scale) + 7, 0, 255)
     expected = (codes - 7).astype(np.float32) * scale
     assert np.array_equal(fake_quantize(torch.from_numpy(x), torch.tensor(scale), 7, 0, 255).numpy(), expected)
 
@@ -314,16 +370,19 @@ def test_uncalibrated_or_disabled_point_returns_its_input_itself() -> None:
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int4", "int16"])
 @pytest.mark.parametrize("scheme", ["symmetric", "affine"])
 @pytest.mark.parametrize("axis", [None, 1])
-def test_quantizing_equals_torchs_operator_with_the_same_scale(dtype: str, scheme: Any, axis: int | None) -> None:
+def test_quantizing_equals_torchs_operator_with_the_same_scale_but_for_ties(
+    dtype: str, scheme: Any, axis: int | None
+) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 6, 5) + 0.3
     point = calibrated(x, dtype, scheme=scheme, axis=axis, channels=6 if axis else None)
     limits = (point.quant_min, point.quant_max)
     if axis is None:
-        expected = torch.fake_quantize_per_tensor_affine(x, point.scale, point.zero_point, *limits)
+        torchs = torch.fake_quantize_per_tensor_affine(x, point.scale, point.zero_point, *limits)
     else:
-        expected = torch.fake_quantize_per_channel_affine(x, point.scale, point.zero_point, axis, *limits)
-    assert_same_bits(point(x), expected)
+        torchs = torch.fake_quantize_per_channel_affine(x, point.scale, point.zero_point, axis, *limits)
+    assert_same_bits(point(x), formula(x, point.scale, point.zero_point, *limits, axis)[0])
+    assert_torchs_but_for_ties(point(x), torchs, x, point.scale, axis)
     if scheme == "affine":
         # The ends are half a step off where the zero point was rounded.
         step = point.scale.max().item()

@@ -1,4 +1,4 @@
-"""Which data an extra pass looks at: fresh loaders that share no worker, no position and no randomness with the run."""
+"""Loaders for an extra pass over data: they share no worker, no position and no randomness with the run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader
 
-from lightning_qat.callbacks.passes.module_state import preserved_loader_state
+from lightning_qat.callbacks.passes.calibration_batches import calibration_loaders
+from lightning_qat.callbacks.preservation.module_state import preserved_loader_state
 from lightning_qat.callbacks.trainer import _compat
 
 Stage = Literal["train", "validate", "test", "predict", "calibration"]
@@ -51,39 +51,12 @@ def fresh_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Sta
 
 def _loaders(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> tuple[Any, str]:
     """Return loaders and the stage whose limits and samplers apply to them."""
-    if stage != "calibration":
-        loader = _compat.attached_loader(trainer, stage)
-        if loader is None:
-            raise MisconfigurationException(f"there is no {stage} dataloader to take batches from.")
-        return loader, stage
-    running = _compat.running_function(trainer)
-    for owner in (trainer.datamodule, pl_module):  # type: ignore[attr-defined]
-        loader = _compat.hook_loader(owner, "calibration_dataloader")
-        if loader is not None:
-            return loader, running
-    if running == "train":
-        loader = _compat.attached_loader(trainer, "train")
-        if loader is not None:
-            return loader, "train"
-    for owner in (trainer.datamodule, pl_module):  # type: ignore[attr-defined]
-        try:
-            loader = _compat.hook_loader(owner, "train_dataloader")
-        except Exception:  # its setup(stage="fit") has not run
-            loader = None
-        if loader is not None:
-            return loader, "train"
-    for name in ("validate", "test", "predict"):
-        loader = _compat.attached_loader(trainer, name)
-        if loader is not None:
-            rank_zero_warn(
-                f"There is no training data in this {running} run, so calibration uses the {name} data: the result is "
-                "optimistic. Give the datamodule (or the module) a calibration_dataloader()."
-            )
-            return loader, name
-    raise MisconfigurationException(
-        "there is no data to trace or calibrate with: pass dataloaders or a datamodule to the Trainer, or give the "
-        "datamodule a calibration_dataloader()."
-    )
+    if stage == "calibration":
+        return calibration_loaders(trainer, pl_module)
+    loader = _compat.attached_loader(trainer, stage)
+    if loader is None:
+        raise MisconfigurationException(f"there is no {stage} dataloader to take batches from.")
+    return loader, stage
 
 
 def _clone(loader: Any) -> Any:

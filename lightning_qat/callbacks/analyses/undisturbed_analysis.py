@@ -13,7 +13,9 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
 from lightning_qat.analysis.results import Result
-from lightning_qat.callbacks.passes.extra_pass import analysis_batches, run_step, undisturbed, undisturbed_forwards
+from lightning_qat.callbacks.passes.extra_batches import extra_batches
+from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.preservation.undisturbed import undisturbed, undisturbed_forwards
 from lightning_qat.callbacks.quantized_run import require_regions
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
@@ -26,7 +28,7 @@ from lightning_qat.reporting.loggers import log_histogram, log_scalars, log_tabl
 
 
 @contextmanager
-def analysis_pass(
+def undisturbed_analysis(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     who: str,
@@ -36,7 +38,7 @@ def analysis_pass(
 ) -> Iterator[dict[str, Region]]:
     """Prepare an analysis in the middle of training: nothing logs, nothing is changed, everything is in eval mode.
 
-    The random state is seeded, so every pass of a run draws the same batches (and augments them in the same way):
+    The random state is seeded, so every analysis of a run draws the same batches (and augments them in the same way):
     results of different epochs can be compared.
 
     Args:
@@ -67,7 +69,7 @@ def analysis_pass(
 
 def sampled_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> Iterator[Callable[[], Any]]:
     """Yield, for each of some sampled batches, a function that runs the module's step on it."""
-    for extra in analysis_batches(trainer, pl_module, batches, "calibration"):
+    for extra in extra_batches(trainer, pl_module, batches, "calibration"):
         yield partial(run_step, trainer, pl_module, extra, "validate")
 
 

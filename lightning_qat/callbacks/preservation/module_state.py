@@ -1,7 +1,7 @@
 """What the steps of a module can change beside its weights, and putting it back: attributes, metrics, parameters.
 
 ``validation_step`` of real modules appends to lists, keeps the last output, updates metrics and momentum encoders. A
-pass in between must leave all of that as it was.
+pass over data in between must leave all of that as it was.
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.passes.evaluation import evaluate
-from lightning_qat.callbacks.passes.extra_pass import analysis_batches, run_step, undisturbed
+from lightning_qat.callbacks.passes.extra_batches import extra_batches
+from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from tests.callbacks.runs import Classifier, assert_same, dataset, loader, state_of, trainer
 
@@ -103,7 +105,7 @@ def train_steps(trainer: Trainer, module: LightningModule) -> None:
     """Forward and backward in train mode."""
     with undisturbed(trainer, module, trains=True):
         module.train()
-        for extra in analysis_batches(trainer, module, 2, "train"):
+        for extra in extra_batches(trainer, module, 2, "train"):
             run_step(trainer, module, extra, "train").backward()
 
 
@@ -112,7 +114,7 @@ def raises(trainer: Trainer, module: LightningModule) -> None:
 
     def fails() -> None:
         with undisturbed(trainer, module):
-            for extra in analysis_batches(trainer, module, 2):
+            for extra in extra_batches(trainer, module, 2):
                 run_step(trainer, module, extra)
                 raise KeyError
 
@@ -298,7 +300,7 @@ def test_weights_that_a_hook_swaps_in_for_evaluation_are_put_back(tmp_path: Path
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             before = [p.detach().clone() for p in pl_module.parameters()]
             with undisturbed(trainer, pl_module):
-                for extra in analysis_batches(trainer, pl_module, 1, "validate"):
+                for extra in extra_batches(trainer, pl_module, 1, "validate"):
                     run_step(trainer, pl_module, extra, "validate")
             seen.append(all(torch.equal(a, b) for a, b in zip(before, pl_module.parameters(), strict=True)))
 

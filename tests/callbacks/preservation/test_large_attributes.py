@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import CatMetric, Metric, SumMetric
 
-from lightning_qat.callbacks.passes.module_copy import copied_module
-from lightning_qat.callbacks.passes.module_state import preserved_attributes, preserved_loader_state
+from lightning_qat.callbacks.preservation.module_copy import copied_module
+from lightning_qat.callbacks.preservation.module_state import preserved_attributes, preserved_loader_state
 
 LARGE = 2**28 + 8
 """Bytes; memory that is never written to takes no room."""
@@ -73,7 +73,7 @@ def test_file_that_is_mapped_for_reading_is_never_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("trains", [True, False])
 def test_weights_that_stand_in_an_attribute_too_are_copied(monkeypatch: pytest.MonkeyPatch, trains: bool) -> None:
     """A copy that shared them would be trained in the place of the module."""
-    monkeypatch.setattr("lightning_qat.callbacks.passes.module_state._LARGE", 0)
+    monkeypatch.setattr("lightning_qat.callbacks.preservation.module_state._LARGE", 0)
     module: Any = nn.Sequential(nn.Linear(2, 2).requires_grad_(trains), nn.BatchNorm1d(2))
     module.weights, module.statistics = list(module.parameters()), list(module.buffers())
     copy = copied_module(module)
@@ -128,7 +128,7 @@ def test_long_lists_have_the_same_members_again() -> None:
 @pytest.mark.parametrize("kind", [CatMetric, SumMetric])
 def test_metric_is_put_back_whatever_it_holds(monkeypatch: pytest.MonkeyPatch, kind: type[Metric]) -> None:
     """CatMetric keeps everything in a list, SumMetric adds in place."""
-    monkeypatch.setattr("lightning_qat.callbacks.passes.module_state._LARGE", 0)
+    monkeypatch.setattr("lightning_qat.callbacks.preservation.module_state._LARGE", 0)
     metric = kind()
     metric.update(torch.zeros(4))
     module = nn.Sequential()

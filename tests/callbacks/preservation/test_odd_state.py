@@ -5,19 +5,25 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import SumMetric
 
+from lightning_qat.analysis.captured_calls import capture_calls
+from lightning_qat.callbacks.analyses.undisturbed_analysis import undisturbed_analysis
+from lightning_qat.callbacks.passes.extra_batches import extra_batches
+from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
-from tests.callbacks.passes.odd_modules import (
+from lightning_qat.quantization.modules.call import Call
+from tests.callbacks.preservation.odd_modules import (
     analysers,
     assert_no_trace,
     assert_same_trajectory,
@@ -241,4 +247,18 @@ class TakesLists(Classifier):
 
 
 def test_a_step_that_fails_in_the_model_leaves_no_call_behind(tmp_path: Path) -> None:
-    qat_trainer(tmp_path, *analysers()).fit(TakesLists())
+    """The training step takes the batch then: kept is what that step gives to the model, two calls, and no other."""
+    found: list[tuple[Any, list[Call]]] = []
+
+    class Captures(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            with undisturbed_analysis(trainer, pl_module, "Captures") as regions:
+                for extra in extra_batches(trainer, pl_module, 2):
+                    calls = capture_calls(regions, partial(run_step, trainer, pl_module, extra))
+                    found.append((extra.batch, calls["net"]))
+
+    qat_trainer(tmp_path, *analysers(), Captures()).fit(TakesLists())
+    assert len(found) == 2
+    for batch, calls in found:
+        assert [len(call.args) for call in calls] == [1, 1]
+        assert all(torch.equal(call.args[0], images) for call, (images, _) in zip(calls, batch, strict=True))

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lightning_qat.callbacks.passes.module_state import shared_data
+from lightning_qat.callbacks.preservation.module_state import shared_data
 from lightning_qat.quantization.modules.tensor_leaves import leaves
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

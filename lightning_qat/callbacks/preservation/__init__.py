@@ -1,0 +1,1 @@
+"""Putting back what steps change: the module, its copies, optimizers, loaders, the trainer."""
