@@ -20,17 +20,10 @@ from lightning_qat.callbacks.quantization_aware_training import QuantizationAwar
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 from lightning_qat.quantization.interception.dynamic_block import dynamic_block
+from lightning_qat.quantization.overrides import ActivationOverride, Override, Split, WeightOverride
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.profile_violations import ProfileViolation, find_violations
-from lightning_qat.quantization.qconfig import (
-    ActivationConfig,
-    ActivationOverride,
-    Override,
-    QConfig,
-    Split,
-    WeightConfig,
-    WeightOverride,
-)
+from lightning_qat.quantization.qconfig import ActivationConfig, QConfig, WeightConfig
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.parameter_groups import parameter_groups

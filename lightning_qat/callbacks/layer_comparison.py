@@ -32,7 +32,7 @@ from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
 from lightning_qat.callbacks.trainer.progress import progress
 from lightning_qat.quantization.modules.call import Call
-from lightning_qat.quantization.qconfig import glob_covers
+from lightning_qat.quantization.overrides import glob_covers
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.reporting.console import print_advice

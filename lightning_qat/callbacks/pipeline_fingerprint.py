@@ -16,7 +16,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from torch import nn
 from typing_extensions import override
 
 from lightning_qat.analysis.fingerprint.fingerprint import (
@@ -36,6 +35,7 @@ from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.trainer.seeding import seeded
+from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.modules.preservation import preserved_modes
 from lightning_qat.quantization.region.regions import find_regions
@@ -151,6 +151,7 @@ def take_fingerprint(
             weights=weight_digests(pl_module),
             versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
             agreement={stage: summary.agreement for stage, summary in stages.items()},
+            constant_guess={stage: summary.constant_guess for stage, summary in stages.items()},
             random_evaluation=is_random,
             swapped=stages["validate"].swapped if "validate" in stages else [],
             batches=batches,
@@ -165,7 +166,7 @@ def _training_loss(
     for extra in extra_batches(trainer, pl_module, batches, "train"):
         pl_module.train()
         for module in pl_module.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if is_batch_norm(module):
                 module.train(mode == "train")
         with torch.no_grad():
             loss = loss_of(run_step(trainer, pl_module, extra, "train"))

@@ -24,9 +24,10 @@ from lightning_qat.callbacks.schedule.scheduled_regions import ScheduledRegions,
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 from lightning_qat.quantization.planning.plan import ScaleRole
-from lightning_qat.quantization.qconfig import Override, QConfig
+from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.quantization.region.switches import State
 
 
@@ -45,7 +46,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         qconfig: defaults for activations and weights; int8 if not given.
         overrides: rules for single points, from general to specific; the last match wins.
         target: the submodule(s) to quantize, ``auto`` for what a validation step calls: the module itself if the step
-            calls it, else its outermost children that were called.
+            calls it, else its outermost children that were called. A child that is not trained and that no trained part
+            uses (a teacher, a loss network, an average of the weights) is left out, with a warning.
         init_from: a float checkpoint whose weights are loaded, strictly, before insertion. Loops and optimizer start
             fresh: the normal way in. The checkpoint is never written to. Not used when ``ckpt_path`` is given.
         activation_scales: ``fixed``: as calibrated. ``ema``: they follow a moving average of the batches' ranges.
@@ -64,6 +66,9 @@ class QuantizationAwareTraining(QuantizationCallback):
             or beginning with its path. Frozen weights get no gradient, modules stay in eval mode (no dropout, batch
             norm keeps its statistics), scales do not move. Undone at the end of the run, not part of the checkpoint.
         trace_batches: how many batches are looked at to learn the ops of the model.
+        train_mode: learn them from training steps too, which run in train mode; evaluation steps run in eval mode, as
+            they will. False for a training step that cannot run ahead of training: ops that only training reaches then
+            stay float, each with a warning.
 
     Raises:
         MisconfigurationException: a value is not one of the choices.
@@ -94,6 +99,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         freeze: list[str] | dict[str, int] | None = None,
         trace_batches: int = 2,
         profile: str | None = None,
+        train_mode: bool = True,
     ) -> None:
         with misconfiguration():
             self.qconfig = QConfig.of(qconfig)
@@ -110,6 +116,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.init_from = init_from
         self.frozen_parts = FrozenParts(freeze)
         self.trace_batches = trace_batches
+        self.train_mode = train_mode
         self.evaluations = SharedEvaluations()
         self._is_configured = qconfig is not None or bool(overrides) or profile is not None
         self._initial_weights = InitialWeights(init_from)
@@ -141,6 +148,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             is_configured=self._is_configured,
             target=self.target,
             trace_batches=self.trace_batches,
+            train_mode=self.train_mode,
             learned_scales=self.schedule.learned_scales,
             initial_weights=self._initial_weights,
             frozen_parts=self.frozen_parts,

@@ -46,7 +46,7 @@ def sensitivity_bars(result: SensitivityResult, most: int = 30) -> Figure:
     every = sorted(result.rows, key=lambda row: -_finite(row.score))
     rows = every[:most]
     figure, axes = _new_figure("Sensitivity", height=max(2.4, 0.9 + 0.21 * len(rows)))
-    colours = [_WEIGHT if row.sensitive_type == "weight" else _ACTIVATION for row in rows]
+    colours = [_WEIGHT if row.role == "weight" else _ACTIVATION for row in rows]
     finite = [row.score for row in rows if 0 < row.score < math.inf]
     smallest, largest = min(finite, default=1.0), max(finite, default=1.0)
     # an output that became NaN has no number: its bar ends at the edge
@@ -202,7 +202,7 @@ def _name(row: SensitivityRow) -> str:
 
 
 def _role(row: SensitivityRow) -> str:
-    return "weight" if row.sensitive_type == "weight" else "activation"
+    return "weight" if row.role == "weight" else "activation"
 
 
 def _short(name: str, length: int = _SHORT) -> str:

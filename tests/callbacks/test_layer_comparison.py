@@ -23,7 +23,7 @@ from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
-from lightning_qat.quantization.qconfig import ActivationOverride, Override
+from lightning_qat.quantization.overrides import ActivationOverride, Override
 from lightning_qat.quantization.region.regions import find_regions
 from tests.callbacks.analysed_run import Classifier, assert_same_run, run, trainer_of
 

@@ -30,9 +30,9 @@ from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
-from lightning_qat.quantization.qconfig import Override
 from lightning_qat.quantization.region.region import Region
 
 KEPT_BYTES = 2**28

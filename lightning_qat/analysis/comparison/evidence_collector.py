@@ -88,7 +88,7 @@ class EvidenceCollector:
     def _add_weight(self, gathered: _Gathered, value: Tensor, quantized: Tensor, plan: PointPlan) -> None:
         """Look along the inputs of a weight; if it has one scale also along its channels, and try a scale for each."""
         axis = self.region.graph.by_name[plan.op].weight_axis
-        if axis is None or value.dim() < 2:
+        if axis not in (0, 1) or value.dim() < 2:
             return
         gathered.along.axes.add(value, quantized, [1 - axis] if plan.axis is not None else [0, 1])
         if plan.axis is None:

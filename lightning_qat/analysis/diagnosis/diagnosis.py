@@ -18,7 +18,7 @@ from lightning_qat.analysis.diagnosis.judgement import judged
 from lightning_qat.analysis.diagnosis.remedy import percent
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
 from lightning_qat.quantization.errors import ConfigurationError, near_names
-from lightning_qat.quantization.qconfig import glob_covers
+from lightning_qat.quantization.overrides import glob_covers
 
 SENSITIVE_FACTOR = 4.0
 """A point whose score is this many times the median would need two bits more to be like the others. In a deep model

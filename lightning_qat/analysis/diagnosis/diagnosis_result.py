@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from lightning_qat.analysis.comparison.loop_rounds import worst_rounds
 from lightning_qat.analysis.model_check.long_loops import ANNOTATION
 from lightning_qat.analysis.results import Result
-from lightning_qat.quantization.planning.target_paths import spelled_out
+from lightning_qat.quantization.planning.target_paths import with_target_path
 
 Verdict = Literal["fine", "rounding", "clipping", "non-uniform", "bad scale", "config not applied", "inherited"]
 _SHOWN = 10
@@ -112,7 +112,7 @@ class DiagnosisResult(Result[Diagnosis]):
         """
         rows = [replace(row, region=name) for name, result in results.items() for row in result.rows]
         if len(results) > 1:
-            rows = [replace(row, yaml=spelled_out(row.yaml, row.region)) for row in rows]
+            rows = [replace(row, yaml=with_target_path(row.yaml, row.region)) for row in rows]
         return cls(tuple(sorted(rows, key=severest_first)))
 
     def lines(self, limit: int = _SHOWN) -> tuple[str, ...]:

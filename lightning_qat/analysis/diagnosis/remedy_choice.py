@@ -32,7 +32,10 @@ def against_clipping(e: PointEvidence, declared: tuple[float, float] | None) -> 
     if e.fixed_scale is not None:
         fitted = fitted_scale(e, "Its fixed scale is too small: leave it out, and calibrate.")
         return fitted if fitted.factor is not None else wider_type(e)
-    return fitted_scale(e, _more_data(e)) if exceeds_calibration(e) else wider_range(e)
+    if not exceeds_calibration(e):
+        return wider_range(e)
+    fitted = fitted_scale(e, _more_data(e))
+    return fitted if fitted.outcome else Remedy(_more_data(e))  # a scale for all of them would cost more than it gains
 
 
 def against_bad_scale(e: PointEvidence) -> Remedy:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lightning_qat.quantization.planning.target_paths import spelled_out
+from lightning_qat.quantization.planning.target_paths import with_target_path
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -105,4 +105,4 @@ def in_region(findings: Iterable[Finding], region: str, alone: bool) -> list[Fin
         region: its path.
         alone: it is the only one; otherwise the overrides to paste have to name it.
     """
-    return [replace(f, region=region, yaml=f.yaml if alone else spelled_out(f.yaml, region)) for f in findings]
+    return [replace(f, region=region, yaml=f.yaml if alone else with_target_path(f.yaml, region)) for f in findings]

@@ -111,7 +111,7 @@ def sensitivity(
         ...     _ = model(torch.randn(8, 4))
         >>> _ = region.compute_scales()
         >>> result = sensitivity(region, [torch.randn(8, 4)], metric="SQNR")
-        >>> result.columns()[:5], {row.sensitive_type for row in result.rows[:2]}
+        >>> result.columns()[:5], {row.role for row in result.rows[:2]}
         (('op_name', 'sensitive_type', 'op_type', 'SQNR', 'quant_dtype'), {'weight'})
     """
     if method not in get_args(Method):
@@ -277,7 +277,7 @@ class _Analysis:
         point = self.region.plan.by_name[name]
         return SensitivityRow(
             op_name=point.op,
-            sensitive_type="weight" if point.is_weight else "activation",
+            role=point.scale_role,
             op_type=self.region.graph.by_name[point.op].kind,
             value=value,
             quant_dtype=self._points[name].dtype,

@@ -20,7 +20,7 @@ class SensitivityRow:
 
     Args:
         op_name: name of the op.
-        sensitive_type: ``activation`` or ``weight``.
+        role: ``activation`` or ``weight``; the column is called ``sensitive_type``.
         op_type: torch function of the op.
         value: the metric; this column has the metric's name. None: only the score is known. nan: the output became NaN
             or has another number of tensors or dimensions.
@@ -35,7 +35,7 @@ class SensitivityRow:
     """
 
     op_name: str
-    sensitive_type: str
+    role: str
     op_type: str
     value: float | None
     quant_dtype: str
@@ -100,7 +100,8 @@ class SensitivityResult(Result[SensitivityRow]):
 
     def columns(self) -> tuple[str, ...]:
         """Names of all columns; the fourth is the name of the metric."""
-        return tuple(self.metric if n == "value" else n for n in SensitivityRow.__dataclass_fields__)
+        names = {"value": self.metric, "role": "sensitive_type"}
+        return tuple(names.get(n, n) for n in SensitivityRow.__dataclass_fields__)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return the rows as dictionaries of primitives."""

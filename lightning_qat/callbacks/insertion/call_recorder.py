@@ -18,7 +18,7 @@ from lightning_qat.quantization.modules.tensor_leaves import leaves
 
 
 class CallRecorder:
-    """Wraps the forward of every module while steps run, and keeps the arguments of outermost (or wanted) calls.
+    """Wraps the forward of every module while steps run, and keeps outermost (or wanted) calls with their modes.
 
     Args:
         modules: the module and its submodules by path.
@@ -26,9 +26,11 @@ class CallRecorder:
 
     Attributes:
         stage: which step runs, set by the user of the recorder.
+        decides: whether what runs now says something about the targets. Calibration takes what there is.
         calls: what was kept, by path.
         outermost: paths of the outermost calls by stage.
         total: number of calls kept.
+        gradient_leaves: identities of the parameters that the losses of training steps depend on.
     """
 
     def __init__(self, modules: dict[str, nn.Module], wanted: list[str] | None) -> None:
@@ -36,10 +38,13 @@ class CallRecorder:
         self._wanted = wanted
         self._depth = 0
         self.stage = ""
+        self.decides = True
         self.calls: dict[str, list[Call]] = {}
         self.outermost: dict[str, list[str]] = {}
         self._called: dict[str, set[str]] = {}
         self._models: set[str] = set()
+        self._with_gradients: set[str] = set()
+        self.gradient_leaves: set[int] = set()
         self.total = 0
 
     @contextmanager
@@ -57,12 +62,14 @@ class CallRecorder:
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             outermost = self._depth == 0
+            kept = outermost if self._wanted is None else path in self._wanted
+            modes = {name: m.training for name, m in self._modules[path].named_modules()} if kept else None
             self._depth += 1
             try:
                 result = forward(*args, **kwargs)
             finally:
                 self._depth -= 1
-            self._note(path, Call(args, kwargs), outermost, result)
+            self._note(path, Call(args, kwargs, modes), outermost, result)
             return result
 
         return recorded
@@ -71,12 +78,16 @@ class CallRecorder:
         takes_part = path == "" or (
             any(True for _ in self._modules[path].parameters()) and bool(leaves((call.args, call.kwargs)))
         )
-        self._called.setdefault(self.stage, set()).add(path)
-        if outermost and takes_part and path not in self.outermost.setdefault(self.stage, []):
-            self.outermost[self.stage].append(path)
         if (outermost and takes_part) if self._wanted is None else path in self._wanted:
             self.calls.setdefault(path, []).append(call)
             self.total += 1
+        if not self.decides:
+            return
+        self._called.setdefault(self.stage, set()).add(path)
+        if self.stage == "train" and torch.is_grad_enabled():
+            self._with_gradients.add(path)
+        if outermost and takes_part and path not in self.outermost.setdefault(self.stage, []):
+            self.outermost[self.stage].append(path)
         if not (isinstance(result, Tensor) and result.dim() == 0):
             self._models.add(path)
 
@@ -96,6 +107,14 @@ class CallRecorder:
         evaluated = [self._called[stage] for stage in stages if stage != "train"]
         found = [path for path in found if all(path in called for called in evaluated)]
         return [path for path in found if not any(other.startswith(path + ".") for other in found)]
+
+    def called_in_training(self, path: str) -> bool:
+        """Whether training steps were run, and called a module."""
+        return path in self._called.get("train", ())
+
+    def runs_without_gradients(self, path: str) -> bool:
+        """Whether training steps call a module, always under ``no_grad``."""
+        return self.called_in_training(path) and path not in self._with_gradients
 
     def warn_about_float_stages(self, pl_module: pl.LightningModule, wanted: list[str]) -> None:
         """Say which step does not run through a target: it stays float."""

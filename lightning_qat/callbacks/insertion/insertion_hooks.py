@@ -101,7 +101,13 @@ class InsertionHooks:
         graphs: dict[str, OpGraph] = {}
         try:
             self.request.initial_weights.load(self.pl_module)
-            graphs = traced_targets(self.trainer, self.pl_module, self.request.target, self.request.trace_batches)
+            graphs = traced_targets(
+                self.trainer,
+                self.pl_module,
+                self.request.target,
+                self.request.trace_batches,
+                self.request.train_mode,
+            )
         except (TracingError, FileNotFoundError, FloatCheckpointError) as error:
             # a checkpoint may still bring weights and a plan
             self._pending = MisconfigurationException(str(error))
@@ -188,7 +194,7 @@ class InsertionHooks:
             points = region.points
             for point in region.plan.points:
                 if point.fixed_scale is None:
-                    role = "weight" if point.is_weight else "activation"
+                    role = point.scale_role
                     learned.setdefault(role, set()).add(points[point.name].learned)
         found = {role for role, kinds in learned.items() if True in kinds}
         wanted = set(self.request.learned_scales) & set(learned)

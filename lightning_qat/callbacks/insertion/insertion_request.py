@@ -8,9 +8,10 @@ from typing import Any
 
 from lightning_qat.callbacks.insertion.initial_weights import InitialWeights
 from lightning_qat.callbacks.schedule.frozen_parts import FrozenParts
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.plan import QuantPlan, ScaleRole
-from lightning_qat.quantization.qconfig import Override, QConfig
+from lightning_qat.quantization.qconfig import QConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class InsertionRequest:
         is_configured: whether the user has given one of these three.
         target: ``auto``, the path of a submodule, or several.
         trace_batches: how many batches are looked at to learn the ops of the model.
+        train_mode: whether training steps are looked at too.
         learned_scales: the scales that training finds by gradient.
         initial_weights: loaded before insertion.
         frozen_parts: frozen as soon as there are regions.
@@ -35,6 +37,7 @@ class InsertionRequest:
     is_configured: bool
     target: str | list[str]
     trace_batches: int
+    train_mode: bool
     learned_scales: tuple[ScaleRole, ...]
     initial_weights: InitialWeights
     frozen_parts: FrozenParts

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import cast
 
 import lightning.pytorch as pl
 import torch
@@ -12,10 +12,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_debug  # type: ignore[attr-defined]
 
 from lightning_qat.callbacks.insertion.call_recorder import CallRecorder
+from lightning_qat.callbacks.insertion.module_flow import ModuleFlow
+from lightning_qat.callbacks.insertion.trained_parts import gradient_leaves, parts_of_the_model
+from lightning_qat.callbacks.passes.calibration_batches import has_calibration_loader
 from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batches
+from lightning_qat.callbacks.passes.fresh_loaders import Stage
 from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed
+from lightning_qat.callbacks.quantized_run import ScaleSource
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.quantization.errors import TracingError, near_names
 from lightning_qat.quantization.modules.call import Call
 
@@ -23,7 +29,7 @@ AUTO = "auto"
 
 
 def captured_calls(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, target: str | list[str], batches: int
+    trainer: pl.Trainer, pl_module: pl.LightningModule, target: str | list[str], batches: int, train_mode: bool = True
 ) -> dict[str, list[Call]]:
     """Run a few steps and return the calls of each target, by path (``""`` is the module itself).
 
@@ -32,6 +38,7 @@ def captured_calls(
         pl_module: the module whose steps run.
         target: ``auto``, a path, or several.
         batches: batches per step.
+        train_mode: run the training step too.
 
     Raises:
         MisconfigurationException: a target does not exist or was not called.
@@ -45,11 +52,18 @@ def captured_calls(
             hint = f" Near names: {', '.join(near)}." if near else ""
             raise MisconfigurationException(f"target: {type(pl_module).__name__} has no submodule {path!r}.{hint}")
     _check_disjoint(wanted or [])
-    seen = _run_all_steps(trainer, pl_module, batches, CallRecorder(modules, wanted))
+    stages = _stages(trainer, train_mode)
+    seen = _run_all_steps(trainer, pl_module, batches, stages, CallRecorder(modules, wanted))
     if wanted is None:
-        wanted = seen.recorder.common_targets()
-        if set(seen.recorder.calls) - set(wanted):  # some were called inside of others
-            seen = _run_all_steps(trainer, pl_module, batches, CallRecorder(modules, wanted))
+        found = seen.recorder.common_targets()
+
+        def watch(flow: ModuleFlow) -> None:
+            with flow.watching():
+                _run_all_steps(trainer, pl_module, batches, stages, CallRecorder(modules, []))
+
+        wanted = parts_of_the_model(trainer, pl_module, found, seen.recorder, watch)
+        if set(seen.recorder.calls) - set(found):  # some were called inside of others
+            seen = _run_all_steps(trainer, pl_module, batches, stages, CallRecorder(modules, wanted))
     recorder = seen.recorder
     calls = {path: recorder.calls[path] for path in wanted if path in recorder.calls}
     missing = [path for path in wanted if path not in calls]
@@ -83,17 +97,30 @@ class _Seen:
     problems: list[str] = field(default_factory=list)
 
 
-def _run_all_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int, recorder: CallRecorder) -> _Seen:
-    """Run the steps of this run; in a fit those of training too, before predictions those that calibration will run."""
-    seen = _Seen(recorder)
+def _stages(trainer: pl.Trainer, train_mode: bool) -> tuple[str, ...]:
+    """The steps of this run; in a fit those of training too, before predictions those that calibration will run."""
     running = _compat.running_function(trainer)
-    stages = {"train": ("validate", "train"), "predict": ("calibration", "predict")}.get(running, (running,))
+    if running == "predict":
+        return "calibration", "predict"
+    return ("validate", "train")[: 1 + train_mode] if running == "train" else (running,)
+
+
+def _run_all_steps(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int, stages: tuple[str, ...], recorder: CallRecorder
+) -> _Seen:
+    """Run some batches of each stage, and of those that calibration will run: their batches may be larger."""
+    seen = _Seen(recorder)
+    data = _Batches(trainer, pl_module, batches)
     with undisturbed(trainer, pl_module, trains=True), recorder.recording():
         for stage in stages:
             recorder.stage = stage
-            count, problems = _run_steps(trainer, pl_module, stage, batches, recorder)
+            count, problems = _run_steps(trainer, pl_module, stage, data, recorder)
             seen.batches += count
             seen.problems += problems
+        if listed(trainer, ScaleSource) and "calibration" not in data.taken:
+            recorder.decides = False
+            _run_steps(trainer, pl_module, "calibration", data, recorder)
+            recorder.decides = True
     if not recorder.calls and pl_module.example_input_array is not None:
         recorder.stage = "example"
         with undisturbed(trainer, pl_module), recorder.recording(), torch.no_grad():
@@ -104,7 +131,7 @@ def _run_all_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: 
 
 
 def _run_steps(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, batches: int, recorder: CallRecorder
+    trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, data: _Batches, recorder: CallRecorder
 ) -> tuple[int, list[str]]:
     """Run one kind of step; it may fail once the targets were called (losses may need what is not there yet).
 
@@ -116,17 +143,19 @@ def _run_steps(
     before = recorder.total
     taken = 0
     try:
-        for extra in _batches(trainer, pl_module, stage, batches):
+        for extra in data.of(stage):
             taken += 1
             pl_module.train(stage == "train")
             with torch.no_grad():
-                run_step(trainer, pl_module, extra, "validate" if stage == "calibration" else stage)
+                output = run_step(trainer, pl_module, extra, "validate" if stage == "calibration" else stage)
+            if stage == "train":
+                recorder.gradient_leaves |= gradient_leaves(output)
     except MisconfigurationException as error:
         return taken, [str(error)]
     except Exception as error:
         if recorder.total == before and _compat.lacks_optimizers(trainer):  # it may have looked at them
             with suppress(Exception), _compat.stand_in_optimizers(trainer, pl_module):
-                return _run_steps(trainer, pl_module, stage, batches, recorder)
+                return _run_steps(trainer, pl_module, stage, data, recorder)
         if recorder.total > before:
             rank_zero_debug(f"{stage} step stopped after its forward while tracing: {error!r}")
             return taken, []
@@ -134,13 +163,36 @@ def _run_steps(
     return taken, []
 
 
-def _batches(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, batches: int) -> Iterator[ExtraBatch]:
-    """Batches of a stage; a run that has no loader for it uses what it calibrates with."""
-    try:
-        attached = stage != "calibration" and _compat.attached_loader(trainer, stage) is not None
-    except Exception:  # a hook that needs a setup() of another stage
-        attached = False
-    return extra_batches(trainer, pl_module, batches, stage if attached else "calibration")  # type: ignore[arg-type]
+class _Batches:
+    """The batches that are looked at; each loader gives them once, as a stream would be the poorer for them.
+
+    Args:
+        trainer: the running trainer.
+        pl_module: its module.
+        limit: batches per stage.
+
+    Attributes:
+        taken: the batches by the stage whose loader they come from.
+    """
+
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int) -> None:
+        self.trainer = trainer
+        self.pl_module = pl_module
+        self.limit = limit
+        self.taken: dict[str, list[ExtraBatch]] = {}
+
+    def of(self, stage: str) -> list[ExtraBatch]:
+        """Return the batches of a stage; a run that has no loader for it uses what it calibrates with."""
+        try:
+            attached = stage != "calibration" and _compat.attached_loader(self.trainer, stage) is not None
+        except Exception:  # a hook that needs a setup() of another stage
+            attached = False
+        source = cast(Stage, stage) if attached else "calibration"
+        if source == "calibration" and "train" in self.taken and not has_calibration_loader(self.trainer):
+            return self.taken["train"]
+        if source not in self.taken:
+            self.taken[source] = list(extra_batches(self.trainer, self.pl_module, self.limit, source))
+        return self.taken[source]
 
 
 def _check_disjoint(paths: list[str]) -> None:

@@ -18,7 +18,7 @@ from lightning_qat.quantization.tracing.tracer import trace
 
 
 def traced_targets(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, target: str | list[str], batches: int
+    trainer: pl.Trainer, pl_module: pl.LightningModule, target: str | list[str], batches: int, train_mode: bool = True
 ) -> dict[str, OpGraph]:
     """Trace the target(s) on what a few steps give to them.
 
@@ -27,6 +27,7 @@ def traced_targets(
         pl_module: its module. It is on its training device meanwhile, as some kernels exist only there.
         target: ``auto``, a path, or several.
         batches: batches per step.
+        train_mode: look at training steps and at train mode too.
 
     Returns:
         The ops by the path of the target; ``""`` is the module itself.
@@ -36,9 +37,9 @@ def traced_targets(
         TracingError: no step could be run, or the ops cannot be traced.
     """
     with _on_device(pl_module, trainer.strategy.root_device), _quiet():
-        calls = captured_calls(trainer, pl_module, target, batches)
+        calls = captured_calls(trainer, pl_module, target, batches, train_mode)
         with undisturbed(trainer, pl_module):  # a forward may count its calls
-            return {path: trace(submodule(pl_module, path), c) for path, c in calls.items()}
+            return {path: trace(submodule(pl_module, path), c, train_mode) for path, c in calls.items()}
 
 
 def graphs_of_rank_zero(trainer: pl.Trainer, graphs: dict[str, OpGraph]) -> dict[str, OpGraph]:

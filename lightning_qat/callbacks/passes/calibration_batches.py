@@ -58,3 +58,9 @@ def calibration_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> t
         "there is no data to trace or calibrate with: pass dataloaders or a datamodule to the Trainer, or give the "
         "datamodule a calibration_dataloader()."
     )
+
+
+def has_calibration_loader(trainer: pl.Trainer) -> bool:
+    """Whether the datamodule or the module says itself what to calibrate with."""
+    owners = (trainer.datamodule, trainer.lightning_module)  # type: ignore[attr-defined]
+    return any(callable(getattr(owner, "calibration_dataloader", None)) for owner in owners)

@@ -178,6 +178,17 @@ def optimizer_counts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tupl
     return len(optimizers), len(schedulers)
 
 
+def optimized_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> set[int] | None:
+    """Return the identities of the parameters that the module's optimizers have; None if that cannot be told yet."""
+    optimizers = trainer.optimizers
+    if not optimizers and lacks_optimizers(trainer):
+        try:
+            optimizers, _ = _created_optimizers(trainer, pl_module)
+        except Exception:  # it may need what hooks of training prepare
+            return None
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
 def lacks_optimizers(trainer: pl.Trainer) -> bool:
     """Whether this is a fit that has not set up its optimizers yet."""
     return running_function(trainer) == "train" and not trainer.optimizers

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from lightning_qat.quantization.config_values import Scheme
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_quantize
 from lightning_qat.quantization.fake_quant.learned_scale import fake_quantize_learned, gradient_scale
-from lightning_qat.quantization.fake_quant.quantization_parameters import QuantizationParameters, Scheme
+from lightning_qat.quantization.fake_quant.quantization_parameters import QuantizationParameters
 from lightning_qat.quantization.numerics.observers import ObserverName, clip_range
 from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE, check_percentile
-from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics, RangeStatistics
+from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics
 from lightning_qat.quantization.numerics.scales import MIN_SCALE, greatest_scale
-from lightning_qat.quantization.numerics.split_statistics import SplitStatistics, repeat_groups
+from lightning_qat.quantization.numerics.split_statistics import repeat_groups, statistics_for
 
 
 class FakeQuantize(QuantizationParameters):
@@ -101,13 +102,7 @@ class FakeQuantize(QuantizationParameters):
         self.enabled = True
         self.frozen = False
         self.outdated = False
-        self.statistics: RangeStatistics | PerChannelStatistics | SplitStatistics
-        if axis is None or channels is None:
-            self.statistics = RangeStatistics(ema_momentum)
-        elif split_sizes is None:
-            self.statistics = PerChannelStatistics(axis, channels, ema_momentum)
-        else:
-            self.statistics = SplitStatistics(axis, split_sizes, ema_momentum)
+        self.statistics = statistics_for(axis, channels, split_sizes, ema_momentum)
         with torch.inference_mode(False):
             # Clip range relative to the whole and to the averaged range of the data: row 0 for the lower end, 1 for
             # the upper.

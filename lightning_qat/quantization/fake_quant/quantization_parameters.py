@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_qat.quantization.config_values import Scheme
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
 from lightning_qat.quantization.numerics.scales import (
     ZERO_RANGE_SCALE,
@@ -18,8 +18,6 @@ from lightning_qat.quantization.numerics.scales import (
     scale_from_range,
 )
 from lightning_qat.quantization.numerics.split_statistics import repeat_groups
-
-Scheme = Literal["symmetric", "affine"]
 
 
 class QuantizationParameters(torch.nn.Module):

@@ -1,8 +1,13 @@
-"""The function table: a row for every torch function that can be quantized, moves data or makes tensors.
+"""The function table: what happens to each torch function. Its row says so: quantized, moved, made, or left in float.
 
-One row covers every spelling of a function (see ``canonical_kinds.py``). The functions that stay float, with their
-reasons, are in ``float_functions.py``; ``torch_functions.md`` is the whole table, made by ``make tables``. A new torch
-function gets its row here or there; the tests say which is missing.
+* Quantized functions, data movement and functions that make tensors have their rows here, functions that stay float
+  theirs in ``float_functions.py``, with the reason.
+* To make a function stay float (``silu``), move its name from its row here to a row with a reason there. In one model
+  only, an override does it: ``{op_type: silu, activation: {dtype: float32}}``.
+* A new torch function gets a row here or there; the tests say which is missing.
+* One row covers every form of a function, which ``canonical_kinds.py`` brings under one name (its kind).
+  ``function_lookup.py`` finds the row of a function that is called and refines it by the options of the call.
+  ``torch_functions.md`` is the whole table for people, made by ``make tables``.
 """
 
 from __future__ import annotations

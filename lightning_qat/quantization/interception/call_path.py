@@ -195,7 +195,7 @@ class CallPaths:
             return known[hit]
 
     def describe(self, path: Path) -> str:
-        """Spell a path so that it is the same in another process."""
+        """Return a path as text that is the same in another process."""
         return "/".join(self._names_of_sites[site] for site in path)
 
     def _new(

@@ -14,10 +14,23 @@ from lightning_qat.quantization.modules.tensor_leaves import leaves
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one forward of the target."""
+    """The arguments of one forward of the target.
+
+    Args:
+        args: the positional ones.
+        kwargs: the keyword ones.
+        modes: for a call that was seen in a run, whether the target (``""``) and each of its submodules, by name, was
+            in train mode. None for an example.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    modes: Mapping[str, bool] | None = None
+
+    @property
+    def training(self) -> bool | None:
+        """Whether the call was made in train mode; None if that is not known."""
+        return None if self.modes is None else self.modes[""]
 
     @classmethod
     def of(cls, batch: Any) -> Call:
@@ -38,7 +51,7 @@ class Call:
         Objects that keep state between forwards, such as the key-value cache of a language model, are copied with
         their tensors; so a call can run several times, and its owner's objects stay as they are.
         """
-        return Call(_copied(self.args), _copied(self.kwargs))
+        return Call(_copied(self.args), _copied(self.kwargs), self.modes)
 
 
 def _copied(value: Any) -> Any:

@@ -81,16 +81,8 @@ def expected_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, quan
         >>> round(error.item() / 15001, 3), round(1 / 12, 3)
         (0.083, 0.083)
     """
-    counts = histogram.counts.double()
-    counts[:, histogram.bins] -= histogram.zeros  # zero is exact in every scheme
     width = histogram.width[:, None]
-    # No bin reaches beyond the extremes; an empty channel has no counts.
-    low, high = (torch.where(t.isfinite(), t, 0.0)[:, None] / width for t in (histogram.low, histogram.high))
-    edges = torch.minimum(torch.maximum(histogram.edges, low), high)
-    used = counts.any(dim=0).nonzero()
-    if len(used):
-        first, last = int(used[0]), int(used[-1]) + 1
-        counts, edges = counts[:, first:last], edges[:, first : last + 1]
+    counts, edges = _used_bins(histogram)
     length = edges.diff(dim=1)
     # In a bin cut down to (almost) a point, the quotient of differences would be only noise.
     is_point = length < 1e-6
@@ -117,6 +109,21 @@ def expected_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, quan
             error = error + (at_points * (middle - codes * step) ** 2).sum(2)
         results.append(error)
     return torch.cat(results).T
+
+
+def _used_bins(histogram: Histogram) -> tuple[Tensor, Tensor]:
+    """Counts without exact zeros, ``(channels, bins)``, and edges in bin widths, of the bins that any channel uses."""
+    counts = histogram.counts.double()
+    counts[:, histogram.bins] -= histogram.zeros  # zero is exact in every scheme
+    width = histogram.width[:, None]
+    # No bin reaches beyond the extremes; an empty channel has no counts.
+    low, high = (torch.where(t.isfinite(), t, 0.0)[:, None] / width for t in (histogram.low, histogram.high))
+    edges = torch.minimum(torch.maximum(histogram.edges, low), high)
+    used = counts.any(dim=0).nonzero()
+    if len(used):
+        first, last = int(used[0]), int(used[-1]) + 1
+        counts, edges = counts[:, first:last], edges[:, first : last + 1]
+    return counts, edges
 
 
 def kl_range(statistics: Statistics, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,12 @@ from typing import Any, get_args
 
 import yaml
 
+from lightning_qat.quantization.config_values import Granularity, Scheme
 from lightning_qat.quantization.errors import ConfigurationError, near_names, unknown_choice
 from lightning_qat.quantization.functions.function_lookup import known_kinds
 from lightning_qat.quantization.numerics.dtypes import DtypeName
 from lightning_qat.quantization.planning.fusion_patterns import DEFAULT_PATTERNS, GEMM_LAYERS, FusionPatterns
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile, OpRule, Signature
-from lightning_qat.quantization.qconfig import Granularity, Scheme
 
 _PROFILE_KEYS = ("name", "version", "description", "source", "groups", "ops", "unsupported", "fusions")
 _RULE_KEYS = ("kinds", "signatures", "schemes", "weight_granularity")

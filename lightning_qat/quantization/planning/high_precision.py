@@ -1,4 +1,4 @@
-"""Results that leave the region as float32, where a product's wide accumulator costs nothing (A11)."""
+"""Results that leave the region as float32, where a product's wide accumulator costs nothing."""
 
 from __future__ import annotations
 

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.deployed_part import DeployedPart, deployed_part
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 from lightning_qat.quantization.planning.plan import OpPlan, QuantPlan
 from lightning_qat.quantization.planning.planner import Planner
 from lightning_qat.quantization.planning.target_paths import local_rules
-from lightning_qat.quantization.qconfig import Override, QConfig
+from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
 
 

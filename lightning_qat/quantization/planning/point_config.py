@@ -8,8 +8,9 @@ from typing import Any
 
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
+from lightning_qat.quantization.overrides import ActivationOverride, Override, Split, WeightOverride
 from lightning_qat.quantization.planning.plan import PointRole
-from lightning_qat.quantization.qconfig import ActivationOverride, Override, QConfig, Split, WeightOverride
+from lightning_qat.quantization.qconfig import QConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -249,7 +249,7 @@ class _Checker:
     def _row(
         self, point: PointPlan, op: Op, subject: Subject, used: str, allowed: tuple[str, ...], beside: str = ""
     ) -> ProfileViolation:
-        kind = "weight" if point.is_weight else "activation"
+        kind = point.scale_role
         field = subject if subject in ("scheme", "granularity") else "dtype"
         instead = nearest_dtype(used, allowed) if field == "dtype" and allowed else (*allowed, FLOAT)[0]
         advice = f"Add an override: {{match: {point.name!r}, {kind}: {{{field}: {instead}}}}}"

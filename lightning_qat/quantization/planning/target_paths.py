@@ -1,8 +1,8 @@
 """Patterns that begin with the path of a target, where a model has several targets.
 
 Names inside a region are relative to its target (``layers.0.conv1.weight``). A pattern may also begin with the path of
-one of the targets, spelled out (``backbone.layers.0.*`` for target ``backbone``): then it is about that target alone.
-Such a pattern that matches nothing there is read as relative names after all. So every point has a spelling of its own,
+one of the targets, written out (``backbone.layers.0.*`` for target ``backbone``): then it is about that target alone.
+Such a pattern that matches nothing there is read as relative names after all. So every point has a name of its own,
 also where target ``head`` has a submodule called ``backbone``.
 """
 
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from lightning_qat.quantization.qconfig import Override
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
 
 
@@ -61,11 +61,11 @@ def local_patterns(pattern: str, paths: Iterable[str], matches: Callable[[str, s
     return relative
 
 
-def spelled_out(overrides: str, path: str) -> str:
+def with_target_path(overrides: str, path: str) -> str:
     """Put the path of a target before every pattern of some overrides in YAML: now they are about that target alone.
 
     Example:
-        >>> print(spelled_out('- {match: "fc.weight", weight: {dtype: int16}}', "head"))
+        >>> print(with_target_path('- {match: "fc.weight", weight: {dtype: int16}}', "head"))
         - {match: "head.fc.weight", weight: {dtype: int16}}
     """
     return re.sub(r"(match: [\"'])", lambda found: f"{found[1]}{path}.", overrides) if path else overrides

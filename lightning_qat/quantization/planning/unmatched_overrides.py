@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from lightning_qat.quantization.errors import ConfigurationError, near_names
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.plan import OpPlan
-from lightning_qat.quantization.qconfig import Override
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
 

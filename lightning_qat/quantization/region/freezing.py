@@ -15,9 +15,9 @@ from torch import nn
 from lightning_qat.quantization.errors import ConfigurationError, near_names
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.modules.module_walk import REGION_NAME
+from lightning_qat.quantization.overrides import glob_covers
 from lightning_qat.quantization.planning.plan import PointPlan, QuantPlan
 from lightning_qat.quantization.planning.target_paths import local_patterns
-from lightning_qat.quantization.qconfig import glob_covers
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
 _CALL_NUMBER = re.compile(r"@\d+")

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.make_plan import make_plan
 from lightning_qat.quantization.planning.plan import QuantPlan
-from lightning_qat.quantization.qconfig import Override, QConfig
+from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.regions import check_target
 from lightning_qat.quantization.tracing.op_graph import OpGraph
@@ -28,6 +29,7 @@ def insert(
     overrides: Iterable[Override | Mapping[str, Any]] = (),
     profile: HardwareProfile | str | Path | None = None,
     batches: Iterable[Any] | None = None,
+    train_mode: bool = True,
 ) -> Region:
     """Insert fake-quant into a module, in place. It stays float until calibrated.
 
@@ -42,6 +44,8 @@ def insert(
         overrides: rules for single points, from general to specific.
         profile: the hardware the plan is for, such as ``generic_int8_int16`` or the path of a YAML file.
         batches: more example batches, for forwards whose ops depend on the data.
+        train_mode: look for ops that run in train mode only too, as far as the module runs on the example there. False
+            for modules that cannot (batch norm on a batch of one, targets that are missing): eval mode alone.
 
     Returns:
         The region: ``region.graph``, ``region.plan``, ``region.points``; ``region.remove()`` gives the float module
@@ -62,7 +66,7 @@ def insert(
     calls = [Call.of(batch) for batch in batches or ()]
     if example_args or example_kwargs or not calls:
         calls.insert(0, Call(tuple(example_args), dict(example_kwargs or {})))
-    graph = trace(module, calls)
+    graph = trace(module, calls, train_mode)
     return attach(module, graph, make_plan(graph, qconfig, overrides, profile))
 
 

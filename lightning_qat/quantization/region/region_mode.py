@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
-from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode
-from lightning_qat.quantization.interception.interception import CallPathMode, SpecCache
+from lightning_qat.quantization.interception.interception import InterceptionMode, SpecCache
+from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.modules.tensor_leaves import is_float, leaves, map_call_leaves
 from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm
 from lightning_qat.quantization.region.bound_points import UNPLANNED, BoundPoint, OpQuantizers, parameter_view
@@ -23,10 +23,6 @@ Operation = Callable[..., Any]
 
 class Runner(Protocol):
     """What the mode needs of the region it runs."""
-
-    @property
-    def call_paths(self) -> CallPaths:
-        """The call tree of the target, which finds the fake-quants of an op."""
 
     @property
     def functions(self) -> SpecCache:
@@ -44,16 +40,14 @@ class Runner(Protocol):
         """Be told of an op that the plan does not know."""
 
 
-class RegionMode(CallPathMode):
+class RegionMode(InterceptionMode):
     """Applies the fake-quants of a region while its target's forward runs.
 
     The region's state is that of the entry: a backward pass that repeats the forward repeats the same function.
     """
 
-    def __init__(
-        self, runner: Runner, frame: FrameType, node: ScopeNode | None = None, repeats: RegionMode | None = None
-    ) -> None:
-        super().__init__(runner.call_paths, frame, node, recomputing=repeats is not None)
+    def __init__(self, runner: Runner, identity: OpIdentity, repeats: RegionMode | None = None) -> None:
+        super().__init__(identity, recomputing=repeats is not None)
         self.runner = runner
         self.state: str = runner.switches.state if repeats is None else repeats.state
         self._functions = runner.functions
@@ -63,8 +57,8 @@ class RegionMode(CallPathMode):
         # by point: the running variance moves between a forward and its repetition
         self._factors: dict[str, Tensor] = {} if repeats is None else repeats._factors
 
-    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
-        return RegionMode(self.runner, frame, node, repeats=self)
+    def resumed(self, frame: FrameType, scope: Any) -> InterceptionMode | None:
+        return RegionMode(self.runner, self.identity.resumed(frame, scope), repeats=self)
 
     def __torch_function__(
         self, func: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -76,7 +70,7 @@ class RegionMode(CallPathMode):
         if spec.role == "composite":
             return self.run_composite(func, args, kwargs)
         frame = sys._getframe(1)
-        quantizers: OpQuantizers | None = self.calls.op(frame, spec.kind)
+        quantizers: OpQuantizers | None = self.identity.op(frame, spec.kind)
         if quantizers is None:  # inside a custom autograd.Function: one opaque op
             return func(*args, **kwargs)
         if quantizers is UNPLANNED:

@@ -14,7 +14,9 @@ from lightning_qat.quantization.errors import PlanMismatchError
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
 from lightning_qat.quantization.interception.activation_checkpointing import RunningRegion
 from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode, user_location
-from lightning_qat.quantization.interception.interception import CallPathMode, SpecCache, active_mode
+from lightning_qat.quantization.interception.call_stack import CallStack
+from lightning_qat.quantization.interception.interception import InterceptionMode, SpecCache, active_mode
+from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.region.bound_points import UNPLANNED, OpQuantizers
 from lightning_qat.quantization.region.freezing import Freezing
 from lightning_qat.quantization.region.region_mode import RegionMode
@@ -68,7 +70,11 @@ class RegionRunner:
         """Whether the plain forward runs."""
         return self.switches.state == "off"
 
-    def open(self, frame: FrameType) -> CallPathMode | None:
+    def identity(self, frame: FrameType) -> OpIdentity:
+        """Return what tells the ops of one entry apart, which starts in a frame: their call paths."""
+        return CallStack(self.call_paths, frame)
+
+    def open(self, frame: FrameType) -> InterceptionMode | None:
         """Decide about one entry of the forward; a recursive entry is part of the running one.
 
         Raises:
@@ -77,23 +83,23 @@ class RegionRunner:
         outer = active_mode()
         if outer is None:
             self.freezing.hold()
-            return RegionMode(self, frame)
+            return RegionMode(self, self.identity(frame))
         if active_mode(self.call_paths) is not None:
             return None
         raise RuntimeError(
             f"the quantized region {type(self.target).__name__} was called inside another one, "
-            f"{type(outer.calls.paths.target).__name__}: make only one of the two a target."
+            f"{type(outer.identity.target).__name__}: make only one of the two a target."
         )
 
     def run(
-        self, mode: CallPathMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, mode: InterceptionMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the forward under a mode; frames (and the tensors they hold) are let go at the end."""
         try:
             with RunningRegion(), mode:
                 return forward(*args, **kwargs)
         finally:
-            mode.calls.clear()
+            mode.identity.clear()
 
     def note_unplanned(self, kind: str, frame: FrameType) -> None:
         """Count an op that was not seen while tracing; it runs in float and is reported once per place.

@@ -1,4 +1,4 @@
-"""Splitting modules that are registered at several places, before fake-quant is inserted (A6).
+"""Splitting modules that are registered at several places, before fake-quant is inserted.
 
 Inserted fake-quant never shares an activation's scale between two calls: ops are identified by where they are called,
 not by the module they run in. What a shared module does share is its *name*. The second place of a module registered as

@@ -160,6 +160,11 @@ class OpGraph:
         return {op.name: op for op in self.ops}
 
     @cached_property
+    def position(self) -> dict[str, int]:
+        """The place of each op in the order of execution."""
+        return {op.name: index for index, op in enumerate(self.ops)}
+
+    @cached_property
     def consumers(self) -> dict[str, tuple[Op, ...]]:
         """Which ops read the result of an op; an op that reads it twice is listed once."""
         found: dict[str, dict[str, Op]] = {}

@@ -1,8 +1,8 @@
 """Running the target a few times to learn its ops: ``trace(target, calls) -> OpGraph``.
 
-Each call runs once in eval and once in train mode; the graph is the union, so ops that exist in only one mode or in one
-branch are ordinary. Running twice also tells tensors that stay the same (constants) from tensors whose producer the
-mode did not see (opaque).
+Calls run in the mode that they were made in, examples in both; the graph is the union, so ops that exist in only one
+mode or in one branch are ordinary. Running twice also tells tensors that stay the same (constants) from tensors whose
+producer the mode did not see (opaque).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
 from typing import Any
@@ -21,14 +22,16 @@ from lightning_qat.quantization.errors import TracingError
 from lightning_qat.quantization.functions.function_lookup import is_interceptable, spec_of, specialise
 from lightning_qat.quantization.functions.mask_values import makes_mask, subtracts_mask
 from lightning_qat.quantization.interception.activation_checkpointing import RunningRegion
-from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode, user_location
-from lightning_qat.quantization.interception.interception import CallPathMode, Intercepted, active_mode
+from lightning_qat.quantization.interception.call_path import CallPaths, user_location
+from lightning_qat.quantization.interception.call_stack import CallStack
+from lightning_qat.quantization.interception.interception import Intercepted, InterceptionMode, active_mode
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.preservation import preserved, preserved_tensors
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, leaves, named_leaves
 from lightning_qat.quantization.tracing.graph_building import GraphBuilder
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 from lightning_qat.quantization.tracing.op_records import OpRecord
+from lightning_qat.quantization.tracing.replays import Replay, replays
 from lightning_qat.quantization.tracing.tensor_sources import TensorSources, version_of
 
 
@@ -39,8 +42,10 @@ def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) ->
 
     Args:
         target: the module whose forward is the region.
-        batches: see :meth:`~lightning_qat.quantization.modules.call.Call.of`; a few representative ones.
-        train_mode: run in eval and in train mode; else twice in eval mode.
+        batches: see :meth:`~lightning_qat.quantization.modules.call.Call.of`; a few representative ones. A call with
+            ``modes`` runs in these, an example in eval and in train mode. An example that fails in train mode only
+            (batch norm on one value, missing targets) is left out there, with a warning.
+        train_mode: False to run everything in eval mode only.
 
     Raises:
         TracingError: a forward failed, or there was no batch.
@@ -56,23 +61,38 @@ def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) ->
     limited = (m for m in target.modules() if getattr(m, "max_norm", None) is not None)
     rescaled = [p for m in limited for p in m.parameters(recurse=False)]
     with tracer, preserved(target), torch.inference_mode(False), torch.no_grad():
-        for batch in batches:
-            call = Call.of(batch)
-            for training in (False, True) if train_mode else (False, False):
-                target.train(training)
-                try:
-                    with preserved_tensors([*leaves((call.args, call.kwargs)), *rescaled]):
-                        own = call.copied()
-                        target(*own.args, **own.kwargs)
-                except TracingError:
-                    raise
-                except Exception as error:
-                    mode = "train" if training else "eval"
-                    raise TracingError(
-                        f"running {type(target).__name__} on the example batch in {mode} mode failed: "
-                        f"{type(error).__name__}: {error}"
-                    ) from error
+        tried = [_run(target, replay, rescaled) for replay in replays([Call.of(b) for b in batches], train_mode)]
+    failures = [failure for failure in tried if failure is not None]
+    if failures and not tracer.builder.forwards:
+        raise failures[0]
     return tracer.graph()
+
+
+def _run(target: nn.Module, replay: Replay, rescaled: list[nn.Parameter]) -> TracingError | None:
+    """Run one forward. Return why it failed, if it did and need not have run."""
+    replay.set_modes(target)
+    try:
+        with preserved_tensors([*leaves((replay.call.args, replay.call.kwargs)), *rescaled]):
+            own = replay.call.copied()
+            target(*own.args, **own.kwargs)
+    except TracingError:
+        raise
+    except Exception as error:
+        name, mode = type(target).__name__, "train" if replay.training else "eval"
+        why = f"{type(error).__name__}: {error}"
+        failure = TracingError(f"running {name} on the example batch in {mode} mode failed: {why}")
+        failure.__cause__ = error
+        if replay.required:
+            raise failure from error
+        if replay.call.training is None:
+            warnings.warn(
+                f"{name} does not run on the example in train mode ({why}): ops behind that place that only training "
+                "reaches will stay float. Give an example that it can train on, or write train_mode=False.",
+                UserWarning,
+                stacklevel=4,
+            )
+        return failure
+    return None
 
 
 class Tracer:
@@ -105,7 +125,7 @@ class Tracer:
         """Never: a tracer is removed when it is done."""
         return False
 
-    def open(self, frame: FrameType) -> CallPathMode | None:
+    def open(self, frame: FrameType) -> InterceptionMode | None:
         """Start recording a forward; a recursive entry is part of the forward that runs."""
         if threading.get_ident() != self._thread or active_mode(self.paths) is not None:
             return None
@@ -114,7 +134,7 @@ class Tracer:
         return _TracingMode(self, frame)
 
     def run(
-        self, mode: CallPathMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, mode: InterceptionMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run and record one forward. One that raises is not recorded as a forward."""
         self.builder.begin(self.target.training)
@@ -123,8 +143,11 @@ class Tracer:
             with RunningRegion(), mode:
                 output = forward(*args, **kwargs)
             _refuse_lazy(self.target, output)
+        except BaseException:
+            self.builder.break_off()
+            raise
         finally:
-            mode.calls.clear()
+            mode.identity.clear()
             self.sources.end()
         for path, tensor in named_leaves(output):
             self.builder.leaving(path, tensor, self.sources.source(tensor))
@@ -142,12 +165,13 @@ class Tracer:
         return self.builder.graph(self.sources.constants, self.sources.carried, self.sources.writers)
 
 
-class _TracingMode(CallPathMode):
+class _TracingMode(InterceptionMode):
     def __init__(self, tracer: Tracer, frame: FrameType) -> None:
-        super().__init__(tracer.paths, frame)
+        self.calls = CallStack(tracer.paths, frame)
+        super().__init__(self.calls)
         self.tracer = tracer
 
-    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
+    def resumed(self, frame: FrameType, scope: Any) -> InterceptionMode | None:
         return None  # a backward pass inside a traced step repeats what was already recorded
 
     def __torch_function__(

@@ -246,7 +246,7 @@ def test_shared_weight_is_one_point() -> None:
 
     model, x = Tied(), torch.randn(2, 4)
     region = calibrated(model, x)
-    weights = [row for row in sensitivity(region, [x]).rows if row.sensitive_type == "weight"]
+    weights = [row for row in sensitivity(region, [x]).rows if row.role == "weight"]
     assert len(weights) == 1
     fq = region.points[weights[0].point](model.linear.weight)
     with torch.no_grad():

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lightning_qat.analysis.statistics.point_statistics import PointStatistics
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.overrides import Override, Split
 from lightning_qat.quantization.planning.plan import QuantPlan
-from lightning_qat.quantization.qconfig import Override, Split
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 

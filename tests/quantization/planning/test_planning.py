@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.overrides import Override, Split, WeightOverride, glob_covers
 from lightning_qat.quantization.planning.make_plan import make_plan
 from lightning_qat.quantization.planning.plan import QuantPlan
-from lightning_qat.quantization.qconfig import ActivationConfig, Override, QConfig, Split, WeightOverride, glob_covers
+from lightning_qat.quantization.qconfig import ActivationConfig, QConfig
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 from lightning_qat.quantization.tracing.tracer import trace
