@@ -71,6 +71,7 @@ LONG_FUNCTIONS = {
     "analysis/sensitivity/sensitivity.py:sensitivity": _ENTRY,
     "callbacks/sensitivity_analysis.py:__init__": _ENTRY,
     "callbacks/quantization_aware_training.py:__init__": _ENTRY,
+    "quantization/fake_quant/fake_quantize.py:__init__": "the configuration of a point: one argument for each field",
     "callbacks/passes/evaluation.py:log": "takes what LightningModule.log takes",
 }
 """Functions that may take more parameters or have more lines, with the reason."""
