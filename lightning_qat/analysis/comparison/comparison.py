@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_qat.analysis.captured_calls import RepeatableForward, analysis_mode
 from lightning_qat.analysis.comparison.compared_forward import ComparedForward
-from lightning_qat.analysis.comparison.compared_round import ComparedRound
 from lightning_qat.analysis.comparison.compared_tensors import ComparedTensor, compared_tensors
 from lightning_qat.analysis.comparison.comparison_metrics import LayerErrors, TensorErrors
 from lightning_qat.analysis.comparison.comparison_result import (
@@ -21,6 +20,7 @@ from lightning_qat.analysis.comparison.comparison_result import (
     LayerComparisonRow,
     Origin,
 )
+from lightning_qat.analysis.comparison.comparison_round import ComparisonRound
 from lightning_qat.analysis.comparison.evidence_collector import EvidenceCollector, with_configuration
 from lightning_qat.analysis.comparison.output_parts import OutputParts
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion, CheckOptions, rules_of
@@ -124,14 +124,14 @@ class _Comparison:
         self.diverged: dict[str, None] = {}
         self.batches = 0
         self.most_kept = 0
-        self._round = ComparedRound(0)
+        self._round = ComparisonRound(0)
 
     def add(self, call: Call) -> None:
         """Compare the two models on one batch."""
         with RepeatableForward(self.region.target, call, self.seed) as forward:
             start: int | None = 0
             while start is not None:
-                self._round = ComparedRound(start)
+                self._round = ComparisonRound(start)
                 reference = self._float_forward(forward, own=start == 0)
                 self.most_kept = max(self.most_kept, self._round.kept_bytes)
                 self._round.to_quantized()
@@ -286,7 +286,7 @@ def _computed(errors: LayerErrors) -> tuple[TensorErrors | None, ...]:
 
 
 def _unmet(checked: CheckedRegion) -> dict[str, tuple[str, str]]:
-    """The type that an override asks for and that is not in effect, and that in words; by point."""
+    """Map each point to (requested dtype, explanation) where an override's dtype is not in effect."""
     return {
         r.point: (r.requested, f"{r.by} asks for {r.requested}, {r.effective} is in effect: {r.winner}")
         for r in unmet_requests(checked)

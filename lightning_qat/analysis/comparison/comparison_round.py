@@ -1,4 +1,4 @@
-"""The float values that wait for those of the quantized model."""
+"""One round of the layer comparison: float values wait here for those of the quantized model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from collections import Counter
 from torch import Tensor
 
 
-class ComparedRound:
-    """One float forward and the quantized one after it: the float values from ``start`` on, as far as there is room."""
+class ComparisonRound:
+    """One float forward and the quantized forward after it.
+
+    It keeps the float values until the quantized model shows theirs. What exceeds the memory waits for the next round.
+
+    Args:
+        start: position of the first value to keep, in execution order.
+    """
 
     def __init__(self, start: int) -> None:
         self.start = start
@@ -21,12 +27,12 @@ class ComparedRound:
         self._float_uses: Counter[str] = Counter()
 
     def to_quantized(self) -> None:
-        """The float forward is over."""
+        """End the float forward: what is shown from now on are values of the quantized model."""
         self.quantized = True
         self._float_uses, self._uses = self._uses, Counter()
 
     def uneven(self) -> list[str]:
-        """Rows that the two models showed a different number of times."""
+        """Return the rows that the two models showed a different number of times."""
         return [name for name in self._float_uses | self._uses if self._float_uses[name] != self._uses[name]]
 
     def use(self, name: str) -> int:
