@@ -23,9 +23,9 @@ from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, shared_directory
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.region.switches import State
+from lightning_qat.reporting.accuracy_table_files import write_accuracy, write_result_table
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.loggers import log_table
-from lightning_qat.reporting.result_table_files import write_accuracy, write_result_table
 from lightning_qat.reporting.tensorboard_tags import RESULT_TABLE
 
 

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
-from lightning_qat.analysis.model_check.findings import Finding
+from lightning_qat.analysis.model_check.finding import Finding
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.passes.fresh_loaders import fresh_loaders
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed

@@ -24,7 +24,8 @@ class ActivationConfig:
         dtype: ``int2`` ... ``int16``, ``uint2`` ... ``uint16``, or ``float32`` to leave activations unquantized.
         observer: how calibration turns statistics into a scale.
         scheme: ``symmetric`` (zero point 0) or ``affine``.
-        percentile: share of the values, in percent, that the ``percentile`` observer keeps inside the range.
+        percentile: share of the values, in percent, that the ``percentile`` observer keeps inside the range. Its
+            default and bounds are in ``numerics/percentile.py``.
 
     Raises:
         ConfigurationError: a value is not one of the choices.

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning_qat.analysis.model_check.findings import Finding
+from lightning_qat.analysis.model_check.finding import Finding
 from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult, Section
 from lightning_qat.quantization.errors import ConfigurationError
 

@@ -16,7 +16,7 @@ from rich.markdown import Markdown
 from rich.text import Text
 from torch import Tensor, nn
 
-from lightning_qat.analysis.model_check.findings import Finding
+from lightning_qat.analysis.model_check.finding import Finding
 from lightning_qat.analysis.model_check.model_check import check
 from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult, Section
 from lightning_qat.quantization.errors import ConfigurationError

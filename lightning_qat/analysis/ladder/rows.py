@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_qat.analysis.ladder.measurements import Finetune, Measurement
+from lightning_qat.analysis.ladder.rung_tolerance import metric_tolerance, same_samples_tolerance, train_loss_tolerance
 from lightning_qat.analysis.ladder.rungs import FLOAT_MODEL, RUNG_NAMES, BrokenRung
 from lightning_qat.analysis.metric_direction import higher_is_better
-from lightning_qat.analysis.tolerance import COLLAPSE, ROUNDING, tolerance
+from lightning_qat.analysis.tolerance import COLLAPSE
 
 Status = Literal["holds", "falls", "breaks", "noted", "cannot tell"]
 
 TRAIN_LOSS = "train_loss"
-ROUNDING_OF_A_MEAN = 1e-6
-"""Relative difference that float32 makes of the mean of the same numbers."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,11 @@ def _row(
         return PipelineRow(rung, what, metric, before, value, None, "cannot tell", note)
     note = ""
     if noise is None:
-        tolerated = ROUNDING * abs(before)
-    elif (error := noise.standard_errors.get(metric, 0.0)) > 0:
-        tolerated = tolerance(error, least=ROUNDING_OF_A_MEAN * abs(before))
-    else:  # one batch, a metric of the whole epoch, batches that all agree: only a collapse counts
-        tolerated = COLLAPSE * abs(before)
-        note = "no estimate of the noise: a tenth is tolerated"
+        tolerated = same_samples_tolerance(before)
+    else:
+        error = noise.standard_errors.get(metric, 0.0)
+        tolerated = metric_tolerance(before, error)
+        note = "" if error > 0 else "no estimate of the noise: a tenth is tolerated"
     fall = before - value if higher_is_better(metric) else value - before
     status: Status = "breaks"  # NaN breaks
     if fall <= tolerated:
@@ -114,8 +112,7 @@ def train_loss_row(rung: int, finetune: Finetune, reference: float | None = None
     if not math.isfinite(loss):
         status = "breaks"
     elif reference is not None:
-        # batch norm and dropout are in another mode than in the float run: less than double says nothing
-        tolerated = abs(reference) + tolerance(finetune.train_loss_error or 0.0)
+        tolerated = train_loss_tolerance(reference, finetune.train_loss_error)
         status = "holds" if loss - reference <= tolerated else "breaks"
     return [PipelineRow(rung, RUNG_NAMES[rung], TRAIN_LOSS, reference, loss, tolerated, status)]
 

@@ -19,6 +19,7 @@ from lightning_qat.analysis.ladder.rows import (
     skipped_row,
     train_loss_row,
 )
+from lightning_qat.analysis.ladder.rung_tolerance import first_losses_tolerance
 from lightning_qat.analysis.ladder.rungs import (
     BATCH_NORM_FIXED,
     BATCH_NORM_MOVING,
@@ -40,7 +41,6 @@ from lightning_qat.analysis.ladder.sentences import (
     scales,
     side_effect,
 )
-from lightning_qat.analysis.tolerance import COLLAPSE, tolerance
 
 
 def float_model_evidence(float_model: Measurement, reference: Mapping[str, float]) -> Evidence:
@@ -156,7 +156,7 @@ def training_loss_evidence(known: Fingerprint, here: Fingerprint) -> Evidence:
     for name in sorted(known.losses.keys() & here.losses.keys()):
         one, other = known.losses[name], here.losses[name]
         errors = known.standard_errors.get(name, 0.0), here.standard_errors.get(name, 0.0)
-        tolerated = tolerance(*errors, least=COLLAPSE * abs(one))
+        tolerated = first_losses_tolerance(one, *errors)
         status: Status = "holds" if abs(one - other) <= tolerated else "breaks"
         what, metric = RUNG_NAMES[BATCH_NORM_FIXED], name.replace("batch norm in ", "BN ")
         note = f"first {known.batches} batches"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion, without_call_numbers
-from lightning_qat.analysis.model_check.findings import Finding, overrides_yaml, shortened
+from lightning_qat.analysis.model_check.finding import Finding, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.analysis.statistics.point_ranges import observed_range, representable_range
 from lightning_qat.quantization.fake_quant.call_ranges import repeating_points

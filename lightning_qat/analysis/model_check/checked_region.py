@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from lightning_qat.analysis.model_check.findings import Finding
+from lightning_qat.analysis.model_check.finding import Finding
 from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.deployed_part import deployed_part

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion, role_of
-from lightning_qat.analysis.model_check.findings import Finding, Severity, overrides_yaml, shortened
+from lightning_qat.analysis.model_check.finding import Finding, Severity, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.quantization.planning.profile_violations import ProfileViolation, find_violations
 from lightning_qat.quantization.region.effective_dtypes import FLOAT, bits

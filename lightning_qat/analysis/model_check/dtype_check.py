@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion, module_type
-from lightning_qat.analysis.model_check.findings import Finding, shortened
+from lightning_qat.analysis.model_check.finding import Finding, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.quantization.functions.function_table import FLOAT_INSIDE
 from lightning_qat.quantization.region.effective_dtypes import FLOAT, bits

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion, module_type, role_of
-from lightning_qat.analysis.model_check.findings import Finding, overrides_yaml, shortened
+from lightning_qat.analysis.model_check.finding import Finding, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.float_segments import FloatOp, Segments
 from lightning_qat.analysis.model_check.flops_table import flops_table
 from lightning_qat.analysis.model_check.model_check_result import Section

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion, module_type
-from lightning_qat.analysis.model_check.findings import Finding, Severity, shortened
+from lightning_qat.analysis.model_check.finding import Finding, Severity, shortened
 from lightning_qat.analysis.model_check.long_loops import ANNOTATION, LoopLine, long_loops
 from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.quantization.planning.fusion import FusionMiss, find_fusions

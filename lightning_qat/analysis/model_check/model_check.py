@@ -12,7 +12,7 @@ from lightning_qat.analysis.model_check.calls_check import check_call_ranges, ch
 from lightning_qat.analysis.model_check.checked_region import Check, CheckedRegion, CheckOptions, rules_of
 from lightning_qat.analysis.model_check.configuration_check import check_configuration, check_profile
 from lightning_qat.analysis.model_check.dtype_check import check_dtype_statistics, check_layer_configuration
-from lightning_qat.analysis.model_check.findings import Finding, in_region, sorted_findings
+from lightning_qat.analysis.model_check.finding import Finding, in_region, sorted_findings
 from lightning_qat.analysis.model_check.float_ops_check import check_float_ops
 from lightning_qat.analysis.model_check.fusion_check import check_fusion, check_varying_code
 from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult, Section

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lightning_qat.analysis.model_check.findings import SEVERITIES, Finding, Severity, is_at_least
+from lightning_qat.analysis.model_check.finding import SEVERITIES, Finding, Severity, is_at_least
 from lightning_qat.analysis.results import Advice, Block, Result
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion
 from lightning_qat.analysis.model_check.dtype_check import leaving_quantized
-from lightning_qat.analysis.model_check.findings import Finding, Severity, overrides_yaml, shortened
+from lightning_qat.analysis.model_check.finding import Finding, Severity, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.quantization.region.effective_dtypes import FLOAT, bits
 from lightning_qat.quantization.tracing.op_graph import Op

@@ -9,7 +9,7 @@ import torch
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion
 from lightning_qat.analysis.model_check.configuration_check import hardware_styles
-from lightning_qat.analysis.model_check.findings import Finding, overrides_yaml, shortened
+from lightning_qat.analysis.model_check.finding import Finding, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.analysis.statistics.affine_gain import WORTHWHILE_GAIN, affine_gain
 from lightning_qat.analysis.statistics.point_ranges import clipped_share, observed_range, representable_range

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion
-from lightning_qat.analysis.model_check.findings import Finding, shortened
+from lightning_qat.analysis.model_check.finding import Finding, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion
 from lightning_qat.analysis.model_check.configuration_check import hardware_styles
-from lightning_qat.analysis.model_check.findings import Finding, overrides_yaml, shortened
+from lightning_qat.analysis.model_check.finding import Finding, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.quantization.numerics.channel_groups import channel_rows
 from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm

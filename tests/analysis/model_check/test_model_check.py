@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import nn
 
-from lightning_qat.analysis.model_check.findings import Finding
+from lightning_qat.analysis.model_check.finding import Finding
 from lightning_qat.analysis.model_check.long_loops import LONG_LOOP
 from lightning_qat.analysis.model_check.model_check import check
 from lightning_qat.quantization.region.calibration import calibrate

@@ -10,8 +10,8 @@ import pytest
 
 from lightning_qat.analysis.runs.accuracy import ResultTable, target_value
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.reporting.accuracy_table_files import write_result_table
 from lightning_qat.reporting.console import console_text
-from lightning_qat.reporting.result_table_files import write_result_table
 
 
 def source_table() -> ResultTable:

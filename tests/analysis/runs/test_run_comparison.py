@@ -18,8 +18,8 @@ from lightning_qat.export.plan_files import write_plan
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.reporting.accuracy_table_files import write_result_table
 from lightning_qat.reporting.files import write_result
-from lightning_qat.reporting.result_table_files import write_result_table
 
 FAULT = [{"match": "1.output", "activation": {"fixed_scale": 0.5}}]
 FIX = [*FAULT, {"match": "1.output", "activation": {"dtype": "int16", "fixed_scale": "8/32768"}}]

@@ -1,4 +1,8 @@
-"""What a check found: one frozen finding says what, where, why it matters and what to do."""
+"""One finding of the model check: it says what, where, why it matters and what to do.
+
+To add a finding, yield it in the ``*_check.py`` of its subject. A new check function goes into ``CHECKS`` of
+``model_check.py``.
+"""
 
 from __future__ import annotations
 
