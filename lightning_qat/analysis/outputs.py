@@ -1,4 +1,4 @@
-"""Choosing what an analysis looks at: one output of the region, with float post-processing after it (B1)."""
+"""Choosing what an analysis looks at: one output of the region, with float post-processing after it."""
 
 from __future__ import annotations
 

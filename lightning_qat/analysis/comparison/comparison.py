@@ -1,4 +1,4 @@
-"""Float model against quantized model, tensor by tensor (B3): ``compare(region, batches)``."""
+"""Float model against quantized model, tensor by tensor: ``compare(region, batches)``."""
 
 from __future__ import annotations
 

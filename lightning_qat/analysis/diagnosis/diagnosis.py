@@ -1,4 +1,4 @@
-"""What kind of error a point makes, and what to do about it (B4, B5, B7): ``diagnose(comparison)``.
+"""What kind of error a point makes, and what to do about it: ``diagnose(comparison)``.
 
 Pure: it looks at the numbers that :func:`~lightning_qat.analysis.comparison.comparison.compare` has gathered, at the
 sensitivity if it is given, and at nothing else.

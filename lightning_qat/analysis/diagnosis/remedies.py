@@ -139,7 +139,7 @@ def _fitted_step(e: PointEvidence) -> float:
 
 
 def split(e: PointEvidence) -> Remedy | None:
-    """Give groups along an axis scales of their own, so that small values keep their relative precision (B8).
+    """Give groups along an axis scales of their own, so that small values keep their relative precision.
 
     Tries the present type, then int16, with as few groups as do; returns None if no axis helps.
     """

@@ -1,4 +1,4 @@
-"""Which remedy fits an error, by where the scale of the point comes from (B4, B5)."""
+"""Which remedy fits an error, by where the scale of the point comes from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was asked for and what is in effect (A13), and what the hardware does not have."""
+"""What was asked for and what is in effect, and what the hardware does not have."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Request:
 
 
 def check_configuration(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
-    """Compare what every rule asks for with what is in effect (A13)."""
+    """Compare what every rule asks for with what is in effect."""
     requests = tuple(unmet_requests(checked))
     rows = tuple((r.point, r.requested, r.by, r.effective, r.winner) for r in requests)
     columns = ("point", "requested", "by", "effective", "winner")

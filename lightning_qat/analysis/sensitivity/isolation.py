@@ -1,4 +1,4 @@
-"""Sensitivity by isolation: quantize one point in the float model, run it, compare (B2)."""
+"""Sensitivity by isolation: quantize one point in the float model, run it, compare."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which point, quantized alone, changes the chosen output most (B1, B2): ``sensitivity(region, batches)``."""
+"""Which point, quantized alone, changes the chosen output most: ``sensitivity(region, batches)``."""
 
 from __future__ import annotations
 
