@@ -40,7 +40,7 @@ RARE = 0.01
 LEAST_GAP = 4
 """Octaves from one magnitude that occurs to the next: data have no such gap, a -99 for what is missing makes one."""
 LEAST_SHARE = 0.1
-"""Part of the values other than zero that the small ones have to be."""
+"""Smallest share of the nonzero values for which small values count as a cluster."""
 MOST_CLUSTER_ERROR = 1 / 8
 """Relative error of the small ones: with less than three bits, little is left of them."""
 SENSITIVE_FACTOR = 4.0
@@ -56,7 +56,7 @@ def diagnose(
     sensitivity: SensitivityResult | None = None,
     ranges: Mapping[str, Sequence[float]] | None = None,
 ) -> DiagnosisResult:
-    """Say of every point which kind of error it makes, with the evidence and an action.
+    """Say which kind of error every point makes, with the evidence and an action.
 
     Args:
         comparison: of the quantized model with the float model.
@@ -66,7 +66,7 @@ def diagnose(
             ``{"*.ref_point*": [-100, 1]}``.
 
     Raises:
-        ConfigurationError: a declared range is not one, or its pattern matches no point.
+        ConfigurationError: a declared range is not two ascending numbers, or its pattern matches no point.
 
     Example:
         >>> import torch
@@ -110,10 +110,10 @@ def diagnose(
 
 
 def check_declared_range(pattern: str, ends: Sequence[float], points: Sequence[str]) -> list[str]:
-    """Return the points that a declared range is about.
+    """Return the points that a declared range applies to.
 
     Raises:
-        ConfigurationError: it is not a range, or is about no point.
+        ConfigurationError: the ends are not two ascending numbers, or the pattern matches no point.
 
     Example:
         >>> check_declared_range("*.ref_point*", [-100, 1], ["conv.weight", "decoder.ref_point.input0"])
@@ -131,7 +131,7 @@ def check_declared_range(pattern: str, ends: Sequence[float], points: Sequence[s
 
 
 def _effect(e: PointEvidence, score: float, usual: float, size: float | None) -> str:
-    """What makes a point sensitive, in words; nothing if it is not.
+    """Say what makes a point sensitive; empty if it is not.
 
     Some points always lead the list: they are culprits only if each, alone, does something to the output.
     """
@@ -160,7 +160,7 @@ def _judged(e: PointEvidence, declared: tuple[float, float] | None, effect: str)
             e.point,
             "config not applied",
             f"{e.request}.",
-            "Put the rule behind the one that wins, or remove that one.",
+            "Put this rule behind the rule that wins, or remove the rule that wins.",
             yaml,
             severity=severity,
         )
@@ -229,7 +229,8 @@ def _small_values(e: PointEvidence) -> float:
 
 
 def _small_cluster(e: PointEvidence) -> tuple[float, float, float] | None:
-    """Values of an input far smaller than its largest, with nothing between, which the step does not serve.
+    """Find values of an input that are far smaller than its largest and separated by a gap, if the step is too coarse
+    for them.
 
     Returns:
         Their share, their relative error, and what they are smaller than; None if there are none.
@@ -248,7 +249,7 @@ def _small_cluster(e: PointEvidence) -> tuple[float, float, float] | None:
 
 
 def _range_problem(e: PointEvidence, declared: tuple[float, float]) -> str:
-    """Why the range that is represented does not fit the declared one; nothing if it does."""
+    """Say why the represented range does not fit the declared one; empty if it does."""
     low, high = e.representable
     half = e.scale / 2  # values so far outside are still rounded to the last code
     largest = max(abs(end) for end in declared)

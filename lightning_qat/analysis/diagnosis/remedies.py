@@ -43,7 +43,7 @@ class Remedy:
 
 
 def override(point: str, is_weight: bool, **fields: object) -> str:
-    """Spell an override.
+    """Format an override as YAML to paste.
 
     Example:
         >>> print(override("div_0.input1", False, dtype="int16", fixed_scale="100/32768"))
@@ -182,8 +182,8 @@ def best_split(profile: AxisProfile, groups: int, quant_max: int, count: int) ->
     longer axis is cut at multiples of a few indices only, as time and memory grow with the square of the places.
 
     Args:
-        profile: what is along the axis.
-        groups: how many.
+        profile: the values along the axis.
+        groups: number of groups.
         quant_max: largest code.
         count: number of values.
 
@@ -222,7 +222,7 @@ def best_split(profile: AxisProfile, groups: int, quant_max: int, count: int) ->
 
 
 def _unsplit(profile: AxisProfile, quant_max: int, count: int) -> float:
-    """What :func:`best_split` predicts of one group."""
+    """Return the prediction of :func:`best_split` for one group."""
     return max(profile.largest) / quant_max * math.sqrt(sum(profile.inverse_squares) / 12 / count)
 
 
