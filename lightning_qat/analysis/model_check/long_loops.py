@@ -8,7 +8,7 @@ from lightning_qat.analysis.model_check.checked_region import without_call_numbe
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
 LONG_LOOP = 64
-"""From this many rounds on, a loop probably runs over boxes, time steps or samples, not over cameras, levels or heads."""
+"""From this many rounds on, a loop probably runs over boxes, time steps or samples, not cameras, levels or heads."""
 ANNOTATION = 'with dynamic_block(self, "name"):'
 
 

@@ -63,7 +63,7 @@ def test_cost_that_breaks_while_the_scores_hold_is_said_in_the_healthy_verdict()
     result = judged(qat=overconfident)
     assert [(row.rung, row.metric) for row in result.rows if row.status == "breaks"] == [(6, "val_loss")]
     assert result.verdict == "healthy"
-    assert "A cost rises on rung 6 (val_loss 0.06 -> 0.6), and the scores hold" in result.note
+    assert "A cost rises on rung 6 (val_loss 0.06 -> 0.6), but the scores hold" in result.note
     assert "A cost rises" not in judged().note
 
 
