@@ -1,4 +1,4 @@
-"""What a diagnosis looks at: how the values of a point are distributed, and what quantization does to which of them."""
+"""The numbers that a diagnosis needs: the distribution of a point's values, and their quantization errors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Octave:
     """The values with a magnitude in ``[2**exponent, 2**(exponent + 1))``.
 
     Args:
-        exponent: of two.
-        count: how many values.
+        exponent: exponent of two.
+        count: number of values.
         relative_error: root mean square of ``error / value``.
     """
 

@@ -22,8 +22,8 @@ class FloatOp:
     Args:
         op: the op (of a fused group the last one).
         inputs: the float32 inputs, as point names.
-        producers: where these come from.
-        reason: why it is so.
+        producers: the ops or inputs that they come from.
+        reason: why it computes in float32.
         place: ``head``: nothing before it is quantized. ``tail``: nothing behind it is. ``middle``: the rest.
     """
 
