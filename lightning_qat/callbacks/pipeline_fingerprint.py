@@ -39,6 +39,7 @@ from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.modules.preservation import preserved_modes
 from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.reporting.files import write_fingerprint
 
 _PACKAGES = ("lightning-qat", "torch", "lightning", "torchmetrics", "numpy")
 _STAGES: tuple[Stage, ...] = ("train", "validate")
@@ -91,7 +92,7 @@ class PipelineFingerprint(Callback):
         self.fingerprint = replace(fingerprint, optimizers=self._optimizers or fingerprint.optimizers)
         directory = run_directory(trainer)  # broadcasts: on all ranks
         if leaves_files(trainer):
-            path = self.fingerprint.to_json(Path(directory) / FILE_NAME)
+            path = write_fingerprint(self.fingerprint, Path(directory) / FILE_NAME)
             rank_zero_info(f"Fingerprint of this pipeline: {path}. In QAT: PipelineCheck(reference={str(path)!r}).")
 
 

@@ -124,8 +124,6 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._regions = ScheduledRegions(self.schedule, self.frozen_parts)
         self._plan = PlanWriter()
 
-    # -- insertion
-
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if len(listed(trainer, QuantizationAwareTraining)) > 1:
@@ -176,8 +174,6 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_hooks": None}
-
-    # -- state
 
     @override
     def should_quantize(self, trainer: pl.Trainer) -> bool:

@@ -27,7 +27,11 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def check_values(config: object, optional: bool = False) -> None:
-    """Refuse values outside the closed sets; None too unless the fields are ``optional``."""
+    """Refuse values outside the closed sets, and None unless the fields are ``optional``.
+
+    Raises:
+        ConfigurationError: a value is not one of the choices.
+    """
     for name, value in vars(config).items():
         if value is None and optional:
             continue
@@ -38,7 +42,16 @@ def check_values(config: object, optional: bool = False) -> None:
 
 
 def build(cls: type[_T], value: Any, where: str) -> _T:
-    """Build a dataclass from a mapping of its fields; unknown keys are named, with near ones."""
+    """Build a dataclass from a mapping of its fields; an instance is returned as it is.
+
+    Args:
+        cls: the dataclass.
+        value: the mapping, or an instance.
+        where: the place in the configuration, for messages.
+
+    Raises:
+        ConfigurationError: it is no mapping, a key is unknown (the message shows near names) or one is missing.
+    """
     if isinstance(value, cls):
         return value
     if not isinstance(value, Mapping):
@@ -55,6 +68,13 @@ def build(cls: type[_T], value: Any, where: str) -> _T:
 
 def positive_number(value: float | int | str, name: str) -> float:
     """Read a positive number or an arithmetic expression of numbers.
+
+    Args:
+        value: the number or the expression.
+        name: the name of the option, for messages.
+
+    Raises:
+        ConfigurationError: it is neither, or not positive and finite.
 
     Example:
         >>> positive_number("100/32768", "fixed_scale")

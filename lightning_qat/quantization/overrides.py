@@ -1,7 +1,7 @@
 """Rules that change the configuration of single points, from general to specific.
 
-What is done with them is in ``planning``: :mod:`~lightning_qat.quantization.planning.point_config` applies them,
-:mod:`~lightning_qat.quantization.planning.unmatched_overrides` says why one matches nothing.
+:mod:`~lightning_qat.quantization.planning.point_config` applies them, and
+:mod:`~lightning_qat.quantization.planning.unmatched_overrides` says why a rule matches nothing.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lightning_qat.quantization.numerics.observers import ObserverName
 
 @dataclass
 class Split:
-    """Groups along an axis that get a scale each: for data whose small values one scale would round away.
+    """Groups along an axis, each with its own scale. Use it where one scale for all would round small values away.
 
     Args:
-        axis: the axis, negative ones count from the end.
+        axis: the axis; a negative one counts from the end.
         sizes: lengths of the groups, in order; they add up to the length of the axis.
 
     Raises:
-        ConfigurationError: there are not two groups, or one is empty.
+        ConfigurationError: there are fewer than two groups, or a value is not an int, or a size is not positive.
 
     Example:
         >>> Split(axis=0, sizes=[32, 96]).sizes
@@ -56,7 +56,7 @@ class ActivationOverride:
         threshold: largest magnitude to represent: the scale becomes ``threshold / 2**(bits-1)`` for signed types
             (``100`` gives ``100/32768`` for int16) and ``threshold / (2**bits - 1)`` for unsigned ones.
         fixed_scale: the scale itself, a number or an expression such as ``100/32768``.
-        split: one scale for each of several groups along an axis: ``{axis: 0, sizes: [32, 96]}``.
+        split: groups along an axis that each have their own scale: ``{axis: 0, sizes: [32, 96]}``.
 
     Raises:
         ConfigurationError: a value is not one of the choices, or two fields contradict each other.
@@ -78,7 +78,8 @@ class ActivationOverride:
             raise ConfigurationError("give threshold or fixed_scale, not both: threshold is divided by the code range.")
         if self.split is not None and (self.threshold is not None or self.fixed_scale is not None):
             raise ConfigurationError(
-                "split finds a scale for each group, threshold and fixed_scale give one scale: write one of the two."
+                "split finds a scale for each group, but threshold and fixed_scale give one scale for all: write "
+                "either split or one of these."
             )
         for name in ("threshold", "fixed_scale"):
             value = getattr(self, name)
@@ -113,14 +114,14 @@ class Override:
     Args:
         match: glob over point names, where only ``*`` and ``?`` are special; a pattern that names an op or a scope
             covers all its points (``decoder.*``, ``layers.0.conv1``, ``*.ref_point*.input0``). Names are relative to
-            the target. Written with the target's path in front (``backbone.layers.0.*`` for target ``backbone``), the
-            pattern is about that target alone; if it matches nothing there, it is read as relative after all.
-        op_type: canonical torch function (``softmax``); with ``match``, both must hold.
-        activation: what changes for ``output`` and ``inputN`` points.
-        weight: what changes for ``weight`` points.
+            the target. A pattern may begin with the target's path (``backbone.layers.0.*`` for target ``backbone``):
+            it then applies to that target alone. If it matches nothing there, it is read as a relative name.
+        op_type: canonical torch function (``softmax``). With ``match`` too, a point must satisfy both.
+        activation: the changes for ``output`` and ``inputN`` points.
+        weight: the changes for ``weight`` points.
 
     Raises:
-        ConfigurationError: neither selector or no change is given.
+        ConfigurationError: both selectors are missing, or the rule changes nothing.
     """
 
     match: str | None = None
@@ -133,7 +134,7 @@ class Override:
             raise ConfigurationError('an override needs a selector: match: "decoder.*" or op_type: softmax.')
         for name, selector in (("match", self.match), ("op_type", self.op_type)):
             if selector is not None and not isinstance(selector, str):  # YAML reads match: 0 as a number
-                raise ConfigurationError(f'{name} is one text, in quotes (such as {name}: "0"), got {selector!r}.')
+                raise ConfigurationError(f'{name} must be one text in quotes (such as {name}: "0"), got {selector!r}.')
         if self.activation is not None:
             self.activation = build(ActivationOverride, self.activation, f"activation of override {self.label}")
         if self.weight is not None:
@@ -153,7 +154,11 @@ class Override:
 
     @classmethod
     def list_of(cls, values: Iterable[Override | Mapping[str, Any]] | None) -> list[Override]:
-        """Accept overrides or their dictionaries; None is no override."""
+        """Return a list of overrides from overrides or their dictionaries; an empty one for None.
+
+        Raises:
+            ConfigurationError: it is no list, or one of the rules is wrong.
+        """
         if values is None:
             return []
         if isinstance(values, (Mapping, str)) or not isinstance(values, Iterable):

@@ -1,4 +1,4 @@
-"""What the user asks for: the defaults for activations and weights. Rules for single points are in ``overrides.py``.
+"""The defaults for activations and weights that the user asks for. Rules for single points are in ``overrides.py``.
 
 Plain dataclasses, so that LightningCLI shows and validates them. Wrong values raise :class:`ConfigurationError` when
 the object is built, with a sentence that says what to write.
@@ -21,7 +21,7 @@ class ActivationConfig:
     """How activations are quantized by default.
 
     Args:
-        dtype: ``int2`` ... ``int16``, ``uint2`` ... ``uint16``, or ``float32`` for not at all.
+        dtype: ``int2`` ... ``int16``, ``uint2`` ... ``uint16``, or ``float32`` to leave activations unquantized.
         observer: how calibration turns statistics into a scale.
         scheme: ``symmetric`` (zero point 0) or ``affine``.
         percentile: share of the values, in percent, that the ``percentile`` observer keeps inside the range.
@@ -46,9 +46,9 @@ class WeightConfig:
     Args:
         dtype: as for activations.
         observer: as for activations.
-        granularity: one scale per output channel, or one for the whole tensor.
-        percentile: as for activations, of the values that share a scale: a channel of 64 values has no value beyond
-            99.99 %.
+        granularity: ``per_channel`` (one scale per output channel) or ``per_tensor``.
+        percentile: as for activations. It applies to the values that share a scale: in a channel of 64 values, no
+            value lies beyond 99.99 %.
 
     Raises:
         ConfigurationError: a value is not one of the choices.
@@ -68,8 +68,8 @@ class QConfig:
     """The defaults for every point of a region.
 
     Args:
-        activation: for inputs and outputs of ops; a mapping of its fields will do.
-        weight: for weights; a mapping of its fields will do.
+        activation: for inputs and outputs of ops; an ``ActivationConfig`` or a mapping of its fields.
+        weight: for weights; a ``WeightConfig`` or a mapping of its fields.
 
     Raises:
         ConfigurationError: a key or value is unknown.
@@ -88,5 +88,8 @@ class QConfig:
 
     @classmethod
     def of(cls, value: QConfig | Mapping[str, Any] | None) -> QConfig:
-        """Accept a QConfig, its dictionary or None (the defaults: int8, MSE activations, per-channel weights)."""
+        """Return a QConfig from a QConfig, its dictionary or None.
+
+        None gives the defaults: int8, the ``mse`` observer for activations, per-channel weights.
+        """
         return build(cls, value, "qconfig") if value is not None else cls()

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_qat.analysis.comparison.comparison_result import LayerComparisonResult
-from lightning_qat.analysis.results import write_atomically
 from lightning_qat.analysis.sensitivity.break_away import break_away
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult, SensitivityRow
+from lightning_qat.atomic_files import write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.figures import blank_figure
 
@@ -32,7 +32,7 @@ _NEAR = 0.12
 
 
 def sensitivity_bars(result: SensitivityResult, most: int = 30) -> Figure:
-    """Draw the most sensitive points as bars, the most sensitive on top, and mark where the leaders break away (D4).
+    """Draw the most sensitive points as bars, the most sensitive on top, and mark where the leaders break away.
 
     The bars are the scores: the root mean square change of the chosen output, in its unit.
 

@@ -22,9 +22,11 @@ from lightning_qat.callbacks.pipeline_check import PipelineCheck
 from lightning_qat.callbacks.pipeline_fingerprint import PipelineFingerprint
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.quantization.qconfig import QConfig
-from lightning_qat.reporting.tables import console_text
-from tests.callbacks.analysed_run import Classifier, assert_same, run, trainer_of
-from tests.callbacks.small_digits import Digits, digits, pretrained, qat_trainer, quiet
+from lightning_qat.reporting.console import console_text
+from tests.harness.noisy_run import Classifier, run, trainer_of
+from tests.harness.small_digits import Digits, digits, pretrained
+from tests.harness.state import assert_same
+from tests.harness.trainers import qat_trainer, quiet
 
 AT_CHANCE = "ignore:.*PipelineCheck. cannot tell. the float model is no better than a constant guess"
 """What the check says of the untrained ``Classifier`` on random labels."""
@@ -285,10 +287,10 @@ def test_files_tensorboard_and_both_widths_of_terminal(tmp_path: Path) -> None:
     assert "lr 0, BN moving" in shown
     assert "Training against validation" in shown
     for width in (80, 120):
-        for part in result.parts():
-            lines = console_text(part, width).splitlines()
-            assert max(map(len, lines)) <= width
-            assert "…" not in "".join(lines)
+        lines = console_text(result, width).splitlines()
+        assert max(map(len, lines)) <= width
+        assert "…" not in "".join(lines)
+        assert "Training against validation" in [line.strip() for line in lines]
 
 
 @pytest.mark.filterwarnings(AT_CHANCE)

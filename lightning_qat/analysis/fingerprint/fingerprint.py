@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummary
-from lightning_qat.analysis.results import plain, write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.modules.module_walk import is_in_region
@@ -70,10 +68,6 @@ class Fingerprint:
     swapped: list[str] = field(default_factory=list)
     batches: int = 0
     version: int = FINGERPRINT_VERSION
-
-    def to_json(self, path: str | os.PathLike[str]) -> Path:
-        """Write the fingerprint, at once."""
-        return write_atomically(path, json.dumps(plain(dataclasses.asdict(self)), indent=1) + "\n")
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Fingerprint:

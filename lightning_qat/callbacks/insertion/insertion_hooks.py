@@ -13,8 +13,9 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 
-from lightning_qat.callbacks.insertion.float_checkpoint import FloatCheckpointError, stored_regions, stored_target
+from lightning_qat.callbacks.insertion.float_checkpoint import FloatCheckpointError
 from lightning_qat.callbacks.insertion.insertion_request import InsertionRequest, differences
+from lightning_qat.callbacks.insertion.quantized_checkpoint import stored_regions, stored_target
 from lightning_qat.callbacks.insertion.target_discovery import AUTO
 from lightning_qat.callbacks.insertion.traced_targets import (
     format_targets,

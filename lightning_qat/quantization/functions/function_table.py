@@ -1,13 +1,13 @@
-"""The function table: what happens to each torch function. Its row says so: quantized, moved, made, or left in float.
+"""The function table: one row per torch function says whether it is quantized, moves, creates, or stays float.
 
-* Quantized functions, data movement and functions that make tensors have their rows here, functions that stay float
-  theirs in ``float_functions.py``, with the reason.
-* To make a function stay float (``silu``), move its name from its row here to a row with a reason there. In one model
-  only, an override does it: ``{op_type: silu, activation: {dtype: float32}}``.
+* Rows of functions that are quantized, move data or create tensors are here. Rows of functions that stay float are in
+  ``float_functions.py``, each with its reason.
+* To make a function stay float (``silu``), move its name from its row here to a row with a reason there. To do so in
+  one model only, write an override: ``{op_type: silu, activation: {dtype: float32}}``.
 * A new torch function gets a row here or there; the tests say which is missing.
-* One row covers every form of a function, which ``canonical_kinds.py`` brings under one name (its kind).
-  ``function_lookup.py`` finds the row of a function that is called and refines it by the options of the call.
-  ``torch_functions.md`` is the whole table for people, made by ``make tables``.
+* One row covers every form of a function; ``canonical_kinds.py`` gives all forms one name (the kind).
+  ``function_lookup.py`` finds the row of a called function and refines it by the options of the call.
+  ``torch_functions.md`` shows the whole table; ``make tables`` writes it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Keeping fake-quant in place when activation checkpointing repeats part of the forward in the backward pass.
+"""Keep fake-quant active when activation checkpointing repeats part of the forward in the backward.
 
-The repetition happens outside the target's forward, where no mode is active: a reentrant checkpoint would silently give
-the gradients of another function, a non-reentrant one would fail. While a region runs, the two entry points of
-``torch.utils.checkpoint`` are therefore wrapped so that the repeated function runs as the same scope, with observers
-frozen. In threads that run no region the wrappers do nothing.
+The repetition happens outside the target's forward, where no mode is active. A reentrant checkpoint would then silently
+compute the gradients of the float function, and a non-reentrant one would fail. So while a region runs, the two entry
+points of ``torch.utils.checkpoint`` are wrapped: the repeated function runs in the same scope, with observers frozen.
+In threads that run no region the wrappers do nothing.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _NAME = "checkpoint"
 
 
 class RunningRegion:
-    """Context manager around every entry of a region: what has to change in torch while a region runs, anywhere.
+    """Context manager around every entry of a region. It changes torch globally while any region runs.
 
-    Besides checkpointing, functions under ``torch.compile`` inside the region run eagerly: compiled code would run past
-    the mode. Entries are counted, so that threads and nesting do not interfere.
+    It wraps checkpointing, and it runs functions under ``torch.compile`` inside the region eagerly, because compiled
+    code would bypass the mode. Entries are counted, so that threads and nesting do not interfere.
     """
 
     _lock: ClassVar[threading.Lock] = threading.Lock()

@@ -36,7 +36,7 @@ class ScopeRun:
 
 
 class CallStack:
-    """Where execution is, during one entry of the region: the identity of ops by their call path.
+    """Tracks where execution is during one entry of the region, and identifies ops by their call path.
 
     Implements :class:`~lightning_qat.quantization.interception.op_identity.OpIdentity`.
 
@@ -83,7 +83,7 @@ class CallStack:
         return self.paths.op(run.node, path, kind, hit)
 
     def bystander(self, frame: FrameType, kind: str) -> Any:
-        """Identify an op that is looked at while tracing only: it must not count module calls, as no one will later."""
+        """Identify an op that only tracing looks at. It counts no module call, as it is not identified at run time."""
         located = self._locate(frame, counting=False)
         if located is None:
             return None
@@ -215,7 +215,8 @@ class CallStack:
     def inner_scope(self, frame: FrameType, name: str) -> ScopeNode | None:
         """Return the node for a function that ``frame`` is about to call under another name (checkpointing).
 
-        What the decorators of a forward call that way is the forward, as without checkpointing.
+        If decorators of a forward call the forward itself that way, the node is that of the forward, as it is without
+        checkpointing.
         """
         located = self._locate(frame)
         if located is None:

@@ -15,8 +15,8 @@ from lightning_qat.quantization.interception.op_identity import OpIdentity
 class dynamic_block:
     """Mark code whose repetition varies from batch to batch.
 
-    Ops inside are identified by the label and their place in the block, not by how often the block ran: every pass uses
-    the same quantizers, and fusion inside works. Outside a quantized forward it does nothing.
+    Ops inside are identified by the label and their place in the block, not by how often the block ran. So every
+    repetition uses the same quantizers, and ops inside can be fused. Outside a quantized forward it does nothing.
 
     Args:
         module: the module the block belongs to (``self``).

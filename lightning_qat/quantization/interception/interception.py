@@ -24,10 +24,10 @@ from lightning_qat.quantization.interception.op_identity import OpIdentity
 
 
 class InterceptionMode(TorchFunctionMode):
-    """A torch function mode that is told which op of the region it meets. One object per entry of the region.
+    """A torch function mode that knows which op of the region it handles. One object per entry of the region.
 
     Args:
-        identity: what tells the ops of this entry apart.
+        identity: identifies the ops of this entry.
         recomputing: the entry repeats a forward for activation checkpointing.
 
     Attributes:
@@ -42,11 +42,11 @@ class InterceptionMode(TorchFunctionMode):
         self.recomputing = recomputing
 
     def resumed(self, frame: FrameType, scope: Any) -> InterceptionMode | None:
-        """Return a mode that continues in a scope, for activations that are recomputed in the backward pass."""
+        """Return a mode that continues in a scope, for activations that are recomputed in the backward."""
         raise NotImplementedError
 
     def run_composite(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a Python function of torch so that the functions it calls are seen instead of itself."""
+        """Run a Python function of torch so that the mode sees the functions it calls instead of the function."""
         with self:
             return decomposed(func)(*args, **kwargs)
 
@@ -64,7 +64,7 @@ def active_mode(owner: object | None = None) -> InterceptionMode | None:
 
 
 class Opener(Protocol):
-    """Who decides what happens when the target's forward is entered: the region, or the tracer."""
+    """Decides what happens when the target's forward is entered: a region or a tracer."""
 
     @property
     def is_off(self) -> bool:
@@ -80,7 +80,7 @@ class Opener(Protocol):
 
 
 class Intercepted:
-    """Stands on ``target.forward``: runs the previous forward, under the opener's mode if there is one.
+    """Replaces ``target.forward``: runs the previous forward, under the opener's mode if there is one.
 
     A callable object rather than a closure, so that deepcopy gives the copy its own and pickle works.
 
@@ -102,7 +102,11 @@ class Intercepted:
         return intercepted
 
     def uninstall(self) -> None:
-        """Put back what was there before."""
+        """Put back the previous forward.
+
+        Raises:
+            RuntimeError: other code has replaced the forward since.
+        """
         current = self.target.__dict__.get("forward")
         if current is not self:
             raise RuntimeError(

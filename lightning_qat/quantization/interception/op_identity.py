@@ -1,6 +1,6 @@
-"""What tells the ops of a region apart while it runs: the part of interception that can be exchanged.
+"""The protocol that identifies the ops of a running region: the part of interception that can be exchanged.
 
-In eager mode it is the call path (:class:`~lightning_qat.quantization.interception.call_stack.CallStack`).
+Eager mode identifies ops by their call path (:class:`~lightning_qat.quantization.interception.call_stack.CallStack`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import nn
 class OpIdentity(Protocol):
     """Identifies the ops of one entry of a region. Fresh per entry, so nothing survives an exception.
 
-    A *scope* is a place inside the region that can be entered again, for a repetition in the backward pass; what it is
-    is up to the implementation.
+    A *scope* is a place inside the region that can be entered again, for a repetition in the backward. Each
+    implementation has its own type for it.
     """
 
     @property
@@ -27,9 +27,9 @@ class OpIdentity(Protocol):
         """The module whose forward is the region."""
 
     def op(self, frame: FrameType, kind: str) -> Any:
-        """Return what stands for the op of a kind that is called in a frame. This runs at every op.
+        """Return the object that stands for the op of a kind that is called in a frame. This runs at every op.
 
-        None inside a custom ``autograd.Function``, whose ops are none of the region's.
+        Return None inside a custom ``autograd.Function``: its ops do not belong to the region.
         """
 
     def enter_label(self, frame: FrameType, module: nn.Module, label: str) -> None:
@@ -48,4 +48,4 @@ class OpIdentity(Protocol):
         """Return the identity of another entry, which starts in a frame as a scope of this one."""
 
     def clear(self) -> None:
-        """Let go of everything once the entry has ended."""
+        """Release everything once the entry has ended."""

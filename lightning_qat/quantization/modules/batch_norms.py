@@ -1,4 +1,4 @@
-"""Which modules are batch norms: torch's own class for that is private, and used only here."""
+"""Tell which modules are batch norms. Torch's class for that is private; only this module uses it."""
 
 from __future__ import annotations
 

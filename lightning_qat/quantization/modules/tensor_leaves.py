@@ -68,7 +68,8 @@ def map_call_leaves(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Rebuild the arguments of a call with ``replace(index, tensor)`` for each leaf, numbered as in call_leaves.
 
-    What holds no replaced tensor stays the same object. Mappings and dataclasses are copied without their constructor.
+    An argument without a replaced tensor stays the same object. Mappings and dataclasses are copied without calling
+    their constructor.
 
     Example:
         >>> import torch
@@ -129,7 +130,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def is_float_name(name: str) -> bool:
-    """Whether a name that :func:`dtype_name` returned is that of real floating-point numbers."""
+    """Whether a name from :func:`dtype_name` is that of a real floating-point type."""
     return name.startswith(("float", "bfloat"))
 
 

@@ -1,4 +1,4 @@
-"""Statistics of groups of neighbouring channels that have a scale each."""
+"""Statistics of groups of neighbouring channels, each with its own scale."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class SplitStatistics:
         """
         stored = state.get("groups", ())
         if len(stored) != len(self.groups):
-            raise ConfigurationError(f"the state is that of {len(stored)} groups, this point has {len(self.groups)}.")
+            raise ConfigurationError(f"the stored state has {len(stored)} groups, this point has {len(self.groups)}.")
         for group, part in zip(self.groups, stored, strict=True):
             group.load_state_dict(part)
 

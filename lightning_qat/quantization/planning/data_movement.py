@@ -1,4 +1,4 @@
-"""The data movement behind an op: what its result goes through before something computes with it."""
+"""The data movement behind an op: the ops that its result goes through before another op computes with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_qat.quantization.tracing.tensor_origins import TensorOrigins, mov
 
 
 def types_of_movement(profile: HardwareProfile, graph: OpGraph, op: Op) -> dict[str, frozenset[str]]:
-    """Return the kinds of the data movement behind an op, with the types that can pass, where the profile has a rule.
+    """Map the kinds of data movement behind an op to the types that they can move. Kinds without a rule are left out.
 
     Args:
         profile: what the hardware can do.

@@ -15,12 +15,12 @@ from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, So
 
 @dataclass(frozen=True)
 class Place:
-    """Where a point can be.
+    """A place where a point can be.
 
     Args:
         op: the op it belongs to.
         name: name of the point.
-        role: what it quantizes.
+        role: ``output``, ``weight`` or ``input``.
         operand: the operand that it quantizes; None for the output.
         axis: the channel axis of a weight, if it has one.
     """
@@ -58,7 +58,7 @@ class PlannedPoints:
         self._weights: dict[tuple[Any, ...], str] = {}
 
     def __contains__(self, name: str) -> bool:
-        """Whether it was decided what happens in a place."""
+        """Whether there is a decision about a place."""
         return name in self.by_name or name in self.in_float
 
     def add(self, place: Place, config: PointConfig, why: str, changed: str) -> None:
@@ -67,8 +67,8 @@ class PlannedPoints:
         Args:
             place: where it is.
             config: its configuration.
-            why: why there is a point, where that is not obvious.
-            changed: what the hardware changed in the configuration, and why.
+            why: the reason for a point, if it is not obvious.
+            changed: the changes that the hardware made to the configuration, with the reason.
         """
         reasons = [why, changed]
         if config.dtype == "float32":
@@ -104,11 +104,11 @@ class PlannedPoints:
             self._outputs.add(place.op.name)
 
     def is_quantized(self, source: Source) -> bool:
-        """Whether a tensor was quantized where it was made; of several results only the first is."""
+        """Whether the op that made a tensor quantizes it. Only the first of several results is quantized."""
         return source.kind == "op" and source.output == 0 and source.name in self._outputs
 
     def why_needed(self, source: Source) -> str:
-        """Say why a tensor that comes from there needs a quantizer at its consumer."""
+        """Say why a tensor from this source needs a quantizer at its consumer."""
         if source.kind == "opaque":
             return "produced by code that cannot be traced" if source.name == "unknown" else source.name
         if source.kind == "mutated":

@@ -25,7 +25,7 @@ _MATRIX_PRODUCTS = frozenset(["matmul", "rmatmul", "bmm", "addmm", "baddbmm", "a
 
 
 class Planner:
-    """Makes the plan of one target; the passes share the look-ups below.
+    """Makes the plan of one target. Its steps share the look-ups that the constructor makes.
 
     Args:
         graph: the traced ops that are deployed.
@@ -56,9 +56,9 @@ class Planner:
         self.origins = TensorOrigins(self.graph, self.passing_joins)
 
     def plan(self, written: tuple[dict[str, Any], ...] = ()) -> QuantPlan:
-        """Decide outputs first: whether an operand needs a quantizer depends on its producer.
+        """Return the plan. Outputs come first: whether an operand needs a quantizer depends on its producer.
 
-        Whether every rule matched is asked afterwards, with :meth:`unused_overrides`.
+        Afterwards, :meth:`unused_overrides` returns the rules that matched nothing.
 
         Args:
             written: the rules as the user wrote them, which the plan shows.
@@ -194,7 +194,7 @@ class Planner:
                 self._decide_input(op, operand, signature)
 
     def _demand(self, op: Op, operand: Operand) -> InputDemand | None:
-        """What the hardware has to be able to read; None for what is folded into the op or not quantized anyway."""
+        """What the hardware must be able to read; None for an operand that is folded into the op or not quantized."""
         origins = self.origins.of(operand.sources)
         name = f"{op.name}.input{operand.index}"
         if not origins:
@@ -254,7 +254,7 @@ class Planner:
     # -- rules that matched nothing
 
     def unused_overrides(self) -> dict[int, ConfigurationError]:
-        """The rules that matched no point, by number, each with the error that says why."""
+        """Map the number of each rule that matched no point to the error that says why."""
         return {
             i: unmatched_override(rule, self.graph, self.points.by_name, self.points.in_float, self.status)
             for i, rule in enumerate(self.overrides)

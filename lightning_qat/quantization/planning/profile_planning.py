@@ -1,4 +1,4 @@
-"""Choosing types that the hardware has: what planning asks when it works under a profile."""
+"""Choose types that the hardware supports: planning asks this module when it works under a profile."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
 
 
 class RunsInFloat(Exception):
-    """What is asked for exists in float only; the message is the reason."""
+    """Raised where an op can only run in float; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class InputDemand:
 
 
 class ProfileChoices:
-    """Picks types under a profile. An override that asks for what the hardware has not is an error; a default gives
-    way to the nearest type, and an op that cannot be computed runs in float.
+    """Picks types under a profile. A default gives way to the nearest type that the hardware supports. An override
+    that asks for another type is an error, and an op that the hardware cannot compute runs in float.
 
     Args:
         profile: what the hardware can do.
         graph: the traced ops.
-        configs: what the user asks for.
+        configs: the configuration that the user wrote.
         groups: the fused group of each op that is in one.
     """
 
@@ -67,7 +67,7 @@ class ProfileChoices:
                 self.run_in_float(op, profile.why_unsupported(op.kind))
 
     def run_in_float(self, op: Op, reason: str) -> None:
-        """Take the op, and what it is fused with, off the hardware."""
+        """Let an op and its fused group run in float, off the hardware."""
         group = self.groups.get(op.name)
         for name in group.ops if group else (op.name,):
             self.floats[name] = reason
@@ -78,7 +78,7 @@ class ProfileChoices:
         return self.graph.by_name[group.ops[0]] if group else op
 
     def rule(self, op: Op) -> OpRule:
-        """Return the rule for an op's own inputs: a fused one without a rule takes what the group takes."""
+        """Return the rule for an op's own inputs. A fused op without a rule has the rule of its group."""
         return self.profile.rules.get(op.kind) or self.profile.rules[self.head(op).kind]
 
     # -- outputs
@@ -91,8 +91,8 @@ class ProfileChoices:
         """Return the configuration of an output point and, if the profile changed it, why.
 
         Raises:
-            ConfigurationError: an override asks for what the hardware has not.
-            RunsInFloat: float32 is asked for, and the op has no float32 result.
+            ConfigurationError: an override asks for something that the hardware does not support.
+            RunsInFloat: the user asks for float32, and the op has no float32 result.
         """
         head = self.head(op)
         candidates = self._candidates(head)
@@ -107,7 +107,7 @@ class ProfileChoices:
         return config, why
 
     def note_output(self, op: Op, dtype: str | None) -> None:
-        """Remember the type of a result, which decides what the inputs may be; None for any."""
+        """Remember the type of a result, because it limits the types of the inputs; None stands for any type."""
         head = self.head(op)
         self._signatures[head.name] = tuple(s for s in self._candidates(head) if dtype is None or dtype in s.output)
 
@@ -123,7 +123,7 @@ class ProfileChoices:
     # -- operands
 
     def signature(self, op: Op, inputs: Sequence[InputDemand], weight: str | None) -> Signature:
-        """Pick the combination of types that changes least.
+        """Return the combination of types that needs the smallest changes of the configuration.
 
         Args:
             op: a quantized op.
@@ -140,7 +140,7 @@ class ProfileChoices:
         return min(candidates, key=cost)
 
     def accepts(self, op: Op, signature: Signature, origins: Iterable[PointPlan]) -> bool:
-        """Whether an input that is quantized like this can be read as it is."""
+        """Whether the op can read an input that these points quantize, without another quantizer."""
         schemes = self.rule(op).schemes
         return FLOAT in signature.input or all(p.dtype in signature.input and p.scheme in schemes for p in origins)
 
@@ -153,8 +153,8 @@ class ProfileChoices:
             op: the reader.
             point: name of the point.
             signature: the combination that was picked.
-            requantizes: the input has a quantizer at its producer: a general rule that covers the point, such as
-                ``*``, was not meant for it.
+            requantizes: the producer quantizes the input already. A general rule that covers the point, such as
+                ``*``, was then not meant for it.
 
         Raises:
             ConfigurationError, RunsInFloat: as for outputs.
@@ -245,8 +245,9 @@ class ProfileChoices:
     def _refusal(self, question: _Question, asked: str, what: str, instead: str) -> ConfigurationError:
         kind = "weight" if question.role == "weight" else "activation"
         return ConfigurationError(
-            f"{asked} at {question.point}, which the hardware has not: profile {self.profile.name}: {what}. Change the "
-            f"rule, or add one for this point behind it: {{match: {question.point!r}, {kind}: {{{instead}}}}}."
+            f"{asked} at {question.point}, which the hardware does not support: profile {self.profile.name}: {what}. "
+            "Change the rule, or add one for this point after it: "
+            f"{{match: {question.point!r}, {kind}: {{{instead}}}}}."
         )
 
 
@@ -257,9 +258,9 @@ class _Question:
     Args:
         op: the op it belongs to.
         point: its name.
-        role: what it quantizes.
-        options: the types that the hardware has there.
-        what: the same in words.
+        role: ``output``, ``weight`` or ``input``.
+        options: the types that the hardware supports there.
+        what: the same as a text.
         requantizes: see :meth:`ProfileChoices.settle_input`.
     """
 

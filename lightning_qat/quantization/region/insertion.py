@@ -44,8 +44,8 @@ def insert(
         overrides: rules for single points, from general to specific.
         profile: the hardware the plan is for, such as ``generic_int8_int16`` or the path of a YAML file.
         batches: more example batches, for forwards whose ops depend on the data.
-        train_mode: look for ops that run in train mode only too, as far as the module runs on the example there. False
-            for modules that cannot (batch norm on a batch of one, targets that are missing): eval mode alone.
+        train_mode: also trace in train mode, as far as the module runs on the example there. Write False for a module
+            that cannot (batch norm on a batch of one, targets that are missing) to trace in eval mode only.
 
     Returns:
         The region: ``region.graph``, ``region.plan``, ``region.points``; ``region.remove()`` gives the float module
@@ -75,9 +75,9 @@ def attach(module: nn.Module, graph: OpGraph, plan: QuantPlan, traced: bool = Tr
 
     Args:
         module: the target.
-        graph: what was traced.
-        plan: what was decided for it.
-        traced: False if both come from a checkpoint rather than from this code.
+        graph: the traced ops.
+        plan: the plan for them.
+        traced: False if both come from a checkpoint and not from the code of this process.
 
     Raises:
         ConfigurationError: the module is quantized already, or its forward cannot be taken over.

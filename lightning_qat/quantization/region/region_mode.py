@@ -1,4 +1,4 @@
-"""What happens at every op while a region runs: its operands and its result go through their fake-quants."""
+"""The mode that handles every op while a region runs: its operands and its result go through their fake-quants."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Operation = Callable[..., Any]
 
 
 class Runner(Protocol):
-    """What the mode needs of the region it runs."""
+    """The parts of a region that its mode needs."""
 
     @property
     def functions(self) -> SpecCache:
@@ -30,20 +30,20 @@ class Runner(Protocol):
 
     @property
     def switches(self) -> Switches:
-        """Whether to observe or to quantize, which scales follow the data, who watches."""
+        """The state of the region, which scales follow the data, and the taps."""
 
     @property
     def call_ranges(self) -> CallRanges:
         """Where the ranges of repeated calls are noted."""
 
     def note_unplanned(self, kind: str, frame: FrameType) -> None:
-        """Be told of an op that the plan does not know."""
+        """Note an op that the plan does not know."""
 
 
 class RegionMode(InterceptionMode):
     """Applies the fake-quants of a region while its target's forward runs.
 
-    The region's state is that of the entry: a backward pass that repeats the forward repeats the same function.
+    It keeps the state that the region had at the entry, so activation checkpointing repeats the same function.
     """
 
     def __init__(self, runner: Runner, identity: OpIdentity, repeats: RegionMode | None = None) -> None:
@@ -162,10 +162,10 @@ class RegionMode(InterceptionMode):
 def _renormalized(
     indices: Tensor, weight: Tensor, *, max_norm: float, norm_type: float, **others: Any
 ) -> dict[str, Any]:
-    """Rescale the rows that an embedding reads in the weight itself, which the embedding would do to quantized values.
+    """Rescale the rows that an embedding reads, in the weight itself. The embedding would rescale quantized values.
 
     Returns:
-        The keyword arguments of the embedding, which has nothing to rescale any more.
+        The keyword arguments of the embedding without ``max_norm``.
     """
     torch.embedding_renorm_(weight.detach(), indices.contiguous(), max_norm, norm_type)
     return {**others, "max_norm": None, "norm_type": norm_type}

@@ -1,4 +1,4 @@
-"""Running a region: what happens when the target's forward is entered, and which ops the plan did not know."""
+"""Running a region: it opens a mode whenever the target's forward is entered, and notes ops that the plan lacks."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class RegionRunner:
 
     Args:
         target: the module whose forward is quantized.
-        switches: what of the region is on.
-        freezing: what of it is frozen.
+        switches: the switches of the region.
+        freezing: the frozen parts of the region.
 
     Attributes:
-        call_ranges: the range of every call of what runs several times per forward.
-        unplanned: how often an op ran that was not seen while tracing, by its place.
+        call_ranges: the range of each call of points that run several times per forward.
+        unplanned: maps the place of each op that tracing did not see to how often it ran.
         call_paths: the call tree of the target, which finds the fake-quants of an op.
         functions: the table rows of the torch functions met so far.
     """
@@ -71,11 +71,11 @@ class RegionRunner:
         return self.switches.state == "off"
 
     def identity(self, frame: FrameType) -> OpIdentity:
-        """Return what tells the ops of one entry apart, which starts in a frame: their call paths."""
+        """Return the object that identifies the ops of an entry starting in ``frame``, by their call paths."""
         return CallStack(self.call_paths, frame)
 
     def open(self, frame: FrameType) -> InterceptionMode | None:
-        """Decide about one entry of the forward; a recursive entry is part of the running one.
+        """Return the mode for one entry of the forward; None for a recursive entry, as the running mode covers it.
 
         Raises:
             RuntimeError: another region is running: its fake-quants would be applied to the same ops.
@@ -104,11 +104,12 @@ class RegionRunner:
     def note_unplanned(self, kind: str, frame: FrameType) -> None:
         """Count an op that was not seen while tracing; it runs in float and is reported once per place.
 
-        Not reported is what pruning computes from a parameter, and started to compute after tracing: the product is
-        quantized where it is used, by the weight's own fake-quant.
+        Ops of pruning that was added after tracing are not reported: the weight's own fake-quant quantizes their
+        product where it is used.
 
         Raises:
-            PlanMismatchError: the plan was restored, and its code did not vary: this is other code.
+            PlanMismatchError: the plan comes from a checkpoint whose code ran the same ops in every forward, and this
+                op is not among them.
         """
         if frame.f_code.co_filename == prune.__file__:
             return
@@ -120,7 +121,7 @@ class RegionRunner:
         if self._is_restored and not self._graph.varying:
             raise PlanMismatchError(
                 f"the restored plan of {self._graph.target_type} does not know {location}: the code differs from the "
-                "one the checkpoint was made with. Restore the code, or insert fake-quant anew and calibrate."
+                "one the checkpoint was made with. Restore that code, or insert fake-quant anew and calibrate."
             )
         warnings.warn(
             f"{location} was not seen while tracing {self._graph.target_type}; it runs in float. Trace batches that "

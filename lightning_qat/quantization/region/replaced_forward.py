@@ -17,7 +17,7 @@ class ReplacedForward:
     """Context manager in which the forwards of a region's target run under :meth:`mode`.
 
     Args:
-        region: whose target.
+        region: the region whose target runs.
     """
 
     is_off = False
@@ -30,7 +30,7 @@ class ReplacedForward:
         """Return the mode of one forward.
 
         Args:
-            identity: what tells the ops of this forward apart.
+            identity: identifies the ops of this forward.
         """
         raise NotImplementedError
 
@@ -52,7 +52,7 @@ class ReplacedForward:
 class InspectingMode(RegionMode):
     """A mode that does something else at every op of the plan: override :meth:`RegionMode.run_op`.
 
-    Nothing is run a second time for activation checkpointing, as what is looked at would be met twice.
+    Activation checkpointing is switched off inside, because a repeated function would meet the same ops twice.
     """
 
     keeps_activations = True

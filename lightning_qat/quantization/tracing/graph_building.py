@@ -1,4 +1,4 @@
-"""Collecting the ops of several traced forwards into one :class:`OpGraph` with names for people."""
+"""Collecting the ops of several traced forwards into one :class:`OpGraph` with readable names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_qat.quantization.tracing.op_records import OpRecord
 
 
 class GraphBuilder:
-    """Collects records over forwards.
+    """Collects the records of ops over the traced forwards, and makes the graph of them.
 
     Args:
         target_type: class name of the target.
@@ -52,7 +52,7 @@ class GraphBuilder:
         self._cursor, self._met, self.training = 0, set(), training
 
     def met(self, record: OpRecord) -> None:
-        """Note a call of an op; a new op goes behind the one before it, so that the order is that of execution."""
+        """Note a call of an op. A new op is inserted after the op met before it, so the order is that of execution."""
         record.calls[self._forward] = record.calls.get(self._forward, 0) + 1
         if record.key in self._met:
             return
@@ -82,16 +82,16 @@ class GraphBuilder:
         self._seen_by_mode[self.training].append(self._met)
 
     def break_off(self) -> None:
-        """End a forward that raised: what it met is known, and that it met no more means nothing."""
+        """End a forward that raised. The ops it met count; no op counts as missing in it."""
         self._broken_off[self.training] |= self._met
 
     def graph(self, constants: set[str], carried: dict[str, str], writers: dict[str, set[str]]) -> OpGraph:
-        """Freeze what was collected.
+        """Return the graph of everything that was collected.
 
         Args:
-            constants: unknown tensors that stayed the same.
-            carried: unknown tensors that an op made in an earlier forward, with the key of that op.
-            writers: buffers that were written in a forward, with the keys of the ops that did it.
+            constants: names of unknown tensors that stayed the same.
+            carried: maps unknown tensors that an op made in an earlier forward to the key of that op.
+            writers: maps buffers that were written in a forward to the keys of the ops that did it.
         """
         renamed = self._merge_modes()
         carried = {name: renamed.get(key, key) for name, key in carried.items()}
@@ -111,7 +111,7 @@ class GraphBuilder:
         return OpGraph(self.target_type, ops, outputs, self.forwards, self._varying())
 
     def _merge_modes(self) -> dict[str, str]:
-        """Make one op of two where eval and train mode reach the same place of a module on different ways.
+        """Merge two ops where eval and train mode reach the same place of a module on different call paths.
 
         ``checkpoint(self.block, x) if self.training else self.block(x)`` runs the same ops on two call paths. They are
         the same where one ran in eval mode only and the other in train mode only, from the same line for the same
@@ -179,7 +179,7 @@ class _Facts:
 
 @dataclass(frozen=True)
 class _SourceResolver:
-    """Says in the graph's words where tensors are from.
+    """Translates the sources of tensors from record keys to the names of the graph.
 
     Args:
         names: display names of the ops, by key.

@@ -18,8 +18,9 @@ from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
 from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
 from lightning_qat.callbacks.quantized_run import evaluations_of
-from tests.callbacks.analysed_run import assert_same_run
-from tests.callbacks.small_digits import pretrained, qat_trainer
+from tests.harness.noisy_run import assert_same_run
+from tests.harness.small_digits import pretrained
+from tests.harness.trainers import qat_trainer
 
 VALIDATION_BATCHES = 6
 
