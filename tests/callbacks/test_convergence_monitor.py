@@ -364,6 +364,7 @@ class Skipping(Digits):
         return loss if torch.isfinite(loss) else None
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_data_that_are_not_finite_are_named_before_what_follows(tmp_path: Path) -> None:
     """Number nine: the loss is skipped, so the statistics and the evaluation show it; the input was first."""
     model = Skipping()
