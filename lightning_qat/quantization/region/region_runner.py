@@ -7,13 +7,19 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
-from torch.nn.utils import prune
 
 from lightning_qat.quantization.errors import PlanMismatchError
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
 from lightning_qat.quantization.interception.activation_checkpointing import RunningRegion
-from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode, user_location
+from lightning_qat.quantization.interception.call_path import (
+    CallPaths,
+    ScopeNode,
+    is_installed,
+    is_weight_hook,
+    user_location,
+)
 from lightning_qat.quantization.interception.interception import CallPathMode, SpecCache, active_mode
 from lightning_qat.quantization.region.bound_points import UNPLANNED, OpQuantizers
 from lightning_qat.quantization.region.freezing import Freezing
@@ -95,16 +101,22 @@ class RegionRunner:
         finally:
             mode.calls.clear()
 
-    def note_unplanned(self, kind: str, frame: FrameType) -> None:
+    def note_unplanned(self, kind: str, frame: FrameType, of_weights: bool) -> None:
         """Count an op that was not seen while tracing; it runs in float and is reported once per place.
 
-        Not reported is what pruning computes from a parameter, and started to compute after tracing: the product is
-        quantized where it is used, by the weight's own fake-quant.
+        Not reported is what makes a weight and started to do so after tracing, such as pruning or a parametrization:
+        the weight is quantized where it is used, by its own fake-quant. Nor is what only ``torch.jit.trace`` computes,
+        to which every number is a tensor.
+
+        Args:
+            kind: the kind of the op.
+            frame: where it is called.
+            of_weights: it computes from parameters and buffers alone.
 
         Raises:
             PlanMismatchError: the plan was restored, and its code did not vary: this is other code.
         """
-        if frame.f_code.co_filename == prune.__file__:
+        if torch._C._get_tracing_state() is not None or is_weight_hook(frame) or (of_weights and not self._is_restored):
             return
         location = f"{kind} at {user_location(frame)}"
         count = self.unplanned.get(location, 0)
@@ -116,9 +128,15 @@ class RegionRunner:
                 f"the restored plan of {self._graph.target_type} does not know {location}: the code differs from the "
                 "one the checkpoint was made with. Restore the code, or insert fake-quant anew and calibrate."
             )
+        advice = (
+            "Trace more batches; or, as this code is of an installed library, switch off in its settings what makes it "
+            "vary (such as layerdrop=0.0)."
+            if is_installed(location)
+            else "Trace batches that reach it, or, if its repetition varies, put the code into "
+            "`with dynamic_block(self, ...)`."
+        )
         warnings.warn(
-            f"{location} was not seen while tracing {self._graph.target_type}; it runs in float. Trace batches that "
-            "reach it, or, if its repetition varies, put the code into `with dynamic_block(self, ...)`.",
+            f"{location} was not seen while tracing {self._graph.target_type}; it runs in float. {advice}",
             UserWarning,
             stacklevel=2,
         )
