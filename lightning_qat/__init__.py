@@ -10,7 +10,7 @@ from lightning_qat.callbacks.accuracy_table import AccuracyTable
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
 from lightning_qat.callbacks.float_finetune import FloatFinetune
-from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
 from lightning_qat.callbacks.model_check import ModelCheck
@@ -19,23 +19,19 @@ from lightning_qat.callbacks.pipeline_fingerprint import PipelineFingerprint
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
+from lightning_qat.export.plan_files import write_plan
 from lightning_qat.quantization.interception.dynamic_block import dynamic_block
+from lightning_qat.quantization.overrides import ActivationOverride, Override, Split, WeightOverride
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.profile_violations import ProfileViolation, find_violations
-from lightning_qat.quantization.qconfig import (
-    ActivationConfig,
-    ActivationOverride,
-    Override,
-    QConfig,
-    Split,
-    WeightConfig,
-    WeightOverride,
-)
+from lightning_qat.quantization.qconfig import ActivationConfig, QConfig, WeightConfig
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.parameter_groups import parameter_groups
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.shared_modules import split_shared_modules
+from lightning_qat.reporting.console import show
+from lightning_qat.reporting.files import write_csv, write_json
 
 __version__ = "0.1.0"
 
@@ -75,5 +71,9 @@ __all__ = [
     "load_quantized",
     "parameter_groups",
     "sensitivity",
+    "show",
     "split_shared_modules",
+    "write_csv",
+    "write_json",
+    "write_plan",
 ]

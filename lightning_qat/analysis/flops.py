@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.tracing.op_graph import Op, Operand
 
 _CONVOLUTIONS = frozenset(["conv1d", "conv2d", "conv3d"])
@@ -105,3 +106,14 @@ def _product_flops(op: Op, output: int) -> int:
 
 def _is_recurrent_weight(operand: Operand) -> bool:
     return operand.role == "weight" or (len(operand.shape) == 2 and operand.sources[0].kind == "parameter")
+
+
+def flops_shares(region: Region) -> dict[str, float]:
+    """Map each op to the share of the region's operations that it and the ops it is fused with take."""
+    flops = {op.name: op_flops(op) for op in region.graph.ops}
+    total = sum(flops.values()) or 1
+    shares = {name: count / total for name, count in flops.items()}
+    for group in region.plan.fusions:
+        together = sum(flops[name] for name in group.ops) / total
+        shares |= dict.fromkeys(group.ops, together)
+    return shares

@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_qat.analysis.results import write_atomically
 from lightning_qat.analysis.runs.accuracy import AccuracyResult, ResultTable, target_value
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.quantized_run import evaluations_of, is_calibrated, require_regions
@@ -26,7 +25,8 @@ from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.region.switches import State
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.loggers import log_table
-from lightning_qat.reporting.tables import markdown
+from lightning_qat.reporting.result_table_files import write_accuracy, write_result_table
+from lightning_qat.reporting.tensorboard_tags import RESULT_TABLE
 
 
 class AccuracyTable(Callback):
@@ -193,7 +193,7 @@ class AccuracyTable(Callback):
                 rank_zero_info(f"AccuracyTable: there is a run called {name!r} already; this one is noted as {run!r}.")
         table.record(run, column, metrics)
         if leaves_files(trainer):
-            table.write(self._path(trainer))
+            write_result_table(table, self._path(trainer))
         return run, table.result(run, list(metrics), self.target)
 
     def _report(self, trainer: pl.Trainer) -> None:
@@ -203,10 +203,8 @@ class AccuracyTable(Callback):
             path = self._path(trainer)
             table = ResultTable.read(path)
             whole = table.result(self.result.run, table.metrics(), self.target)  # the run's own metrics and all others
-            whole.to_csv(path.with_suffix(".csv"))
-            text = markdown(whole.columns(), whole.to_dicts())
-            write_atomically(path.with_suffix(".md"), f"{text}\n\n{self.result.note}\n")
-        log_table(trainer.loggers, "result_table", self.result, steps_taken(trainer))
+            write_accuracy(whole, path, self.result.note)
+        log_table(trainer.loggers, RESULT_TABLE, self.result, steps_taken(trainer), self.result.columns())
         show(self.result, console_of(trainer))
 
     def _path(self, trainer: pl.Trainer) -> Path:

@@ -21,8 +21,7 @@ from lightning_qat.analysis.diagnosis.diagnosis_result import DiagnosisResult
 from lightning_qat.analysis.model_check.checked_region import rules_of
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
-from lightning_qat.callbacks.analyses.epoch_end_analysis import EpochEndAnalysis
-from lightning_qat.callbacks.analyses.undisturbed_analysis import AnalysisOutputs
+from lightning_qat.callbacks.analyses.epoch_end_analysis import EpochEndAnalysis, outputs_of_run
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.callbacks.trainer import _compat
@@ -32,12 +31,11 @@ from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
 from lightning_qat.callbacks.trainer.progress import progress
 from lightning_qat.quantization.modules.call import Call
-from lightning_qat.quantization.qconfig import glob_covers
+from lightning_qat.quantization.overrides import glob_covers
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.reporting.console import print_advice
 from lightning_qat.reporting.figures import value_histogram
-from lightning_qat.reporting.loggers import log_table, point_scalars
 from lightning_qat.reporting.sensitivity_figures import (
     log_figure,
     require_matplotlib,
@@ -46,13 +44,10 @@ from lightning_qat.reporting.sensitivity_figures import (
     sqnr_by_depth,
     write_figure,
 )
+from lightning_qat.reporting.tensorboard_tags import LAYER_COMPARISON, WHAT_TO_DO
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-COLUMNS = ("SQNR", "own_SQNR", "max_qscale_diff")
-TABLE = ("mod_name", "analy_op_type", "quant_dtype", "qscale", "SQNR", "own_SQNR", "max_qscale_diff", "origin")
-WHAT_TO_DO = ("point", "verdict", "evidence", "action", "yaml")
 
 
 class LayerComparison(EpochEndAnalysis):
@@ -65,8 +60,8 @@ class LayerComparison(EpochEndAnalysis):
     is in the order of the sensitivities. The float model is the model with its present weights and quantization off.
     Training is not changed, bit for bit.
 
-    Goes to: ``layer_comparison.csv|txt|json`` and ``diagnosis.csv|txt|json`` (with ``every_n_epochs`` also
-    ``layer_comparison_epochN.*``) in the run's ``lightning_qat`` directory; to the loggers
+    Goes to: ``layer_comparison.csv|txt|json`` and ``diagnosis.csv|txt|json`` in the run's ``lightning_qat`` directory
+    (with ``every_n_epochs`` the csv files hold the rows of every epoch, txt and json the latest); to the loggers
     ``layer_comparison.<column>/<tensor>`` and the tables; the short list to the terminal; through ``self.log``, at the
     end of an epoch: ``layer_comparison/min_own_sqnr`` (dB) and ``layer_comparison/output_sqnr``. Columns:
     ``lightning_qat/reporting/README.md``.
@@ -111,7 +106,7 @@ class LayerComparison(EpochEndAnalysis):
         seed: int = 0,
     ) -> None:
         require_at_least("LayerComparison", every_n_epochs=every_n_epochs, batches=batches)
-        super().__init__(every_n_epochs or 1, "layer_comparison")
+        super().__init__(every_n_epochs or 1, LAYER_COMPARISON)
         if figures:
             with misconfiguration():
                 require_matplotlib()
@@ -123,7 +118,7 @@ class LayerComparison(EpochEndAnalysis):
         self.figures = figures
         self.log_points = log
         self.seed = seed
-        self.diagnosis_outputs = AnalysisOutputs("diagnosis")
+        self._diagnosis_outputs = outputs_of_run("diagnosis", WHAT_TO_DO)
         self.result: LayerComparisonResult | None = None
         self.diagnosis: DiagnosisResult | None = None
         self._sensitivities: dict[int, SensitivityResult] = {}
@@ -161,8 +156,7 @@ class LayerComparison(EpochEndAnalysis):
             self._log_numbers(trainer, pl_module, {})
             return
         self.note_analysed(trainer)
-        self._outputs.write(trainer, result, trainer.current_epoch)
-        self._log(trainer, result)
+        self._report(trainer, result)
         self._log_numbers(trainer, pl_module, _aggregates(result))
 
     @override
@@ -174,9 +168,8 @@ class LayerComparison(EpochEndAnalysis):
         result = self.result if again else self.tried(trainer, lambda: self._analyse(trainer, pl_module, final=True))
         if result is None:
             return
-        self._outputs.write(trainer, result)
         if not again:
-            self._log(trainer, result)
+            self._report(trainer, result)
         if trainer.is_global_zero and self.diagnosis is not None:
             print_advice(self.diagnosis.lines(), console_of(trainer))
 
@@ -206,7 +199,6 @@ class LayerComparison(EpochEndAnalysis):
                 if final and self.figures:
                     self._draw(trainer, regions, calls, LayerComparisonResult.merged(results), diagnosis)
         self.diagnosis = diagnosis
-        self.diagnosis_outputs.write(trainer, diagnosis)
         self.result = replace(LayerComparisonResult.merged(results), what_to_do=diagnosis.lines())
         return self.result
 
@@ -214,16 +206,15 @@ class LayerComparison(EpochEndAnalysis):
         """The declared ranges that are about points of this region."""
         return {g: ends for g, ends in self.ranges.items() if any(glob_covers(g, name) for name in region.points)}
 
-    def _log(self, trainer: pl.Trainer, result: LayerComparisonResult) -> None:
-        if self.diagnosis is not None and self.diagnosis.culprits:
-            step, rows = _compat.steps_taken(trainer), len(self.diagnosis.culprits)  # they come first
-            log_table(trainer.loggers, "layer_comparison/what_to_do", self.diagnosis, step, WHAT_TO_DO, rows)
+    def _report(self, trainer: pl.Trainer, result: LayerComparisonResult) -> None:
+        self.write(trainer, result)
+        if self.diagnosis is not None:
+            self.write(trainer, self.diagnosis, self._diagnosis_outputs)
+        if self.diagnosis is not None and (culprits := len(self.diagnosis.culprits)):  # they come first
+            step = _compat.steps_taken(trainer)
+            self._diagnosis_outputs.log(self.diagnosis, trainer.loggers, step, rows=culprits)
         if self.log_points:
-            tensors = replace(result, rows=tuple(row for row in result.rows if not row.loop))  # no curve per round
-            scalars = point_scalars(tensors, "layer_comparison", COLUMNS, point="mod_name")
-            values = {name: [getattr(row, name) for row in result.rows] for name in ("SQNR", "own_SQNR")}
-            # without the list, which is a text of its own
-            self._outputs.log(trainer, replace(result, what_to_do=()), scalars, TABLE, values)
+            self.log_result(trainer, replace(result, what_to_do=()))  # the list is a text of its own
 
     def _draw(
         self,

@@ -22,13 +22,7 @@ from lightning_qat.callbacks.passes.shared_evaluations import ModelKey, model_ke
 from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.quantization.region.regions import find_regions
-from lightning_qat.reporting.loggers import point_scalars
-
-NUMBERS = (
-    "scale", "min", "max", "mean", "var", "clipped_share", "used_share", "level_occupancy", "rounding_energy",
-    "clipping_energy", "scale_drift", "flip_rate", "sqnr",
-)  # fmt: skip
-TABLE = ("point", "dtype", "scale", "min", "max", "clipped_share", "used_share", "sqnr", "scale_drift", "flip_rate")
+from lightning_qat.reporting.tensorboard_tags import LAYER_STATISTICS
 
 
 class LayerStatistics(EpochEndAnalysis):
@@ -37,10 +31,10 @@ class LayerStatistics(EpochEndAnalysis):
     Runs the validation step on a few batches (the same ones each time) in eval mode with quantization on. Before the
     scales are calibrated (``start_epoch``) only the values are described. Training is not changed, bit for bit.
 
-    Goes to: ``layer_statistics_epochN.csv|txt|json`` and ``layer_statistics.csv|txt|json`` (the latest) in the run's
-    ``lightning_qat`` directory; to the loggers ``layer_statistics.<column>/<point>``; through ``self.log``, to be
-    monitored: ``layer_statistics/max_clipped_share``, ``.../min_sqnr`` (dB), ``.../max_scale_drift`` (absolute) and
-    ``.../max_flip_rate``. Columns: ``lightning_qat/reporting/README.md``.
+    Goes to: ``layer_statistics.csv`` in the run's ``lightning_qat`` directory, which holds the rows of every epoch, and
+    ``layer_statistics.txt|json``, the latest table; to the loggers ``layer_statistics.<column>/<point>``; through
+    ``self.log``, to be monitored: ``layer_statistics/max_clipped_share``, ``.../min_sqnr`` (dB),
+    ``.../max_scale_drift`` (absolute) and ``.../max_flip_rate``. Columns: ``lightning_qat/reporting/README.md``.
 
     Flip rates are those since the last measurement (or the first quantized step); drift is that since calibration, also
     after a resume.
@@ -80,14 +74,15 @@ class LayerStatistics(EpochEndAnalysis):
     ) -> None:
         require_at_least("LayerStatistics", every_n_epochs=every_n_epochs, batches=batches)
         for column in columns or ():
-            if column not in NUMBERS:
+            if column not in LAYER_STATISTICS.curves:
                 raise MisconfigurationException(
-                    f"LayerStatistics(columns=...): there is no column {column!r}. Choices: {', '.join(NUMBERS)}."
+                    f"LayerStatistics(columns=...): there is no column {column!r}. Choices: "
+                    f"{', '.join(LAYER_STATISTICS.curves)}."
                 )
-        super().__init__(every_n_epochs, "layer_statistics")
+        self.columns = tuple(columns) if columns is not None else LAYER_STATISTICS.curves
+        super().__init__(every_n_epochs, LAYER_STATISTICS.with_curves(self.columns))
         self.batches = batches
         self.log_points = log
-        self.columns = tuple(columns) if columns is not None else NUMBERS
         self.seed = seed
         self.result: LayerStatisticsResult | None = None
         self.codes: dict[str, WeightCodes] = {}
@@ -124,7 +119,7 @@ class LayerStatistics(EpochEndAnalysis):
         if not self.should_analyse(trainer):
             self._log_numbers(trainer, pl_module, {})
             return
-        result = self._report(trainer, pl_module, trainer.current_epoch)
+        result = self._report(trainer, pl_module)
         self._log_numbers(trainer, pl_module, _aggregates(result.rows))
 
     @override
@@ -132,21 +127,12 @@ class LayerStatistics(EpochEndAnalysis):
         if not self.is_analysed(trainer):
             self._report(trainer, pl_module)
 
-    def _report(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int | None = None
-    ) -> LayerStatisticsResult:
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LayerStatisticsResult:
         self.result = result = self.measure_once(trainer, pl_module)
         self.note_analysed(trainer)
-        if epoch is not None:
-            self._outputs.write(trainer, result, epoch)
-        self._outputs.write(trainer, result)
+        self.write(trainer, result)
         if self.log_points:
-            scalars = point_scalars(result, "layer_statistics", self.columns)
-            histograms = {
-                "clipped_share": [r.clipped_share for r in result.rows],
-                "sqnr": [r.sqnr for r in result.rows],
-            }
-            self._outputs.log(trainer, result, scalars, TABLE, histograms)
+            self.log_result(trainer, result)
         return result
 
     def measure_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LayerStatisticsResult:

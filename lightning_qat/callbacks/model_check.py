@@ -30,9 +30,13 @@ from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_text
-from lightning_qat.reporting.model_check_report import FILE_NAME, markdown_report
+from lightning_qat.reporting.model_check_file import FILE_NAME
+from lightning_qat.reporting.reports import markdown_report
+from lightning_qat.reporting.tensorboard_tags import MODEL_CHECK
 
 FailOn = Literal["error", "warning", "never"]
+_ROWS = 30
+"""Rows per table, and names per finding, that the loggers show."""
 
 
 class ModelCheck(Callback):
@@ -145,7 +149,8 @@ class ModelCheck(Callback):
         if self.show and trainer.is_global_zero:
             show(result, console_of(trainer), file=file)
         if self.log_text:
-            without = log_text(trainer.loggers, "model_check", markdown_report(result), _compat.steps_taken(trainer))
+            report = markdown_report(result.full_blocks(), _ROWS, f"{FILE_NAME}.txt")
+            without = log_text(trainer.loggers, MODEL_CHECK, report, _compat.steps_taken(trainer))
             if without:
                 rank_zero_warn(
                     f"{', '.join(without)} shows no text: the model check is only in {FILE_NAME}.txt.",

@@ -16,7 +16,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from torch import nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
@@ -37,9 +36,11 @@ from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.trainer.seeding import seeded
+from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.modules.preservation import preserved_modes
 from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.reporting.files import write_fingerprint
 
 _PACKAGES = ("lightning-qat", "torch", "lightning", "torchmetrics", "numpy")
 _STAGES: tuple[Stage, ...] = ("train", "validate")
@@ -93,7 +94,7 @@ class PipelineFingerprint(Callback):
         self.fingerprint = replace(fingerprint, optimizers=at_start or fingerprint.optimizers)
         directory = run_directory(trainer)  # broadcasts: on all ranks
         if leaves_files(trainer):
-            path = self.fingerprint.to_json(Path(directory) / FILE_NAME)
+            path = write_fingerprint(self.fingerprint, Path(directory) / FILE_NAME)
             rank_zero_info(f"Fingerprint of this pipeline: {path}. In QAT: PipelineCheck(reference={str(path)!r}).")
 
 
@@ -153,6 +154,7 @@ def take_fingerprint(
             weights=weight_digests(pl_module),
             versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
             agreement={stage: summary.agreement for stage, summary in stages.items()},
+            constant_guess={stage: summary.constant_guess for stage, summary in stages.items()},
             random_evaluation=is_random,
             swapped=stages["validate"].swapped if "validate" in stages else [],
             batches=batches,
@@ -167,7 +169,7 @@ def _training_loss(
     for extra in extra_batches(trainer, pl_module, batches, "train"):
         pl_module.train()
         for module in pl_module.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if is_batch_norm(module):
                 module.train(mode == "train")
         with torch.no_grad():
             loss = loss_of(run_step(trainer, pl_module, extra, "train"))

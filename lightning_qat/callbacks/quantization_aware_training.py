@@ -25,9 +25,10 @@ from lightning_qat.callbacks.schedule.scheduled_regions import ScheduledRegions,
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 from lightning_qat.quantization.planning.plan import ScaleRole
-from lightning_qat.quantization.qconfig import Override, QConfig
+from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.quantization.region.switches import State
 
 
@@ -125,8 +126,6 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._regions = ScheduledRegions(self.schedule, self.frozen_parts)
         self._plan = PlanWriter()
 
-    # -- insertion
-
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if len(listed(trainer, QuantizationAwareTraining)) > 1:
@@ -178,8 +177,6 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_hooks": None}
-
-    # -- state
 
     @override
     def should_quantize(self, trainer: pl.Trainer) -> bool:

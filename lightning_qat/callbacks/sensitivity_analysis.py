@@ -25,7 +25,7 @@ from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.modules.call import Call
-from lightning_qat.reporting.loggers import point_scalars
+from lightning_qat.reporting.tensorboard_tags import sensitivity_tags
 
 _EPOCHS_SHARE = 40
 """A sketch of so small a part of an epoch's samples takes 2 to 3 % of the epoch: with one probe it is a forward, a
@@ -44,11 +44,11 @@ class SensitivityAnalysis(EpochEndAnalysis):
     probes, and the points that matter most are confirmed by isolation. See :func:`lightning_qat.sensitivity`. Nothing
     is analysed before the scales are calibrated (``start_epoch``). Training is not changed, bit for bit.
 
-    Goes to: ``sensitivity_epochN.csv|txt|json`` per epoch and ``sensitivity.csv|txt|json`` at the end of training, in
-    the run's ``lightning_qat`` directory; to the loggers ``sensitivity.<metric>/<point>`` and
-    ``sensitivity.score/<point>``; through ``self.log``, to be monitored: ``sensitivity/max_score``, and where the first
-    row was measured ``sensitivity/max`` (``sensitivity/min`` for Cosine and SQNR), its metric.
-    Columns: ``lightning_qat/reporting/README.md``.
+    Goes to: ``sensitivity.csv`` in the run's ``lightning_qat`` directory, which holds the rows of every epoch (those of
+    the last one are of the end of training), and ``sensitivity.txt|json``, the latest table; to the loggers
+    ``sensitivity.<metric>/<point>`` and ``sensitivity.score/<point>``; through ``self.log``, to be monitored:
+    ``sensitivity/max_score``, and where the first row was measured ``sensitivity/max`` (``sensitivity/min`` for Cosine
+    and SQNR), its metric. Columns: ``lightning_qat/reporting/README.md``.
 
     Args:
         every_n_epochs: how often.
@@ -133,10 +133,10 @@ class SensitivityAnalysis(EpochEndAnalysis):
             checked = SensitivityMetric(of_output)
             if method not in get_args(Method):
                 raise unknown_choice("method", method, get_args(Method))
-        super().__init__(every_n_epochs, "sensitivity")
+        self.metric_name = metric if isinstance(metric, str) else checked.name
+        super().__init__(every_n_epochs, sensitivity_tags(self.metric_name))
         self.batches = batches
         self.metric = metric
-        self.metric_name = metric if isinstance(metric, str) else checked.name
         self.output = output
         self.post_process = post_process
         self.method: Method = method
@@ -174,8 +174,7 @@ class SensitivityAnalysis(EpochEndAnalysis):
             return
         self._turn += 1
         self.note_analysed(trainer)
-        self._outputs.write(trainer, result, trainer.current_epoch)
-        self._log(trainer, result)
+        self._report(trainer, result)
         numbers = {"max_score": max(row.score for row in result.rows)} if result.rows else {}
         worst = result.rows[0].value if result.rows else None
         if worst is not None:
@@ -189,13 +188,11 @@ class SensitivityAnalysis(EpochEndAnalysis):
             return
         latest = self.result
         complete = latest is not None and latest.method == "isolation" and not latest.left_out and not latest.task
-        if latest is not None and complete and self.is_analysed(trainer):
-            self._outputs.write(trainer, latest)  # of these very weights
+        if complete and self.is_analysed(trainer):  # of these very weights, and it is in the files
             return
         result = self.tried(trainer, lambda: self._analyse(trainer, pl_module, final=True))
         if result is not None:
-            self._outputs.write(trainer, result)
-            self._log(trainer, result)
+            self._report(trainer, result)
 
     def _analyse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, final: bool = False) -> SensitivityResult:
         with (
@@ -238,11 +235,10 @@ class SensitivityAnalysis(EpochEndAnalysis):
         samples = max((number_of_samples(call) or 0 for call in calls), default=0)
         return None if share >= 1 else max(_FEWEST_SAMPLES, math.ceil(share * samples))
 
-    def _log(self, trainer: pl.Trainer, result: SensitivityResult) -> None:
+    def _report(self, trainer: pl.Trainer, result: SensitivityResult) -> None:
+        self.write(trainer, result)
         if self.log_points:
-            scalars = point_scalars(result, "sensitivity", (self.metric_name, "score"))
-            values: Any = {self.metric_name: [r.value for r in result.rows], "score": [r.score for r in result.rows]}
-            self._outputs.log(trainer, result, scalars, result.short_columns, values)
+            self.log_result(trainer, result)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-from torch import nn
 
 from lightning_qat.analysis.model_check.findings import Finding
 from lightning_qat.callbacks.calibration import Calibration
@@ -15,9 +14,8 @@ from lightning_qat.callbacks.passes.fresh_loaders import fresh_loaders
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.quantized_run import quantization_of
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.region.regions import find_regions
-
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def trainer_findings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Finding]:
@@ -33,7 +31,7 @@ def trainer_findings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list
 def training_batch_size(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int | None:
     """Return the number of samples per training batch and rank, if batch norm makes it matter and it can be told."""
     targets = [region.target for region in find_regions(pl_module).values()]
-    if trainer.state.fn != "fit" or not any(isinstance(m, _BATCH_NORM) for t in targets for m in t.modules()):
+    if trainer.state.fn != "fit" or not any(is_batch_norm(m) for t in targets for m in t.modules()):
         return None
     try:
         with undisturbed(trainer, pl_module), fresh_loaders(trainer, pl_module, "train") as (loaders, _):

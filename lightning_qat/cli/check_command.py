@@ -16,7 +16,7 @@ from lightning_qat.cli.project import Project
 from lightning_qat.cli.run_project import run_project
 from lightning_qat.reporting.console import print_note, show
 from lightning_qat.reporting.files import write_result
-from lightning_qat.reporting.model_check_report import FILE_NAME
+from lightning_qat.reporting.model_check_file import FILE_NAME
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from lightning_qat.cli.command import Command, add_project_options, number_of_ba
 from lightning_qat.cli.project import Project
 from lightning_qat.cli.run_project import run_project
 from lightning_qat.reporting.console import print_note, print_text
+from lightning_qat.reporting.files import write_fingerprint
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,7 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
             "no --ckpt_path was given: this is the fingerprint of the weights that the project starts with. "
             "If it does not load trained ones itself, give them: --ckpt_path float.ckpt"
         )
-    path = fingerprint.to_json((options.output or directory) / FILE_NAME)
+    path = write_fingerprint(fingerprint, (options.output or directory) / FILE_NAME)
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in {**fingerprint.metrics, **fingerprint.losses}.items())
     print_text(
         f"{path}\n{numbers}\nIn QAT: PipelineCheck(reference={str(path)!r}), or pipeline-check --reference {path}"

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_qat.analysis.results import plain, write_atomically
+from lightning_qat.atomic_files import json_value, write_atomically
+from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.regions import find_regions
 
 FORMAT_VERSION = 1
 """Changes when a reader of the file has to change; new keys alone do not change it."""
@@ -39,8 +41,37 @@ def plan_document(regions: Mapping[str, Region]) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "regions": {path: _described(region) for path, region in regions.items()}}
 
 
-def write_plan(regions: Mapping[str, Region], directory: str | os.PathLike[str]) -> Path:
-    """Write ``quant_plan.json``; an existing one is replaced at once."""
+def write_plan(model: nn.Module | Region, directory: str | os.PathLike[str]) -> Path:
+    """Write ``quant_plan.json``: all that a converter needs to compute what the quantized model computes.
+
+    The file describes the scales of the present weights. One that exists is replaced at once. The format is documented
+    in ``lightning_qat/export/README.md``.
+
+    Args:
+        model: a module with fake-quants, such as :func:`lightning_qat.load_quantized` returns; or one region.
+        directory: where to; made if missing.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ConfigurationError: the module has no fake-quants.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lightning_qat.quantization.region.insertion import insert
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> _ = insert(model, (torch.ones(1, 4),))
+        >>> path = write_plan(model, tempfile.mkdtemp())
+        >>> list(json.loads(path.read_text())["regions"])
+        ['']
+    """
+    regions = {"": model} if isinstance(model, Region) else find_regions(model)
+    if not regions:
+        raise ConfigurationError(
+            f"{type(model).__name__} has no fake-quants, so there is no plan to write: quantize it first, by "
+            "load_quantized(...) from the checkpoint of a QAT run or by insert(...)."
+        )
     text = json.dumps(plan_document(regions), indent=2, allow_nan=False) + "\n"
     return write_atomically(Path(directory) / "quant_plan.json", text)
 
@@ -54,7 +85,7 @@ def _described(region: Region) -> dict[str, Any]:
         known = fake_quant.scale_source is not None and bool(torch.isfinite(fake_quant.scale).all())
         points.append(
             {
-                **plain(point),
+                **json_value(point),
                 "op_type": region.graph.by_name[point.op].kind,
                 "dtype": fake_quant.dtype,
                 "quant_min": fake_quant.quant_min,
@@ -65,17 +96,17 @@ def _described(region: Region) -> dict[str, Any]:
             }
         )
     kinds = region.graph.by_name
-    ops = [{**plain(op), "op_type": kinds[op.name].kind, "location": kinds[op.name].location} for op in plan.ops]
+    ops = [{**json_value(op), "op_type": kinds[op.name].kind, "location": kinds[op.name].location} for op in plan.ops]
     return {
         "target_type": region.graph.target_type,
         "profile": plan.profile,
-        "qconfig": plain(plan.qconfig),
-        "overrides": plain(plan.overrides),
+        "qconfig": json_value(plan.qconfig),
+        "overrides": json_value(plan.overrides),
         "points": points,
         "float_points": plan.float_points,
         "ops": ops,
-        "fusions": plain(plan.fusions),
-        "misses": plain(plan.misses),
+        "fusions": json_value(plan.fusions),
+        "misses": json_value(plan.misses),
     }
 
 

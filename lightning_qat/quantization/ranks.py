@@ -1,7 +1,7 @@
-"""What the core asks of and tells the other processes of a distributed run: the only user of torch.distributed.
+"""Reductions over the ranks of a distributed run. No other module of the package uses torch.distributed.
 
 A reduction returns a new tensor on the device of its argument, whatever device the backend works on. Without a process
-group, or in a group of one rank, there is nothing to reduce: the argument is returned as it is.
+group, or in a group of one rank, it returns its argument.
 """
 
 from __future__ import annotations
@@ -83,15 +83,15 @@ def reduce_device() -> torch.device:
 
 @contextmanager
 def failing_together(across_ranks: bool = True) -> Iterator[None]:
-    """Run a block in which ranks do not communicate; a ConfigurationError on one of them becomes one on all.
+    """Run a block without communication; if it raises a ConfigurationError on one rank, raise one on all ranks.
 
-    Otherwise the other ranks would wait for this one's share of the next reduction.
+    Without this, the other ranks would wait for the failed rank in the next reduction.
 
     Args:
-        across_ranks: whether all ranks enter this; else only this one is looked at.
+        across_ranks: True if all ranks enter the block. False looks at this rank only.
 
     Raises:
-        ConfigurationError: that of the block, or on another rank.
+        ConfigurationError: the block raised one, on this rank or on another.
 
     Example:
         >>> with failing_together():

@@ -3,37 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import StringIO
 from typing import Any
 
 from rich import get_console
 from rich.console import Console
 from rich.text import Text
 
-from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
 from lightning_qat.analysis.results import Result
-from lightning_qat.reporting.model_check_report import ModelCheckSummary
+from lightning_qat.reporting.advice import TerminalAdvice
+from lightning_qat.reporting.tables import terminal_table
 
 _STYLES = {"healthy": "bold green", "cannot tell": "bold yellow"}
 
 
 def show(result: Result[Any], console: Console | None = None, note: bool = True, file: str = "") -> None:
-    """Print a result as a table, and its note below; of a model check, print the findings.
+    """Print a result: its tables or its advice, and its note below.
+
+    Args:
+        result: what an analysis returned, such as :func:`lightning_qat.check`.
+        console: where; a running progress bar has its own. The process-wide rich console if not given.
+        note: also print the note; if it follows as a warning, print only the verdict that it begins with.
+        file: where everything is; the last line names it.
+
+    Example:
+        >>> from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
+        >>> show(ModelCheckResult(()))
+        Model check: 0 errors, 0 warnings, 0 infos
+    """
+    console = console or get_console()
+    blocks = result.blocks()
+    for block in blocks:
+        if block.columns:
+            console.print(terminal_table(block.title, block.columns, block.rows))
+        elif block.title:
+            console.print(Text(block.title, style="bold"))
+        if block.advice:
+            console.print(TerminalAdvice(block.advice, in_file=bool(file)), crop=False)
+    for text in (block.note for block in blocks if block.note):
+        _show_note(console, text, result.verdict, note)
+    if file:
+        more = len(result.full_blocks()) > len(blocks)
+        lead = "\n" if any(block.advice for block in blocks) else ""
+        print_text(f"{lead}Everything{', with the tables' if more else ''}: {file}", console)
+
+
+def console_text(result: Result[Any], width: int = 120, file: str = "") -> str:
+    """Return what :func:`show` prints, without colours.
 
     Args:
         result: what to show.
-        console: where; a running progress bar has its own. The process-wide rich console if not given.
-        note: also print the note; if it follows as a warning, print only the verdict that it begins with.
+        width: columns of the terminal; names fold, numbers are never cut.
         file: where everything is.
     """
-    console = console or get_console()
-    if isinstance(result, ModelCheckResult):
-        console.print(ModelCheckSummary(result, file=file), crop=False)
-    else:
-        for part in result.parts():
-            console.print(part)
-        _show_note(console, getattr(result, "note", ""), getattr(result, "verdict", ""), note)
-        if file:
-            print_text(f"Everything: {file}", console)
+    with StringIO() as text:
+        show(result, Console(file=text, width=width, color_system=None, force_terminal=False), file=file)
+        return text.getvalue()
 
 
 def _show_note(console: Console, note: str, verdict: str, whole: bool) -> None:

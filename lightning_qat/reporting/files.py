@@ -1,37 +1,89 @@
-"""Results as files: csv and json hold everything, txt is the same table for people."""
+"""Results as files: csv and json hold everything, txt is the same for people."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
-from lightning_qat.analysis.results import Result, write_atomically
+from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
+from lightning_qat.analysis.results import Result
+from lightning_qat.atomic_files import json_value, write_atomically
 from lightning_qat.quantization.errors import unknown_choice
-from lightning_qat.reporting.model_check_report import text_report
-from lightning_qat.reporting.tables import fixed_width
+from lightning_qat.reporting.reports import text_report
 
 Format = Literal["csv", "txt", "json"]
+
+
+def write_csv(result: Result[Any], path: str | os.PathLike[str]) -> Path:
+    """Write all rows and columns of a result as CSV.
+
+    A file that exists is replaced at once: a reader sees the old or the new one, never half of it.
+
+    Args:
+        result: what an analysis returned.
+        path: the file; its folder is made if missing.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
+        >>> path = write_csv(SensitivityResult((), metric="KL"), tempfile.mkdtemp() + "/sensitivity.csv")
+        >>> path.read_text().split(",")[:4]
+        ['op_name', 'sensitive_type', 'op_type', 'KL']
+    """
+    return write_atomically(path, csv_lines([result.columns(), *csv_rows(result)]))
+
+
+def write_json(result: Result[Any], path: str | os.PathLike[str], epoch: int | None = None) -> Path:
+    """Write everything about a result as JSON: ``rows``, and what is known beside them.
+
+    Numbers that JSON does not have are the words ``inf``, ``-inf`` and ``nan``. A file that exists is replaced at once.
+
+    Args:
+        result: what an analysis returned.
+        path: the file; its folder is made if missing.
+        epoch: the epoch it is about; the file holds it under this name.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
+        >>> path = write_json(SensitivityResult((), metric="KL"), tempfile.mkdtemp() + "/sensitivity.json")
+        >>> json.loads(path.read_text())["metric"]
+        'KL'
+    """
+    about = {**({} if epoch is None else {"epoch": epoch}), **result.about()}
+    head = "".join(f"  {json.dumps(k)}: {json.dumps(json_value(v))},\n" for k, v in about.items())
+    rows = ",\n".join(f"    {json.dumps(json_value(row))}" for row in result.to_dicts())
+    return write_atomically(path, f'{{\n{head}  "rows": [{rows and chr(10) + rows + chr(10) + "  "}]\n}}\n')
+
+
+def write_text(result: Result[Any], path: str | os.PathLike[str], epoch: int | None = None) -> Path:
+    """Write everything about a result as plain text for people, as wide as it needs to be.
+
+    Args:
+        result: what an analysis returned.
+        path: the file; its folder is made if missing.
+        epoch: the epoch it is about; the first line names it.
+    """
+    return write_atomically(path, text_report(result, epoch))
 
 
 def write_result(
     result: Result[Any],
     directory: str | os.PathLike[str],
     name: str,
-    epoch: int | None = None,
     formats: Sequence[Format] = ("csv", "txt", "json"),
 ) -> list[Path]:
-    """Write a result as ``<name>.<format>``, or ``<name>_epoch<N>.<format>``, in every format.
-
-    A file that exists is replaced at once: a reader sees the old or the new one, never half of it.
+    """Write a result as ``<name>.<format>`` in every format.
 
     Args:
         result: what to write.
         directory: made if missing.
         name: first part of the file names, such as ``sensitivity``.
-        epoch: the epoch it belongs to; None for the result of the whole run.
         formats: which files.
 
     Returns:
@@ -40,21 +92,33 @@ def write_result(
     Raises:
         ConfigurationError: there is no such format.
     """
-    stem = name if epoch is None else f"{name}_epoch{epoch}"
-    return [_write(result, Path(directory) / f"{stem}.{format}", format) for format in formats]
+    for format in formats:
+        if format not in _WRITERS:
+            raise unknown_choice("format", format, _WRITERS)
+    return [_WRITERS[format](result, Path(directory) / f"{name}.{format}") for format in formats]
 
 
-def _write(result: Result[Any], path: Path, format: Format) -> Path:
-    if format == "csv":
-        return result.to_csv(path)
-    if format == "json":
-        return result.to_json(path)
-    if format == "txt" and isinstance(result, ModelCheckResult):
-        return write_atomically(path, text_report(result))
-    if format == "txt":
-        tables = (
-            fixed_width(part.columns(), part.to_dicts(), title=part.title, note=getattr(part, "note", ""))
-            for part in result.parts()
-        )
-        return write_atomically(path, "\n\n".join(tables) + "\n")
-    raise unknown_choice("format", format, get_args(Format))
+def write_fingerprint(fingerprint: Fingerprint, path: str | os.PathLike[str]) -> Path:
+    """Write the fingerprint of a training pipeline as JSON; :meth:`Fingerprint.from_json` reads it.
+
+    Args:
+        fingerprint: of the pipeline.
+        path: the file; its folder is made if missing.
+    """
+    return write_atomically(path, json.dumps(json_value(fingerprint), indent=1) + "\n")
+
+
+def csv_rows(result: Result[Any]) -> list[list[Any]]:
+    """The cells of all rows, in the order of the columns."""
+    columns = result.columns()
+    return [[row[column] for column in columns] for row in result.to_dicts()]
+
+
+def csv_lines(rows: Iterable[Sequence[Any]]) -> str:
+    """Format rows as lines of CSV."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+_WRITERS: dict[str, Callable[[Result[Any], Path], Path]] = {"csv": write_csv, "txt": write_text, "json": write_json}

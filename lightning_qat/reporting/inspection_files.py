@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_qat.analysis.comparison.point_inspection import PointInspection
-from lightning_qat.analysis.results import write_atomically
+from lightning_qat.atomic_files import write_atomically
 from lightning_qat.reporting.figures import error_histogram, quantized_against_float, value_histogram
 from lightning_qat.reporting.sensitivity_figures import write_figure
 from lightning_qat.reporting.tables import cell_text, fixed_width

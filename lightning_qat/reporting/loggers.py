@@ -13,32 +13,7 @@ from typing import Any
 import numpy as np
 
 from lightning_qat.analysis.results import Result
-from lightning_qat.reporting.tables import escape_markdown, panel
-
-
-def point_scalars(
-    result: Result[Any], prefix: str, columns: Sequence[str], region: str = "region", point: str = "point"
-) -> dict[str, float]:
-    """Return one scalar per row and column, keyed ``<prefix>.<column>/<region>.<point>``.
-
-    A key's part before the slash is a group of its own in TensorBoard: the hundreds of scalars of a column fold into
-    one line there. The keys of a row depend only on its names, so they are the same every time. Values that are missing
-    (None) are left out.
-
-    Args:
-        result: rows with a point and a region.
-        prefix: first part of the keys.
-        columns: which columns; they have to hold numbers.
-        region: column with the path of the target.
-        point: column with the name of the point.
-    """
-    scalars: dict[str, float] = {}
-    for row in result.to_dicts():
-        name = f"{row[region]}.{row[point]}" if row[region] else row[point]
-        for column in columns:
-            if row[column] is not None:
-                scalars[f"{prefix}.{column}/{name}"] = float(row[column])
-    return scalars
+from lightning_qat.reporting.reports import markdown_report
 
 
 def log_scalars(loggers: Iterable[Any], scalars: Mapping[str, float], step: int) -> None:
@@ -69,21 +44,15 @@ def log_table(
         tag: where the logger files it.
         result: what to show.
         step: the x-axis.
-        columns: which columns; the result's short view if not given.
+        columns: which columns; those that the result shows at a glance if not given.
         rows: how many rows at most; the files hold all.
 
     Returns:
         Class names of the loggers that cannot show text: for them there are only the files.
     """
-    note = getattr(result, "note", "")
-    blocks = [escape_markdown(note)] if note else []
-    for number, part in enumerate(result.parts()):
-        blocks += [f"**{escape_markdown(part.title)}**"] if number else []
-        shown = (columns if columns and not number else None) or part.shown or part.columns()
-        blocks.append(panel(shown, part.to_dicts()[:rows]))
-        if len(part.rows) > rows:
-            blocks.append(f"The first {rows} of {len(part.rows)} rows; all are in the files.")
-    return log_text(loggers, tag, "\n\n".join(blocks), step)
+    first, *others = result.full_blocks() if columns else result.blocks()
+    blocks = [first.only(columns) if columns else first, *others]
+    return log_text(loggers, tag, markdown_report(blocks, rows), step)
 
 
 def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> list[str]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_qat.analysis.comparison.comparison_result import LayerComparisonResult
-from lightning_qat.analysis.results import write_atomically
 from lightning_qat.analysis.sensitivity.break_away import break_away
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult, SensitivityRow
+from lightning_qat.atomic_files import write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.figures import blank_figure
 
@@ -32,7 +32,7 @@ _NEAR = 0.12
 
 
 def sensitivity_bars(result: SensitivityResult, most: int = 30) -> Figure:
-    """Draw the most sensitive points as bars, the most sensitive on top, and mark where the leaders break away (D4).
+    """Draw the most sensitive points as bars, the most sensitive on top, and mark where the leaders break away.
 
     The bars are the scores: the root mean square change of the chosen output, in its unit.
 
@@ -46,7 +46,7 @@ def sensitivity_bars(result: SensitivityResult, most: int = 30) -> Figure:
     every = sorted(result.rows, key=lambda row: -_finite(row.score))
     rows = every[:most]
     figure, axes = _new_figure("Sensitivity", height=max(2.4, 0.9 + 0.21 * len(rows)))
-    colours = [_WEIGHT if row.sensitive_type == "weight" else _ACTIVATION for row in rows]
+    colours = [_WEIGHT if row.role == "weight" else _ACTIVATION for row in rows]
     finite = [row.score for row in rows if 0 < row.score < math.inf]
     smallest, largest = min(finite, default=1.0), max(finite, default=1.0)
     # an output that became NaN has no number: its bar ends at the edge
@@ -202,7 +202,7 @@ def _name(row: SensitivityRow) -> str:
 
 
 def _role(row: SensitivityRow) -> str:
-    return "weight" if row.sensitive_type == "weight" else "activation"
+    return "weight" if row.role == "weight" else "activation"
 
 
 def _short(name: str, length: int = _SHORT) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from io import StringIO
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
 
 Row = Mapping[str, Any] | Sequence[Any]
 """A row of a table: values by column, or in the order of the columns."""
@@ -136,22 +137,29 @@ def escape_markdown(text: str) -> str:
     return _single_line(text).translate(_MARKDOWN)
 
 
-def console_text(result: RenderableType, width: int = 120) -> str:
-    """Render a result, or anything else that rich can show, as the terminal does, without colours.
+def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Table:
+    """Render a table for the terminal: numbers are short, right-aligned and whole; names fold rather than being cut.
 
     Args:
-        result: what to show.
-        width: columns of the terminal; names fold, numbers are never cut.
+        title: a line above the table.
+        columns: the columns to show, in order.
+        rows: their values: by column, or one for each column.
     """
-    console = Console(file=StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    console.print(result, crop=False)
-    file = console.file
-    assert isinstance(file, StringIO)
-    return file.getvalue()
+    values = [_values(row, columns) for row in rows]
+    table = Table(title=title or None, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        widest = max(map(len, [column, *(cell_text(row[index], digits=4) for row in values)]))
+        if _is_numeric(row[index] for row in values):
+            table.add_column(column, justify="right", no_wrap=True, min_width=widest)
+        else:
+            table.add_column(column, overflow="fold", min_width=min(widest, 12))
+    for row in values:
+        table.add_row(*(Text(cell_text(value, digits=4)) for value in row))
+    return table
 
 
 def cell_text(value: Any, digits: int = 7) -> str:
-    """Spell a value: floats with so many significant digits, None and an empty tuple as nothing.
+    """Format a value: floats with so many significant digits, None and an empty tuple as nothing.
 
     Example:
         >>> [cell_text(v) for v in (0.26427540, 1e-9, float("nan"), None, True, 3)]

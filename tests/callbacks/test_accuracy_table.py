@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_qat.callbacks.accuracy_table import AccuracyTable
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from tests.callbacks.small_digits import Digits, pretrained, qat_trainer, quiet
+from tests.harness.small_digits import Digits, pretrained
+from tests.harness.trainers import qat_trainer, quiet
 
 BATCHES = 3
 

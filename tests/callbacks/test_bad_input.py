@@ -16,18 +16,13 @@ from torch.utils.data import DataLoader
 
 from lightning_qat.callbacks.accuracy_table import AccuracyTable
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.insertion.float_checkpoint import load_float_weights, load_quantized
+from lightning_qat.callbacks.insertion.float_checkpoint import load_float_weights
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
-from tests.callbacks.runs import (
-    Classifier,
-    file_hash,
-    float_checkpoint,
-    loader,
-    qat_trainer,
-    quantized_checkpoint,
-    trainer,
-)
+from tests.harness.classifier import Classifier, loader
+from tests.harness.state import file_hash
+from tests.harness.trainers import float_checkpoint, qat_trainer, quantized_checkpoint, trainer
 
 
 class NoTraining(Callback):

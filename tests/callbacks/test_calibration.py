@@ -21,7 +21,9 @@ from lightning_qat.callbacks.quantization_aware_training import QuantizationAwar
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.regions import find_regions
-from tests.callbacks.runs import Classifier, assert_same, dataset, loader, only_region, scales, trainer
+from tests.harness.classifier import Classifier, dataset, loader
+from tests.harness.state import assert_same, only_region, scales
+from tests.harness.trainers import trainer
 
 
 def calibrated(path: Path, module: LightningModule, batches: int | None = 4, **kwargs: Any) -> Calibration:

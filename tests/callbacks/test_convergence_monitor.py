@@ -23,7 +23,8 @@ from lightning_qat.callbacks.quantization_aware_training import QuantizationAwar
 from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.quantization.region.parameter_groups import parameter_groups
 from lightning_qat.quantization.region.regions import find_regions
-from tests.callbacks.small_digits import Digits, pretrained, qat_trainer
+from tests.harness.small_digits import Digits, pretrained
+from tests.harness.trainers import qat_trainer
 
 FLAGGED = "ConvergenceMonitor, epoch"
 

@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.passes.evaluation import evaluate
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.region.regions import find_regions
-from tests.callbacks.runs import Classifier, Net, assert_same, dataset, loader, scales, state_of, trainer
+from tests.harness.classifier import Classifier, Net, dataset, loader
+from tests.harness.state import assert_same, scales, state_of
+from tests.harness.trainers import trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks"),

@@ -15,8 +15,9 @@ from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.callbacks.float_finetune import FloatFinetune
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
-from tests.callbacks.analysed_run import assert_same
-from tests.callbacks.small_digits import Digits, pretrained, qat_trainer
+from tests.harness.small_digits import Digits, pretrained
+from tests.harness.state import assert_same
+from tests.harness.trainers import qat_trainer
 
 
 def checked(directory: Path, model: LightningModule, *before: Callback, **kwargs: Any) -> PipelineResult:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -23,9 +22,9 @@ from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
-from lightning_qat.quantization.qconfig import ActivationOverride, Override
+from lightning_qat.quantization.overrides import ActivationOverride, Override
 from lightning_qat.quantization.region.regions import find_regions
-from tests.callbacks.analysed_run import Classifier, assert_same_run, run, trainer_of
+from tests.harness.noisy_run import Classifier, assert_same_run, rows_of, run, trainer_of
 
 TENSORS = ["conv.input0", "conv.weight", "relu_0", "mean_0", "head.weight", "head", "<output>"]
 
@@ -49,9 +48,11 @@ def test_files_at_the_end_and_of_epochs(tmp_path: Path) -> None:
     assert names == last | {"quant_plan.json"}
     run(tmp_path / "b", LayerComparison(every_n_epochs=2), max_epochs=3)
     names = {path.name for path in (tmp_path / "b" / "lightning_qat").iterdir()}
-    assert {n for n in names if "epoch" in n} == {f"layer_comparison_epoch1.{end}" for end in ("csv", "txt", "json")}
-    with open(tmp_path / "b" / "lightning_qat" / "layer_comparison.csv", newline="") as file:
-        assert [row["mod_name"] for row in csv.DictReader(file)] == TENSORS
+    assert names == last | {"quant_plan.json"}
+    for epoch, tensors in enumerate(([], TENSORS, TENSORS)):
+        rows = rows_of(tmp_path / "b" / "lightning_qat" / "layer_comparison.csv", epoch)
+        assert [row["mod_name"] for row in rows] == tensors
+        assert len(rows_of(tmp_path / "b" / "lightning_qat" / "diagnosis.csv", epoch)) == (5 if tensors else 0)
 
 
 def test_rows_are_those_of_the_public_function(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,21 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_qat.callbacks.layer_statistics import NUMBERS, LayerStatistics
+from lightning_qat.callbacks.layer_statistics import LayerStatistics
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.region.regions import find_regions
-from tests.callbacks.analysed_run import Classifier, assert_same_run, run, trainer_of
+from lightning_qat.reporting.tensorboard_tags import LAYER_STATISTICS
+from tests.harness.noisy_run import Classifier, assert_same_run, rows_of, run, trainer_of
 
 POINTS = {"conv.input0", "conv.weight", "relu_0.output", "mean_0.output", "head.weight"}
 
 
-def table(path: Path) -> dict[str, dict[str, str]]:
-    with open(path, newline="") as file:
-        return {row["point"]: row for row in csv.DictReader(file)}
+def table(path: Path, epoch: int | None = None) -> dict[str, dict[str, str]]:
+    rows = rows_of(path, epoch)
+    found = {row["point"]: row for row in rows}
+    assert len(found) == len(rows)
+    return found
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}])
@@ -34,17 +38,20 @@ def test_training_ends_bit_for_bit_as_without_it(tmp_path: Path, kwargs: dict[st
     assert_same_run(tmp_path, LayerStatistics(batches=2), own_metrics="layer_statistics/", **kwargs)
 
 
-def test_files_of_every_epoch_and_the_latest(tmp_path: Path) -> None:
+def test_one_file_holds_every_epoch_and_the_others_the_latest(tmp_path: Path) -> None:
     """E: files under the run's lightning_qat directory."""
     callback = LayerStatistics(every_n_epochs=2)
     run(tmp_path, callback, max_epochs=3)
     names = {path.name for path in (tmp_path / "lightning_qat").iterdir()}
-    stems = {"layer_statistics", "layer_statistics_epoch1"}
-    expected = {f"{stem}.{ending}" for stem in stems for ending in ("csv", "txt", "json")}
-    assert names == expected | {"quant_plan.json"}
-    latest = table(tmp_path / "lightning_qat" / "layer_statistics.csv")
-    assert set(latest) == POINTS
-    assert latest != table(tmp_path / "lightning_qat" / "layer_statistics_epoch1.csv")  # it is of the end of training
+    assert names == {f"layer_statistics.{ending}" for ending in ("csv", "txt", "json")} | {"quant_plan.json"}
+    path = tmp_path / "lightning_qat" / "layer_statistics.csv"
+    latest, before = table(path), table(path, 1)
+    assert set(latest) == set(before) == POINTS
+    assert {row["epoch"] for row in latest.values()} == {"2"}  # it is of the end of training
+    assert latest["conv.weight"]["mean"] != before["conv.weight"]["mean"]
+    data = json.loads(path.with_suffix(".json").read_text())
+    assert data["epoch"] == 2
+    assert {row["point"]: repr(row["mean"]) for row in data["rows"]} == {p: row["mean"] for p, row in latest.items()}
 
 
 def test_numbers_are_those_of_the_validation_step_on_the_sampled_batches(tmp_path: Path) -> None:
@@ -132,9 +139,10 @@ def test_run_that_is_float_at_first_is_measured_throughout(tmp_path: Path) -> No
     assert after["relu_0.output"].sqnr is not None
     assert after["relu_0.output"].scale_drift not in (None, 0.0)
     assert after["head.weight"].flip_rate is not None
-    names = {path.name for path in (tmp_path / "lightning_qat").iterdir()}
-    assert "sensitivity_epoch0.csv" not in names
-    assert {"sensitivity_epoch1.csv", "sensitivity.csv"} <= names
+    directory = tmp_path / "lightning_qat"
+    assert not rows_of(directory / "sensitivity.csv", 0)
+    assert rows_of(directory / "sensitivity.csv", 1)
+    assert [len(rows_of(directory / "layer_statistics.csv", epoch)) for epoch in (0, 1)] == [5, 5]
 
 
 def test_drift_is_since_calibration_also_after_a_resume(tmp_path: Path) -> None:
@@ -163,11 +171,9 @@ def test_schedule_can_be_overridden(tmp_path: Path) -> None:
             return trainer.current_epoch == 1
 
     run(tmp_path, Second(), max_epochs=3)
-    assert {p.stem for p in (tmp_path / "lightning_qat").iterdir()} == {
-        "layer_statistics",
-        "layer_statistics_epoch1",
-        "quant_plan",
-    }
+    assert {p.stem for p in (tmp_path / "lightning_qat").iterdir()} == {"layer_statistics", "quant_plan"}
+    path = tmp_path / "lightning_qat" / "layer_statistics.csv"
+    assert [len(rows_of(path, epoch)) for epoch in range(3)] == [0, 5, 5]
 
 
 def test_bad_arguments_and_a_missing_callback_are_refused(tmp_path: Path) -> None:
@@ -176,7 +182,7 @@ def test_bad_arguments_and_a_missing_callback_are_refused(tmp_path: Path) -> Non
         LayerStatistics(batches=0)
     with pytest.raises(MisconfigurationException, match=r"no column 'median'. Choices: scale"):
         LayerStatistics(columns=["median"])
-    assert "sqnr" in NUMBERS
+    assert "sqnr" in LAYER_STATISTICS.curves
     trainer = Trainer(
         accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[LayerStatistics()], fast_dev_run=True
     )
@@ -204,13 +210,13 @@ def test_two_processes_agree(tmp_path: Path) -> None:
         quantization=QuantizationAwareTraining(),
         strategy="ddp_spawn",
         devices=2,
-        max_epochs=1,
+        max_epochs=2,
     )
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert repr(first) == repr(second)
     counts = {row["point"]: row["count"] for row in first[0]}
     assert counts["conv.input0"] == 24 * 36  # twelve images on each rank
     assert counts["head.weight"] == 12
-    assert len(table(tmp_path / "lightning_qat" / "sensitivity_epoch0.csv")) == 2
+    assert len(table(tmp_path / "lightning_qat" / "sensitivity.csv", 0)) == 2
     assert set(table(tmp_path / "lightning_qat" / "sensitivity.csv")) == POINTS
     assert "sensitivity/max" in first[2]

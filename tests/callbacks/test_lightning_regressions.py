@@ -24,23 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.quantization.region.regions import find_regions
-from tests.callbacks.runs import (
-    Classifier,
-    Net,
-    SelfClassifier,
-    assert_same,
-    dataset,
-    loader,
-    only_region,
-    qat_trainer,
-    quantized_checkpoint,
-    scales,
-    state_of,
-    trainer,
-)
+from tests.harness.classifier import Classifier, Net, SelfClassifier, dataset, loader
+from tests.harness.state import assert_same, only_region, scales, state_of
+from tests.harness.trainers import qat_trainer, quantized_checkpoint, trainer
 
 IMAGES = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 

@@ -19,9 +19,12 @@ from lightning_qat.callbacks import model_check
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.model_check import ModelCheck
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat.reporting.model_check_report import markdown_report, read_model_check
-from tests.callbacks import analysed_run
-from tests.callbacks.runs import Classifier, SelfClassifier, loader, qat_trainer, trainer
+from lightning_qat.reporting.files import write_json
+from lightning_qat.reporting.model_check_file import read_model_check
+from lightning_qat.reporting.reports import markdown_report
+from tests.harness import noisy_run
+from tests.harness.classifier import Classifier, SelfClassifier, loader
+from tests.harness.trainers import qat_trainer, trainer
 
 WRONG = {
     "overrides": [
@@ -98,13 +101,13 @@ def test_training_is_bit_identical(tmp_path: Path) -> None:
     """Foundation: analysis leaves no trace, in a run with shuffling, augmentation, dropout and metrics."""
     runs = []
     for extra in ([], [ModelCheck(show=False)]):
-        numbers = analysed_run.RandomNumbers()
-        module, run = analysed_run.run(tmp_path, *extra, numbers)
+        numbers = noisy_run.RandomNumbers()
+        module, run = noisy_run.run(tmp_path, *extra, numbers)
         metrics = dict(run.callback_metrics)
         runs.append(
             [module.state_dict(), run.optimizers[0].state_dict(), metrics, numbers.drawn, torch.get_rng_state()]
         )
-    analysed_run.assert_same(*runs)
+    noisy_run.assert_same(*runs)
 
 
 def test_tensorboard_shows_the_report(tmp_path: Path) -> None:
@@ -117,7 +120,9 @@ def test_tensorboard_shows_the_report(tmp_path: Path) -> None:
     events = EventAccumulator(logger.log_dir).Reload()
     (event,) = events.Tensors("model_check/text_summary")
     assert callback.result is not None
-    assert event.tensor_proto.string_val[0].decode() == markdown_report(callback.result)
+    assert event.tensor_proto.string_val[0].decode() == markdown_report(
+        callback.result.full_blocks(), 30, "model_check_result.txt"
+    )
     assert event.step == 0
 
 
@@ -210,7 +215,7 @@ class Dump(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.check.result is not None
-        self.check.result.to_json(self.path / f"rank{trainer.global_rank}.json")
+        write_json(self.check.result, self.path / f"rank{trainer.global_rank}.json")
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks")

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.fingerprint.fingerprint_differences import compare_fingerprints
 from lightning_qat.callbacks.pipeline_fingerprint import FILE_NAME, PipelineFingerprint, take_fingerprint
-from tests.callbacks.small_digits import Digits, digits, float_weights, pretrained, qat_trainer, quiet
+from tests.harness.small_digits import Digits, digits, float_weights, pretrained
+from tests.harness.trainers import qat_trainer, quiet
 
 
 class AtStart(Callback):

@@ -16,19 +16,9 @@ from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.regions import find_regions
-from tests.callbacks.runs import (
-    Classifier,
-    Net,
-    SelfClassifier,
-    assert_same,
-    file_hash,
-    float_checkpoint,
-    only_region,
-    qat_trainer,
-    scales,
-    state_of,
-    trainer,
-)
+from tests.harness.classifier import Classifier, Net, SelfClassifier
+from tests.harness.state import assert_same, file_hash, only_region, scales, state_of
+from tests.harness.trainers import float_checkpoint, qat_trainer, trainer
 
 
 class States(Callback):

@@ -15,21 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.quantization.region.regions import find_regions
-from tests.callbacks.runs import (
-    Classifier,
-    Net,
-    ResumableLoader,
-    assert_same,
-    only_region,
-    qat_trainer,
-    quantized_checkpoint,
-    scales,
-    state_of,
-    trainer,
-)
+from tests.harness.classifier import Classifier, Net, ResumableLoader
+from tests.harness.state import assert_same, only_region, scales, state_of
+from tests.harness.trainers import qat_trainer, quantized_checkpoint, trainer
 
 
 class Spy(Calibration):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,26 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
+from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.region.regions import find_regions
-from tests.callbacks.analysed_run import Classifier, RandomNumbers, assert_same_run, run, trainer_of
+from tests.harness.noisy_run import Classifier, RandomNumbers, assert_same_run, rows_of, run, trainer_of
 
 POINTS = {"conv.input0", "conv.weight", "relu_0.output", "mean_0.output", "head.weight"}
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+class Kept(SensitivityAnalysis):
+    """Keeps the result of every epoch."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.results: list[SensitivityResult] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.result is not None:
+            self.results.append(self.result)
 
 
 @pytest.mark.parametrize(
@@ -38,19 +47,23 @@ def test_training_ends_bit_for_bit_as_without_it(tmp_path: Path, kwargs: dict[st
 
 
 def test_files_per_epoch_within_the_budget_and_complete_at_the_end(tmp_path: Path) -> None:
-    """B2: sensitivity_epochN.csv and sensitivity.csv."""
-    run(tmp_path, SensitivityAnalysis(max_points=2, metric="SQNR"), max_epochs=3)
+    """B2: one file, with an epoch column; the rows of the last epoch are those of the end of training."""
+    run(tmp_path, SensitivityAnalysis(max_points=2, metric="SQNR"), max_epochs=4)
     directory = tmp_path / "lightning_qat"
-    stems = {"sensitivity", *(f"sensitivity_epoch{n}" for n in range(3))}
-    assert {p.name for p in directory.iterdir()} == {f"{s}.{e}" for s in stems for e in ("csv", "txt", "json")} | {
+    assert {p.name for p in directory.iterdir()} == {f"sensitivity.{e}" for e in ("csv", "txt", "json")} | {
         "quant_plan.json"
     }
-    measured = [{row["point"] for row in rows_of(directory / f"sensitivity_epoch{n}.csv")} for n in range(3)]
+    measured = [{row["point"] for row in rows_of(directory / "sensitivity.csv", n)} for n in range(3)]
     assert [len(points) for points in measured] == [2, 2, 2]
     assert set().union(*measured) == POINTS  # they take turns
     final = rows_of(directory / "sensitivity.csv")
+    assert {row["epoch"] for row in final} == {"3"}
     assert {row["point"] for row in final} == POINTS
-    assert list(final[0])[:5] == ["op_name", "sensitive_type", "op_type", "SQNR", "quant_dtype"]
+    assert len(final) == len(POINTS)
+    data = json.loads((directory / "sensitivity.json").read_text())
+    assert (data["epoch"], [row["point"] for row in data["rows"]]) == (3, [row["point"] for row in final])
+    assert (directory / "sensitivity.txt").read_text().startswith("Sensitivity at the end of epoch 3\n")
+    assert list(final[0])[:6] == ["epoch", "op_name", "sensitive_type", "op_type", "SQNR", "quant_dtype"]
     values = [float(row["SQNR"]) for row in final]
     assert values == sorted(values)
 
@@ -130,13 +143,37 @@ def test_target_inside_the_module_is_analysed_by_its_own_names(tmp_path: Path) -
 
 def test_turns_go_on_after_a_resume(tmp_path: Path) -> None:
     """Foundation 7."""
-    _, trainer = run(tmp_path, SensitivityAnalysis(max_points=2), max_epochs=1)
+    first, resumed = Kept(max_points=2), Kept(max_points=2)
+    _, trainer = run(tmp_path, first, max_epochs=1)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    resumed = SensitivityAnalysis(max_points=2)
     trainer_of(tmp_path, resumed, max_epochs=2).fit(Classifier(), ckpt_path=tmp_path / "one.ckpt")
-    directory = tmp_path / "lightning_qat"
-    points = [{row["point"] for row in rows_of(directory / f"sensitivity_epoch{n}.csv")} for n in (0, 1)]
+    points = [{row.point for row in callback.results[0].rows} for callback in (first, resumed)]
+    assert [len(names) for names in points] == [2, 2]
     assert not points[0] & points[1]
+
+
+def test_epochs_that_run_again_after_a_resume_are_in_the_file_once(tmp_path: Path) -> None:
+    """A run that goes on from the middle in the same folder, and one that starts anew there."""
+    _, trainer = run(tmp_path, SensitivityAnalysis(), max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    resumed = trainer_of(tmp_path, SensitivityAnalysis(), max_epochs=4)
+    resumed.fit(Classifier(), ckpt_path=tmp_path / "two.ckpt")
+    again = trainer_of(tmp_path, SensitivityAnalysis(), max_epochs=3)
+    again.fit(Classifier(), ckpt_path=tmp_path / "two.ckpt")  # epoch 2 once more
+    path = tmp_path / "lightning_qat" / "sensitivity.csv"
+    assert [len(rows_of(path, epoch)) for epoch in range(4)] == [5, 5, 5, 0]
+    run(tmp_path, SensitivityAnalysis(), max_epochs=1)
+    assert [len(rows_of(path, epoch)) for epoch in range(2)] == [5, 0]
+    assert path.read_text().count("op_name") == 1
+
+
+def test_file_of_another_metric_is_moved_aside(tmp_path: Path) -> None:
+    run(tmp_path, SensitivityAnalysis(), max_epochs=1)
+    with pytest.warns(UserWarning, match=r"sensitivity.csv has other columns.* now called sensitivity.1.csv"):
+        run(tmp_path, SensitivityAnalysis(metric="KL"), max_epochs=1)
+    directory = tmp_path / "lightning_qat"
+    assert "MSE" in rows_of(directory / "sensitivity.1.csv")[0]
+    assert "KL" in rows_of(directory / "sensitivity.csv")[0]
 
 
 def test_unknown_output_is_an_error_before_the_first_training_step(tmp_path: Path) -> None:
@@ -161,11 +198,9 @@ def test_schedule_can_be_overridden(tmp_path: Path) -> None:
             return trainer.current_epoch == 1
 
     run(tmp_path, Second(), max_epochs=3)
-    assert {p.stem for p in (tmp_path / "lightning_qat").iterdir()} == {
-        "sensitivity",
-        "sensitivity_epoch1",
-        "quant_plan",
-    }
+    assert {p.stem for p in (tmp_path / "lightning_qat").iterdir()} == {"sensitivity", "quant_plan"}
+    path = tmp_path / "lightning_qat" / "sensitivity.csv"
+    assert [len(rows_of(path, epoch)) for epoch in range(3)] == [0, 5, 5]  # and the end of training
 
 
 def test_step_that_fails_in_the_analysis_leaves_the_module_as_it_was(tmp_path: Path) -> None:
@@ -224,10 +259,10 @@ def test_training_ends_bit_for_bit_as_without_a_sketch(tmp_path: Path, kwargs: d
 
 def test_sketch_estimates_every_epoch_and_confirms_at_the_end(tmp_path: Path) -> None:
     """Design 7: one probe without confirmation; at the end four, with the top measured."""
-    callback = SensitivityAnalysis(method="sketch", metric="SQNR", top_k=1)
-    _, trainer = run(tmp_path, callback)
+    callback = Kept(method="sketch", metric="SQNR", top_k=1)
+    _, trainer = run(tmp_path, callback, max_epochs=3)
     directory = tmp_path / "lightning_qat"
-    epoch = rows_of(directory / "sensitivity_epoch1.csv")
+    epoch = rows_of(directory / "sensitivity.csv", 1)
     assert {row["point"] for row in epoch} == POINTS
     assert {(row["SQNR"], row["exact"]) for row in epoch} == {("", "False")}
     assert all(row["rank_change"] for row in epoch)  # since epoch 0
@@ -236,7 +271,7 @@ def test_sketch_estimates_every_epoch_and_confirms_at_the_end(tmp_path: Path) ->
     assert [float(row["SQNR"]) for row in final[:3]] == sorted(float(row["SQNR"]) for row in final[:3])
     assert callback.result is not None
     assert callback.result.probes == 4
-    scores = [float(row["score"]) for row in epoch]
+    scores = [row.score for row in callback.results[-1].rows]
     assert float(trainer.callback_metrics["sensitivity/max_score"]) == pytest.approx(max(scores), rel=1e-6)
 
 

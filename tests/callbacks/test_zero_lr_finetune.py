@@ -23,8 +23,10 @@ from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
-from tests.callbacks.analysed_run import Classifier, assert_same, run, trainer_of
-from tests.callbacks.small_digits import Digits, pretrained, qat_trainer
+from tests.harness.noisy_run import Classifier, run, trainer_of
+from tests.harness.small_digits import Digits, pretrained
+from tests.harness.state import assert_same
+from tests.harness.trainers import qat_trainer
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1),

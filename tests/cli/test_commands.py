@@ -22,7 +22,7 @@ from lightning_qat.cli.inspect_command import find_point
 from lightning_qat.cli.script_surroundings import one_device
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.insertion import insert
-from lightning_qat.reporting.model_check_report import read_model_check
+from lightning_qat.reporting.model_check_file import read_model_check
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "examples" / "digits.py")
@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning_qat import Calibration, QuantizationAwareTraining, ZeroLRFinetune
-from tests.callbacks.runs import Classifier, loader
+from tests.harness.classifier import Classifier, loader
 
 class Here(Classifier):  # of __main__
     pass
@@ -101,7 +101,9 @@ def test_check_without_a_script_reads_class_paths(
 ) -> None:
     """Subclass mode: the configuration names its classes, found from the working directory."""
     monkeypatch.chdir(tmp_path)
-    Path("my_project.py").write_text("from tests.callbacks.runs import Classifier\nclass Net(Classifier):\n    pass\n")
+    Path("my_project.py").write_text(
+        "from tests.harness.classifier import Classifier\nclass Net(Classifier):\n    pass\n"
+    )
     Path("fit.yaml").write_text(
         "model: {class_path: my_project.Net, init_args: {lr: 0.01}}\n"
         f"trainer: {{accelerator: cpu, default_root_dir: {tmp_path / 'logs'}, max_epochs: 2}}\n"
@@ -140,7 +142,7 @@ def test_one_device_is_the_first_that_is_named(devices: Any, expected: Any) -> N
 
 CLI = """
 from lightning.pytorch.cli import LightningCLI
-from tests.callbacks.runs import Classifier
+from tests.harness.classifier import Classifier
 
 cli = LightningCLI(Classifier, {arguments})
 {more}
@@ -248,7 +250,7 @@ def test_mistake_in_the_yaml_is_a_few_lines_and_status_2(
 ) -> None:
     """LightningCLI itself prints its usage and all that was given; what is wrong is one line of dozens."""
     config = tmp_path / "fit.yaml"
-    model = "" if has_script else "model: {class_path: tests.callbacks.runs.Classifier}\n"
+    model = "" if has_script else "model: {class_path: tests.harness.classifier.Classifier}\n"
     config.write_text(f"seed_everything: 0\n{model}trainer:\n  callbacks:\n    - {callback}\n")
     (tmp_path / "cli.py").write_text(CLI.format(arguments="", more=""))
     arguments = [*([str(tmp_path / "cli.py")] if has_script else []), "--config", str(config)]

@@ -10,14 +10,16 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from lightning_qat.cli.command_line import main
-from tests.callbacks.small_digits import Digits, quiet
+from tests.harness.small_digits import Digits
+from tests.harness.trainers import quiet
 
 PROJECT = """
 import sys
 from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning_qat import Calibration, QuantizationAwareTraining
-from tests.callbacks.small_digits import Digits, quiet
+from tests.harness.small_digits import Digits
+from tests.harness.trainers import quiet
 
 directory, normalized, ckpt_path, init_from = sys.argv[1:5]
 callbacks = [QuantizationAwareTraining(init_from=init_from), Calibration(batches=2)] if init_from != "-" else []

@@ -12,25 +12,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lightning_qat
 import lightning_qat.export.plan_files as plan_files
 from lightning_qat.export.plan_files import write_plan
+from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
 from tests.quantization.models import MINMAX, ZOO, calibrated
 
 SCHEMA = json.loads(Path(plan_files.__file__).with_name("quant_plan.schema.json").read_text())
-README = (Path(plan_files.__file__).parents[1] / "reporting" / "README.md").read_text()
+README = Path(plan_files.__file__).with_name("README.md").read_text()
 
 
 def test_plan_file_holds_every_point_with_its_scale_and_every_op_with_its_reason(tmp_path: Path) -> None:
     """A9: scales are those in effect; a point without data has none; float ops say why."""
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     region = insert(model, (torch.randn(2, 4),), overrides=[{"match": "1", "activation": {"threshold": 100}}])
-    before = json.loads(write_plan({"net": region}, tmp_path).read_text())
+    holder = nn.ModuleDict({"net": model})  # the region is found in it
+    before = json.loads(write_plan(holder, tmp_path).read_text())
     assert {p["scale_source"] for p in before["regions"]["net"]["points"]} == {None, "fixed"}
     calibrate(region, [torch.randn(16, 4)])
-    described = json.loads(write_plan({"net": region}, tmp_path).read_text())["regions"]["net"]
+    described = json.loads(write_plan(holder, tmp_path).read_text())["regions"]["net"]
     for point in described["points"]:
         scale = region.points[point["name"]].scale
         assert torch.equal(torch.tensor(point["scale"]), scale), point["name"]
@@ -40,6 +43,23 @@ def test_plan_file_holds_every_point_with_its_scale_and_every_op_with_its_reason
     assert described["float_points"]["2.output"].startswith("high-precision output")
     assert {op["name"]: op["status"] for op in described["ops"]} == {"0": "fused", "1": "quantized", "2": "quantized"}
     assert [path.name for path in tmp_path.iterdir()] == ["quant_plan.json"]
+
+
+def test_a_module_and_its_region_give_the_same_file(tmp_path: Path) -> None:
+    """As the README shows it: nothing but the top of the package is needed."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    region = lightning_qat.insert(model, (torch.randn(2, 4),))
+    lightning_qat.calibrate(region, [torch.randn(16, 4)])
+    paths = [lightning_qat.write_plan(what, tmp_path / name) for what, name in ((model, "a"), (region, "b"))]
+    assert [path.name for path in paths] == ["quant_plan.json"] * 2
+    assert paths[0].read_text() == paths[1].read_text()
+
+
+def test_module_without_fake_quants_is_refused(tmp_path: Path) -> None:
+    """Bad input."""
+    with pytest.raises(ConfigurationError, match=r"Linear has no fake-quants.*load_quantized"):
+        write_plan(nn.Linear(2, 2), tmp_path / "export")
+    assert not (tmp_path / "export").exists()
 
 
 # -- the schema
@@ -165,5 +185,5 @@ def test_profile_is_named(tmp_path: Path) -> None:
 
 
 def written(region: Region, directory: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(write_plan({"": region}, directory).read_text())
+    document: dict[str, Any] = json.loads(write_plan(region, directory).read_text())
     return document

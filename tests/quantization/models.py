@@ -17,6 +17,19 @@ from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
 
 
+class Wired(nn.Module):
+    """Layers, put together by a function of the test: ``Wired(lambda m, x: m.relu(m.conv(x)), conv=..., relu=...)``."""
+
+    def __init__(self, function: Callable[[Any, Any], Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
 class BasicBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, stride: int, inplace: bool = False) -> None:
         super().__init__()

@@ -20,16 +20,10 @@ RESULT = SensitivityResult((ROW,), metric="MSE", output="output 'a'", points=2, 
 
 
 def test_names_of_the_files(tmp_path: Path) -> None:
-    """B2: sensitivity.csv at the end, sensitivity_epochN.csv per epoch."""
+    """B2: sensitivity.csv."""
     final = write_result(RESULT, tmp_path / "new", "sensitivity")
-    epoch = write_result(RESULT, tmp_path / "new", "sensitivity", epoch=3, formats=("csv",))
-    assert [p.name for p in (*final, *epoch)] == [
-        "sensitivity.csv",
-        "sensitivity.txt",
-        "sensitivity.json",
-        "sensitivity_epoch3.csv",
-    ]
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(p.name for p in (*final, *epoch))
+    assert [p.name for p in final] == ["sensitivity.csv", "sensitivity.txt", "sensitivity.json"]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(p.name for p in final)
 
 
 def test_all_formats_hold_the_same_rows(tmp_path: Path) -> None:
@@ -56,12 +50,13 @@ def test_unknown_format_is_refused(tmp_path: Path) -> None:
 def test_readme_documents_every_column() -> None:
     """Foundation: documented column by column."""
     readme = (Path(files.__file__).parent / "README.md").read_text()
-    for section, row in (("sensitivity.csv", SensitivityRow), ("layer_statistics.csv", LayerStatisticsRow)):
+    results = {"sensitivity.csv": SensitivityResult(()), "layer_statistics.csv": LayerStatisticsResult(())}
+    for section, result in results.items():
         text = readme.split(f"## `{section}")[1].split("\n## ")[0]
         table = text.split("| column | meaning |")[1].split("\n\n")[0]
         first_cells = (line.split("|")[1] for line in table.splitlines() if line.count("|") > 2)
         documented = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
-        columns = {name for name in row.__dataclass_fields__ if name != "value"}
+        columns = {"epoch", *result.columns()} - {"MSE"}
         assert columns <= documented, columns - documented
         assert documented - columns <= {"L1", "MSE", "Cosine", "SQNR", "KL"}
     assert LayerStatisticsResult(()).columns() == tuple(LayerStatisticsRow.__dataclass_fields__)

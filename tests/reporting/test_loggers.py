@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_qat.analysis.sensitivity.sensitivity import SensitivityResult, SensitivityRow
-from lightning_qat.reporting.loggers import log_histogram, log_scalars, log_table, point_scalars
+from lightning_qat.reporting.loggers import log_histogram, log_scalars, log_table
+from lightning_qat.reporting.tensorboard_tags import Tags
 
 
 def row(name: str, value: float, region: str = "") -> SensitivityRow:
@@ -39,7 +40,7 @@ class TensorBoard(OnlyNumbers):
 
 def test_keys_hold_column_region_and_point() -> None:
     """E: per-layer scalars."""
-    assert point_scalars(RESULT, "sensitivity", ("MSE",)) == {
+    assert Tags("sensitivity", ("MSE",)).numbers(RESULT) == {
         "sensitivity.MSE/a_b.weight": 2.0,
         "sensitivity.MSE/backbone.c.weight": 1.0,
     }

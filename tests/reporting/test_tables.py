@@ -9,7 +9,8 @@ from typing import ClassVar
 import pytest
 
 from lightning_qat.analysis.results import Result
-from lightning_qat.reporting.tables import console_text, escape_markdown, fixed_width, markdown, panel
+from lightning_qat.reporting.console import console_text
+from lightning_qat.reporting.tables import escape_markdown, fixed_width, markdown, panel
 
 LONG = "decoder.layers.11.cross_attention.sine_embed@12.gen_sineembed_for_position.div.mul_31.output"
 

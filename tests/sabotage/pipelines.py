@@ -19,7 +19,8 @@ from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.pipeline_fingerprint import FILE_NAME, PipelineFingerprint
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.quantization.qconfig import QConfig
-from tests.callbacks.small_digits import MEAN, STD, digits, quiet
+from tests.harness.small_digits import MEAN, STD, digits
+from tests.harness.trainers import quiet
 
 FLOAT_LR, QAT_LR, WEIGHT_DECAY, CLIP, AUXILIARY = 0.01, 0.001, 0.01, 1.0, 0.003
 

@@ -77,10 +77,9 @@ class BadCasesResult(Result[BadCase]):
         """Say what was looked at."""
         return f"{self.metric}, {len(self.positions)} of {self.samples} samples"
 
-    def to_json(self, path: Any) -> Any:
-        """Write everything but the samples as JSON."""
-        without = BadCasesResult(self.rows, self.metric, self.samples, self.positions)
-        return super(BadCasesResult, without).to_json(path)
+    def about(self) -> dict[str, Any]:
+        """What is known beside the rows, but for the samples."""
+        return {**super().about(), "batches": ()}
 
 
 def find_bad_cases(

@@ -7,14 +7,14 @@ everything is on: the difference to the float forward is the accumulated error.
 
 from __future__ import annotations
 
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_qat.quantization.interception.interception import CallPathMode
+from lightning_qat.quantization.interception.interception import InterceptionMode
+from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, is_float, map_call_leaves
 from lightning_qat.quantization.region.bound_points import BoundPoint, OpQuantizers
 from lightning_qat.quantization.region.region import Region
@@ -57,15 +57,15 @@ class ComparedForward(ReplacedForward):
         self.inplace = {op.name for op in region.graph.ops if op.inplace}
 
     @override
-    def mode(self, frame: FrameType) -> CallPathMode:
-        return (_QuantizedMode if self.quantized else _FloatMode)(self, frame)
+    def mode(self, identity: OpIdentity) -> InterceptionMode:
+        return (_QuantizedMode if self.quantized else _FloatMode)(self, identity)
 
 
 class _QuantizedMode(InspectingMode):
     """The quantized model, as the region runs it."""
 
-    def __init__(self, forward: ComparedForward, frame: FrameType) -> None:
-        super().__init__(forward.region.runner, frame)
+    def __init__(self, forward: ComparedForward, identity: OpIdentity) -> None:
+        super().__init__(forward.region.runner, identity)
         self.listener = forward.listener
         self._taps = (lambda name, _, quantized: self.listener.on_value(name, quantized),)
 
@@ -82,8 +82,8 @@ class _QuantizedMode(InspectingMode):
 class _FloatMode(InspectingMode):
     """The float model, and beside it every op with its own fake-quants on."""
 
-    def __init__(self, forward: ComparedForward, frame: FrameType) -> None:
-        super().__init__(forward.region.runner, frame)
+    def __init__(self, forward: ComparedForward, identity: OpIdentity) -> None:
+        super().__init__(forward.region.runner, identity)
         self.forward = forward
         self.listener = forward.listener
         self._taps = (self._note_direct,)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from lightning_qat.analysis.comparison.comparison_result import (
     LayerComparisonRow,
     Origin,
 )
+from lightning_qat.analysis.comparison.comparison_round import ComparisonRound
 from lightning_qat.analysis.comparison.evidence_collector import EvidenceCollector, with_configuration
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion, CheckOptions, rules_of
 from lightning_qat.analysis.model_check.configuration_check import hardware_types, unmet_requests
@@ -29,9 +29,9 @@ from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
-from lightning_qat.quantization.qconfig import Override
 from lightning_qat.quantization.region.region import Region
 
 KEPT_BYTES = 2**28
@@ -122,14 +122,14 @@ class _Comparison:
         self.diverged: dict[str, None] = {}
         self.batches = 0
         self.most_kept = 0
-        self._round = _Round(0)
+        self._round = ComparisonRound(0)
 
     def add(self, call: Call) -> None:
         """Compare the two models on one batch."""
         with RepeatableForward(self.region.target, call, self.seed) as forward:
             start: int | None = 0
             while start is not None:
-                self._round = _Round(start)
+                self._round = ComparisonRound(start)
                 reference = self._float_forward(forward, own=start == 0)
                 self.most_kept = max(self.most_kept, self._round.kept_bytes)
                 self._round.to_quantized()
@@ -262,46 +262,6 @@ _COLUMNS = (
 )
 
 
-class _Round:
-    """One float forward and the quantized one after it: the float values from ``start`` on, as far as there is room."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-        self.next: int | None = None
-        self.quantized = False
-        self.kept: dict[tuple[str, int], Tensor] = {}
-        self.kept_bytes = 0
-        self._position = 0
-        self._uses: Counter[str] = Counter()
-        self._float_uses: Counter[str] = Counter()
-
-    def to_quantized(self) -> None:
-        """The float forward is over."""
-        self.quantized = True
-        self._float_uses, self._uses = self._uses, Counter()
-
-    def uneven(self) -> list[str]:
-        """Rows that the two models showed a different number of times."""
-        return [name for name in self._float_uses | self._uses if self._float_uses[name] != self._uses[name]]
-
-    def use(self, name: str) -> int:
-        """Count how often a row was shown in this forward."""
-        self._uses[name] += 1
-        return self._uses[name] - 1
-
-    def keep(self, key: tuple[str, int], value: Tensor, keep_bytes: int) -> None:
-        """Keep a copy of a float value, or leave it to the next round."""
-        position, self._position = self._position, self._position + 1
-        if position < self.start or self.next is not None:
-            return
-        size = value.numel() * value.element_size()
-        if self.kept and self.kept_bytes + size > keep_bytes:
-            self.next = position
-            return
-        self.kept[key] = value.detach().clone()
-        self.kept_bytes += size
-
-
 def _origin(errors: TensorErrors | None, own: TensorErrors | None) -> Origin | None:
     """More than half of the error's energy from before makes it inherited."""
     if errors is None or own is None:
@@ -319,7 +279,7 @@ def _computed(errors: LayerErrors) -> tuple[TensorErrors | None, ...]:
 
 
 def _unmet(checked: CheckedRegion) -> dict[str, tuple[str, str]]:
-    """The type that an override asks for and that is not in effect, and that in words; by point."""
+    """Map each point to (requested dtype, explanation) where an override's dtype is not in effect."""
     return {
         r.point: (r.requested, f"{r.by} asks for {r.requested}, {r.effective} is in effect: {r.winner}")
         for r in unmet_requests(checked)

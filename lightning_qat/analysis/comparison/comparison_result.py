@@ -1,18 +1,16 @@
-"""The table of a layer comparison (B3): its rows and columns."""
+"""The table of a layer comparison: its rows and columns."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning_qat.analysis.comparison.loop_rounds import worst_rounds
 from lightning_qat.analysis.comparison.point_evidence import PointEvidence
-from lightning_qat.analysis.results import Result
+from lightning_qat.analysis.results import Block, Result
 
 Origin = Literal["own", "inherited", "none"]
 
@@ -93,8 +91,8 @@ class LayerComparisonRow:
 class LayerComparisonResult(Result[LayerComparisonRow]):
     """One row per input, weight and result that is quantized or could be, in execution order; the chosen output last.
 
-    Of a long loop, whose rounds are rows of their own, people are shown the worst round of each line (:meth:`parts`:
-    terminal, txt, TensorBoard); csv and json hold all.
+    Of a long loop, whose rounds are rows of their own, people are shown the worst round of each line (on
+    the terminal, in txt and in TensorBoard); csv and json hold all.
 
     Args:
         output: what was chosen, in words.
@@ -119,8 +117,20 @@ class LayerComparisonResult(Result[LayerComparisonRow]):
         """Names of all columns, also without rows."""
         return tuple(LayerComparisonRow.__dataclass_fields__)
 
-    def parts(self) -> tuple[LayerComparisonResult, ...]:
-        """The table for people: of the rounds of a loop the one with the lowest own SQNR."""
+    def blocks(self) -> tuple[Block, ...]:
+        """The table for people, with the columns that there is room for."""
+        return (Block.of(self.title, self.shown, self._shortened().to_dicts(), self.note),)
+
+    def full_blocks(self) -> tuple[Block, ...]:
+        """The table for people."""
+        return (Block.of(self.title, self.columns(), self._shortened().to_dicts(), self.note),)
+
+    def about(self) -> dict[str, Any]:
+        """What is known beside the rows, but for the evidence."""
+        return {**super().about(), "evidence": ()}
+
+    def _shortened(self) -> LayerComparisonResult:
+        """Of the rounds of a loop the one with the lowest own SQNR."""
 
         def badness(row: LayerComparisonRow) -> float:
             return -math.inf if row.own_SQNR is None else math.inf if math.isnan(row.own_SQNR) else -row.own_SQNR
@@ -130,7 +140,7 @@ class LayerComparisonResult(Result[LayerComparisonRow]):
             dataclasses.replace(row, mod_name=f"{row.mod_name} (worst of {rounds} rounds)") if rounds > 1 else row
             for row, rounds in kept
         ]
-        return (dataclasses.replace(self, rows=tuple(rows)),)
+        return dataclasses.replace(self, rows=tuple(rows))
 
     @property
     def by_name(self) -> dict[str, LayerComparisonRow]:
@@ -152,11 +162,6 @@ class LayerComparisonResult(Result[LayerComparisonRow]):
         if self.diverged:
             text += f"; {len(self.diverged)} rows cannot be compared (other shapes): {', '.join(self.diverged[:3])}"
         return "\n".join([text, *self.what_to_do])
-
-    def to_json(self, path: str | os.PathLike[str]) -> Path:
-        """Write everything but the evidence as JSON."""
-        without = dataclasses.replace(self, evidence=())
-        return super(LayerComparisonResult, without).to_json(path)
 
     @classmethod
     def merged(cls, results: Mapping[str, LayerComparisonResult]) -> LayerComparisonResult:

@@ -26,7 +26,7 @@ from lightning_qat.analysis.diagnosis.remedy_choice import (
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
 from lightning_qat.quantization.errors import ConfigurationError, near_names
 from lightning_qat.quantization.numerics.scales import MIN_SCALE
-from lightning_qat.quantization.qconfig import glob_covers
+from lightning_qat.quantization.overrides import glob_covers
 
 LOST_BITS = 3.0
 """Values spread evenly over the whole range have a relative error of ``2**-bits``. A bell-shaped distribution costs a

@@ -1,4 +1,4 @@
-"""The verdict on every point (B4, B5, B7), and the list of what to do."""
+"""The verdict on every point, and the list of what to do."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 
 from lightning_qat.analysis.comparison.loop_rounds import worst_rounds
 from lightning_qat.analysis.model_check.long_loops import ANNOTATION
-from lightning_qat.analysis.results import Result
-from lightning_qat.quantization.planning.target_paths import spelled_out
+from lightning_qat.analysis.results import Block, Result
+from lightning_qat.quantization.planning.target_paths import with_target_path
 
 Verdict = Literal["fine", "rounding", "clipping", "non-uniform", "bad scale", "config not applied", "inherited"]
 _SHOWN = 10
@@ -75,13 +75,21 @@ class DiagnosisResult(Result[Diagnosis]):
         """Names of all columns, also without rows."""
         return tuple(Diagnosis.__dataclass_fields__)
 
-    def parts(self) -> tuple[DiagnosisResult, ...]:
-        """The table for people: the worst of the rounds of a loop that have the same verdict; csv and json hold all."""
+    def blocks(self) -> tuple[Block, ...]:
+        """The table for people, with the columns that there is room for."""
+        return (Block.of(self.title, self.shown, self._shortened().to_dicts(), self.note),)
+
+    def full_blocks(self) -> tuple[Block, ...]:
+        """The table for people."""
+        return (Block.of(self.title, self.columns(), self._shortened().to_dicts(), self.note),)
+
+    def _shortened(self) -> DiagnosisResult:
+        """The worst of the rounds of a loop that have the same verdict; csv and json hold all."""
         rows = (
             replace(row, point=f"{row.point} (worst of {rounds} rounds)") if rounds > 1 else row
             for row, rounds in _worst_rounds(self.rows)
         )
-        return (replace(self, rows=tuple(rows)),)
+        return replace(self, rows=tuple(rows))
 
     @property
     def by_point(self) -> dict[str, Diagnosis]:
@@ -107,7 +115,7 @@ class DiagnosisResult(Result[Diagnosis]):
         """
         rows = [replace(row, region=name) for name, result in results.items() for row in result.rows]
         if len(results) > 1:
-            rows = [replace(row, yaml=spelled_out(row.yaml, row.region)) for row in rows]
+            rows = [replace(row, yaml=with_target_path(row.yaml, row.region)) for row in rows]
         return cls(tuple(sorted(rows, key=severest_first)))
 
     def lines(self, limit: int = _SHOWN) -> tuple[str, ...]:

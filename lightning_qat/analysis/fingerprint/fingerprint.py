@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummary
-from lightning_qat.analysis.results import plain, write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.modules.module_walk import is_in_region
 
 FINGERPRINT_VERSION = 1
@@ -41,7 +40,9 @@ class Fingerprint:
         weights: digest of the parameters and buffers of every module that owns some.
         versions: of Python and packages.
         agreement: by stage and pair of tensors, ``output=target``: the share of integer targets that are where the
-            model's output is largest; it shows labels that belong to other inputs.
+            model's output is largest; it shows labels that belong to other inputs. Batch norm and dropout are in eval
+            mode for it, so that it is about the labels alone.
+        constant_guess: the same for the best answer that does not look at the input: the most frequent class.
         random_evaluation: the same batch, evaluated twice, gave different results from the same model inputs.
         swapped: modules whose weights are others while validation runs (averages that are swapped in).
         batches: batches per stage and rank that were looked at.
@@ -62,14 +63,11 @@ class Fingerprint:
     weights: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     agreement: dict[str, dict[str, float]] = field(default_factory=dict)
+    constant_guess: dict[str, dict[str, float]] = field(default_factory=dict)
     random_evaluation: bool = False
     swapped: list[str] = field(default_factory=list)
     batches: int = 0
     version: int = FINGERPRINT_VERSION
-
-    def to_json(self, path: str | os.PathLike[str]) -> Path:
-        """Write the fingerprint, at once."""
-        return write_atomically(path, json.dumps(plain(dataclasses.asdict(self)), indent=1) + "\n")
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Fingerprint:
@@ -153,9 +151,7 @@ def batch_norm_summary(module: nn.Module) -> dict[str, dict[str, float]]:
             "running_var": float(norm.running_var.double().mean()),
         }
         for name, norm in module.named_modules()
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm)
-        and norm.running_mean is not None
-        and norm.running_var is not None
+        if is_batch_norm(norm) and norm.running_mean is not None and norm.running_var is not None
     }
 
 

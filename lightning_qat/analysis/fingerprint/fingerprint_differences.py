@@ -14,6 +14,7 @@ from lightning_qat.analysis.fingerprint.difference import (
     Suspicion,
 )
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
+from lightning_qat.analysis.fingerprint.label_agreement import agreement_of_stages, agreement_with_reference
 from lightning_qat.analysis.fingerprint.tensor_differences import tensor_difference, tensor_differences
 from lightning_qat.analysis.tolerance import COLLAPSE, ROUNDING, tolerance
 
@@ -38,7 +39,7 @@ def compare_fingerprints(reference: Fingerprint, here: Fingerprint) -> PipelineD
         *_swapped(reference, here),
         *_modes(reference, here),
         *_randomness(reference, here),
-        *_agreement(reference, here),
+        *agreement_with_reference(reference, here),
     ]
     rows += [
         *_results(reference, here, {row.part for row in rows if row.suspicion == "strong"}),
@@ -69,13 +70,7 @@ def compare_stages(here: Fingerprint) -> StageDifferences:
         if summary.name in known and summary.shape == known[summary.name].shape
         for row in tensor_difference("model input (validation -> train)", known[summary.name], summary)
     ]
-    before, now = here.agreement.get("validate", {}), here.agreement.get("train", {})
-    rows += [
-        _disagreement("train", name, before[name], now[name], "validation")
-        for name in _common(before, now)
-        if before[name] - now[name] > COLLAPSE
-    ]
-    return StageDifferences.of(rows)
+    return StageDifferences.of([*rows, *agreement_of_stages(here)])
 
 
 def _weights(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
@@ -96,25 +91,6 @@ def _weights(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDiff
             else f"the weights of {len(different)} of {len(common)} modules differ ({shown}): partly loaded?"
         )
         yield PipelineDifference("strong", "weights", shown, before[different[0]], now[different[0]], what)
-
-
-def _agreement(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
-    if reference.weights != here.weights:
-        return  # it says as much about the weights
-    for stage in _common(reference.agreement, here.agreement):
-        before, now = reference.agreement[stage], here.agreement[stage]
-        for name in _common(before, now):
-            if abs(before[name] - now[name]) > COLLAPSE:
-                yield _disagreement(stage, name, before[name], now[name], "the reference")
-
-
-def _disagreement(stage: str, name: str, before: float, now: float, where: str) -> PipelineDifference:
-    output, _, target = name.rpartition("=")
-    what = (
-        f"labels ({stage}, {target}): {now:.0%} are what the model answers ({output}), in {where} {before:.0%}: do "
-        "labels and inputs belong together (shuffled, shifted, other classes)?"
-    )
-    return PipelineDifference("strong", f"labels ({stage})", name, f"{before:.4g}", f"{now:.4g}", what)
 
 
 def _randomness(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:

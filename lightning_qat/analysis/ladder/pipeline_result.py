@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
-
-from rich.table import Table
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from lightning_qat.analysis.fingerprint.difference import PipelineDifferences
 from lightning_qat.analysis.ladder.rows import PipelineRow
 from lightning_qat.analysis.ladder.rungs import Verdict
-from lightning_qat.analysis.results import Result, rich_table
+from lightning_qat.analysis.results import Block, Result
 
 
 def _no_differences() -> PipelineDifferences:
@@ -37,25 +35,32 @@ class PipelineResult(Result[PipelineRow]):
     differences: PipelineDifferences = field(default_factory=_no_differences)
     stages: PipelineDifferences = field(default_factory=_no_differences)
     title: ClassVar[str] = "Pipeline check"
-    shown: ClassVar[tuple[str, ...]] = ("rung", "what", "metric", "expected", "value", "tolerance", "status", "note")
-
-    def __rich__(self) -> Table:
-        """What a rung does is said once, and the notes are left to the files: this fits into 80 columns."""
-        rows = self.to_dicts()
-        for before, row in zip([None, *self.rows], rows, strict=False):
-            repeated = before is not None and (before.rung, before.what) == (row["rung"], row["what"])
-            row["rung"] = "" if repeated else f"{row['rung']} {row['what']}"
-            row["metric"] = row["metric"] or row["note"]
-        return rich_table(self.title, ("rung", "metric", "expected", "value", "tolerance", "status"), rows)
 
     @property
     def is_bad(self) -> bool:
         """Whether something was found that has to be fixed before training makes sense."""
         return self.verdict not in ("healthy", "cannot tell")
 
-    def parts(self) -> tuple[Result[Any], ...]:
-        """The table of the rungs, and those of the differences."""
-        return (self, *(table for table in (self.differences, self.stages) if table.rows))
+    def blocks(self) -> tuple[Block, ...]:
+        """The rungs, and the differences.
+
+        What a rung does is said once, and the notes are left to the files: this fits into 80 columns.
+        """
+        rows = self.to_dicts()
+        for before, row in zip([None, *self.rows], rows, strict=False):
+            repeated = before is not None and (before.rung, before.what) == (row["rung"], row["what"])
+            row["rung"] = "" if repeated else f"{row['rung']} {row['what']}"
+            row["metric"] = row["metric"] or row["note"]
+        columns = ("rung", "metric", "expected", "value", "tolerance", "status")
+        differences = (replace(block, note="") for table in self._tables() for block in table.blocks())
+        return (Block.of(self.title, columns, rows, self.note), *differences)
+
+    def full_blocks(self) -> tuple[Block, ...]:
+        """The rungs, and the differences."""
+        return (*super().full_blocks(), *(block for table in self._tables() for block in table.full_blocks()))
+
+    def _tables(self) -> list[PipelineDifferences]:
+        return [table for table in (self.differences, self.stages) if table.rows]
 
 
 def cannot_tell(reason: str) -> PipelineResult:

@@ -46,6 +46,8 @@ LONG_TRAINING = 1000
 """Steps that a training is taken to have at least when asking how far it can get."""
 LEAST_PAIRS = 8
 """Pairs of losses from which the error of their mean difference can be told."""
+Reference = Mapping[str, float] | Fingerprint | None
+"""What is known of the float run: its metrics, or its fingerprint."""
 Blame = tuple[Verdict, str]
 """What a collapse of the float model is blamed on, and what to do about it."""
 
@@ -84,7 +86,7 @@ def blame_on_the_ladder(loss_is_known: bool) -> Blame:
 _TRY_HYPERPARAMETERS = f"{LOWER_LEARNING_RATE}, then look at weight decay and gradient clipping."
 
 
-def is_loss_known(reference: Mapping[str, float] | Fingerprint | None, here: Fingerprint | None) -> bool:
+def is_loss_known(reference: Reference, here: Fingerprint | None) -> bool:
     """Whether something says that labels and loss are right: the float run, or the model itself by its answers."""
     if isinstance(reference, Fingerprint) or (reference and TRAIN_LOSS in reference):
         return True

@@ -5,16 +5,18 @@ Pure: numbers measured by somebody else in, evidence and one verdict out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from lightning_qat.analysis.fingerprint.difference import PipelineDifference, PipelineDifferences
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.fingerprint.fingerprint_differences import compare_fingerprints, compare_stages
+from lightning_qat.analysis.fingerprint.label_agreement import LABELS
+from lightning_qat.analysis.ladder.doubts import first_doubt
 from lightning_qat.analysis.ladder.healthy import healthy
 from lightning_qat.analysis.ladder.measurements import Ladder
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
-from lightning_qat.analysis.ladder.rows import TRAIN_LOSS, Evidence, PipelineRow, compare, judged, skipped_row
+from lightning_qat.analysis.ladder.rows import TRAIN_LOSS, Evidence, skipped_row
 from lightning_qat.analysis.ladder.rungs import (
     BATCH_NORM_FIXED,
     BATCH_NORM_MOVING,
@@ -22,13 +24,13 @@ from lightning_qat.analysis.ladder.rungs import (
     FLOAT_MODEL,
     RUNG_NAMES,
     RUNGS,
-    TRAINING_RUNGS,
     ZERO_LR_RUNGS,
     BrokenRung,
     Verdict,
 )
-from lightning_qat.analysis.ladder.sentences import MAKE_REFERENCE, NO_METRIC, nothing_moved
+from lightning_qat.analysis.ladder.sentences import MAKE_REFERENCE
 from lightning_qat.analysis.ladder.training_rungs import (
+    Reference,
     blame_after_zero_lr,
     blame_on_the_ladder,
     blame_quantization,
@@ -45,8 +47,6 @@ from lightning_qat.analysis.ladder.zero_lr_rungs import (
     zero_lr_evidence,
 )
 
-Reference = Mapping[str, float] | Fingerprint | None
-"""What is known of the float run: its metrics, or its fingerprint."""
 _EXPLAINS: dict[int, tuple[str, ...]] = {
     FLOAT_MODEL: (
         "weights",
@@ -125,15 +125,11 @@ def judge(
     )
     if broken:
         return _convicted(result, broken[0], known is not None)
-    if reason := _nothing_judged(ladder, rows, rungs):
-        return replace(result, note=f"cannot tell: {reason}")
-    if ladder.float_finetune and not ladder.float_finetune.changed_parameters:
-        return replace(result, note=f"cannot tell: {nothing_moved(ladder.float_finetune)}", rung=FLOAT_FINETUNE)
-    if flag:
-        return replace(result, note=f"cannot tell: {_nothing_found(ladder, flag)}")
-    if FLOAT_MODEL in rungs and (better := _better_after_training(ladder, rows)):
-        return replace(result, note=f"cannot tell: {better}")
-    strong = result.differences.strong
+    doubt = first_doubt(ladder, rows, rungs, reference, here, (result.differences, result.stages), flag)
+    if doubt is not None:
+        note = f"{doubt.verdict}: {doubt.text}"
+        return replace(result, verdict=doubt.verdict, note=note, rung=doubt.rung, cause=doubt.cause)
+    strong = result.differences.strong or (result.stages.strong if known is None else ())
     suspicious = f" Yet there is a suspicious difference: {_ended(strong[0].what)}" if strong else ""
     note = healthy(ladder, rows, rungs, reference if isinstance(reference, Mapping) else None, pipeline_only)
     return replace(result, verdict="healthy", note=f"healthy: {note}{suspicious}")
@@ -177,7 +173,7 @@ def _evidence(
 def _convicted(result: PipelineResult, broken: BrokenRung, has_fingerprint: bool) -> PipelineResult:
     cause = _cause(result, broken, has_fingerprint)
     verdict = broken.verdict
-    if verdict == "cannot tell" and cause and cause.part.startswith("labels"):
+    if verdict == "cannot tell" and cause and cause.suspicion == "strong" and cause.part.startswith(LABELS):
         verdict = "pipeline misaligned"  # the model's own answers convict them
     words = ""
     if cause:
@@ -206,45 +202,10 @@ def _cause(result: PipelineResult, broken: BrokenRung, has_fingerprint: bool) ->
         if row.suspicion == "possible" and any(word in row.what for word in weak):
             return row
     if not has_fingerprint and broken.rung in (BATCH_NORM_FIXED, BATCH_NORM_MOVING, FLOAT_FINETUNE):
-        return next((row for row in result.stages.rows if row.suspicion == "strong"), None)
+        by_labels = (row for row in result.stages.rows if row.part.startswith(LABELS))
+        return next(iter(result.stages.strong), next(by_labels, None))
     return None
 
 
 def _ended(what: str) -> str:
     return what if what.endswith("?") else f"{what}."
-
-
-def _nothing_judged(ladder: Ladder, rows: Sequence[PipelineRow], rungs: Collection[int]) -> str:
-    """Say why no rung that trains could be judged; empty if one was, or if none was asked for."""
-    asked = [rung for rung in rungs if rung in (*ZERO_LR_RUNGS, *TRAINING_RUNGS)]
-    if not asked or judged([row for row in rows if row.rung in asked]):
-        return ""
-    if all(rung in ladder.missing for rung in asked):
-        return ladder.missing[asked[0]]
-    return NO_METRIC
-
-
-def _nothing_found(ladder: Ladder, flag: str) -> str:
-    finetune = ladder.qat or ladder.float_finetune or ladder.batch_norm_fixed
-    batches = finetune.batches if finetune else 0
-    return (
-        f"ConvergenceMonitor has flagged this run ({flag}), and from the weights it started from nothing breaks within "
-        f"{batches} batches. Look for longer: PipelineCheck(batches={10 * max(1, batches)}), and do what "
-        "convergence.txt says."
-    )
-
-
-def _better_after_training(ladder: Ladder, rows: Sequence[PipelineRow]) -> str:
-    """Without a reference: say that a few batches improve the float model a lot, so that it was not good here."""
-    finetune = ladder.float_finetune or ladder.qat
-    if finetune is None or any(row.rung == FLOAT_MODEL and row.status == "holds" for row in rows):
-        return ""
-    worse = judged(compare(finetune.after.metrics, ladder.float_model, finetune.after))
-    changes = [f"{row.metric} {row.value:.4g} -> {row.expected:.4g}" for row in worse if row.status == "breaks"]
-    if not changes:
-        return ""
-    return (
-        f"{finetune.batches} batches of training make the float model far better ({', '.join(changes[:2])}), so it was "
-        "not good to begin with. Are these the weights of the float run (init_from), and is the data prepared as it "
-        f"was there? {MAKE_REFERENCE}: it says what differs."
-    )

@@ -12,12 +12,12 @@ import torch
 
 from lightning_qat.analysis.model_check.findings import Finding
 from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.deployed_part import deployed_part
 from lightning_qat.quantization.planning.fusion import FusionGroup
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile, shipped_profiles
 from lightning_qat.quantization.planning.target_paths import local_rules
-from lightning_qat.quantization.qconfig import Override
 from lightning_qat.quantization.region.effective_dtypes import FLOAT, EffectiveDtypes, effective_dtypes
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.tracing.op_graph import Op, Operand

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lightning_qat.quantization.planning.target_paths import spelled_out
+from lightning_qat.quantization.planning.target_paths import with_target_path
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -69,7 +69,7 @@ def sorted_findings(findings: Iterable[Finding]) -> tuple[Finding, ...]:
 
 
 def shortened(names: Iterable[str], limit: int = 3) -> str:
-    """Spell a list of names for a sentence.
+    """Format a list of names for a sentence.
 
     Example:
         >>> shortened(["a", "b", "c", "d", "e"])
@@ -84,7 +84,7 @@ def shortened(names: Iterable[str], limit: int = 3) -> str:
 
 
 def overrides_yaml(rules: Iterable[str]) -> str:
-    """Spell overrides to paste.
+    """Format overrides to paste.
 
     Args:
         rules: what stands between the braces of each.
@@ -105,4 +105,4 @@ def in_region(findings: Iterable[Finding], region: str, alone: bool) -> list[Fin
         region: its path.
         alone: it is the only one; otherwise the overrides to paste have to name it.
     """
-    return [replace(f, region=region, yaml=f.yaml if alone else spelled_out(f.yaml, region)) for f in findings]
+    return [replace(f, region=region, yaml=f.yaml if alone else with_target_path(f.yaml, region)) for f in findings]

@@ -1,4 +1,4 @@
-"""The result of a model check: findings, and the tables they rest on. Frozen; rendering is elsewhere."""
+"""The result of a model check: findings, and the tables they rest on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lightning_qat.analysis.model_check.findings import SEVERITIES, Finding, Severity, is_at_least
-from lightning_qat.analysis.results import Result
+from lightning_qat.analysis.results import Advice, Block, Result
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,37 @@ class ModelCheckResult(Result[Finding]):
         found = Counter(finding.severity for finding in self.rows)
         return {severity: found[severity] for severity in SEVERITIES}
 
+    def blocks(self) -> tuple[Block, ...]:
+        """How many findings there are, and each as advice."""
+        counts = ", ".join(f"{n} {severity}{'' if n == 1 else 's'}" for severity, n in self.counts.items())
+        return (Block(f"{self.title}: {counts}", advice=tuple(map(_advice, self.rows))),)
+
+    def full_blocks(self) -> tuple[Block, ...]:
+        """The same, and the tables."""
+        return (*self.blocks(), *map(_block, self.sections))
+
     def at_least(self, threshold: Severity) -> tuple[Finding, ...]:
         """Findings as severe as a threshold."""
         return tuple(finding for finding in self.rows if is_at_least(finding.severity, threshold))
+
+
+def _advice(finding: Finding) -> Advice:
+    requirement = f" ({finding.requirement})" if finding.requirement else ""
+    where = f", in {finding.region}" if finding.region else ""
+    facts = (("code", finding.location), ("why", finding.why), ("do", finding.action))
+    return Advice(
+        heading=f"{finding.kind}{requirement}{where}",
+        level=finding.severity,
+        text=finding.what,
+        names=finding.names,
+        facts=tuple((label, text) for label, text in facts if text),
+        yaml=finding.yaml,
+    )
+
+
+def _block(section: Section) -> Block:
+    title = section.title
+    if title and section.region:
+        title = f"{title.removesuffix(':')} in {section.region}:"
+    note = section.note or ("" if section.rows or title else "(empty)")
+    return Block(title, section.columns if section.rows else (), section.rows, note)

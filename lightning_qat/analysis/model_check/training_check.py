@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
-
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion
 from lightning_qat.analysis.model_check.findings import Finding, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 
 MIN_BATCH_NORM_SAMPLES = 8
 """Below it, errors rise steeply: ResNet-50 on ImageNet, 23.6 % with 32 samples per device, 24.8 % with 8, 27.3 % with
@@ -27,7 +26,7 @@ def _batch_norm(checked: CheckedRegion) -> Iterable[Finding]:
     names = tuple(
         name
         for name, module in target.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not target.training)
+        if is_batch_norm(module) and (module.training or not target.training)
     )
     if names:
         yield Finding(

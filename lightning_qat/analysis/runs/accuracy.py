@@ -1,4 +1,4 @@
-"""The result table across stages and runs (D7): one row per metric, one column per stage, pass or fail."""
+"""The result table across stages and runs: one row per metric, one column per stage, pass or fail."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rich.table import Table
-
 from lightning_qat.analysis.metric_direction import higher_is_better
-from lightning_qat.analysis.results import Result, plain, rich_table, write_atomically
+from lightning_qat.analysis.results import Block, Result
 from lightning_qat.quantization.errors import ConfigurationError
 
 Target = str | float
@@ -73,10 +71,11 @@ class AccuracyResult(Result[AccuracyRow]):
             for row in self.rows
         ]
 
-    def __rich__(self) -> Table:
+    def blocks(self) -> tuple[Block, ...]:
         """The current run; the files hold all runs."""
         rows = [{**row, **{s: row[_column(self.run, s)] for s in self.own}} for row in self.to_dicts()]
-        return rich_table(f"{self.title} of {self.run}", ("metric", "float", "target", *self.own, "passed"), rows)
+        columns = ("metric", "float", "target", *self.own, "passed")
+        return (Block.of(f"{self.title} of {self.run}", columns, rows, self.note),)
 
 
 @dataclass
@@ -115,12 +114,6 @@ class ResultTable:
                 "left as it is: move it away, and a new one is started."
             ) from error
         return cls(runs)
-
-    def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write the table at once."""
-        return write_atomically(
-            path, json.dumps(plain({"version": RESULT_TABLE_VERSION, "runs": self.runs}), indent=2) + "\n"
-        )
 
     def entry(self, name: str, stage: str, metrics: Iterable[str]) -> str:
         """Return the run under which a new run called ``name`` may note a stage without overwriting a value.

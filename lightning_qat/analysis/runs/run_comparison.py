@@ -1,4 +1,4 @@
-"""Two runs side by side (B9): did what was changed become less sensitive, and what became of the accuracy.
+"""Two runs side by side: did what was changed become less sensitive, and what became of the accuracy.
 
 A fix often does not move the accuracy yet: something else still breaks it. But the sensitivity of what was changed
 falls, and that is how to see that it was right.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lightning_qat.analysis.metric_direction import higher_is_better
-from lightning_qat.analysis.results import Result
+from lightning_qat.analysis.results import Block, Result
 from lightning_qat.analysis.runs.run_files import PointKey, RunFiles
 from lightning_qat.quantization.errors import ConfigurationError
 
@@ -116,9 +116,16 @@ class RunComparison(Result[RunChange]):
                 text += f" Did not fall: {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}."
         return " ".join([text, *self.warnings])
 
-    def parts(self) -> tuple[Result[Any], ...]:
+    def blocks(self) -> tuple[Block, ...]:
         """The accuracy, then the points."""
-        return (AccuracyComparison(self.accuracy), self) if self.accuracy else (self,)
+        return (*self._accuracy_blocks(), *super().blocks())
+
+    def full_blocks(self) -> tuple[Block, ...]:
+        """The accuracy, then the points."""
+        return (*self._accuracy_blocks(), *super().full_blocks())
+
+    def _accuracy_blocks(self) -> tuple[Block, ...]:
+        return AccuracyComparison(self.accuracy).blocks() if self.accuracy else ()
 
 
 def compare_runs(before: str | os.PathLike[str], after: str | os.PathLike[str]) -> RunComparison:

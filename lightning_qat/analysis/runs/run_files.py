@@ -1,10 +1,16 @@
-"""What the files of one run say: its sensitivities, errors, configuration and accuracy."""
+"""What the files of one run say: its sensitivities, errors, configuration and accuracy.
+
+Two layouts are read: one csv with an ``epoch`` column, whose last epoch counts; and that of earlier versions, one file
+without this column for the end of training (``sensitivity.csv``), and one per epoch (``sensitivity_epoch3.csv``).
+"""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,21 +90,37 @@ def _first_table(directory: Path, stem: str) -> tuple[_Rows, dict[str, Any]]:
         path = directory / f"{stem}.{ending}"
         if path.is_file():
             return _table(path)
-    return {}, {}
+    by_epoch = {int(match[1]): path for path in directory.iterdir() if (match := _of_epoch(path, stem))}
+    return _table(by_epoch[max(by_epoch)]) if by_epoch else ({}, {})
+
+
+def _of_epoch(path: Path, stem: str) -> re.Match[str] | None:
+    """Earlier versions: a run that was stopped has left tables of epochs only."""
+    return re.fullmatch(rf"{stem}_epoch(\d+)\.json", path.name)
 
 
 def _table(path: Path) -> tuple[_Rows, dict[str, Any]]:
     """The rows of a table by region and point, and what the file says beside them."""
     about: dict[str, Any] = {}
+    rows: Any
     if path.suffix == ".csv":
-        with open(path, newline="", encoding="utf-8") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+        rows = _last_epoch(path)
     else:
         about = _json(path)
         rows = about.pop("rows", [])
     if not isinstance(rows, list) or any(not isinstance(row, dict) or "point" not in row for row in rows):
         raise ConfigurationError(f"{path} is not a table of points: give a sensitivity or layer_comparison file.")
     return {(row.get("region") or "", row["point"]): row for row in rows if row["point"]}, about
+
+
+def _last_epoch(path: Path) -> list[dict[str, Any]]:
+    """The rows of a csv file; of one that holds several epochs, those of the last."""
+    content = path.read_bytes()
+    if content.startswith(b"epoch,"):
+        content = content[: content.rfind(b"\n") + 1]  # a run that failed while it wrote leaves half a line
+    text = io.StringIO(content.decode("utf-8"), newline="")
+    rows: list[dict[str, Any]] = list(csv.DictReader(text))
+    return [row for row in rows if row.get("epoch") == rows[-1].get("epoch")]
 
 
 def _plan(path: Path) -> _Rows:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 from lightning_qat.analysis.captured_calls import analysis_mode
-from lightning_qat.analysis.flops import op_flops
+from lightning_qat.analysis.flops import flops_shares
 from lightning_qat.analysis.influence import Influence, influence_on
 from lightning_qat.analysis.metrics import metric_of_sums
 from lightning_qat.analysis.outputs import OutputSelector
@@ -19,7 +19,7 @@ from lightning_qat.analysis.sensitivity.sensitivity_result import (
     SensitivityRow,
     most_sensitive_first,
 )
-from lightning_qat.analysis.sensitivity.sensitivity_sketch import Sketch
+from lightning_qat.analysis.sensitivity.sensitivity_sketch import Sketch, forwards_of_sketch
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.modules.call import Call
@@ -111,7 +111,7 @@ def sensitivity(
         ...     _ = model(torch.randn(8, 4))
         >>> _ = region.compute_scales()
         >>> result = sensitivity(region, [torch.randn(8, 4)], metric="SQNR")
-        >>> result.columns()[:5], {row.sensitive_type for row in result.rows[:2]}
+        >>> result.columns()[:5], {row.role for row in result.rows[:2]}
         (('op_name', 'sensitive_type', 'op_type', 'SQNR', 'quant_dtype'), {'weight'})
     """
     if method not in get_args(Method):
@@ -147,11 +147,6 @@ def sensitivity(
     return analysis.confirmed(sketch, influence, calls, confirm, max_points, turn).compared_with(previous)
 
 
-def forwards_of_sketch(probes: int) -> int:
-    """About how many forwards a sketch takes: with so few points, measuring them is as quick, and exact."""
-    return 3 + 3 * probes
-
-
 class _Analysis:
     """One call of :func:`sensitivity`: what both methods need, and how they make a table."""
 
@@ -175,7 +170,7 @@ class _Analysis:
         self.calibrated = [name for name in self.owners if self._points[name].scale_source is not None]
         if not self.calibrated:
             raise ConfigurationError("no point has a scale: calibrate the region before measuring its sensitivity.")
-        self._flops = memory.find(region.plan, "flops", lambda: _flops_shares(region))
+        self._flops = memory.find(region.plan, "flops", lambda: flops_shares(region))
 
     def isolation(
         self, batches: Iterable[object], max_points: int | None, turn: int, reason: str = ""
@@ -238,7 +233,7 @@ class _Analysis:
             measured = self._measure(calls, [name for name in self.calibrated if name in chosen])
             rows = [self._exact(name, measured) for name in self.calibrated if name in measured.reached & chosen]
             reshaped = measured.reshaped
-        rows += [self._row(n, None, scores[n], False, _error(sketch, n)) for n in estimated if n not in chosen]
+        rows += [self._row(n, None, scores[n], False, sketch.standard_error(n)) for n in estimated if n not in chosen]
         return self._result(
             rows,
             sketch.batches,
@@ -277,7 +272,7 @@ class _Analysis:
         point = self.region.plan.by_name[name]
         return SensitivityRow(
             op_name=point.op,
-            sensitive_type="weight" if point.is_weight else "activation",
+            role=point.scale_role,
             op_type=self.region.graph.by_name[point.op].kind,
             value=value,
             quant_dtype=self._points[name].dtype,
@@ -303,20 +298,3 @@ class _Analysis:
 
 
 _NO_BATCH = "there was no batch to measure the sensitivity on."
-
-
-def _error(sketch: Sketch, name: str) -> float | None:
-    """Standard error of a score, from that of its square."""
-    mse, error = sketch.mse(name)
-    return None if math.isnan(error) else error / (2 * math.sqrt(mse)) if mse else 0.0
-
-
-def _flops_shares(region: Region) -> dict[str, float]:
-    """Share of each op, together with the ops it is fused with, of the operations of the region."""
-    flops = {op.name: op_flops(op) for op in region.graph.ops}
-    total = sum(flops.values()) or 1
-    shares = {name: count / total for name, count in flops.items()}
-    for group in region.plan.fusions:
-        together = sum(flops[name] for name in group.ops) / total
-        shares |= dict.fromkeys(group.ops, together)
-    return shares

@@ -8,10 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rich.table import Table
-
 from lightning_qat.analysis.metric_direction import higher_is_better
-from lightning_qat.analysis.results import Result, rich_table
+from lightning_qat.analysis.results import Block, Result
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class SensitivityRow:
 
     Args:
         op_name: name of the op.
-        sensitive_type: ``activation`` or ``weight``.
+        role: ``activation`` or ``weight``; the column is called ``sensitive_type``.
         op_type: torch function of the op.
         value: the metric; this column has the metric's name. None: only the score is known. nan: the output became NaN
             or has another number of tensors or dimensions.
@@ -35,7 +33,7 @@ class SensitivityRow:
     """
 
     op_name: str
-    sensitive_type: str
+    role: str
     op_type: str
     value: float | None
     quant_dtype: str
@@ -100,7 +98,8 @@ class SensitivityResult(Result[SensitivityRow]):
 
     def columns(self) -> tuple[str, ...]:
         """Names of all columns; the fourth is the name of the metric."""
-        return tuple(self.metric if n == "value" else n for n in SensitivityRow.__dataclass_fields__)
+        names = {"value": self.metric, "role": "sensitive_type"}
+        return tuple(names.get(n, n) for n in SensitivityRow.__dataclass_fields__)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return the rows as dictionaries of primitives."""
@@ -137,21 +136,20 @@ class SensitivityResult(Result[SensitivityRow]):
         }
         text += "".join(f", {len(names)} {why}" for why, names in missing.items() if names)
         if self.held:
-            text += f"; estimates hold {_spelled(self.held)} at their float results"
+            text += f"; estimates hold {_first_three(self.held)} at their float results"
         if self.custom_backward:
-            text += f"; estimates take the backward of {_spelled(self.custom_backward)} for the derivative"
+            text += f"; estimates take the backward of {_first_three(self.custom_backward)} for the derivative"
         if self.reshaped:
-            text += f"; with {_spelled(self.reshaped)} quantized the output has another shape, and missing elements "
-            text += "count as zero: choose an output before the selection"
+            text += f"; with {_first_three(self.reshaped)} quantized the output has another shape, and missing "
+            text += "elements count as zero: choose an output before the selection"
         return f"{text}; {self.reason}" if self.reason else text
 
-    def __rich__(self) -> Table:
-        table = rich_table(self.title, self.short_columns, self.to_dicts())
-        table.caption, table.caption_justify = self.note, "left"
-        return table
+    def blocks(self) -> tuple[Block, ...]:
+        """The columns that there is room for."""
+        return (Block.of(self.title, self.short_columns, self.to_dicts(), self.note),)
 
     def compared_with(self, previous: SensitivityResult | None) -> SensitivityResult:
-        """Return the same table with ``rank_change`` since an earlier one (B9); rows that are new there have none."""
+        """Return the same table with ``rank_change`` since an earlier one; rows that are new there have none."""
         if previous is None:
             return self
         ranks = {(row.region, row.point): rank for rank, row in enumerate(previous.rows)}
@@ -212,5 +210,5 @@ def most_sensitive_first(
     return tuple(sorted(rows, key=order))
 
 
-def _spelled(names: tuple[str, ...]) -> str:
+def _first_three(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

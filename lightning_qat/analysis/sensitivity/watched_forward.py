@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_qat.quantization.interception.interception import CallPathMode
+from lightning_qat.quantization.interception.interception import InterceptionMode
+from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.interception.transparent_gradients import handler_of, leaves_torch
 from lightning_qat.quantization.modules.tensor_leaves import map_call_leaves
 from lightning_qat.quantization.region.bound_points import BoundPoint, OpQuantizers
@@ -104,8 +104,8 @@ class WeightUse:
 class WatchingMode(InspectingMode):
     """Shows a watcher every point while the target's forward runs in float."""
 
-    def __init__(self, runner: Runner, frame: FrameType, watcher: Watcher) -> None:
-        super().__init__(runner, frame)
+    def __init__(self, runner: Runner, identity: OpIdentity, watcher: Watcher) -> None:
+        super().__init__(runner, identity)
         self.watcher = watcher
         self._uses: Counter[str] = Counter()
 
@@ -195,5 +195,5 @@ class WatchedForward(ReplacedForward):
         self.watcher = watcher
 
     @override
-    def mode(self, frame: FrameType) -> CallPathMode:
-        return WatchingMode(self.region.runner, frame, self.watcher)
+    def mode(self, identity: OpIdentity) -> InterceptionMode:
+        return WatchingMode(self.region.runner, identity, self.watcher)

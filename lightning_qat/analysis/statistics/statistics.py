@@ -241,7 +241,7 @@ class StatisticsCollector:
         return LayerStatisticsRow(
             point=plan.name,
             op_type=op_type,
-            role="weight" if plan.is_weight else "activation",
+            role=plan.scale_role,
             dtype=fake_quant.dtype,
             scale=float(fake_quant.scale.detach().max()) if fake_quant.scale_source is not None else None,
             min=s.low if s.count else None,

@@ -1,24 +1,30 @@
-"""The base of callbacks that analyse the model at the end of epochs: their schedule, and the inputs they look at."""
+"""The base of callbacks that analyse the model at the end of epochs: their schedule, their inputs and their outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.analysis.captured_calls import RepeatableForward
 from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.analysis.results import Result
 from lightning_qat.callbacks.analyses.monitored_numbers import check_early_stopping, log_numbers
 from lightning_qat.callbacks.analyses.region_inputs import Calls, RegionInputs
-from lightning_qat.callbacks.analyses.undisturbed_analysis import AnalysisOutputs, undisturbed_analysis
+from lightning_qat.callbacks.analyses.undisturbed_analysis import undisturbed_analysis
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
+from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.quantization.region.region import Region
+from lightning_qat.reporting.run_outputs import RunOutputs
+from lightning_qat.reporting.tensorboard_tags import Tags
 
 T = TypeVar("T")
 
@@ -28,16 +34,17 @@ class EpochEndAnalysis(Callback):
 
     Args:
         every_n_epochs: how often.
-        name: first part of file names and tags.
+        tags: what goes to the loggers; their name is the first part of the file names too.
     """
 
     monitored: ClassVar[tuple[str, ...]] = ()
     """What is logged through ``self.log``, each behind ``<name>/``."""
 
-    def __init__(self, every_n_epochs: int, name: str) -> None:
+    def __init__(self, every_n_epochs: int, tags: Tags) -> None:
         self.every_n_epochs = every_n_epochs
-        self._outputs = AnalysisOutputs(name)
+        self._outputs = outputs_of_run(tags.name, tags)
         self._analysed_at = -1
+        self._epoch = 0
         self._inputs = RegionInputs()
 
     def should_analyse(self, trainer: pl.Trainer) -> bool:
@@ -52,8 +59,13 @@ class EpochEndAnalysis(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch = trainer.current_epoch
         in_first_epoch = is_calibrated(pl_module) and self.should_analyse(trainer)
         check_early_stopping(trainer, self, self._names(), in_first_epoch)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch = trainer.current_epoch  # which is one more when training ends
 
     def _names(self) -> list[str]:
         return [f"{self._outputs.name}/{name}" for name in self.monitored]
@@ -62,6 +74,19 @@ class EpochEndAnalysis(Callback):
         """Log the numbers of an epoch, to be monitored; call it in epochs without any too."""
         named = {f"{self._outputs.name}/{name}": number for name, number in numbers.items()}
         log_numbers(trainer, pl_module, self._names(), named)
+
+    def write(self, trainer: pl.Trainer, result: Result[Any], outputs: RunOutputs | None = None) -> None:
+        """Write the files of this epoch on rank zero; call it on all ranks. A ``fast_dev_run`` leaves no files.
+
+        At the end of training this is the last epoch: its rows are replaced.
+        """
+        directory = run_directory(trainer)  # broadcasts: on all ranks
+        if leaves_files(trainer):
+            (outputs or self._outputs).write(result, directory, self._epoch)
+
+    def log_result(self, trainer: pl.Trainer, result: Result[Any]) -> None:
+        """Send numbers, table and histograms to the loggers."""
+        self._outputs.log(result, trainer.loggers, _compat.steps_taken(trainer))
 
     def tried(self, trainer: pl.Trainer, analyse: Callable[[], T]) -> T | None:
         """Analyse; None for a model that gives NaN by now. Others say that it diverged, or stop; this must not."""
@@ -104,3 +129,12 @@ class EpochEndAnalysis(Callback):
     ) -> Calls:
         """What the regions are called with in the steps on some sampled batches."""
         return self._inputs.of(trainer, pl_module, regions, batches)
+
+
+def outputs_of_run(name: str, tags: Tags) -> RunOutputs:
+    """Files and logger entries of one analysis, whose remarks become warnings of rank zero."""
+    return RunOutputs(name, tags, _warn)
+
+
+def _warn(text: str) -> None:
+    rank_zero_warn(text, category=PossibleUserWarning)

@@ -1,30 +1,23 @@
-"""What the analysing callbacks share: a pass over sampled batches between epochs, and where its results go."""
+"""What the analysing callbacks share: a pass over sampled batches between epochs that leaves no trace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
-from lightning_qat.analysis.results import Result
 from lightning_qat.callbacks.passes.extra_batches import extra_batches
 from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed, undisturbed_forwards
 from lightning_qat.callbacks.quantized_run import require_regions
-from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
-from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.switches import State
-from lightning_qat.reporting.files import write_result
-from lightning_qat.reporting.loggers import log_histogram, log_scalars, log_table
 
 
 @contextmanager
@@ -71,44 +64,3 @@ def sampled_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: i
     """Yield, for each of some sampled batches, a function that runs the module's step on it."""
     for extra in extra_batches(trainer, pl_module, batches, "calibration"):
         yield partial(run_step, trainer, pl_module, extra, "validate")
-
-
-class AnalysisOutputs:
-    """Files and loggers of one analysing callback.
-
-    Args:
-        name: first part of file names and tags.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._warned = False
-
-    def write(self, trainer: pl.Trainer, result: Result[Any], epoch: int | None = None) -> None:
-        """Write the files of a result on rank zero; call it on all ranks. A ``fast_dev_run`` leaves no files."""
-        directory = run_directory(trainer)
-        if leaves_files(trainer):
-            write_result(result, directory, self.name, epoch)
-
-    def log(
-        self,
-        trainer: pl.Trainer,
-        result: Result[Any],
-        scalars: dict[str, float],
-        columns: Sequence[str],
-        histograms: Mapping[str, Iterable[float | None]],
-    ) -> None:
-        """Send scalars to all loggers, table and histograms to those that show them; warn once about the others."""
-        if not trainer.loggers:
-            return
-        step = _compat.steps_taken(trainer)
-        log_scalars(trainer.loggers, scalars, step)
-        for name, values in histograms.items():
-            log_histogram(trainer.loggers, f"{self.name}/{name}", values, step)
-        without = log_table(trainer.loggers, self.name, result, step, columns)
-        if without and not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                f"{', '.join(without)} shows no tables: those of {self.name} are only in the files.",
-                category=PossibleUserWarning,
-            )

@@ -13,8 +13,9 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 
-from lightning_qat.callbacks.insertion.float_checkpoint import FloatCheckpointError, stored_regions, stored_target
+from lightning_qat.callbacks.insertion.float_checkpoint import FloatCheckpointError
 from lightning_qat.callbacks.insertion.insertion_request import InsertionRequest, differences
+from lightning_qat.callbacks.insertion.quantized_checkpoint import stored_regions, stored_target
 from lightning_qat.callbacks.insertion.setup_copies import renew_model_copies
 from lightning_qat.callbacks.insertion.target_discovery import AUTO
 from lightning_qat.callbacks.insertion.traced_targets import (
@@ -198,7 +199,7 @@ class InsertionHooks:
             points = region.points
             for point in region.plan.points:
                 if point.fixed_scale is None:
-                    role = "weight" if point.is_weight else "activation"
+                    role = point.scale_role
                     learned.setdefault(role, set()).add(points[point.name].learned)
         found = {role for role, kinds in learned.items() if True in kinds}
         wanted = set(self.request.learned_scales) & set(learned)

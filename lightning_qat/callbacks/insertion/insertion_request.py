@@ -8,9 +8,10 @@ from typing import Any
 
 from lightning_qat.callbacks.insertion.initial_weights import InitialWeights
 from lightning_qat.callbacks.schedule.frozen_parts import FrozenParts
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.plan import QuantPlan, ScaleRole
-from lightning_qat.quantization.qconfig import Override, QConfig
+from lightning_qat.quantization.qconfig import QConfig
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import lightning.pytorch as pl
 
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.export.plan_files import write_plan
-from lightning_qat.quantization.region.regions import find_regions
 
 
 class PlanWriter:
@@ -28,4 +27,4 @@ class PlanWriter:
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         directory = run_directory(trainer)  # broadcasts: on all ranks
         if leaves_files(trainer):
-            write_plan(find_regions(pl_module), directory)
+            write_plan(pl_module, directory)

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_qat.analysis.ladder.measurements import Finetune, Measurement
 from lightning_qat.callbacks.ladder.same_values import same_values
@@ -19,6 +19,7 @@ from lightning_qat.callbacks.ladder.training_copy import TrainingCopy
 from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.quantized_run import evaluations_of
+from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.modules.module_walk import REGION_NAME
 from lightning_qat.quantization.planning.plan import ScaleRole
 from lightning_qat.quantization.region.regions import find_regions
@@ -97,7 +98,7 @@ def finetune_copy(
 
 def moves_batch_norm(pl_module: pl.LightningModule) -> bool:
     """Whether a batch norm updates its statistics in this training."""
-    norms = (m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    norms = (m for m in pl_module.modules() if is_batch_norm(m))
     return any(m.training and m.track_running_stats for m in norms)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qat.analysis.fingerprint.fingerprint import weight_digests
 from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummarizer, TensorSummary
@@ -32,12 +33,14 @@ class StageSummary:
         data: what the loader delivers.
         inputs: what the outermost modules receive.
         agreement: of their outputs with integer targets.
+        constant_guess: what the most frequent class alone would agree with.
         swapped: modules whose weights were others in the step than before it.
     """
 
     data: tuple[TensorSummary, ...]
     inputs: tuple[TensorSummary, ...]
     agreement: dict[str, float]
+    constant_guess: dict[str, float]
     swapped: list[str]
 
 
@@ -47,12 +50,13 @@ def summarize(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, 
     Args:
         trainer: the running trainer.
         pl_module: its module; call this inside ``undisturbed``.
-        stage: whose loader and step; training steps run in train mode.
+        stage: whose loader and step; training steps run in train mode, but for batch norm and dropout: what they do to
+            the answers is not about labels.
         batches: batches on this rank.
     """
     data: dict[str, TensorSummarizer] = {}
     inputs: dict[str, TensorSummarizer] = {}
-    agreement: dict[str, list[float]] = {}
+    agreement: dict[str, _Agreement] = {}
     before, swapped = weight_digests(pl_module) if stage == "validate" else {}, dict[str, None]()
     for extra in extra_batches(trainer, pl_module, batches, stage):
         _update(data, "", extra.batch)
@@ -60,14 +64,17 @@ def summarize(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, 
         for path, calls in recorder.calls.items():
             for call in calls:
                 _update(inputs, path or "model", (call.args, call.kwargs) if call.kwargs else call.args)
-        for name, share in _agreement(extra.batch, recorder.results).items():
-            agreement.setdefault(name, []).append(share)
+        for name, answers, target in _answers(extra.batch, recorder.results):
+            agreement.setdefault(name, _Agreement()).update(answers, target)
         if before and not swapped:
             swapped |= {name: None for name, digest in weight_digests(pl_module).items() if before.get(name) != digest}
             before = {}
-    means = {name: sum(shares) / len(shares) for name, shares in agreement.items()}
     return StageSummary(
-        tuple(s.result() for s in data.values()), tuple(s.result() for s in inputs.values()), means, list(swapped)
+        tuple(s.result() for s in data.values()),
+        tuple(s.result() for s in inputs.values()),
+        {name: found.share for name, found in agreement.items()},
+        {name: found.constant_guess for name, found in agreement.items() if found.is_plausible},
+        list(swapped),
     )
 
 
@@ -112,6 +119,9 @@ def _record(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBatc
     recorder = _ResultRecorder(modules)
     with preserved_modes(pl_module), recorder.recording(), torch.no_grad():
         pl_module.train(stage == "train")
+        for module in pl_module.modules() if stage == "train" else ():
+            if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+                module.eval()
         if stage == "validate" and _compat.is_overridden("on_validation_model_eval", pl_module):
             _compat.call_hook(pl_module, "on_validation_model_eval")
         run_step(trainer, pl_module, extra, stage)
@@ -124,20 +134,53 @@ def _update(summarizers: dict[str, TensorSummarizer], prefix: str, value: Any) -
         summarizers.setdefault(name, TensorSummarizer(name)).update(tensor)
 
 
-def _agreement(batch: Any, results: list[tuple[str, Any]]) -> dict[str, float]:
-    """For every integer tensor of the batch and every output with one axis of classes more."""
+class _Agreement:
+    """Counts how often answers are the targets, and how often each target occurs."""
+
+    def __init__(self) -> None:
+        self._shares: list[float] = []
+        self._counts = torch.zeros(0, dtype=torch.long)
+        self._targets = 0
+        self._classes = 0
+
+    def update(self, answers: Tensor, target: Tensor) -> None:
+        """Add a batch; ``answers`` has one axis of classes more than the target, as axis 1."""
+        self._shares.append(float((answers.argmax(dim=1) == target).double().mean()))
+        self._classes = answers.shape[1]
+        self._targets += target.numel()
+        possible = target[(target >= 0) & (target < self._classes)].long().flatten().cpu()  # others are ignored labels
+        counts = torch.bincount(possible, minlength=max(self._classes, len(self._counts)))
+        counts[: len(self._counts)] += self._counts
+        self._counts = counts
+
+    @property
+    def share(self) -> float:
+        """Mean share of the targets that the answers hit."""
+        return sum(self._shares) / len(self._shares)
+
+    @property
+    def constant_guess(self) -> float:
+        """Share of the targets that the most frequent class hits."""
+        return float(self._counts.max()) / max(1, self._targets)
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether the axis is one of classes: the features of an embedding are far more than there are targets."""
+        seen = self._counts.nonzero()
+        return bool(len(seen)) and self._classes <= 2 * (int(seen[-1]) + 1)
+
+
+def _answers(batch: Any, results: list[tuple[str, Any]]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Every integer tensor of the batch with every output that has one axis of classes more."""
     targets = [(name, t) for name, t in named_leaves(batch) if not t.is_floating_point() and not t.is_complex()]
-    shares = {}
     for path, result in results:
         for name, output in named_leaves(result):
             if not output.is_floating_point() or output.dim() < 2 or output.shape[1] < 2:
                 continue
             for target_name, target in targets:
                 if target.shape == output.shape[:1] + output.shape[2:] and target.dtype != torch.bool:
-                    answer = output.argmax(dim=1)
                     output_name = ".".join(part for part in (path or "model", name) if part)
-                    shares[f"{output_name}={target_name or 'batch'}"] = float((answer == target).double().mean())
-    return shares
+                    yield f"{output_name}={target_name or 'batch'}", output, target
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batches
@@ -26,6 +26,7 @@ from lightning_qat.callbacks.preservation.undisturbed import muted_logging
 from lightning_qat.callbacks.trainer._compat import bare, replaced_optimizers
 from lightning_qat.callbacks.trainer.muted_loggers import muted_loggers
 from lightning_qat.quantization import ranks
+from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.region.regions import find_regions
 
 _STEPS_MEASURED = 8
@@ -65,7 +66,7 @@ class TrainingCopy:
         schedulers = [config.scheduler for config in self._schedulers]
         self.module.__dict__["optimizers"] = lambda use_pl_optimizer=True: _one_or_all(self._optimizers)
         self.module.__dict__["lr_schedulers"] = lambda: _one_or_all(schedulers) or None
-        norms = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in self.module.modules() if is_batch_norm(m)]
         self._frozen = [m for m in norms if freeze_batch_norm or not m.training]
         self._loss_scale = _loss_scale(trainer)
         self._accumulated = 0

@@ -11,12 +11,11 @@ from lightning_qat.callbacks.schedule.frozen_parts import FrozenParts
 from lightning_qat.callbacks.schedule.learned_scales import freeze_learned
 from lightning_qat.callbacks.schedule.schedule import Schedule
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.planning.plan import ScaleRole
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.quantization.region.switches import State
-
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
 class ScheduledRegions:
@@ -48,7 +47,7 @@ class ScheduledRegions:
             updates: the scales that follow the data.
         """
         self.regions = tuple(find_regions(pl_module).values())
-        self._batch_norms = tuple(m for r in self.regions for m in r.target.modules() if isinstance(m, _BATCH_NORMS))
+        self._batch_norms = tuple(m for r in self.regions for m in r.target.modules() if is_batch_norm(m))
         for region in self.regions:
             region.set_state(state, updates)
             if "weight" not in updates:

@@ -1,4 +1,4 @@
-"""The range of every single call of what runs several times per forward with one scale."""
+"""The range of each call of a point that runs several times per forward with one scale."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class CallRanges:
         Args:
             point: name of the point.
             call: number of the call within the forward, from 0.
-            x: what flows through.
+            x: the tensor at the point.
         """
         calls = self.points.setdefault(point, [])
         calls.extend([EMPTY] * (call + 1 - len(calls)))
@@ -70,7 +70,7 @@ class CallRanges:
         self.points = {name: ranges for name, ranges in self.points.items() if ranges}
 
     def state_dict(self) -> dict[str, list[list[float]]]:
-        """Return lists of numbers."""
+        """Return the ranges of every point as lists of numbers."""
         return {name: [list(r) for r in ranges] for name, ranges in self.points.items()}
 
     def load_state_dict(self, state: Mapping[str, list[list[float]]]) -> None:

@@ -1,7 +1,7 @@
 """Fake-quantization with one scale on the CPU: the values and gradients of ``primitives.py``, in less time.
 
-Forward are four vectorized passes in one new tensor. The backward is one pass over the saved input: division and
-rounding are monotone, so the values whose code is in range are those between two numbers, which are found once.
+The forward makes four vectorized passes over one new tensor. The backward makes one pass over the saved input: division
+and rounding are monotone, so the values with a code in range lie between two bounds, which are searched once.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def fake_quantize_cpu(x: Tensor, scale: float, low: int, high: int) -> Tensor:
 
     Args:
         x: Floating-point tensor on the CPU.
-        scale: A float32 as a number.
-        low: Smallest code less the zero point.
-        high: Largest code less the zero point.
+        scale: A Python float with the value of a float32.
+        low: Smallest code minus the zero point.
+        high: Largest code minus the zero point.
 
     Returns:
         A new tensor of the shape and type of ``x``, with the straight-through gradient.
@@ -41,7 +41,7 @@ def fake_quantize_cpu(x: Tensor, scale: float, low: int, high: int) -> Tensor:
 
 
 def round_to_float32(value: float) -> float:
-    """Round a number to float32; too large values become infinite."""
+    """Round a number to float32; a value that is too large becomes infinite."""
     return ctypes.c_float(value).value
 
 

@@ -1,4 +1,4 @@
-"""What a quantization point keeps: the statistics of its data, and the scale derived from them."""
+"""The module of a quantization point: it keeps statistics of its data and the scale derived from them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from lightning_qat.quantization.config_values import Scheme
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_quantize
 from lightning_qat.quantization.fake_quant.learned_scale import fake_quantize_learned, gradient_scale
-from lightning_qat.quantization.fake_quant.quantization_parameters import QuantizationParameters, Scheme
+from lightning_qat.quantization.fake_quant.quantization_parameters import QuantizationParameters
 from lightning_qat.quantization.numerics.observers import ObserverName, clip_range
 from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE, check_percentile
-from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics, RangeStatistics
+from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics
 from lightning_qat.quantization.numerics.scales import MIN_SCALE, greatest_scale
-from lightning_qat.quantization.numerics.split_statistics import SplitStatistics, repeat_groups
+from lightning_qat.quantization.numerics.split_statistics import repeat_groups, statistics_for
 
 
 class FakeQuantize(QuantizationParameters):
-    """A quantization point: it records what flows through, derives a scale from that and fake-quantizes.
+    """A quantization point: it records its data, derives a scale from the statistics and fake-quantizes.
 
-    These are three separate steps: :meth:`observe` only records, :meth:`compute_scale` only derives (again and again,
-    with other methods or types, from the same statistics) and calling the module only quantizes with the scale it has.
-    Until it has one (``scale_source`` is ``None``), or while ``enabled`` is false, calling it returns its input.
+    These are three separate steps. :meth:`observe` only records. :meth:`compute_scale` only derives the scale; it can
+    be repeated with other methods or types on the same statistics. Calling the module only quantizes with the present
+    scale. Without a scale (``scale_source`` is ``None``), or while ``enabled`` is false, it returns its input.
 
     Args:
         dtype: Name of the quantized type, such as ``int8``.
@@ -32,7 +33,7 @@ class FakeQuantize(QuantizationParameters):
         axis: Channel axis for one scale per channel; ``None`` for one scale.
         channels: Number of channels; needed with ``axis`` and only then.
         split_sizes: Lengths of groups of neighbouring channels, for one scale per group instead of per channel.
-        batch_axis: The axis of the samples, ``None`` for a weight; only the gradient of a learned scale looks at it.
+        batch_axis: The axis of the samples, ``None`` for a weight; only the gradient of a learned scale uses it.
         observer: The method that derives the scale, see
             :func:`~lightning_qat.quantization.numerics.observers.clip_range`.
         percentile: For the ``percentile`` observer: share of the values inside the range, in percent.
@@ -42,18 +43,18 @@ class FakeQuantize(QuantizationParameters):
             127).
 
     Attributes:
-        scale: float32 whatever the type of the model, ``()``, ``(channels,)`` or ``(groups,)``. A buffer, or once
-            :meth:`learn_scale` was called a parameter.
+        scale: Always float32, ``()``, ``(channels,)`` or ``(groups,)``. A buffer; a parameter after
+            :meth:`learn_scale`.
         zero_point: Buffer, int32, of the same shape.
         scale_source: The method the scale came from, ``None`` before calibration.
         enabled: Set to false to switch this point off.
         frozen: Set to true to keep the scale as it is, once there is one; see :meth:`Region.freeze`.
-        outdated: Whether the scale is a weight's and was taken in a training forward: the optimizer may have stepped
-            since, so the next evaluation takes it anew.
+        outdated: True if a training forward computed the scale of a weight. The optimizer may have stepped since, so
+            the next evaluation computes the scale again.
         statistics: What was observed.
 
     Raises:
-        ConfigurationError: If an argument is out of its set, or two of them contradict each other.
+        ConfigurationError: If an argument has a value that is not allowed, or two arguments contradict each other.
 
     Example:
         >>> point = FakeQuantize("int8", observer="minmax")
@@ -101,13 +102,7 @@ class FakeQuantize(QuantizationParameters):
         self.enabled = True
         self.frozen = False
         self.outdated = False
-        self.statistics: RangeStatistics | PerChannelStatistics | SplitStatistics
-        if axis is None or channels is None:
-            self.statistics = RangeStatistics(ema_momentum)
-        elif split_sizes is None:
-            self.statistics = PerChannelStatistics(axis, channels, ema_momentum)
-        else:
-            self.statistics = SplitStatistics(axis, split_sizes, ema_momentum)
+        self.statistics = statistics_for(axis, channels, split_sizes, ema_momentum)
         with torch.inference_mode(False):
             # Clip range relative to the whole and to the averaged range of the data: row 0 for the lower end, 1 for
             # the upper.
@@ -150,7 +145,7 @@ class FakeQuantize(QuantizationParameters):
     @torch.no_grad()
     @torch.inference_mode(False)
     def compute_scale(self, observer: str | None = None, dtype: str | None = None) -> None:
-        """Derive scale and zero point from the kept statistics, in place. What was learned is lost.
+        """Derive scale and zero point from the kept statistics, in place. This overwrites a learned scale.
 
         Args:
             observer: The method, by default the one given at construction (``fixed`` if there is a fixed scale).
@@ -182,7 +177,7 @@ class FakeQuantize(QuantizationParameters):
         self.scale_source = source
 
     def change_dtype(self, dtype: str) -> None:
-        """Change the quantized type, and re-derive the scale by the method it came from. A fixed scale stays.
+        """Change the quantized type, and derive the scale again by the method it came from. A fixed scale stays.
 
         Raises:
             ConfigurationError: If there is no such quantized type.
@@ -197,14 +192,14 @@ class FakeQuantize(QuantizationParameters):
     def update_scale(self, x: Tensor, *, ema: bool | None = None) -> None:
         """Let the scale follow the data in training, without a jump from the calibrated one.
 
-        The new scale is that of the range of ``x`` (a weight), or of its moving average over batches (an activation),
-        times the ratio of the calibrated range to the same kind of range at calibration. Cheap: it looks at minimum
-        and maximum only; a tensor with NaN or infinities changes nothing, nor does one that ``torch.func`` transforms.
-        A fixed, learned or uncalibrated scale stays.
+        The new range is that of ``x`` (a weight) or its moving average over batches (an activation), multiplied by
+        the ratio of the calibrated range to the same kind of range at calibration. This reads minimum and maximum
+        only, so it is cheap. The scale stays if ``x`` holds NaN or infinities or is transformed by ``torch.func``, and
+        if the scale is fixed, learned or not calibrated.
 
         Args:
             x: The present weight, or this batch's activation.
-            ema: Whether to average over batches; by default if the observer is ``ema``.
+            ema: Whether to average over batches; by default only if the observer is ``ema``.
         """
         if self.scale_source is None or self.scale_source == "fixed" or x.numel() == 0 or self._parameters:
             return
@@ -234,17 +229,17 @@ class FakeQuantize(QuantizationParameters):
     @torch.no_grad()
     @torch.inference_mode(False)
     def set_averages(self, averages: Tensor) -> None:
-        """Replace the moving averages of the range, ``(2, channels)``, and take the scale from them (over ranks)."""
+        """Replace the moving averages of the range, ``(2, channels)``, and compute the scale from the new ones."""
         self.statistics.averages = averages
         if not self.learned:
             self._write_ema_range(*self.statistics.ema_range)
 
     def reset_statistics(self) -> None:
-        """Forget what was observed, to calibrate anew; the scale stays."""
+        """Reset the statistics, to calibrate again; the scale stays."""
         self.statistics.reset()
 
     def get_statistics_state(self) -> dict[str, Any]:
-        """Return what is not in ``state_dict``: ints, floats, strings, lists and CPU tensors only."""
+        """Return the state that ``state_dict`` lacks, as ints, floats, strings, lists and CPU tensors."""
         return {
             "dtype": self.dtype,
             "scale_source": self.scale_source,

@@ -25,8 +25,8 @@ def fake_quantize(
     """Quantize and dequantize: ``(clip(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale``.
 
     Ties round to even. The codes, ``clip(...)``, are those of ONNX's ``QuantizeLinear``, bit for bit. Torch's own
-    operators multiply by the inverse of the scale: their code may differ by one where ``x / scale`` is a tie but for
-    rounding. NaN stays NaN; infinite and huge values saturate by their sign (torch's operators turn NaN, and per
+    operators multiply by the inverse of the scale: their code may differ by one where ``x / scale`` is very close to a
+    tie. NaN stays NaN; infinite and huge values saturate by their sign (torch's operators turn NaN, and per
     channel also ``inf``, into ``quant_min``). float16 and bfloat16 are computed in float32 and returned in their own
     type; float64 is computed in float64.
 

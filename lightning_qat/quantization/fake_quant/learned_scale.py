@@ -39,8 +39,8 @@ def fake_quantize_learned(
 ) -> Tensor:
     """Quantize as ``fake_quantize`` does, bit for bit, with a gradient for the scale.
 
-    The gradient of ``x`` is that of ``fake_quantize`` as well. NaN contribute nothing to the gradient of the scale;
-    infinities are values beyond the range.
+    The gradient of ``x`` is that of ``fake_quantize`` as well. NaN contributes nothing to the gradient of the scale;
+    infinities count as values beyond the range.
 
     Args:
         x: Floating-point tensor.
@@ -81,15 +81,15 @@ def gradient_scale(
 ) -> tuple[float, ...]:
     r"""Return :math:`g = 1/\sqrt{N Q_P}` of section 2.2 of the paper, for each scale.
 
-    :math:`Q_P` is the largest code, also of affine schemes. :math:`N` is the number of values that one scale has:
-    of a weight its elements (those of the channel), of an activation the elements of one sample.
+    :math:`Q_P` is the largest code, also of affine schemes. :math:`N` is the number of values under one scale: the
+    elements of a weight (or of one channel of it), or the elements of one sample of an activation.
 
     Args:
-        shape: Of the tensor that is quantized.
+        shape: Shape of the quantized tensor.
         quant_max: :math:`Q_P`.
         axis: The channel axis, if there is more than one scale.
         batch_axis: The axis of the samples, None for weights.
-        sizes: How many neighbouring channels share a scale; one each if not given.
+        sizes: Lengths of the groups of channels that share a scale; None if there are no groups.
 
     Returns:
         One number, or with ``sizes`` one for each group.

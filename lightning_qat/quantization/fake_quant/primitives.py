@@ -1,9 +1,8 @@
 """The arithmetic of fake-quantization in plain torch operators: the reference, for any device and any number of scales.
 
-Every code in the package is made by :func:`codes_before_clipping` or, for one scale on the CPU, by ``cpu_kernel.py``.
-Both divide by the scale, so the codes are those of ONNX's ``QuantizeLinear``, bit for bit. The product with the inverse
-of the scale, which torch's own fake-quantize operators take, gives another code for about two values in 10,000 at 16
-bits.
+Every code in the package comes from :func:`codes_before_clipping` or, for one scale on the CPU, from ``cpu_kernel.py``.
+Both divide by the scale, so the codes are those of ONNX's ``QuantizeLinear``, bit for bit. Torch's own fake-quantize
+operators multiply by the inverse of the scale, which gives another code for about two values in 10,000 at 16 bits.
 
 Compiled by inductor for the CPU, the codes are the same. For CUDA, inductor rounds divisions as eager mode does only
 with ``torch._inductor.config.eager_numerics.division_rounding``; that has not been measured here.
@@ -23,7 +22,7 @@ from torch import Tensor
 from lightning_qat.quantization.errors import ConfigurationError
 
 NATIVE = (torch.float32, torch.float64)
-"""Types that are computed in themselves; the others in float32."""
+"""Types that are computed as they are; all others are computed in float32."""
 
 
 def fake_quantize_primitives(
@@ -90,7 +89,7 @@ def codes_before_clipping(x: Tensor, scale: Tensor, zero_point: Tensor | int) ->
 
 
 def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min: int, quant_max: int) -> Tensor:
-    """Compute the value of :func:`fake_quantize_primitives`, of the same arguments, without its gradient."""
+    """Compute the value of :func:`fake_quantize_primitives` from the same arguments, without a gradient."""
     zero = zero_point.to(torch.float32) if isinstance(zero_point, Tensor) else zero_point
     codes = codes_before_clipping(x, scale, zero).clamp_(quant_min, quant_max)
     if isinstance(zero, Tensor) or zero:
@@ -114,7 +113,7 @@ def straight_through(grad: Tensor, codes: Tensor, quant_min: int, quant_max: int
 
 
 def check_floating_point(x: Tensor) -> None:
-    """Refuse a tensor that has no fractions to round.
+    """Refuse a tensor that is not floating-point.
 
     Raises:
         ConfigurationError: If ``x`` is not floating-point.
@@ -124,7 +123,7 @@ def check_floating_point(x: Tensor) -> None:
 
 
 def broadcast_to_axis(x: Tensor, values: Tensor, axis: int | None) -> Tensor:
-    """View ``(channels,)`` values so that they broadcast along an axis of ``x``; as they are without an axis.
+    """View ``(channels,)`` values so that they broadcast along an axis of ``x``; return them as they are without one.
 
     Raises:
         ConfigurationError: If the axis does not have as many channels.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_qat.quantization.config_values import Scheme
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
 from lightning_qat.quantization.numerics.scales import (
     ZERO_RANGE_SCALE,
@@ -19,11 +19,9 @@ from lightning_qat.quantization.numerics.scales import (
 )
 from lightning_qat.quantization.numerics.split_statistics import repeat_groups
 
-Scheme = Literal["symmetric", "affine"]
-
 
 class QuantizationParameters(torch.nn.Module):
-    """The type, scale and zero point of a point: where they live, and how a range becomes a scale.
+    """Stores the type, scale and zero point of a point, and computes the scale from a range.
 
     Args:
         dtype: Name of the quantized type.
@@ -34,8 +32,7 @@ class QuantizationParameters(torch.nn.Module):
         narrow_range: Leave out the smallest code of a signed type.
 
     Attributes:
-        scale: float32 whatever the type of the model, ``()`` or ``(scales,)``. A buffer, or once :meth:`learn_scale`
-            was called a parameter.
+        scale: Always float32, ``()`` or ``(scales,)``. A buffer; a parameter after :meth:`learn_scale`.
         zero_point: Buffer, int32, of the same shape.
         scale_source: The method the scale came from, ``None`` before there is one.
     """
@@ -67,17 +64,17 @@ class QuantizationParameters(torch.nn.Module):
 
     @property
     def degenerate(self) -> bool:
-        """Whether a scale was derived from data that were all zero: it is a stand-in that fits no other data."""
+        """Whether the scale comes from data that were all zero. It is a placeholder that fits no other data."""
         return self.scale_source is not None and bool((self.scale == ZERO_RANGE_SCALE).any())
 
     @property
     def channel_scale(self) -> Tensor:
-        """The scale as it broadcasts along the axis: ``(channels,)`` also where groups of channels share one."""
+        """The scale as it broadcasts along the axis: ``(channels,)`` even where groups of channels share one."""
         return self.scale if self.split_sizes is None else repeat_groups(self.scale, self.split_sizes)
 
     @property
     def channel_zero_point(self) -> Tensor:
-        """The zero point likewise."""
+        """The zero point in the shape of :attr:`channel_scale`."""
         return self.zero_point if self.split_sizes is None else repeat_groups(self.zero_point, self.split_sizes)
 
     @property
@@ -89,11 +86,11 @@ class QuantizationParameters(torch.nn.Module):
         """Make the scale a parameter, with the gradient of LSQ, or a buffer again. Its name and its value stay.
 
         It starts from the calibrated value (the paper starts from ``2 mean(|v|) / sqrt(Q_P)``), so that training starts
-        from the model that calibration left. Do this before the optimizer is built; calibration fills it in place. A
-        ``fixed_scale`` of the user stays a buffer.
+        from the model that calibration left. Do this before the optimizer is built; calibration writes the parameter in
+        place. A ``fixed_scale`` of the user stays a buffer.
 
         Args:
-            learn: False for a buffer.
+            learn: True makes the scale a parameter, False a buffer.
         """
         learn = learn and self.fixed_scale is None
         if learn == self.learned:

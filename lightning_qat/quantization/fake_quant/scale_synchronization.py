@@ -11,10 +11,10 @@ from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 
 
 def average_over_ranks(fake_quants: Iterable[FakeQuantize]) -> None:
-    """Average the moving averages of the ranges over ranks, in one reduction, and take the scales from them.
+    """Average the moving averages of the ranges over ranks, in one reduction, and compute the scales from them.
 
-    The averages themselves are averaged, so that a checkpoint of any rank is that of all. With one rank, and for
-    scales that are fixed, frozen or not there yet, nothing changes.
+    The averages themselves become equal on all ranks, so every rank writes the same checkpoint. With one rank, and for
+    scales that are fixed, frozen or not computed yet, nothing changes.
 
     Args:
         fake_quants: the points whose scales may move, in the same order on all ranks.

@@ -1,1 +1,1 @@
-"""The table of torch functions: how each one is treated, and why."""
+"""The table of torch functions: how each one is treated, and why. ``function_table.py`` says where to change it."""

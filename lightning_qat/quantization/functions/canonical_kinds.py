@@ -1,4 +1,4 @@
-"""The one name that all spellings of a torch function share.
+"""The one name that all forms of a torch function share (function, method, operator, in-place).
 
 ``x + y``, ``torch.add``, ``Tensor.add_``, ``x += y``, ``1 + x`` and ``torch.ops.aten.add.Tensor`` are all ``add``.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def canonical_kind(func: Callable[..., Any]) -> str:
-    """Return the name all spellings of a torch function share.
+    """Return the name that all forms of a torch function share.
 
     Example:
         >>> import torch

@@ -1,4 +1,7 @@
-"""The functions that stay in float, each with its reason. Part of the function table, see ``function_table.py``."""
+"""The functions that stay in float, each with its reason. Part of the function table, see ``function_table.py``.
+
+To make a function stay float, move its name from its row there to a row here.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,16 @@ _STEPS = "jumps: an input error of one step can move the result by a whole unit"
 _SPECIAL = "special function: its poles and steep ends leave no useful integer range"
 _COMPLEX = "complex numbers have no integer grid here"
 _LINALG = "matrix decomposition: amplifies input errors by the condition of the matrix"
-_LOSS = "a loss is no part of an inference graph"
-_RANDOM = "draws at random around its operands"
+_LOSS = "a loss is not part of an inference graph"
+_RANDOM = "draws random values around its operands"
 _SPARSE = "sparse tensors are not quantized"
 _QUANTIZED = "torch's own quantized tensors and fake-quantizers are left alone"
 _BACKEND = "kernel of one backend; its public form is quantized"
 _BATCH_NORM = "a step of SyncBatchNorm's training, which is one batch_norm in inference"
-_PYTHON = "runs Python code per element, or for the writer of a tensor subclass"
-_STATISTIC = "counts or statistics for analysis, no part of an inference graph"
+_PYTHON = "runs Python code per element, or serves writers of tensor subclasses"
+_STATISTIC = "counts or statistics for analysis, not part of an inference graph"
 _MEMORY = "changes the memory behind a tensor"
-_GRADIENT = "a gradient, no value of the forward pass"
+_GRADIENT = "a gradient, not a value of the forward"
 _DISTRIBUTED = "communication between processes"
 _POLYNOMIAL = "powers and polynomials outgrow every integer range"
 _BITS = "works on the bits of a number"

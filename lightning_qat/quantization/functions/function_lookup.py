@@ -1,7 +1,7 @@
-"""Which torch function is what: quantized, passed through, or left in float because of a reason.
+"""Look up how a torch function is treated: quantized, moved, or left in float for a reason.
 
-The rows are in ``function_table.py`` and ``float_functions.py``; here they are looked up and refined by the options of
-a call. The whole table for people is ``torch_functions.md``.
+The rows are in ``function_table.py`` and ``float_functions.py``. This module finds the row of a function and refines it
+by the options of a call. ``torch_functions.md`` shows the whole table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_qat.quantization.functions.op_spec import OpSpec
 
 
 def spec_of(func: Callable[..., Any]) -> OpSpec:
-    """Return the row of a function. One without a row gets role ``float`` and a reason that says so.
+    """Return the row of a function. A function without a row gets role ``float`` and a reason that says so.
 
     Example:
         >>> import torch
@@ -48,16 +48,17 @@ def is_interceptable(spec: OpSpec) -> bool:
 
 
 def specialise(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpSpec:
-    """Refine a row by the values of a call: what an op does to the grid can depend on its options.
+    """Refine a row by the arguments of a call: the role of an op can depend on its options.
 
-    Only rows that :func:`is_interceptable` can become ops with quantizers; the others are not identified at run time.
+    Only a row for which :func:`is_interceptable` is true can become an op with quantizers; other ops are not identified
+    at run time.
     """
     refine = _OPTIONS.get(spec.kind)
     return spec if refine is None else refine(spec, args, kwargs)
 
 
 PARALLEL = frozenset(["broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"])
-"""Data movement whose n-th result is made of the n-th tensor only."""
+"""Data movement whose n-th result depends on the n-th tensor only."""
 
 STATISTICS = frozenset(["batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit"])
 """Ops that write running statistics into buffers; these are parameters of the op, not data."""

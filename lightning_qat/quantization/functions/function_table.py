@@ -1,8 +1,13 @@
-"""The function table: a row for every torch function that can be quantized, moves data or makes tensors.
+"""The function table: one row per torch function says whether it is quantized, moves, creates, or stays float.
 
-One row covers every spelling of a function (see ``canonical_kinds.py``). The functions that stay float, with their
-reasons, are in ``float_functions.py``; ``torch_functions.md`` is the whole table, made by ``make tables``. A new torch
-function gets its row here or there; the tests say which is missing.
+* Rows of functions that are quantized, move data or create tensors are here. Rows of functions that stay float are in
+  ``float_functions.py``, each with its reason.
+* To make a function stay float (``silu``), move its name from its row here to a row with a reason there. To do so in
+  one model only, write an override: ``{op_type: silu, activation: {dtype: float32}}``.
+* A new torch function gets a row here or there; the tests say which is missing.
+* One row covers every form of a function; ``canonical_kinds.py`` gives all forms one name (the kind).
+  ``function_lookup.py`` finds the row of a called function and refines it by the options of the call.
+  ``torch_functions.md`` shows the whole table; ``make tables`` writes it.
 """
 
 from __future__ import annotations

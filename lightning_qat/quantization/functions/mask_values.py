@@ -24,13 +24,13 @@ def is_mask_fill(value: object) -> bool:
 
 
 def makes_mask(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Sequence[Tensor]) -> bool:
-    """Whether an op makes a mask: it fills with huge negative numbers, or turns switches into fills.
+    """Whether an op makes an additive mask: it fills with huge negative numbers, or turns zeros and ones into fills.
 
     Args:
         kind: canonical torch function.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        outputs: what it returned.
+        outputs: the tensors that it returned.
 
     Example:
         >>> kept = torch.tensor([0.0, 1.0])
@@ -58,8 +58,8 @@ def subtracts_mask(kind: str, operands: Sequence[Tensor]) -> bool:
 def has_mask_values(tensor: Tensor) -> bool:
     """Whether a tensor looks like an additive mask.
 
-    Either a few huge negative fills and otherwise moderate values, with nothing in between; or nothing but zeros and
-    one negative number that is large for an exponent.
+    It then holds a few huge negative fills and otherwise moderate values, with nothing in between; or only zeros and
+    one negative number whose exponential is practically zero.
     """
     if not _is_readable(tensor):
         return False

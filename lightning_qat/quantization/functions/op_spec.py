@@ -1,4 +1,4 @@
-"""What is known of a torch function: one row of the function table."""
+"""One row of the function table: the role of a torch function and the facts about its parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["quantize", "join", "pass", "create", "float", "composite"]
-"""What planning does with an op.
+"""How planning treats an op.
 
 ``quantize``: operands and result are quantized. ``join``: brings several tensors together (``cat``); needs a quantizer
 only where their scales differ. ``pass``: moves or selects values, which stay on the grid of the input. ``create``:
@@ -35,7 +35,7 @@ class OpSpec:
             parameters the matrices are weights and the vectors biases.
         weight_axis: channel axis of the weights.
         gemm: the op is a matrix product with a wide accumulator (conv, linear, matmul).
-        reason: for ``float``: why. For others: what stays float inside the op.
+        reason: why a function of role ``float`` stays float; for other roles, what stays float inside the op.
     """
 
     kind: str

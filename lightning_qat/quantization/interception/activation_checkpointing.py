@@ -1,9 +1,9 @@
-"""Keeping fake-quant in place when activation checkpointing repeats part of the forward in the backward pass.
+"""Keep fake-quant active when activation checkpointing repeats part of the forward in the backward.
 
-The repetition happens outside the target's forward, where no mode is active: a reentrant checkpoint would silently give
-the gradients of another function, a non-reentrant one would fail. While a region runs, the two entry points of
-``torch.utils.checkpoint`` are therefore wrapped so that the repeated function runs as the same scope, with observers
-frozen. In threads that run no region the wrappers do nothing.
+The repetition happens outside the target's forward, where no mode is active. A reentrant checkpoint would then silently
+compute the gradients of the float function, and a non-reentrant one would fail. So while a region runs, the two entry
+points of ``torch.utils.checkpoint`` are wrapped: the repeated function runs in the same scope, with observers frozen.
+In threads that run no region the wrappers do nothing.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from typing import Any, ClassVar
 import torch
 import torch.utils.checkpoint as torch_checkpoint
 
-from lightning_qat.quantization.interception.call_path import ScopeNode
-from lightning_qat.quantization.interception.interception import CallPathMode, active_mode
+from lightning_qat.quantization.interception.interception import InterceptionMode, active_mode
 
 _NAME = "checkpoint"
 
 
 class RunningRegion:
-    """Context manager around every entry of a region: what has to change in torch while a region runs, anywhere.
+    """Context manager around every entry of a region. It changes torch globally while any region runs.
 
-    Besides checkpointing, functions under ``torch.compile`` inside the region run eagerly: compiled code would run past
-    the mode. Entries are counted, so that threads and nesting do not interfere.
+    It wraps checkpointing, and it runs functions under ``torch.compile`` inside the region eagerly, because compiled
+    code would bypass the mode. Entries are counted, so that threads and nesting do not interfere.
     """
 
     _lock: ClassVar[threading.Lock] = threading.Lock()
@@ -74,9 +73,9 @@ class _Reentrant:
 
     def apply(self, function: Callable[..., Any], *args: Any) -> Any:
         mode = active_mode()
-        node = mode.calls.inner_node(sys._getframe(1), _NAME) if mode is not None else None
-        if mode is not None and node is not None:
-            function = _Resumable(function, mode, node)
+        scope = mode.identity.inner_scope(sys._getframe(1), _NAME) if mode is not None else None
+        if mode is not None and scope is not None:
+            function = _Resumable(function, mode, scope)
             # nothing to recompute; torch would warn about that while tracing
             if mode.keeps_activations or not torch.is_grad_enabled():
                 return function(*args[1:])
@@ -92,10 +91,10 @@ def _non_reentrant(original: Callable[..., Any]) -> Callable[..., Any]:
         mode = active_mode()
         if mode is not None:
             frame = sys._getframe(1)  # torch's checkpoint(), which calls the function itself the first time
-            node = mode.calls.inner_node(frame, _NAME)
-            if node is not None:
-                mode.calls.enter(frame, node)
-                function = _Resumable(function, mode, node)
+            scope = mode.identity.inner_scope(frame, _NAME)
+            if scope is not None:
+                mode.identity.enter(frame, scope)
+                function = _Resumable(function, mode, scope)
             if mode.keeps_activations:
                 return iter((None,))  # torch's checkpoint() runs the function between two steps of the generator
         return original(function, *args, **kwargs)
@@ -106,22 +105,22 @@ def _non_reentrant(original: Callable[..., Any]) -> Callable[..., Any]:
 class _Resumable:
     """A checkpointed function: as part of the running region the first time, re-entering it when repeated."""
 
-    def __init__(self, function: Callable[..., Any], mode: CallPathMode, node: ScopeNode) -> None:
+    def __init__(self, function: Callable[..., Any], mode: InterceptionMode, scope: Any) -> None:
         self._function = function
         self._mode = mode
-        self._node = node
+        self._scope = scope
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame: FrameType = sys._getframe()
-        running = active_mode(self._mode.calls.paths)
+        running = active_mode(self._mode.identity.owner)
         if running is not None:
-            running.calls.enter(frame, self._node)
+            running.identity.enter(frame, self._scope)
             return self._function(*args, **kwargs)
-        resumed = self._mode.resumed(frame, self._node)
+        resumed = self._mode.resumed(frame, self._scope)
         if resumed is None:
             return self._function(*args, **kwargs)
         try:
             with RunningRegion(), resumed:
                 return self._function(*args, **kwargs)
         finally:
-            resumed.calls.clear()
+            resumed.identity.clear()

@@ -1,8 +1,8 @@
 """Run-time identity of ops: the call path from the target's forward down to the torch function.
 
-An op is identified by the chain of module calls it happens in and, inside the innermost one, by the call sites (code
-object and bytecode offset) that lead to it, plus how often that path was taken before. Nothing above the target counts.
-So a branch that adds an op never shifts its neighbours, and a helper called from two places is two ops.
+An op is identified by the chain of module calls around it, by the call sites (code object and bytecode offset) that
+lead to it inside the innermost module, and by how often that path was taken before. Frames above the target do not
+count. So a branch that adds an op never shifts its neighbours, and a helper called from two places gives two ops.
 
 Digests of these paths are the names under which ops are found again in another process. They change when the bytecode
 of a function on the path changes, not when lines move.
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 MODULE_CALL, SKIP, FUNCTION = range(3)
-"""What a frame can be other than a call site: a call of a module, nothing, or a custom ``autograd.Function``."""
+"""Kinds of frames that are not call sites: a module call, a frame to skip, or a custom ``autograd.Function``."""
 
 _TORCH_DIRECTORY = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OWN_DIRECTORY = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")) + os.sep
@@ -46,14 +46,14 @@ _SKIPPED_CODES = (
     *(c for c in _MODULE_CALL_CODE.co_consts if isinstance(c, CodeType)),
 )
 FUNCTION_CODE = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
-"""What runs a custom ``autograd.Function``."""
+"""The code object that runs a custom ``autograd.Function``."""
 _NOTEBOOK_MARKS = ("<", "ipykernel")
 _CACHE_OPCODE = dis.opmap.get("CACHE")
 _CALL_OPCODE = dis.opmap.get("CALL")
 _PRECALL_OPCODE = dis.opmap.get("PRECALL", -1)
 
 Path = tuple[int, ...]
-"""Numbers of call sites, from the op outwards. The numbers hold for one :class:`CallPaths`; see ``describe``."""
+"""Numbers of call sites, from the op outwards. They are valid in one :class:`CallPaths`; ``describe`` names them."""
 
 
 class ScopeNode:
@@ -66,8 +66,8 @@ class ScopeNode:
         module_type: its class name.
         is_module: whether it is a module call rather than a block inside one.
         is_dynamic: whether it is a dynamic block, or inside one.
-        body: code of the module's own forward, where decorators wrap it. Which way they take to it does not matter:
-            they may checkpoint it in training only.
+        body: code of the module's own forward, if decorators wrap it. Paths end there, because decorators may call it
+            differently in train and eval mode (checkpointing in training only).
     """
 
     __slots__ = ("body", "children", "display", "is_dynamic", "is_module", "key", "module_path", "module_type", "ops")
@@ -191,7 +191,7 @@ class CallPaths:
         return node
 
     def op(self, node: ScopeNode, path: Path, kind: str, hit: int) -> Any:
-        """Return what ``find`` says of the ``hit``-th op of ``kind`` at ``path``, remembered from then on."""
+        """Return the object that ``find`` gives for the ``hit``-th op of ``kind`` at ``path``, and remember it."""
         with self._lock:
             known = node.ops.setdefault((path, kind), [])
             while len(known) <= hit:
@@ -200,7 +200,7 @@ class CallPaths:
             return known[hit]
 
     def describe(self, path: Path) -> str:
-        """Spell a path so that it is the same in another process."""
+        """Return a path as text that is the same in another process."""
         return "/".join(self._names_of_sites[site] for site in path)
 
     def _new(

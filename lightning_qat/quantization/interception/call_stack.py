@@ -36,7 +36,9 @@ class ScopeRun:
 
 
 class CallStack:
-    """Where execution is, during one entry of the region. Fresh per entry, so nothing survives an exception.
+    """Tracks where execution is during one entry of the region, and identifies ops by their call path.
+
+    Implements :class:`~lightning_qat.quantization.interception.op_identity.OpIdentity`.
 
     Args:
         paths: the call tree.
@@ -55,6 +57,16 @@ class CallStack:
         self._labels: dict[FrameType, list[ScopeRun]] = {}
         self._bodies: dict[FrameType, ScopeRun] = {}
 
+    @property
+    def owner(self) -> CallPaths:
+        """The call tree, which all entries of one region share."""
+        return self.paths
+
+    @property
+    def target(self) -> nn.Module:
+        """The module whose forward is the region."""
+        return self.paths.target
+
     def op(self, frame: FrameType, kind: str) -> Any:
         """Identify the op of ``kind`` called in ``frame``; None inside a custom autograd.Function."""
         located = self._locate(frame)
@@ -71,7 +83,7 @@ class CallStack:
         return self.paths.op(run.node, path, kind, hit)
 
     def bystander(self, frame: FrameType, kind: str) -> Any:
-        """Identify an op that is looked at while tracing only: it must not count module calls, as no one will later."""
+        """Identify an op that only tracing looks at. It counts no module call, as it is not identified at run time."""
         located = self._locate(frame, counting=False)
         if located is None:
             return None
@@ -200,10 +212,11 @@ class CallStack:
         if run.depth < len(self._stack) and self._stack[run.depth] is run:
             self._truncate(run.depth)
 
-    def inner_node(self, frame: FrameType, name: str) -> ScopeNode | None:
+    def inner_scope(self, frame: FrameType, name: str) -> ScopeNode | None:
         """Return the node for a function that ``frame`` is about to call under another name (checkpointing).
 
-        What the decorators of a forward call that way is the forward, as without checkpointing.
+        If decorators of a forward call the forward itself that way, the node is that of the forward, as it is without
+        checkpointing.
         """
         located = self._locate(frame)
         if located is None:
@@ -216,6 +229,10 @@ class CallStack:
     def enter(self, frame: FrameType, node: ScopeNode) -> None:
         """Let ``frame`` run as ``node``."""
         self._push(frame, node)
+
+    def resumed(self, frame: FrameType, node: ScopeNode) -> CallStack:
+        """Return the call stack of an entry that starts in ``frame`` as ``node``."""
+        return CallStack(self.paths, frame, node)
 
     def clear(self) -> None:
         """Drop all frames (and the tensors they hold) once the entry has ended."""

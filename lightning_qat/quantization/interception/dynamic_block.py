@@ -8,15 +8,15 @@ from types import FrameType
 
 from torch import nn
 
-from lightning_qat.quantization.interception.call_stack import CallStack
 from lightning_qat.quantization.interception.interception import active_mode
+from lightning_qat.quantization.interception.op_identity import OpIdentity
 
 
 class dynamic_block:
-    """Mark code whose repetition varies from batch to batch (A3).
+    """Mark code whose repetition varies from batch to batch.
 
-    Ops inside are identified by the label and their place in the block, not by how often the block ran: every pass uses
-    the same quantizers, and fusion inside works. Outside a quantized forward it does nothing.
+    Ops inside are identified by the label and their place in the block, not by how often the block ran. So every
+    repetition uses the same quantizers, and ops inside can be fused. Outside a quantized forward it does nothing.
 
     Args:
         module: the module the block belongs to (``self``).
@@ -31,7 +31,7 @@ class dynamic_block:
     def __init__(self, module: nn.Module, name: str) -> None:
         self._module = module
         self._name = name
-        self._entered: list[tuple[CallStack, FrameType] | None] = []
+        self._entered: list[tuple[OpIdentity, FrameType] | None] = []
 
     def __enter__(self) -> None:
         mode = active_mode()
@@ -39,14 +39,14 @@ class dynamic_block:
             self._entered.append(None)
             return
         frame = _with_statement(sys._getframe(1))
-        mode.calls.enter_label(frame, self._module, self._name)
-        self._entered.append((mode.calls, frame))
+        mode.identity.enter_label(frame, self._module, self._name)
+        self._entered.append((mode.identity, frame))
 
     def __exit__(self, *_: object) -> None:
         entered = self._entered.pop()
         if entered is not None:
-            calls, frame = entered
-            calls.exit_label(frame)
+            identity, frame = entered
+            identity.exit_label(frame)
 
 
 def _with_statement(frame: FrameType) -> FrameType:

@@ -20,17 +20,14 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_qat.quantization.functions.function_lookup import is_interceptable, spec_of
 from lightning_qat.quantization.functions.op_spec import OpSpec
-from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode
-from lightning_qat.quantization.interception.call_stack import CallStack
+from lightning_qat.quantization.interception.op_identity import OpIdentity
 
 
-class CallPathMode(TorchFunctionMode):
-    """A torch function mode that knows where in the region it is. One object per entry of the region.
+class InterceptionMode(TorchFunctionMode):
+    """A torch function mode that knows which op of the region it handles. One object per entry of the region.
 
     Args:
-        paths: the call tree of the region.
-        frame: the frame of the entry; the call path ends there.
-        node: where in the tree the entry is; the root by default.
+        identity: identifies the ops of this entry.
         recomputing: the entry repeats a forward for activation checkpointing.
 
     Attributes:
@@ -39,49 +36,51 @@ class CallPathMode(TorchFunctionMode):
 
     keeps_activations: ClassVar[bool] = False
 
-    def __init__(
-        self, paths: CallPaths, frame: FrameType, node: ScopeNode | None = None, recomputing: bool = False
-    ) -> None:
+    def __init__(self, identity: OpIdentity, recomputing: bool = False) -> None:
         super().__init__()
-        self.calls = CallStack(paths, frame, node)
+        self.identity = identity
         self.recomputing = recomputing
 
-    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
-        """Return a mode that continues at ``node``, for activations that are recomputed in the backward pass."""
+    def resumed(self, frame: FrameType, scope: Any) -> InterceptionMode | None:
+        """Return a mode that continues in a scope, for activations that are recomputed in the backward."""
         raise NotImplementedError
 
     def run_composite(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a Python function of torch so that the functions it calls are seen instead of itself."""
+        """Run a Python function of torch so that the mode sees the functions it calls instead of the function."""
         with self:
             return decomposed(func)(*args, **kwargs)
 
 
-def active_mode(paths: CallPaths | None = None) -> CallPathMode | None:
-    """Return the innermost interception mode (of ``paths``, if given) that the current thread runs under."""
+def active_mode(owner: object | None = None) -> InterceptionMode | None:
+    """Return the innermost interception mode that the current thread runs under.
+
+    Args:
+        owner: look for a mode of the region that this object identifies (:attr:`OpIdentity.owner`) only.
+    """
     for mode in reversed(torch.overrides._get_current_function_mode_stack()):
-        if isinstance(mode, CallPathMode) and (paths is None or mode.calls.paths is paths):
+        if isinstance(mode, InterceptionMode) and (owner is None or mode.identity.owner is owner):
             return mode
     return None
 
 
 class Opener(Protocol):
-    """Who decides what happens when the target's forward is entered: the region, or the tracer."""
+    """Decides what happens when the target's forward is entered: a region or a tracer."""
 
     @property
     def is_off(self) -> bool:
         """Whether the plain forward runs."""
 
-    def open(self, frame: FrameType) -> CallPathMode | None:
+    def open(self, frame: FrameType) -> InterceptionMode | None:
         """Return the mode for this entry, or None to run the plain forward."""
 
     def run(
-        self, mode: CallPathMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, mode: InterceptionMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``forward`` under ``mode``."""
 
 
 class Intercepted:
-    """Stands on ``target.forward``: runs the previous forward, under the opener's mode if there is one.
+    """Replaces ``target.forward``: runs the previous forward, under the opener's mode if there is one.
 
     A callable object rather than a closure, so that deepcopy gives the copy its own and pickle works.
 
@@ -103,7 +102,11 @@ class Intercepted:
         return intercepted
 
     def uninstall(self) -> None:
-        """Put back what was there before."""
+        """Put back the previous forward.
+
+        Raises:
+            RuntimeError: other code has replaced the forward since.
+        """
         current = self.target.__dict__.get("forward")
         if current is not self:
             raise RuntimeError(

@@ -1,7 +1,7 @@
 """Letting gradients through ``detach``, ``.data`` and ``no_grad``, for an analysis that differentiates a model.
 
-Inside a model these tell training what not to learn from (iterative refinement detaches its reference points). The
-value goes on all the same, and so does a quantization error in it: a derivative that stops there is silently too small.
+A model uses them to keep training from learning through a value (iterative refinement detaches its reference points).
+The value still flows on, and so does its quantization error: a derivative that stops there is silently too small.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class TransparentGradients(TorchFunctionMode):
 
 
 def handler_of(func: Callable[..., Any]) -> Handler | None:
-    """Return what a mode calls instead of a torch function that would cut the gradient; None for all others."""
+    """Return the replacement for a torch function that would cut the gradient; None for all other functions."""
     return _HANDLERS.get(func)
 
 
 def leaves_torch(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether a function turns a tensor that depends on the watched ones into numbers, beyond any gradient."""
+    """Whether a function turns a tensor with a gradient into Python or numpy values, which cannot carry one."""
     return func in _TO_PYTHON and isinstance(args[0], Tensor) and args[0].requires_grad
 
 
@@ -70,7 +70,7 @@ def _same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _grad_mode(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``no_grad`` does nothing, and neither does its end, which restores what was before."""
+    """``no_grad`` does nothing, and neither does its end, which restores the previous mode."""
     if args[0] or not torch.is_grad_enabled() or inside_function(sys._getframe(1)):
         return func(*args, **kwargs)
     return None

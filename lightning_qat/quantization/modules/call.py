@@ -17,10 +17,10 @@ class Call:
     """The arguments of one forward of the target.
 
     Args:
-        args: the positional ones.
-        kwargs: the keyword ones.
-        modes: for a call that was seen in a run, whether the target (``""``) and each of its submodules, by name, was
-            in train mode. None for an example.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+        modes: for a call that was recorded in a run: maps the name of each submodule (``""`` for the target) to
+            whether it was in train mode. None for an example.
     """
 
     args: tuple[Any, ...] = ()
@@ -34,7 +34,7 @@ class Call:
 
     @classmethod
     def of(cls, batch: Any) -> Call:
-        """Read a batch: a Call, a tensor, a tuple or list of args, a mapping of kwargs, or ``(args, kwargs)``."""
+        """Return a Call from a Call, a tensor, a tuple or list of args, a mapping of kwargs, or ``(args, kwargs)``."""
         if isinstance(batch, Call):
             return batch
         if isinstance(batch, Mapping):
@@ -46,10 +46,10 @@ class Call:
         return cls((batch,))
 
     def copied(self) -> Call:
-        """Return a call with the same tensors and modules whose other arguments may be changed by the forward.
+        """Return a call with the same tensors and modules whose other arguments are copies, where they can be copied.
 
-        Objects that keep state between forwards, such as the key-value cache of a language model, are copied with
-        their tensors; so a call can run several times, and its owner's objects stay as they are.
+        Objects that keep state between forwards, such as the key-value cache of a language model, are copied. So a
+        call can run several times, and the caller's objects stay as they are.
         """
         return Call(_copied(self.args), _copied(self.kwargs), self.modes)
 
@@ -63,5 +63,5 @@ def _copied(value: Any) -> Any:
         return value
     try:
         return copy.deepcopy(value, {id(tensor): tensor for tensor in leaves(value)})
-    except Exception:  # such as tensors with a gradient history: the original has to do
+    except Exception:  # such as tensors with a gradient history: use the original
         return value

@@ -12,7 +12,7 @@ REGION_NAME = "_quantization"
 
 
 def is_in_region(name: str) -> bool:
-    """Whether a dotted name (of a module, a parameter, a key of a state_dict) is that of a region or of what is in it.
+    """Whether a dotted name (of a module, a parameter, a key of a state_dict) names a region or something inside one.
 
     Example:
         >>> is_in_region("net._quantization.fake_quants"), is_in_region("net.conv.weight")
@@ -22,7 +22,7 @@ def is_in_region(name: str) -> bool:
 
 
 def modules_and_regions(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what ``named_modules`` yields, in the same order, but for the inside of regions."""
+    """Yield what ``named_modules`` yields, in the same order, without the inside of regions."""
     seen: set[int] = set()
     pending: list[tuple[str, str, nn.Module]] = [("", "", module)]
     while pending:
@@ -37,7 +37,7 @@ def modules_and_regions(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def modules_outside_regions(module: nn.Module) -> list[nn.Module]:
-    """Return a module and all modules below it, each once, but for regions and what is in them.
+    """Return a module and all modules below it, each once, without regions and their contents.
 
     Example:
         >>> import torch

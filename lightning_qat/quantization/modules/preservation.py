@@ -1,4 +1,4 @@
-"""Extra forward passes that leave no trace: buffers, train/eval modes and random state are put back exactly."""
+"""Extra forwards that leave no trace: buffers, train/eval modes and random state are restored exactly."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def preserved_modes(module: nn.Module) -> Iterator[None]:
 def preserved_buffers(module: nn.Module) -> Iterator[None]:
     """Put back every buffer on exit: the same tensor objects with the same contents.
 
-    Not those of a region: whether scales move is for its state to say. Nor what a lazy layer has not made yet.
+    Buffers of regions are not put back: the state of a region decides whether its scales move.
+    What a lazy layer has not made yet is left to it.
     """
     saved = [
         (owner, name, buffer, None if buffer is None or buffer.is_meta else buffer.detach().clone())
@@ -64,7 +65,7 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
 
 
 class TensorContents:
-    """What was in some tensors, to put back into those that were written since (inputs of a forward that works in
+    """Copies of the contents of tensors, to restore those that are written later (inputs of a forward that works in
     place). Inference tensors are left out: nobody can write to them."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -73,7 +74,7 @@ class TensorContents:
         self._versions = [t._version for t in self._tensors]
 
     def restore(self) -> None:
-        """Put back what was written; may be called again."""
+        """Restore the tensors that were written; may be called again."""
         with torch.no_grad():
             for index, (tensor, copy) in enumerate(zip(self._tensors, self._copies, strict=True)):
                 if tensor._version != self._versions[index]:
@@ -93,7 +94,7 @@ def preserved_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of this one object, such as a method; on exit the object has it, or its class, as before."""
+    """Set an attribute (such as a method) on this object alone, and restore the previous one on exit."""
     own, missing = vars(owner), object()
     before = own.get(name, missing)
     own[name] = value
@@ -108,7 +109,7 @@ def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def preserved(module: nn.Module, buffers: bool = True) -> Iterator[None]:
-    """Random state, modes and, unless somebody else sees to them, buffers."""
+    """Put back random state, train/eval modes and, if ``buffers`` is true, buffers on exit."""
     with preserved_random_state(), preserved_modes(module), preserved_buffers(module) if buffers else nullcontext():
         yield
 

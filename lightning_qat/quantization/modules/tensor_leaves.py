@@ -68,7 +68,8 @@ def map_call_leaves(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Rebuild the arguments of a call with ``replace(index, tensor)`` for each leaf, numbered as in call_leaves.
 
-    What holds no replaced tensor stays the same object. Mappings and dataclasses are copied without their constructor.
+    An argument without a replaced tensor stays the same object. Mappings and dataclasses are copied without calling
+    their constructor.
 
     Example:
         >>> import torch
@@ -102,29 +103,14 @@ def map_call_leaves(
                 return items
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
         if isinstance(value, Mapping):
-            return rebuilt(value, {key: visit(item) for key, item in value.items()})
+            return _with_items(value, {key: visit(item) for key, item in value.items()})
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
-            return rebuilt(value, {name: visit(getattr(value, name)) for name in names})
+            return _with_items(value, {name: visit(getattr(value, name)) for name in names})
         if isinstance(value, slice):
             before = (value.start, value.stop, value.step)
             return value if (after := visit(before)) is before else slice(*after)
         return value
-
-    def rebuilt(value: Any, items: dict[Any, Any]) -> Any:
-        is_mapping = isinstance(value, Mapping)
-        changed = {k: new for k, new in items.items() if new is not (value[k] if is_mapping else getattr(value, k))}
-        if not changed:
-            return value
-        if is_mapping and not isinstance(value, MutableMapping):
-            return items
-        new = copy.copy(value)
-        for key, item in changed.items():
-            if is_mapping:
-                new[key] = item
-            else:
-                object.__setattr__(new, key, item)  # frozen dataclasses too
-        return new
 
     new_args = tuple(visit(argument) for argument in args)
     new_kwargs = dict(kwargs)
@@ -144,8 +130,25 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def is_float_name(name: str) -> bool:
-    """Whether a name that :func:`dtype_name` returned is that of real floating-point numbers."""
+    """Whether a name from :func:`dtype_name` is that of a real floating-point type."""
     return name.startswith(("float", "bfloat"))
+
+
+def _with_items(value: Any, items: dict[Any, Any]) -> Any:
+    """A mapping or dataclass with other values; itself if none is another object."""
+    is_mapping = isinstance(value, Mapping)
+    changed = {k: new for k, new in items.items() if new is not (value[k] if is_mapping else getattr(value, k))}
+    if not changed:
+        return value
+    if is_mapping and not isinstance(value, MutableMapping):
+        return items
+    new = copy.copy(value)
+    for key, item in changed.items():
+        if is_mapping:
+            new[key] = item
+        else:
+            object.__setattr__(new, key, item)  # frozen dataclasses too
+    return new
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Observers: pure functions that derive a scale from statistics.
 
-A new observer gets its name in :data:`ObserverName` and its line in :func:`clip_range`, both here, and a function that
-returns the range from the statistics (see ``range_search.py``). Everything else asks these two.
+To add an observer, write a function that returns the range from the statistics (see ``range_search.py``), and add its
+name to :data:`ObserverName` and a line to :func:`clip_range`, both here. All other code uses these two.
 
 :func:`clip_range` chooses the range to represent, by any method and for any type;
 :func:`~lightning_qat.quantization.numerics.scales.scale_from_range` turns a range into scale and zero point.
@@ -62,13 +62,14 @@ def clip_range(
 
     * ``minmax``: everything observed.
     * ``ema``: moving averages of the batches' smallest and largest values.
-    * ``percentile``: symmetric, the percentile of the magnitudes; affine, that of the values, taken at both ends. From
-      the histogram, so within a bin. Where that many values are exactly zero, everything observed: else all others
-      would be clipped.
+    * ``percentile``: the percentile of the magnitudes (symmetric), or of the values at both ends (affine), interpolated
+      within a bin of the histogram. If that many values are exactly zero, the range is everything observed: otherwise
+      all other values would be clipped.
     * ``mse``: the range with the smallest expected squared error, see :func:`expected_error`.
     * ``kl``: the threshold that changes the distribution of the magnitudes least (Migacz, "8-bit Inference with
-      TensorRT", GTC 2017). It needs bins that are much finer than the codes; where they are not (beyond int9 and
-      uint8, per channel beyond int5 and uint4), everything observed. Affine, the threshold clips the observed range.
+      TensorRT", GTC 2017). It needs bins that are much finer than the codes: for wider types (beyond int9 and uint8,
+      per channel beyond int5 and uint4), the range is everything observed. For ``affine``, the threshold clips the
+      observed range.
 
     Args:
         statistics: What was observed.
@@ -79,8 +80,8 @@ def clip_range(
         percentile: In percent, for the method of that name.
 
     Returns:
-        Lower and upper ends, float64 ``(channels,)`` or ``(groups,)``, within what was observed; ``mse`` extends that
-        to zero, which every grid holds.
+        Lower and upper ends, float64 ``(channels,)`` or ``(groups,)``, within the observed range; ``mse`` first extends
+        that range to zero, which every grid contains.
 
     Raises:
         ConfigurationError: If there is no such observer, if it is ``fixed``, which derives nothing, or the

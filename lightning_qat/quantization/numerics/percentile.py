@@ -14,10 +14,10 @@ DEFAULT_PERCENTILE = 99.99
 
 
 def check_percentile(value: object) -> None:
-    """Refuse what is not a number of percent above 50 and at most 100: less than half of the values is no range.
+    """Refuse a percentile that is not above 50 and at most 100: a range must hold more than half of the values.
 
     Raises:
-        ConfigurationError: it is not.
+        ConfigurationError: the value is not a number between these bounds.
     """
     if isinstance(value, bool) or not (isinstance(value, (int, float)) and 50.0 < value <= 100.0):
         raise ConfigurationError(
@@ -28,7 +28,7 @@ def check_percentile(value: object) -> None:
 def percentile_range(statistics: Statistics, scheme: str, percentile: float) -> tuple[Tensor, Tensor]:
     """Return the percentile of the magnitudes or, affine, of the values at both ends.
 
-    Where that many values are exactly zero, everything observed is represented.
+    If that many values are exactly zero, return the whole observed range.
 
     Args:
         statistics: what was observed.

@@ -16,7 +16,19 @@ VALUES_AT_ONCE = 32768
 
 
 def mse_range(statistics: Statistics, quant_min: int, quant_max: int, scheme: str) -> tuple[Tensor, Tensor]:
-    """Grid search over shrunken ranges, coarse and then finer around the best one."""
+    """Return the range with the smallest :func:`expected_error`, by a grid search over shrunken ranges.
+
+    The search is coarse first, then finer around the best range.
+
+    Args:
+        statistics: What was observed.
+        quant_min: Smallest code.
+        quant_max: Largest code.
+        scheme: ``symmetric`` or ``affine``.
+
+    Returns:
+        Lower and upper ends, float64 ``(channels,)``.
+    """
     histogram = statistics.histogram
     low, high = statistics.range
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
@@ -59,15 +71,15 @@ def _search_factors(octaves: int, points: int, refinements: int) -> list[Tensor]
 def expected_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     r"""Expected sum of squared errors of quantizing the values of a histogram, in units of its squared bin width.
 
-    The values are taken as spread evenly over their bin and the error is integrated exactly. With the nearest code
+    The values are assumed to spread evenly over their bin, and the error is integrated exactly. With the nearest code
     :math:`k` and :math:`u = x - s k`, the integral from 0 to :math:`x` is :math:`k s^3/12 + u^3/3` within the range,
     and :math:`(x - x_{clip})^3/3` is added beyond it. So a step finer than a bin gives :math:`s^2/12` per value, and
     nothing aliases.
 
     Args:
-        histogram: Of any number of channels.
+        histogram: The counts, of any number of channels.
         scale: Candidates, ``(channels, candidates)``.
-        zero_point: Of the same shape.
+        zero_point: Their zero points, of the same shape.
         quant_min: Smallest code.
         quant_max: Largest code.
 
@@ -81,16 +93,8 @@ def expected_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, quan
         >>> round(error.item() / 15001, 3), round(1 / 12, 3)
         (0.083, 0.083)
     """
-    counts = histogram.counts.double()
-    counts[:, histogram.bins] -= histogram.zeros  # zero is exact in every scheme
     width = histogram.width[:, None]
-    # No bin reaches beyond the extremes; an empty channel has no counts.
-    low, high = (torch.where(t.isfinite(), t, 0.0)[:, None] / width for t in (histogram.low, histogram.high))
-    edges = torch.minimum(torch.maximum(histogram.edges, low), high)
-    used = counts.any(dim=0).nonzero()
-    if len(used):
-        first, last = int(used[0]), int(used[-1]) + 1
-        counts, edges = counts[:, first:last], edges[:, first : last + 1]
+    counts, edges = _used_bins(histogram)
     length = edges.diff(dim=1)
     # In a bin cut down to (almost) a point, the quotient of differences would be only noise.
     is_point = length < 1e-6
@@ -119,8 +123,34 @@ def expected_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, quan
     return torch.cat(results).T
 
 
+def _used_bins(histogram: Histogram) -> tuple[Tensor, Tensor]:
+    """Counts without exact zeros, ``(channels, bins)``, and edges in bin widths, of the bins that any channel uses."""
+    counts = histogram.counts.double()
+    counts[:, histogram.bins] -= histogram.zeros  # zero is exact in every scheme
+    width = histogram.width[:, None]
+    # No bin reaches beyond the extremes; an empty channel has no counts.
+    low, high = (torch.where(t.isfinite(), t, 0.0)[:, None] / width for t in (histogram.low, histogram.high))
+    edges = torch.minimum(torch.maximum(histogram.edges, low), high)
+    used = counts.any(dim=0).nonzero()
+    if len(used):
+        first, last = int(used[0]), int(used[-1]) + 1
+        counts, edges = counts[:, first:last], edges[:, first : last + 1]
+    return counts, edges
+
+
 def kl_range(statistics: Statistics, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
-    """The threshold on the magnitudes with the smallest divergence; the whole range with fewer than 8 bins per code."""
+    """Clip the observed range at the threshold that changes the distribution of the magnitudes least.
+
+    Source: Migacz, "8-bit Inference with TensorRT", GTC 2017. With fewer than 8 bins per code, return the whole range.
+
+    Args:
+        statistics: What was observed.
+        quant_min: Smallest code.
+        quant_max: Largest code.
+
+    Returns:
+        Lower and upper ends, float64 ``(channels,)``.
+    """
     histogram = statistics.histogram
     low, high = statistics.range
     levels = quant_max + 1

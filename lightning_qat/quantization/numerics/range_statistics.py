@@ -1,4 +1,4 @@
-"""What is kept about the data of a point: extremes, moving averages and a histogram, for any observer to use."""
+"""The statistics of a point's data that any observer can use: extremes, moving averages and a histogram."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Statistics:
             self.update_ema(low, high)
 
     def extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value of ``x``, float64 ``(channels,)``; nothing is recorded, and NaN is handed on."""
+        """Smallest and largest value of ``x``, float64 ``(channels,)``, NaN if it holds NaN; nothing is recorded."""
         rows = self.rows(x.detach())
         if len(rows) == 1:
             low, high = torch.aminmax(rows)
@@ -86,8 +86,8 @@ class Statistics:
     def update_ema(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Move the averages towards a batch's extremes, float64 ``(channels,)``, and return them.
 
-        The first batches are averaged evenly until a share falls to ``ema_momentum``: otherwise the first one would
-        outweigh a short calibration. An extreme that is not finite leaves its average as it is.
+        The first batches are averaged evenly, until the weight of one falls to ``ema_momentum``: otherwise the first
+        batch would dominate a short calibration. An extreme that is not finite leaves its average as it is.
         """
         self.batches += 1
         batch = torch.stack([low, high])
@@ -160,7 +160,7 @@ class Statistics:
 
 
 class RangeStatistics(Statistics):
-    """What is kept about the tensors of a point with one scale: extremes, their moving averages and a histogram.
+    """Statistics of the tensors of a point with one scale: extremes, their moving averages and a histogram.
 
     Args:
         ema_momentum: Weight of a new batch in the moving averages.
@@ -177,10 +177,10 @@ class RangeStatistics(Statistics):
 
 
 class PerChannelStatistics(Statistics):
-    """The same per channel, with histograms of fewer bins, so that per-channel scales can be re-derived as well.
+    """The same statistics per channel, with fewer bins per histogram.
 
-    A weight does not change during calibration: observe it once. (Observing it again changes no scale, it takes time.)
-    After training steps, :meth:`reset` first.
+    A weight does not change during calibration: observe it once. (Observing it again changes no scale and takes time.)
+    After training steps, call :meth:`reset` first.
 
     Args:
         axis: The channel axis.

@@ -58,7 +58,7 @@ def scale_from_range(
 def scale_from_numbers(
     low: float, high: float, quant_min: int, quant_max: int, scheme: str = "symmetric"
 ) -> tuple[float, int]:
-    """:func:`scale_from_range` of a single finite range, without tensors: a hundredth of the time.
+    """Compute :func:`scale_from_range` for a single finite range without tensors, in a hundredth of the time.
 
     Returns:
         The scale, which still has to be rounded to float32, and the zero point.
@@ -81,7 +81,7 @@ def scale_from_numbers(
 
 
 def scale_from_bounds(bounds: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """:func:`scale_from_range` of the symmetric signed ranges ``-bounds ... bounds``, in fewer operations.
+    """Compute :func:`scale_from_range` for the symmetric signed ranges ``-bounds ... bounds``, in fewer operations.
 
     Args:
         bounds: Largest magnitudes, float64 ``(channels,)``; it is overwritten.
@@ -89,7 +89,7 @@ def scale_from_bounds(bounds: Tensor, quant_min: int, quant_max: int) -> Tensor:
         quant_max: Largest code.
 
     Returns:
-        float32 ``(channels,)``; of a bound that is not finite, anything.
+        float32 ``(channels,)``; the value for a bound that is not finite has no meaning.
 
     Example:
         >>> scale_from_bounds(torch.tensor([2.54, 1.27]).double(), -127, 127)

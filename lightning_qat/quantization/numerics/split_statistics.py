@@ -1,4 +1,4 @@
-"""Statistics of groups of neighbouring channels that have a scale each."""
+"""Statistics of groups of neighbouring channels, each with its own scale."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.numerics.range_statistics import RangeStatistics
+from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics, RangeStatistics
 
 
 class SplitStatistics:
@@ -115,7 +115,7 @@ class SplitStatistics:
         """
         stored = state.get("groups", ())
         if len(stored) != len(self.groups):
-            raise ConfigurationError(f"the state is that of {len(stored)} groups, this point has {len(self.groups)}.")
+            raise ConfigurationError(f"the stored state has {len(stored)} groups, this point has {len(self.groups)}.")
         for group, part in zip(self.groups, stored, strict=True):
             group.load_state_dict(part)
 
@@ -126,6 +126,24 @@ class SplitStatistics:
                 f"{self.axis}."
             )
         return torch.split(x, list(self.sizes), dim=self.axis)
+
+
+def statistics_for(
+    axis: int | None, channels: int | None, split_sizes: tuple[int, ...] | None, ema_momentum: float
+) -> RangeStatistics | PerChannelStatistics | SplitStatistics:
+    """Return empty statistics for one scale, for one per channel, or for one per group of channels.
+
+    Args:
+        axis: the channel axis, None for one scale.
+        channels: number of channels, with an axis.
+        split_sizes: lengths of the groups of channels that share a scale, if they do.
+        ema_momentum: weight of a new batch in the moving averages.
+    """
+    if axis is None or channels is None:
+        return RangeStatistics(ema_momentum)
+    if split_sizes is None:
+        return PerChannelStatistics(axis, channels, ema_momentum)
+    return SplitStatistics(axis, split_sizes, ema_momentum)
 
 
 def repeat_groups(values: Tensor, sizes: tuple[int, ...]) -> Tensor:

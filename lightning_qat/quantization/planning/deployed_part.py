@@ -1,8 +1,8 @@
 """Which ops of a traced graph are part of the deployed model: ``deployed_part(graph)``.
 
 Code that only trains the model shares its forward: stochastic depth and noise run in train mode only, and models that
-take labels compute their loss themselves. The device never runs any of this, so that it is not quantized, and a tensor
-that it reads or writes is not quantized because of it.
+take labels compute their loss themselves. The device never runs such code. So it is not quantized, and no tensor is
+quantized only because such code reads or writes it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ LOSS = "part of the loss: leads to scalar outputs only"
 
 @dataclass(frozen=True)
 class DeployedPart:
-    """What the device runs of a traced graph.
+    """The part of a traced graph that the device runs.
 
     Args:
         graph: the graph without the ops that only serve training.
-        left_out: these ops by name, each with the reason.
+        left_out: maps the name of each op that was left out to the reason.
     """
 
     graph: OpGraph
@@ -32,7 +32,7 @@ class DeployedPart:
 
 
 def deployed_part(graph: OpGraph) -> DeployedPart:
-    """Take everything out of a graph that only serves training.
+    """Remove the ops that only serve training from a graph.
 
     Args:
         graph: the traced ops.
@@ -59,9 +59,9 @@ def deployed_part(graph: OpGraph) -> DeployedPart:
 
 
 def _loss(graph: OpGraph) -> set[str]:
-    """Ops that lead to scalar outputs only, and what is computed from the model's outputs and leads nowhere.
+    """Ops that lead to scalar outputs only, and ops that read the model's outputs and lead to no output.
 
-    The second are the parts of a loss that leave torch, such as the matching of a detector's predictions and labels.
+    The latter are parts of a loss that leave torch, such as the matching of a detector's predictions and labels.
     """
     scalars = [o for o in graph.outputs if o.is_scalar and is_float_name(o.dtype)]
     tensors = [o for o in graph.outputs if not o.is_scalar and is_float_name(o.dtype)]
@@ -94,7 +94,7 @@ def _ancestors(graph: OpGraph, sources: Iterable[Source]) -> set[str]:
 
 
 def _moved_from(graph: OpGraph, sources: set[Source]) -> set[Source]:
-    """The tensors, and what their values were only moved from (by ``split``, ``reshape``, ``stack``, ...)."""
+    """The tensors, and those that their values were moved from without change (``split``, ``reshape``, ``stack``)."""
     found = set(sources)
     pending = list(sources)
     while pending:

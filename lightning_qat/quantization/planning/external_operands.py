@@ -1,4 +1,4 @@
-"""The operands of an op that reach it from outside of what is computed as one with it."""
+"""The operands that an op reads from outside its fused group."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def external_operands(op: Op, fused: Collection[str], origins: TensorOrigins) ->
     Args:
         op: the reader.
         fused: names of the ops of its fused group, if it is in one.
-        origins: where tensors were made.
+        origins: finds where tensors were made.
 
     Returns:
-        The inputs, and the weights: the constant operands of a GEMM.
+        The inputs, and the weights (the constant operands of a GEMM).
     """
     inputs, weights = [], []
     for operand in op.operands:

@@ -2,9 +2,9 @@
 
 Deployed, the factor ``gamma / sqrt(running_var + eps)`` of a fused batch norm is folded into the weight before the
 weight is quantized (Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018, section
-3.2.2). With a scale per output channel that changes no code. With one scale for several channels it does: then the
-folded weight is quantized, and divided by the factor again for the batch norm that follows. In training too the factor
-is made of the running statistics, which are the ones that are deployed; gradients pass it as a constant.
+3.2.2). With a scale per output channel, folding changes no code. With one scale for several channels it does: then the
+folded weight is quantized, and divided by the factor again for the batch norm that follows. Training, too, computes the
+factor from the running statistics, because these are deployed. For gradients the factor is a constant.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def batch_norm_to_fold(
 
     Args:
         graph: the traced ops.
-        group: what the layer is fused with.
+        group: the fused group of the layer, if it is in one.
         op: the layer.
         operand: its weight.
         axis: channel axis of the weight's scales; None for one scale.
 
     Returns:
-        The name of the batch norm op, None for none, and the reason why one is not folded, or nothing.
+        The name of the batch norm op to fold, or None; and the reason why a batch norm is not folded, or an empty text.
     """
     ops = [graph.by_name[name] for name in group.ops] if group is not None else []
     norm = next((o for o in ops if o.kind == "batch_norm"), None)
@@ -45,11 +45,11 @@ def batch_norm_to_fold(
     if not any(source.name == op.name for o in norm.operands for source in o.sources):
         return None, ""
     if statistics_path(norm) is None:
-        return None, f"no running statistics of a module, {not_folded}"
+        return None, f"the batch norm has no running statistics of a module, {not_folded}"
     channels = next(o.shape[0] for o in norm.operands if o.role == "parameter")
     is_channel_axis = op.kind != "linear" or len(op.outputs[0][1]) == 2
     if not is_channel_axis or operand.shape[op.weight_axis] * _groups(op, operand, channels) != channels:
-        return None, f"other channels than those of the layer, {not_folded}"
+        return None, f"the batch norm has other channels than the layer, {not_folded}"
     if axis == op.weight_axis and operand.shape[axis] == channels:
         return None, ""  # one scale per factor: folding would change no code
     return norm.name, ""
@@ -71,12 +71,19 @@ class FoldedBatchNorm:
 
     @classmethod
     def of(cls, graph: OpGraph, point: PointPlan, target: nn.Module) -> FoldedBatchNorm | None:
-        """Return what the plan says is folded into a weight."""
+        """Return the batch norm that the plan folds into the weight of a point; None if there is none.
+
+        Raises:
+            PlanMismatchError: the graph does not have what folding needs.
+        """
         if point.batch_norm is None:
             return None
         path, axis = statistics_path(graph.by_name[point.batch_norm]), graph.by_name[point.op].weight_axis
         if path is None or axis is None:
-            raise PlanMismatchError(f"{point.name}: {point.batch_norm} cannot be folded into the weight.")
+            raise PlanMismatchError(
+                f"{point.name}: {point.batch_norm} cannot be folded into the weight, because the graph does not know "
+                "its running statistics. Insert fake-quant anew and calibrate."
+            )
         return cls(target, path, axis)
 
     @torch.no_grad()
@@ -87,7 +94,8 @@ class FoldedBatchNorm:
             weight: the weight, for its shape.
 
         Returns:
-            Shaped like :meth:`fold` needs it: ``(channels, 1, ...)``, transposed ``(groups, 1, channels, 1, ...)``.
+            The factor in the shape that :meth:`fold` needs: ``(groups, channels, 1, ...)``, with the channels of a
+            group at the weight's channel axis (``(groups, 1, channels, 1, ...)`` for a transposed convolution).
         """
         norm: Any = self.target.get_submodule(self.path)  # looked up late: a copied target is not complete at first
         factor = torch.rsqrt(norm.running_var.float() + norm.eps)
@@ -99,12 +107,12 @@ class FoldedBatchNorm:
         return factor.reshape(groups, *shape)
 
     def fold(self, weight: Tensor, factor: Tensor) -> Tensor:
-        """Multiply the weight by the factor; channels whose factor is not finite become zero, like the factor 0."""
+        """Multiply the weight by the factor. A channel whose factor is not finite becomes zero."""
         usable = torch.where(factor.isfinite(), factor, 0.0)
         return (self._grouped(weight, factor) * usable).reshape(weight.shape)
 
     def unfold(self, folded: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
-        """Divide by the factor again; where that is impossible the channel adds nothing, and its weight is kept."""
+        """Divide by the factor again. A channel whose factor is 0 or not finite adds nothing, and keeps its weight."""
         usable = factor.isfinite() & (factor != 0)
         divided = self._grouped(folded, factor) / torch.where(usable, factor, 1.0)
         return torch.where(usable, divided, self._grouped(weight, factor)).reshape(weight.shape).to(weight.dtype)
@@ -116,7 +124,7 @@ class FoldedBatchNorm:
 
 
 def statistics_path(norm: Op) -> str | None:
-    """Path of the module whose running statistics a batch norm op uses, if it is one and always the same."""
+    """Return the path of the module whose running statistics a batch norm op uses; None if it is not always one."""
     buffers = [
         source.name.rpartition(".")
         for operand in norm.operands

@@ -22,13 +22,13 @@ class FusionGroup:
 
     @property
     def sequence(self) -> tuple[str, ...]:
-        """The kinds that follow each other; modules picked in a dynamic block count once."""
+        """The kinds in order. Equal kinds in a row (modules that a dynamic block picks from) count once."""
         return tuple(kind for i, kind in enumerate(self.kinds) if i == 0 or self.kinds[i - 1] != kind)
 
 
 @dataclass(frozen=True)
 class FusionMiss:
-    """Ops that match a pattern and are not fused, with the cause and where to look."""
+    """Ops that match a pattern and are not fused, with the cause and the place in the code."""
 
     ops: tuple[str, ...]
     kinds: tuple[str, ...]
@@ -43,7 +43,7 @@ def find_fusions(
 
     Args:
         graph: the traced ops.
-        patterns: what the hardware computes as one.
+        patterns: the sequences of kinds that the hardware computes as one.
 
     Returns:
         Groups in execution order, and misses in execution order.
@@ -128,7 +128,7 @@ class _Finder:
         return None
 
     def _varies(self, last: Op, consumers: tuple[Op, ...]) -> bool:
-        """Whether the consumers are one place in the code that sees the result in one round of a loop or another."""
+        """Whether the consumers are calls from one place in the code, which reads the result in varying rounds."""
         one_place = len({c.location for c in consumers}) == 1
         return one_place and any(len(self._fed_by(last, c).sources) > 1 for c in consumers if self._reads(last, c))
 

@@ -1,8 +1,9 @@
-"""What a piece of hardware can compute: which types each op takes and gives, and which ops it computes as one.
+"""Hardware profiles: which types each op can read and return on the hardware, and which ops it computes as one.
 
 A profile is data, usually a small YAML file; ``lightning_qat/profiles/README.md`` says how to write one.
-:func:`~lightning_qat.quantization.planning.hardware_profile_files.hardware_profile` reads it. A new key of these files
-gets a field here, is read there and described in that README; if it changes what is allowed, :attr:`digest` counts it.
+:func:`~lightning_qat.quantization.planning.hardware_profile_files.hardware_profile` reads it. To add a key to these
+files, add a field here, read the key there and describe it in that README. If the key changes what is allowed, add it
+to :attr:`HardwareProfile.digest`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ FLOAT = "float32"
 
 @dataclass(frozen=True)
 class Signature:
-    """One combination of types that an op is computed with.
+    """One combination of types that the hardware can compute an op with.
 
     Args:
-        input: types an input may have, each input its own. ``float32``: the op reads floats, and quantized inputs are
-            dequantized before.
+        input: types an input may have; inputs may differ from each other. ``float32``: the op reads floats, and
+            quantized inputs are dequantized before.
         weight: types a weight may have; empty for an op without one.
         output: types the result may have. ``float32``: the accumulator is dequantized.
     """
@@ -49,12 +50,12 @@ class Signature:
 
 @dataclass(frozen=True)
 class OpRule:
-    """What an op can be computed with.
+    """The types, schemes and granularities that the hardware can compute an op with.
 
     Args:
         signatures: the combinations of types, the preferred one first.
-        schemes: of activations.
-        weight_granularity: of weights.
+        schemes: the schemes that activations may have.
+        weight_granularity: the granularities that weights may have.
     """
 
     signatures: tuple[Signature, ...]
@@ -62,7 +63,7 @@ class OpRule:
     weight_granularity: tuple[str, ...] = ("per_tensor", "per_channel")
 
     def moves(self, dtype: str) -> bool:
-        """Whether values of this type can pass through with their type."""
+        """Whether the op can return values in the type in which it reads them, for this type."""
         return any(dtype in s.input and dtype in s.output for s in self.signatures)
 
     def inputs(self) -> tuple[str, ...]:
@@ -83,14 +84,14 @@ class HardwareProfile:
     """A hardware profile.
 
     Args:
-        name: as reports show it.
-        rules: what each kind of op can be computed with. An op that computes and has no rule is not supported: it runs
-            in float. One that only moves data and has no rule takes every type.
-        patterns: what is computed as one.
-        version: of the profile.
-        description: what it is about.
-        source: where its facts are from.
-        unsupported: kinds without a rule on purpose, with the reason.
+        name: the name that reports show.
+        rules: the rule of each kind of op. An op that computes and has no rule is not supported: it runs in float. An
+            op that only moves data and has no rule takes every type.
+        patterns: the sequences of kinds that are computed as one.
+        version: version of the profile.
+        description: a text for people.
+        source: where the facts come from.
+        unsupported: kinds that have no rule on purpose, each with the reason.
 
     Example:
         >>> from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
@@ -129,7 +130,7 @@ class HardwareProfile:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def identity(self) -> dict[str, str]:
-        """What a plan remembers of the profile it was made under."""
+        """Return what a plan stores about the profile it was made under."""
         return {"name": self.name, "version": self.version, "sha256": self.digest}
 
 
@@ -156,10 +157,10 @@ def nearest_dtype(wanted: str, options: Iterable[str]) -> str:
 
 
 def union(sets: Iterable[Iterable[str]]) -> tuple[str, ...]:
-    """Everything in the sets, once each, in their order."""
+    """Return every name in the sets once, in order."""
     return tuple(dict.fromkeys(name for names in sets for name in names))
 
 
 def either(names: Iterable[str]) -> str:
-    """How reports show alternatives: ``int8|int16``."""
+    """Format alternatives as reports show them: ``int8|int16``."""
     return "|".join(names)

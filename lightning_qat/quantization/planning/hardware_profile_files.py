@@ -1,6 +1,6 @@
 """Reading hardware profiles: the shipped ones by name, others by path.
 
-The keys that a file may have are in the constants at the top; each one is read where it is named below.
+The constants at the top list the keys that a file may have.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, get_args
 
 import yaml
 
+from lightning_qat.quantization.config_values import Granularity, Scheme
 from lightning_qat.quantization.errors import ConfigurationError, near_names, unknown_choice
 from lightning_qat.quantization.functions.function_lookup import known_kinds
 from lightning_qat.quantization.numerics.dtypes import DtypeName
 from lightning_qat.quantization.planning.fusion_patterns import DEFAULT_PATTERNS, GEMM_LAYERS, FusionPatterns
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile, OpRule, Signature
-from lightning_qat.quantization.qconfig import Granularity, Scheme
 
 _PROFILE_KEYS = ("name", "version", "description", "source", "groups", "ops", "unsupported", "fusions")
 _RULE_KEYS = ("kinds", "signatures", "schemes", "weight_granularity")
@@ -42,10 +42,10 @@ GROUPS: dict[str, frozenset[str]] = {
 def hardware_profile(
     value: HardwareProfile | str | os.PathLike[str] | Mapping[str, Any] | None,
 ) -> HardwareProfile | None:
-    """Accept a profile, the name of a shipped one, the path of a YAML file, the content of one, or None.
+    """Return a profile from a profile, the name of a shipped one, the path of a YAML file, its content, or None.
 
     Raises:
-        ConfigurationError: there is no such profile, or it says something unknown.
+        ConfigurationError: there is no such profile, or it has unknown keys, kinds or types.
 
     Example:
         >>> profile = hardware_profile("generic_int8_int16")
@@ -72,7 +72,7 @@ def read_profile(value: str | os.PathLike[str]) -> HardwareProfile:
     """Read a shipped profile by name, or a YAML file by path.
 
     Raises:
-        ConfigurationError: there is no such profile, the file is not YAML, or it says something unknown.
+        ConfigurationError: there is no such profile, the file is not YAML, or it has unknown keys, kinds or types.
 
     Example:
         >>> read_profile("onnxruntime_qdq").name
@@ -95,7 +95,7 @@ def read_profile(value: str | os.PathLike[str]) -> HardwareProfile:
         except OSError as error:
             raise ConfigurationError(f"the profile {text!r} cannot be read: {error.strerror}.") from error
         except UnicodeDecodeError as error:
-            raise ConfigurationError(f"the profile {text!r} is not YAML: it is no text in UTF-8.") from error
+            raise ConfigurationError(f"the profile {text!r} is not YAML: it is not a text in UTF-8.") from error
     try:
         data = yaml.safe_load(content)
     except yaml.YAMLError as error:
@@ -107,17 +107,19 @@ def parse_profile(data: Any, where: str) -> HardwareProfile:
     """Turn the content of a profile file into a profile.
 
     Args:
-        data: what YAML gave.
-        where: how errors call the file.
+        data: the content, as YAML gives it.
+        where: name of the file, for messages.
 
     Raises:
-        ConfigurationError: unknown keys, kinds or types; with near names.
+        ConfigurationError: a key, kind or type is unknown (the message shows near names), missing or given twice.
     """
     _check_keys(data, _PROFILE_KEYS, where, required=("name", "ops"))
     groups = dict(GROUPS)
     for name, kinds in _mapping(data.get("groups") or {}, f"{where}: groups").items():
         if name in groups or name in known_kinds():
-            raise ConfigurationError(f"{where}: groups: {name!r} is the name of a group or kind already.")
+            raise ConfigurationError(
+                f"{where}: groups: {name!r} is already the name of a group or kind: write another name."
+            )
         groups[name] = frozenset(_kinds(kinds, groups, f"{where}: groups.{name}"))
     rules: dict[str, OpRule] = {}
     others: OpRule | None = None
@@ -127,12 +129,12 @@ def parse_profile(data: Any, where: str) -> HardwareProfile:
         rule = _rule(item, place)
         if item["kinds"] in ("*", ["*"]):
             if others is not None:
-                raise ConfigurationError(f"{place}.kinds: '*' has a rule already; one rule per kind.")
+                raise ConfigurationError(f"{place}.kinds: '*' already has a rule: write one rule per kind.")
             others = rule
             continue
         for kind in _kinds(item["kinds"], groups, f"{place}.kinds"):
             if kind in rules:
-                raise ConfigurationError(f"{place}.kinds: {kind!r} has a rule already; one rule per kind.")
+                raise ConfigurationError(f"{place}.kinds: {kind!r} already has a rule: write one rule per kind.")
             rules[kind] = rule
     unsupported: dict[str, str] = {}
     for name, reason in _mapping(data.get("unsupported") or {}, f"{where}: unsupported").items():
@@ -165,7 +167,7 @@ def _rule(item: Mapping[str, Any], place: str) -> OpRule:
             raise ConfigurationError(f"{where}: input and output need at least one dtype, such as int8.")
         signatures.append(Signature(**types))
     if not signatures:
-        raise ConfigurationError(f"{place}.signatures is empty: a kind that is not supported goes to unsupported.")
+        raise ConfigurationError(f"{place}.signatures is empty: write kinds that cannot run under unsupported instead.")
     options: dict[str, Any] = {}
     for key, choices in (("schemes", get_args(Scheme)), ("weight_granularity", get_args(Granularity))):
         if item.get(key) is not None:

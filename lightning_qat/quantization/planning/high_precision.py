@@ -1,4 +1,4 @@
-"""Results that leave the region as float32, where a product's wide accumulator costs nothing (A11)."""
+"""Results that leave the region as float32: a matrix product has them in its wide accumulator at no extra cost."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lightning_qat.quantization.tracing.tensor_origins import moved
 
 
 def high_precision_outputs(graph: OpGraph, groups: Mapping[str, FusionGroup]) -> dict[str, str]:
-    """Find the GEMMs (with their batch norm) whose result leaves the region, and joins of nothing else.
+    """Find the GEMMs (with their batch norm) whose result leaves the region, and the joins of such results only.
 
     Args:
         graph: the traced ops.
         groups: the fused group of each op that is in one.
 
     Returns:
-        The reason by name of the op.
+        Maps the name of each of these ops to the reason.
     """
     found: dict[str, str] = {}
     pending = [s for output in graph.outputs for s in output.sources]

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.deployed_part import DeployedPart, deployed_part
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 from lightning_qat.quantization.planning.plan import OpPlan, QuantPlan
 from lightning_qat.quantization.planning.planner import Planner
 from lightning_qat.quantization.planning.target_paths import local_rules
-from lightning_qat.quantization.qconfig import Override, QConfig
+from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
 
 
@@ -30,10 +31,12 @@ def make_plan(
         qconfig: defaults, or their dictionary.
         overrides: rules from general to specific; the last one that matches wins, field by field.
         profile: the hardware the plan is for: a shipped profile's name, the path of a YAML file, or a profile. Where
-            the defaults ask for what it has not, the nearest type is taken; ops it does not compute stay float.
+            the defaults ask for a type that it does not support, the nearest type is taken. Ops that it does not
+            compute stay float.
 
     Raises:
-        ConfigurationError: unknown names, a rule that matches nothing, or one that asks for what the hardware has not.
+        ConfigurationError: a name is unknown, a rule matches nothing, or a rule asks for something that the hardware
+            does not support.
 
     Example:
         >>> import torch
@@ -54,7 +57,8 @@ def make_plans(
 ) -> dict[str, QuantPlan]:
     """Plan several targets with one configuration; a rule has to match in at least one of them.
 
-    A rule's pattern may begin with the path of a target (``backbone.layers.0.*``): then it is about that target alone.
+    A rule's pattern may begin with the path of a target (``backbone.layers.0.*``): it then applies to that target
+    alone.
 
     Args:
         graphs: the traced ops of each target, by its path.
@@ -63,8 +67,8 @@ def make_plans(
         profile: as for :func:`make_plan`.
 
     Raises:
-        ConfigurationError: unknown names, a rule that matches nothing in any target, or one that asks for what the
-            hardware has not.
+        ConfigurationError: a name is unknown, a rule matches nothing in any target, or a rule asks for something that
+            the hardware does not support.
     """
     defaults, rules, hardware = QConfig.of(qconfig), Override.list_of(overrides), hardware_profile(profile)
     parts = {path: deployed_part(graph) for path, graph in graphs.items()}

@@ -1,4 +1,4 @@
-"""What goes where and why, as ``make_plan`` decides it: plain frozen data."""
+"""The plan that ``make_plan`` returns: which points and ops are quantized how, and why. Plain frozen data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PointPlan:
     Args:
         name: ``<op>.output``, ``<op>.weight`` or ``<op>.inputN``.
         op: the op it belongs to.
-        role: what it quantizes.
+        role: ``output``, ``weight`` or ``input``: the tensor of the op that it quantizes.
         operand: number of the tensor leaf among the op's arguments; -1 for outputs.
         dtype: quantized type.
         scheme: ``symmetric`` or ``affine``.
@@ -37,10 +37,10 @@ class PointPlan:
         narrow_range: symmetric codes (-127..127), the default for weights.
         reason: the rule that decided the configuration, and why the point exists where that is not obvious.
         split_sizes: lengths of groups along the axis that share a scale; None for one scale per channel.
-        same_as: for a weight that is used twice: the point whose quantizer it shares.
-        batch_norm: for a weight whose scale is shared by channels that a fused batch norm multiplies by different
-            factors: that op. It is folded into the weight before quantization, as it is when deployed; statistics and
-            sensitivities of the point are those of the folded weight.
+        same_as: for a weight that is used twice, the point whose quantizer it shares.
+        batch_norm: name of the batch norm op that is folded into the weight before quantization, as it is when
+            deployed. Set where a fused batch norm multiplies channels that share a scale by different factors.
+            Statistics and sensitivities of the point are those of the folded weight.
     """
 
     name: str
@@ -67,13 +67,13 @@ class PointPlan:
 
     @property
     def scale_role(self) -> ScaleRole:
-        """``weight``, or ``activation`` for inputs and outputs: which of the two configurations the point has."""
+        """``weight``, or ``activation`` for inputs and outputs: which of the two configurations applies."""
         return "weight" if self.is_weight else "activation"
 
 
 @dataclass(frozen=True)
 class OpPlan:
-    """What happens to one op, and why."""
+    """The decision about one op, with its reason."""
 
     name: str
     status: OpStatus
@@ -154,7 +154,7 @@ class QuantPlan:
 
 
 def _qconfig(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Add what plans did not have before: weights took the percentile of activations."""
+    """Add the percentile of weights to plans from before it existed: weights took that of activations."""
     activation, weight = stored["activation"], stored["weight"]
     used = activation["percentile"] if weight["observer"] == "percentile" else DEFAULT_PERCENTILE
     return {**stored, "weight": {"percentile": used, **weight}}

@@ -1,4 +1,4 @@
-"""Reading a stored plan, and whether it fits the code it is loaded into."""
+"""Read a stored plan, and check whether it fits the code it is loaded into."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
 
 
 def read_extra_state(state: dict[str, Any]) -> tuple[OpGraph, QuantPlan]:
-    """Read graph and plan from a region's extra state in a checkpoint."""
+    """Read graph and plan from a region's extra state in a checkpoint.
+
+    Raises:
+        PlanMismatchError: another release wrote them in another format.
+    """
     if state.get("version") != PLAN_VERSION:
         raise PlanMismatchError(
             f"the checkpoint holds a plan of version {state.get('version')!r}, this release reads version "
@@ -25,8 +29,8 @@ def read_extra_state(state: dict[str, Any]) -> tuple[OpGraph, QuantPlan]:
 def rebound(saved: OpGraph, traced: OpGraph) -> OpGraph:
     """Return the saved graph with the run-time identities of the traced one.
 
-    Ops of unchanged code are matched by identity. Where a function was edited, or Python or torch was updated, the
-    identities differ; those ops are matched by name, and only if all their names and kinds are the same as before.
+    Ops of unchanged code are matched by identity. After a function was edited, or Python or torch was updated, the
+    identities differ. Such ops are matched by name, and only if all their names and kinds are the same as before.
 
     Raises:
         PlanMismatchError: ops were added, removed or changed their kind.
@@ -48,9 +52,9 @@ def rebound(saved: OpGraph, traced: OpGraph) -> OpGraph:
 
 
 def plan_differences(saved: OpGraph, traced: OpGraph) -> list[str]:
-    """Describe the ops that differ.
+    """Describe the ops that differ, one line each.
 
-    Ops that are only missing on one side are no difference if they do not run in every forward: other batches may have
+    If ops are missing on one side only, those that do not run in every forward are left out: other batches may have
     been traced, or only one of the two modes.
     """
     gone, new = _unmatched(saved, traced), _unmatched(traced, saved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_qat.quantization.planning.folded_batch_norm import batch_norm_to_fold, statistics_path
@@ -10,6 +11,30 @@ from lightning_qat.quantization.planning.fusion import FusionGroup
 from lightning_qat.quantization.planning.plan import PointPlan, PointRole
 from lightning_qat.quantization.planning.point_config import PointConfig
 from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, Source
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place where a point can be.
+
+    Args:
+        op: the op it belongs to.
+        name: name of the point.
+        role: ``output``, ``weight`` or ``input``.
+        operand: the operand that it quantizes; None for the output.
+        axis: the channel axis of a weight, if it has one.
+    """
+
+    op: Op
+    name: str
+    role: PointRole
+    operand: Operand | None = None
+    axis: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor, as traced."""
+        return self.op.outputs[0][1] if self.operand is None else self.operand.shape
 
 
 class PlannedPoints:
@@ -33,77 +58,57 @@ class PlannedPoints:
         self._weights: dict[tuple[Any, ...], str] = {}
 
     def __contains__(self, name: str) -> bool:
-        """Whether it was decided what happens in a place."""
+        """Whether there is a decision about a place."""
         return name in self.by_name or name in self.in_float
 
-    def add(
-        self,
-        op: Op,
-        name: str,
-        role: PointRole,
-        index: int,
-        resolved: PointConfig,
-        why: str,
-        changed: str,
-        axis: int | None = None,
-        weight: Operand | None = None,
-    ) -> None:
+    def add(self, place: Place, config: PointConfig, why: str, changed: str) -> None:
         """Add a point, or the reason why the place stays float.
 
         Args:
-            op: the op it belongs to.
-            name: its name.
-            role: what it quantizes.
-            index: number of the operand; -1 for outputs.
-            resolved: its configuration.
-            why: why there is a point, where that is not obvious.
-            changed: what the hardware changed in the configuration, and why.
-            axis: channel axis of a weight, if it has one.
-            weight: the operand, if it is a weight.
+            place: where it is.
+            config: its configuration.
+            why: the reason for a point, if it is not obvious.
+            changed: the changes that the hardware made to the configuration, with the reason.
         """
         reasons = [why, changed]
-        if resolved.dtype == "float32":
+        if config.dtype == "float32":
             text = "; ".join(filter(None, reasons))
-            self.in_float[name] = f"float32: {text}" if changed else f"float32 by {resolved.rule}"
+            self.in_float[place.name] = f"float32: {text}" if changed else f"float32 by {config.rule}"
             return
-        shape = op.outputs[0][1] if role == "output" else next(o.shape for o in op.operands if o.index == index)
-        axis = axis if resolved.per_channel else None
-        channels = shape[axis] if axis is not None else None
-        sizes = resolved.split_sizes(name, shape)
-        if resolved.split is not None and sizes is not None:
-            axis, channels = resolved.split.axis, sum(sizes)
+        axis, channels, sizes = _groups(place, config)
         same_as = norm = None
-        if weight is not None:
-            norm, obstacle = batch_norm_to_fold(self.graph, self.groups.get(op.name), op, weight, axis)
+        if place.role == "weight" and place.operand is not None:
+            group = self.groups.get(place.op.name)
+            norm, obstacle = batch_norm_to_fold(self.graph, group, place.op, place.operand, axis)
             reasons.append(f"{norm} is folded into it" if norm is not None else obstacle if axis is None else "")
-            same_as = self._first_use(name, weight, axis, resolved, norm)
-        self.by_name[name] = PointPlan(
-            name=name,
-            op=op.name,
-            role=role,
-            operand=index,
-            dtype=resolved.dtype,
-            scheme=resolved.scheme,
+            same_as = self._first_use(place.name, place.operand, axis, config, norm)
+        self.by_name[place.name] = PointPlan(
+            name=place.name,
+            op=place.op.name,
+            role=place.role,
+            operand=place.operand.index if place.operand is not None else -1,
+            dtype=config.dtype,
+            scheme=config.scheme,
             axis=axis,
             channels=channels,
-            observer=resolved.observer,
-            percentile=resolved.percentile,
-            fixed_scale=resolved.fixed_scale,
-            narrow_range=role == "weight",
-            reason="; ".join(filter(None, (resolved.rule, *reasons))),
+            observer=config.observer,
+            percentile=config.percentile,
+            fixed_scale=config.fixed_scale,
+            narrow_range=place.role == "weight",
+            reason="; ".join(filter(None, (config.rule, *reasons))),
             same_as=same_as,
             split_sizes=sizes,
             batch_norm=norm,
         )
-        if role == "output":
-            self._outputs.add(op.name)
+        if place.role == "output":
+            self._outputs.add(place.op.name)
 
     def is_quantized(self, source: Source) -> bool:
-        """Whether a tensor was quantized where it was made; of several results only the first is."""
+        """Whether the op that made a tensor quantizes it. Only the first of several results is quantized."""
         return source.kind == "op" and source.output == 0 and source.name in self._outputs
 
     def why_needed(self, source: Source) -> str:
-        """Say why a tensor that comes from there needs a quantizer at its consumer."""
+        """Say why a tensor from this source needs a quantizer at its consumer."""
         if source.kind == "opaque":
             return "produced by code that cannot be traced" if source.name == "unknown" else source.name
         if source.kind == "mutated":
@@ -119,14 +124,23 @@ class PlannedPoints:
         return f"{source.kind} {source.name}"
 
     def _first_use(
-        self, name: str, weight: Operand, axis: int | None, resolved: PointConfig, norm: str | None
+        self, name: str, weight: Operand, axis: int | None, config: PointConfig, norm: str | None
     ) -> str | None:
         """The point of an earlier op that quantizes the same parameter in the same way, if there is one."""
         parameters = [s.name for s in weight.sources if s.kind == "parameter"]
         if len(parameters) != len(weight.sources):
             return None
         folded = None if norm is None else statistics_path(self.graph.by_name[norm])
-        percentile = resolved.percentile if resolved.observer == "percentile" else None
-        found_by = (resolved.dtype, resolved.observer, percentile)
+        percentile = config.percentile if config.observer == "percentile" else None
+        found_by = (config.dtype, config.observer, percentile)
         first = self._weights.setdefault((tuple(parameters), axis, *found_by, folded), name)
         return None if first == name else first
+
+
+def _groups(place: Place, config: PointConfig) -> tuple[int | None, int | None, tuple[int, ...] | None]:
+    """The axis along which a point has several scales, its length, and the lengths of groups that share a scale."""
+    sizes = config.split_sizes(place.name, place.shape)
+    if config.split is not None and sizes is not None:
+        return config.split.axis, sum(sizes), sizes
+    axis = place.axis if config.per_channel else None
+    return axis, place.shape[axis] if axis is not None else None, None

@@ -6,17 +6,18 @@ import dataclasses
 from typing import Any
 
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.external_operands import external_operands
 from lightning_qat.quantization.planning.fusion import find_fusions
 from lightning_qat.quantization.planning.fusion_patterns import DEFAULT_PATTERNS
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile, Signature
 from lightning_qat.quantization.planning.high_precision import high_precision_outputs
 from lightning_qat.quantization.planning.plan import OpPlan, OpStatus, QuantPlan
-from lightning_qat.quantization.planning.planned_points import PlannedPoints
+from lightning_qat.quantization.planning.planned_points import Place, PlannedPoints
 from lightning_qat.quantization.planning.point_config import PointConfig, PointConfigs
 from lightning_qat.quantization.planning.profile_planning import InputDemand, ProfileChoices, RunsInFloat
 from lightning_qat.quantization.planning.unmatched_overrides import unmatched_override
-from lightning_qat.quantization.qconfig import Override, QConfig
+from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, Source
 from lightning_qat.quantization.tracing.tensor_origins import TensorOrigins
 
@@ -24,7 +25,7 @@ _MATRIX_PRODUCTS = frozenset(["matmul", "rmatmul", "bmm", "addmm", "baddbmm", "a
 
 
 class Planner:
-    """Makes the plan of one target; the passes share the look-ups below.
+    """Makes the plan of one target. Its steps share the look-ups that the constructor makes.
 
     Args:
         graph: the traced ops that are deployed.
@@ -55,9 +56,9 @@ class Planner:
         self.origins = TensorOrigins(self.graph, self.passing_joins)
 
     def plan(self, written: tuple[dict[str, Any], ...] = ()) -> QuantPlan:
-        """Decide outputs first: whether an operand needs a quantizer depends on its producer.
+        """Return the plan. Outputs come first: whether an operand needs a quantizer depends on its producer.
 
-        Whether every rule matched is asked afterwards, with :meth:`unused_overrides`.
+        Afterwards, :meth:`unused_overrides` returns the rules that matched nothing.
 
         Args:
             written: the rules as the user wrote them, which the plan shows.
@@ -65,9 +66,10 @@ class Planner:
         high_precision = high_precision_outputs(self.graph, self.group)
         while not self._decide(high_precision):
             self._forget()
-        order = {op.name: i for i, op in enumerate(self.graph.ops)}
         rank = {"input": 0, "weight": 1, "output": 2}
-        points = sorted(self.points.by_name.values(), key=lambda p: (order[p.op], rank[p.role], p.operand))
+        points = sorted(
+            self.points.by_name.values(), key=lambda p: (self.graph.position[p.op], rank[p.role], p.operand)
+        )
         return QuantPlan(
             points=tuple(points),
             ops=tuple(self.status[op.name] for op in self.graph.ops),
@@ -141,7 +143,7 @@ class Planner:
         else:
             config, changed = self._output_config(op, name)
             why = "" if op.name not in high_precision or self._can_leave(op) else self._no_float(op)
-            self.points.add(op, name, "output", -1, config, why, changed)
+            self.points.add(Place(op, name, "output"), config, why, changed)
             self._status(op, "quantized", op.reason if name in self.points.by_name else self.points.in_float[name])
 
     def _status(self, op: Op, status: OpStatus, reason: str = "") -> None:
@@ -192,7 +194,7 @@ class Planner:
                 self._decide_input(op, operand, signature)
 
     def _demand(self, op: Op, operand: Operand) -> InputDemand | None:
-        """What the hardware has to be able to read; None for what is folded into the op or not quantized anyway."""
+        """What the hardware must be able to read; None for an operand that is folded into the op or not quantized."""
         origins = self.origins.of(operand.sources)
         name = f"{op.name}.input{operand.index}"
         if not origins:
@@ -232,7 +234,7 @@ class Planner:
             config, changed = self.configs.resolve(name, op.kind, "input"), ""
         else:
             config, changed = self.choices.settle_input(op, name, signature, requantizes)
-        self.points.add(op, name, "input", operand.index, config, why, changed)
+        self.points.add(Place(op, name, "input", operand), config, why, changed)
 
     def _decide_weight(self, op: Op, operand: Operand, signature: Signature | None) -> None:
         name = f"{op.name}.weight"
@@ -247,12 +249,12 @@ class Planner:
             config, changed = self.configs.resolve(name, op.kind, "weight"), ""
         else:
             config, changed = self.choices.settle_weight(op, name, signature, has_axis=axis is not None)
-        self.points.add(op, name, "weight", operand.index, config, "", changed, axis, operand)
+        self.points.add(Place(op, name, "weight", operand, axis), config, "", changed)
 
     # -- rules that matched nothing
 
     def unused_overrides(self) -> dict[int, ConfigurationError]:
-        """The rules that matched no point, by number, each with the error that says why."""
+        """Map the number of each rule that matched no point to the error that says why."""
         return {
             i: unmatched_override(rule, self.graph, self.points.by_name, self.points.in_float, self.status)
             for i, rule in enumerate(self.overrides)

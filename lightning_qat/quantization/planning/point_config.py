@@ -1,4 +1,4 @@
-"""What the defaults and overrides say about one quantization point."""
+"""The configuration of one quantization point, from the defaults and the overrides."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
+from lightning_qat.quantization.overrides import ActivationOverride, Override, Split, WeightOverride
 from lightning_qat.quantization.planning.plan import PointRole
-from lightning_qat.quantization.qconfig import ActivationOverride, Override, QConfig, Split, WeightOverride
+from lightning_qat.quantization.qconfig import QConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class PointConfig:
         per_channel: one scale per channel, where there is a channel axis.
         fixed_scale: scale given by the user.
         split: one scale for each of these groups along an axis.
-        rule: the rule that changed it last, in words.
+        rule: a text that names the last rule that changed it.
     """
 
     dtype: str
@@ -41,7 +42,7 @@ class PointConfig:
 
         Args:
             point: name of the point, for the message.
-            shape: of the tensor, as traced.
+            shape: shape of the tensor, as traced.
 
         Raises:
             ConfigurationError: the tensor has no such axis, or the groups do not add up to its length.
@@ -82,11 +83,11 @@ class PointConfigs:
         Args:
             point: its name.
             op_type: canonical kind of its op.
-            role: what it quantizes.
+            role: ``output``, ``weight`` or ``input``.
             required: fields that the hardware decides.
 
         Raises:
-            ConfigurationError: the rules leave it without what it needs.
+            ConfigurationError: the observer is ``fixed``, and no rule gives a scale.
         """
         defaults = self.qconfig.weight if role == "weight" else self.qconfig.activation
         values: dict[str, Any] = {
@@ -106,7 +107,7 @@ class PointConfigs:
         return _checked(point, values | dict(required or {}), rule)
 
     def explicit_rule(self, field: str, point: str, op_type: str, role: PointRole) -> str | None:
-        """Return the override that decides a field of a point, in words; None if the default does."""
+        """Return a text that names the override that decides a field of a point; None if the default does."""
         changes = self._changes(point, op_type, role)
         deciding = [index for index, change in changes if getattr(change, field) is not None]
         return self._in_words(deciding[-1]) if deciding else None

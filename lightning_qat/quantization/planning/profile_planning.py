@@ -1,14 +1,14 @@
-"""Choosing types that the hardware has: what planning asks when it works under a profile."""
+"""Choose types that the hardware supports: planning asks this module when it works under a profile."""
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
+from lightning_qat.quantization.planning.data_movement import types_of_movement
 from lightning_qat.quantization.planning.fusion import FusionGroup
 from lightning_qat.quantization.planning.hardware_profile import (
     FLOAT,
@@ -22,11 +22,10 @@ from lightning_qat.quantization.planning.hardware_profile import (
 from lightning_qat.quantization.planning.plan import PointPlan, PointRole
 from lightning_qat.quantization.planning.point_config import PointConfig, PointConfigs
 from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
-from lightning_qat.quantization.tracing.tensor_origins import TensorOrigins, moved
 
 
 class RunsInFloat(Exception):
-    """What is asked for exists in float only; the message is the reason."""
+    """Raised where an op can only run in float; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,13 @@ class InputDemand:
 
 
 class ProfileChoices:
-    """Picks types under a profile. An override that asks for what the hardware has not is an error; a default gives
-    way to the nearest type, and an op that cannot be computed runs in float.
+    """Picks types under a profile. A default gives way to the nearest type that the hardware supports. An override
+    that asks for another type is an error, and an op that the hardware cannot compute runs in float.
 
     Args:
         profile: what the hardware can do.
         graph: the traced ops.
-        configs: what the user asks for.
+        configs: the configuration that the user wrote.
         groups: the fused group of each op that is in one.
     """
 
@@ -61,7 +60,6 @@ class ProfileChoices:
         self.configs = configs
         self.groups = groups
         self.floats: dict[str, str] = {}
-        self._position = {op.name: i for i, op in enumerate(graph.ops)}
         self._signatures: dict[str, tuple[Signature, ...]] = {}
         for op in graph.ops:
             computes = op.role in ("quantize", "join") and op.data_dependent
@@ -69,7 +67,7 @@ class ProfileChoices:
                 self.run_in_float(op, profile.why_unsupported(op.kind))
 
     def run_in_float(self, op: Op, reason: str) -> None:
-        """Take the op, and what it is fused with, off the hardware."""
+        """Let an op and its fused group run in float, off the hardware."""
         group = self.groups.get(op.name)
         for name in group.ops if group else (op.name,):
             self.floats[name] = reason
@@ -80,7 +78,7 @@ class ProfileChoices:
         return self.graph.by_name[group.ops[0]] if group else op
 
     def rule(self, op: Op) -> OpRule:
-        """Return the rule for an op's own inputs: a fused one without a rule takes what the group takes."""
+        """Return the rule for an op's own inputs. A fused op without a rule has the rule of its group."""
         return self.profile.rules.get(op.kind) or self.profile.rules[self.head(op).kind]
 
     # -- outputs
@@ -93,23 +91,23 @@ class ProfileChoices:
         """Return the configuration of an output point and, if the profile changed it, why.
 
         Raises:
-            ConfigurationError: an override asks for what the hardware has not.
-            RunsInFloat: float32 is asked for, and the op has no float32 result.
+            ConfigurationError: an override asks for something that the hardware does not support.
+            RunsInFloat: the user asks for float32, and the op has no float32 result.
         """
         head = self.head(op)
         candidates = self._candidates(head)
         options = union(s.output for s in candidates)
         what = f"{head.kind} output only {either(options)}"
-        for kind, moves in self._movement(op).items():
+        for kind, moves in types_of_movement(self.profile, self.graph, op).items():
             if not moves >= {o for o in options if o != FLOAT}:
                 options = tuple(o for o in options if o == FLOAT or o in moves)
                 what = f"{kind}, which its result goes through, has only {either(sorted(moves))}"
-        config, why = self._settle(op, point, "output", options, what)
+        config, why = self._settle(_Question(op, point, "output", options, what))
         self.note_output(op, config.dtype)
         return config, why
 
     def note_output(self, op: Op, dtype: str | None) -> None:
-        """Remember the type of a result, which decides what the inputs may be; None for any."""
+        """Remember the type of a result, because it limits the types of the inputs; None stands for any type."""
         head = self.head(op)
         self._signatures[head.name] = tuple(s for s in self._candidates(head) if dtype is None or dtype in s.output)
 
@@ -122,38 +120,10 @@ class ProfileChoices:
         wanted = self.configs.resolve(point, head.kind, "weight").dtype
         return tuple(s for s in signatures if wanted in s.weight) or signatures
 
-    def _movement(self, op: Op) -> dict[str, frozenset[str]]:
-        """The kinds of the data movement behind an op, with the types that can pass, where the profile has a rule."""
-        joins: set[str] = set()
-        origins = TensorOrigins(self.graph, joins)
-        pending = [self._position[c.name] for c in self.graph.consumers.get(op.name, ())]
-        heapq.heapify(pending)
-        seen: set[int] = set()
-        found: dict[str, frozenset[str]] = {}
-        while pending:
-            index = heapq.heappop(pending)
-            consumer = self.graph.ops[index]
-            if index in seen or not consumer.data_dependent or consumer.role not in ("pass", "join"):
-                continue
-            seen.add(index)
-            if consumer.role == "join":
-                operands = [operand for operand in consumer.operands if operand.is_float]
-                if {s.name for operand in operands for s in origins.of(operand.sources)} != {op.name}:
-                    continue
-                joins.add(consumer.name)  # all its inputs share one scale: it only moves
-            elif op.name not in {s.name for o in range(len(consumer.outputs)) for s in origins.of(moved(consumer, o))}:
-                continue
-            rule = self.profile.rules.get(consumer.kind)
-            if rule is not None:
-                found[consumer.kind] = frozenset(d for d in rule.inputs() if rule.moves(d))
-            for following in self.graph.consumers.get(consumer.name, ()):
-                heapq.heappush(pending, self._position[following.name])
-        return found
-
     # -- operands
 
     def signature(self, op: Op, inputs: Sequence[InputDemand], weight: str | None) -> Signature:
-        """Pick the combination of types that changes least.
+        """Return the combination of types that needs the smallest changes of the configuration.
 
         Args:
             op: a quantized op.
@@ -170,7 +140,7 @@ class ProfileChoices:
         return min(candidates, key=cost)
 
     def accepts(self, op: Op, signature: Signature, origins: Iterable[PointPlan]) -> bool:
-        """Whether an input that is quantized like this can be read as it is."""
+        """Whether the op can read an input that these points quantize, without another quantizer."""
         schemes = self.rule(op).schemes
         return FLOAT in signature.input or all(p.dtype in signature.input and p.scheme in schemes for p in origins)
 
@@ -183,14 +153,14 @@ class ProfileChoices:
             op: the reader.
             point: name of the point.
             signature: the combination that was picked.
-            requantizes: the input has a quantizer at its producer: a general rule that covers the point, such as
-                ``*``, was not meant for it.
+            requantizes: the producer quantizes the input already. A general rule that covers the point, such as
+                ``*``, was then not meant for it.
 
         Raises:
             ConfigurationError, RunsInFloat: as for outputs.
         """
         what = f"{op.kind} input only {either(signature.input)}"
-        return self._settle(op, point, "input", signature.input, what, requantizes)
+        return self._settle(_Question(op, point, "input", signature.input, what, requantizes))
 
     def settle_weight(self, op: Op, point: str, signature: Signature, has_axis: bool) -> tuple[PointConfig, str]:
         """Return the configuration of a weight point and, if the profile changed it, why.
@@ -207,7 +177,7 @@ class ProfileChoices:
         what = f"{op.kind} weight only {either(signature.weight) or FLOAT}"
         if not has_axis and "per_tensor" not in self.rule(op).weight_granularity:
             raise RunsInFloat(f"profile {self.profile.name}: {what} per channel, and this one has no channel axis")
-        return self._settle(op, point, "weight", signature.weight, what)
+        return self._settle(_Question(op, point, "weight", signature.weight, what))
 
     def _input_cost(self, op: Op, demand: InputDemand, signature: Signature) -> int:
         if demand.origins:
@@ -225,16 +195,15 @@ class ProfileChoices:
 
     # -- one point
 
-    def _settle(
-        self, op: Op, point: str, role: PointRole, options: tuple[str, ...], what: str, requantizes: bool = False
-    ) -> tuple[PointConfig, str]:
+    def _settle(self, question: _Question) -> tuple[PointConfig, str]:
+        op, point, role = question.op, question.point, question.role
         config = self.configs.resolve(point, op.kind, role)
         required: dict[str, Any] = {}
         reasons: list[str] = []
-        dtype = self._dtype(op, point, role, config, options, what, requantizes)
+        dtype = self._dtype(question, config)
         if dtype != config.dtype:
             required["dtype"] = dtype
-            reasons.append(f"profile {self.profile.name}: {what}")
+            reasons.append(f"profile {self.profile.name}: {question.what}")
         if _loses_sign(config.dtype, dtype) and role != "weight" and "affine" in self._style(op, role)[1]:
             required["scheme"] = "affine"  # else all negative values would become zero
         elif dtype != FLOAT:
@@ -242,10 +211,11 @@ class ProfileChoices:
             field, allowed = self._style(op, role)
             if given not in allowed:
                 rule = self.configs.explicit_rule(field, point, op.kind, role)
-                if rule is not None and not requantizes:
-                    raise self._refusal(rule, given, op, point, role, field, allowed, allowed[0])
+                what = f"{op.kind} {role} only {either(allowed)}"
+                if rule is not None and not question.requantizes:
+                    raise self._refusal(question, f"{rule} asks for {given}", what, f"{field}: {allowed[0]}")
                 required[field] = allowed[0]
-                reasons.append(f"profile {self.profile.name}: {op.kind} {role} only {either(allowed)}")
+                reasons.append(f"profile {self.profile.name}: {what}")
         if required:
             config = self.configs.resolve(point, op.kind, role, required)
         return config, "; ".join(reasons)
@@ -255,49 +225,51 @@ class ProfileChoices:
             return "granularity", self.rule(op).weight_granularity
         return "scheme", self.rule(op if role == "input" else self.head(op)).schemes
 
-    def _dtype(
-        self,
-        op: Op,
-        point: str,
-        role: PointRole,
-        config: PointConfig,
-        options: tuple[str, ...],
-        what: str,
-        requantizes: bool,
-    ) -> str:
-        wanted = config.dtype
+    def _dtype(self, question: _Question, config: PointConfig) -> str:
+        wanted, options, point = config.dtype, question.options, question.point
         if wanted in options:
             return wanted
-        if role == "weight" and wanted != FLOAT:  # weights are symmetric: an unsigned type would lose half of them
+        if question.role == "weight" and wanted != FLOAT:
+            # weights are symmetric: an unsigned type would lose half of them
             options = tuple(o for o in options if not _loses_sign(wanted, o))
         if wanted == FLOAT or not options:
             by = f"{point.rpartition('.')[2]} is float32 by {config.rule}, and " if wanted == FLOAT else ""
-            raise RunsInFloat(f"{by}profile {self.profile.name}: {what}: runs in float")
+            raise RunsInFloat(f"{by}profile {self.profile.name}: {question.what}: runs in float")
         nearest = nearest_dtype(wanted, options)
-        rule = self.configs.explicit_rule("dtype", point, op.kind, role)
+        rule = self.configs.explicit_rule("dtype", point, question.op.kind, question.role)
         exact = any(o.names_exactly(point) for o in self.configs.overrides)
-        if rule is not None and (exact or not requantizes):
-            raise self._refusal(rule, wanted, op, point, role, "dtype", options, nearest, what)
+        if rule is not None and (exact or not question.requantizes):
+            raise self._refusal(question, f"{rule} asks for {wanted}", question.what, f"dtype: {nearest}")
         return nearest
 
-    def _refusal(
-        self,
-        rule: str,
-        wanted: str,
-        op: Op,
-        point: str,
-        role: PointRole,
-        field: str,
-        allowed: Iterable[str],
-        instead: str,
-        what: str = "",
-    ) -> ConfigurationError:
-        kind = "weight" if role == "weight" else "activation"
+    def _refusal(self, question: _Question, asked: str, what: str, instead: str) -> ConfigurationError:
+        kind = "weight" if question.role == "weight" else "activation"
         return ConfigurationError(
-            f"{rule} asks for {wanted} at {point}, which the hardware has not: profile {self.profile.name}: "
-            f"{what or f'{op.kind} {role} only {either(allowed)}'}. Change the rule, or add one for this point behind "
-            f"it: {{match: {point!r}, {kind}: {{{field}: {instead}}}}}."
+            f"{asked} at {question.point}, which the hardware does not support: profile {self.profile.name}: {what}. "
+            "Change the rule, or add one for this point after it: "
+            f"{{match: {question.point!r}, {kind}: {{{instead}}}}}."
         )
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A point whose configuration has to be settled.
+
+    Args:
+        op: the op it belongs to.
+        point: its name.
+        role: ``output``, ``weight`` or ``input``.
+        options: the types that the hardware supports there.
+        what: the same as a text.
+        requantizes: see :meth:`ProfileChoices.settle_input`.
+    """
+
+    op: Op
+    point: str
+    role: PointRole
+    options: tuple[str, ...]
+    what: str
+    requantizes: bool = False
 
 
 def _loses_sign(wanted: str, instead: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a plan asks for and a piece of hardware does not have: ``find_violations(plan, graph, profile)``."""
+"""Find everything in a plan that the hardware does not support: ``find_violations(plan, graph, profile)``."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class ProfileViolation:
     """One thing that the hardware cannot do as planned.
 
     Args:
-        point: the point to change; the op where there is none.
+        point: name of the point to change; name of the op if there is no point.
         op: name of the op.
         op_type: its kind.
-        subject: what does not fit.
-        used: what the plan has.
-        allowed: what the hardware has.
+        subject: the part of the plan that does not fit.
+        used: the value in the plan.
+        allowed: the values that the hardware supports.
         advice: what to write instead.
     """
 
@@ -58,7 +58,7 @@ def find_violations(
     An op without any quantization point runs in float, which is no violation.
 
     Args:
-        plan: made without a profile, or under another one.
+        plan: a plan made without a profile, or under another one.
         graph: the graph it was made for.
         profile: a profile, the name of a shipped one, or the path of a YAML file.
 
@@ -204,7 +204,7 @@ class _Checker:
         return external_operands(op, group.ops if group is not None else (), self.origins)[0]
 
     def _float_inputs(self, op: Op) -> Iterator[str]:
-        """The inputs that nobody has quantized, except for masks and what is folded into the op."""
+        """The inputs that no point quantizes, except masks and constants that are folded into the op."""
         for operand in self._inputs(op):
             name = f"{op.name}.input{operand.index}"
             if name in self.plan.by_name:
@@ -219,7 +219,7 @@ class _Checker:
                 yield name
 
     def _read(self, op: Op, operand: Operand) -> Iterator[PointPlan]:
-        """The quantizers that an operand has passed last: its own, or those of its producers."""
+        """The last quantizers of an operand: its own, or those of its producers."""
         own = self.plan.by_name.get(f"{op.name}.input{operand.index}")
         if own is not None:
             yield own
@@ -249,7 +249,7 @@ class _Checker:
     def _row(
         self, point: PointPlan, op: Op, subject: Subject, used: str, allowed: tuple[str, ...], beside: str = ""
     ) -> ProfileViolation:
-        kind = "weight" if point.is_weight else "activation"
+        kind = point.scale_role
         field = subject if subject in ("scheme", "granularity") else "dtype"
         instead = nearest_dtype(used, allowed) if field == "dtype" and allowed else (*allowed, FLOAT)[0]
         advice = f"Add an override: {{match: {point.name!r}, {kind}: {{{field}: {instead}}}}}"

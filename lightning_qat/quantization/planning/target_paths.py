@@ -1,9 +1,9 @@
 """Patterns that begin with the path of a target, where a model has several targets.
 
 Names inside a region are relative to its target (``layers.0.conv1.weight``). A pattern may also begin with the path of
-one of the targets, spelled out (``backbone.layers.0.*`` for target ``backbone``): then it is about that target alone.
-Such a pattern that matches nothing there is read as relative names after all. So every point has a spelling of its own,
-also where target ``head`` has a submodule called ``backbone``.
+one of the targets, written out (``backbone.layers.0.*`` for target ``backbone``): it then applies to that target alone.
+If such a pattern matches nothing there, it is read as a relative name. So every point has a unique name, even where
+target ``head`` has a submodule called ``backbone``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from lightning_qat.quantization.qconfig import Override
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
 
 
 def below_target(pattern: str, path: str) -> str | None:
-    """Return what a pattern says about the inside of a target, or None if it does not begin with the target's path.
+    """Return the part of a pattern after the target's path (``*`` for nothing), or None if it begins differently.
 
     Example:
         >>> below_target("backbone.layers.*", "backbone"), below_target("backbone", "backbone")
@@ -34,7 +34,7 @@ def below_target(pattern: str, path: str) -> str | None:
 
 
 def local_patterns(pattern: str, paths: Iterable[str], matches: Callable[[str, str], bool]) -> dict[str, str]:
-    """Return the pattern to use inside each target that it is about.
+    """Return the pattern to use inside each target that it applies to.
 
     Args:
         pattern: as the user wrote it.
@@ -42,7 +42,7 @@ def local_patterns(pattern: str, paths: Iterable[str], matches: Callable[[str, s
         matches: whether a relative pattern matches anything in the target of a path.
 
     Returns:
-        Relative patterns by path of the target; targets that the pattern is not about are left out.
+        Relative patterns by path of the target; targets that the pattern does not apply to are left out.
 
     Example:
         >>> local_patterns("head.fc", ["backbone", "head"], lambda path, pattern: True)
@@ -61,18 +61,18 @@ def local_patterns(pattern: str, paths: Iterable[str], matches: Callable[[str, s
     return relative
 
 
-def spelled_out(overrides: str, path: str) -> str:
-    """Put the path of a target before every pattern of some overrides in YAML: now they are about that target alone.
+def with_target_path(overrides: str, path: str) -> str:
+    """Put a target's path before every pattern of overrides in YAML, so that they apply to that target alone.
 
     Example:
-        >>> print(spelled_out('- {match: "fc.weight", weight: {dtype: int16}}', "head"))
+        >>> print(with_target_path('- {match: "fc.weight", weight: {dtype: int16}}', "head"))
         - {match: "head.fc.weight", weight: {dtype: int16}}
     """
     return re.sub(r"(match: [\"'])", lambda found: f"{found[1]}{path}.", overrides) if path else overrides
 
 
 def local_rules(rules: Iterable[Override], graphs: Mapping[str, OpGraph]) -> dict[str, list[Override]]:
-    """Return the rules to use inside each target: as many as given, those about another target select nothing.
+    """Return the rules for each target. Each target gets all rules; rules for another target select nothing there.
 
     Args:
         rules: as the user wrote them.

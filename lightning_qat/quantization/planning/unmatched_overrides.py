@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from lightning_qat.quantization.errors import ConfigurationError, near_names
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.plan import OpPlan
-from lightning_qat.quantization.qconfig import Override
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
 
@@ -23,8 +23,8 @@ def unmatched_override(
         override: the rule.
         graph: the traced ops.
         points: names of the quantization points.
-        float_points: places without one, with the reason.
-        status: what happens to each op.
+        float_points: places that stay float, each with the reason.
+        status: the decision about each op.
     """
     selected = [n for n in (*points, *float_points) if override.selects(n, graph.by_name[n.rpartition(".")[0]].kind)]
     right = [n for n in selected if n in float_points and (override.weight if _is_weight(n) else override.activation)]

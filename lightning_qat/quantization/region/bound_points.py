@@ -1,4 +1,4 @@
-"""The points of a plan bound to a target: each op's fake-quants, with what interception has to know of them."""
+"""The points of a plan bound to a target: each op's fake-quants, with the facts that interception needs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class BoundPoint:
         name: name of the point.
         fake_quant: the quantizer.
         is_weight: it quantizes a weight.
-        written: the op writes into the operand, or the result of an in-place op is written once more: it must stay
-            the same tensor, which others may know under another name.
+        written: the op writes into the operand, or the result of an in-place op is written once more. The tensor must
+            then stay the same object, because the model may hold it under another name.
         rewritten: the operand is written later, so that backward must not rely on its values.
         batch_norm: the batch norm that is folded into the weight before it is quantized.
         repeats: several calls within one forward share it.
 
     Attributes:
-        trained: where the weight of the last training forward is, which the optimizer may have changed since.
+        trained: the view of the parameter that the last training forward used; the optimizer may have changed it since.
     """
 
     __slots__ = ("batch_norm", "fake_quant", "is_weight", "name", "repeats", "rewritten", "role", "trained", "written")
@@ -57,7 +57,7 @@ class BoundPoint:
 
     @torch.no_grad()
     def refresh(self, parameters: Container[int]) -> None:
-        """Take the scale of a weight as the next evaluation would, if only the optimizer made it outdated.
+        """Compute the scale of a weight again, as the next evaluation would, if an optimizer step made it outdated.
 
         Args:
             parameters: identities of the parameters that the target has now.
@@ -90,7 +90,7 @@ UNPLANNED = OpQuantizers()
 def bind(
     graph: OpGraph, plan: QuantPlan, points: Mapping[str, FakeQuantize], target: nn.Module
 ) -> dict[str, OpQuantizers]:
-    """Return the fake-quants of every op of the graph by its run-time identity."""
+    """Map the run-time identity of every op of the graph to its fake-quants."""
     bound = {op.key: OpQuantizers(op.name) for op in graph.ops}
     bound |= {twin: bound[op.key] for op in graph.ops for twin in op.twins}
     operands = (operand for op in graph.ops for operand in op.operands if operand.written)
@@ -116,7 +116,7 @@ def bind(
 
 
 def parameter_view(weight: Tensor) -> ParameterView | None:
-    """Where in a parameter a weight is; None for one that is computed anew in every forward."""
+    """Return which part of a parameter a weight is; None for a weight that is computed in every forward."""
     base = weight._base if weight._is_view() else weight
     if not isinstance(base, nn.Parameter):
         return None

@@ -1,4 +1,4 @@
-"""Calibration: observe a few batches in float, derive the scales, say what looks wrong."""
+"""Calibration: observe a few batches in float, derive the scales, report problems."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ __all__ = ["CalibrationFinding", "CalibrationPass", "CalibrationResult", "calibr
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """What calibration did.
+    """The result of a calibration.
 
     Args:
         batches: number of batches on this rank.
         points: number of points with a scale.
-        findings: what looks wrong.
+        findings: the problems that it saw.
     """
 
     batches: int
@@ -46,12 +46,12 @@ class CalibrationResult:
 
     @property
     def messages(self) -> tuple[str, ...]:
-        """What there is to say: one message for NaN or infinities that began at one point, one for each other kind."""
+        """The findings as texts: one for NaN or infinities that began at one point, one for each other kind."""
         return messages(self.findings)
 
 
 class CalibrationPass:
-    """Context manager around the forwards of a calibration; they may be run by anybody (a validation step).
+    """Context manager around the forwards of a calibration. Any code may run them, such as a validation step.
 
     Args:
         regions: the regions to calibrate, by target path.
@@ -89,7 +89,7 @@ class CalibrationPass:
         self._stack.close()
 
     def batch_done(self) -> None:
-        """Call after each batch: notes in which one values that are not finite first appeared."""
+        """Call this after each batch: it notes the batch in which NaN or infinities first appeared."""
         self._note_not_finite(self.batches)
         self.batches += 1
 

@@ -1,4 +1,4 @@
-"""What calibration saw that will hurt later, and how it is said: what has one cause is one message."""
+"""Problems that calibration saw, and their messages: findings with one cause share a message."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ FindingKind = Literal["nan", "inf", "constant", "no data", "unplanned"]
 
 @dataclass(frozen=True)
 class CalibrationFinding:
-    """Something calibration saw that will hurt later.
+    """A problem that calibration saw.
 
     Args:
         kind: ``nan``, ``inf``: activations that are not finite. ``constant``: only zeros, so there is no scale.
             ``no data``: the point was never reached. ``unplanned``: an op that was not seen while tracing.
         point: point name (or place in the code).
-        batch: the batch in which it was first seen, if that can be told.
+        batch: the number of the batch in which it was first seen; None if unknown.
         message: what it means and what to do.
-        origin: the point where it began: NaN and infinities spread to all that is computed from them. The point itself
-            if it began there.
+        origin: the point where it began, which can be the point itself. NaN and infinities spread from there to
+            everything that is computed from them.
     """
 
     kind: FindingKind
@@ -38,7 +38,7 @@ class CalibrationFinding:
 
 
 def finding(kind: Literal["constant", "no data", "unplanned"], path: str, name: str) -> CalibrationFinding:
-    """Return what there is to say of one point (or place in the code) of the region on ``path``."""
+    """Return a finding about one point (or place in the code) of the region of the target ``path``."""
     qualified = _qualified(path, name)
     message = _INSTALLED if kind == "unplanned" and is_installed(name) else _MESSAGES[kind]
     return CalibrationFinding(kind, qualified, None, message.format(name=qualified), qualified)
@@ -50,10 +50,10 @@ def spread_findings(
     """Return the findings of all points of a region that were not finite, each with the point where it began.
 
     Args:
-        path: of the region's target.
+        path: path of the region's target.
         region: the region.
-        kind: what they were.
-        batches: the points, each with the first batch in which it was so; None if that was on another rank.
+        kind: what was seen there.
+        batches: maps the name of each such point to the first batch with such a value; None if another rank saw it.
     """
     points = [point for point in region.plan.points if point.name in batches]  # in execution order
     points.sort(key=lambda point: math.inf if (batch := batches[point.name]) is None else batch)
@@ -82,7 +82,7 @@ def messages(findings: Iterable[CalibrationFinding]) -> tuple[str, ...]:
 
 
 def depends_on_data(region: Region, name: str) -> bool:
-    """Whether a point quantizes data. Zeros in weights and constants are exact, and no sign of missing data."""
+    """Whether a point quantizes data. Zeros in weights and constants are exact and do not mean that data is missing."""
     point = region.plan.by_name[name]
     if point.role != "input":
         return not point.is_weight
@@ -119,7 +119,7 @@ def _others(kind: str, points: list[str]) -> str:
 
 
 def _behind(graph: OpGraph, point: PointPlan) -> set[str]:
-    """Names of the ops that read what is at a point, or what is computed from it."""
+    """Names of the ops that read the tensor at a point, or a tensor that is computed from it."""
     found = {point.op}
     if point.role != "output":
         sources = set(_operand(graph, point).sources)

@@ -1,4 +1,4 @@
-"""Which type a tensor of a region has in effect: that of the point behind it, followed back through data movement."""
+"""The type that a tensor of a region has in effect: that of the point that quantized it, before any data movement."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class EffectiveDtypes:
 
     Args:
         graph: the traced ops.
-        plan: what was decided for them.
-        point_dtypes: types of points that are in effect instead of the planned ones.
+        plan: the plan for them.
+        point_dtypes: types of points that replace the planned ones.
 
     Attributes:
-        points: the type of every point; ``float32`` for one that does nothing.
+        points: the type of every point; ``float32`` for a point that is switched off.
 
     Example:
         >>> import torch
@@ -57,12 +57,12 @@ class EffectiveDtypes:
         return tuple(found)
 
     def of_origin(self, origin: Source) -> str:
-        """Return the type of the tensor that an origin makes. Of several results of an op the first has a point."""
+        """Return the type of the tensor from an origin. Only the first of several results of an op has a point."""
         is_first_result = origin.kind == "op" and origin.output == 0
         return self.points.get(f"{origin.name}.output", FLOAT) if is_first_result else FLOAT
 
     def of_tensor(self, sources: Iterable[Source]) -> str:
-        """Return the type of a tensor, the widest one (``float32`` is) if it comes from several places."""
+        """Return the type of a tensor; the widest one if it comes from several places (``float32`` is the widest)."""
         return widest(map(self.of_origin, self.origins(sources)))
 
     def point_of(self, op: Op, operand: Operand) -> str | None:
@@ -70,7 +70,7 @@ class EffectiveDtypes:
         return self._inputs.get((op.name, operand.index))
 
     def of_operand(self, op: Op, operand: Operand) -> str:
-        """Return the type an op reads an operand with."""
+        """Return the type in which an op reads an operand."""
         point = self.point_of(op, operand)
         own = FLOAT if point is None else self.points[point]
         return self.of_tensor(operand.sources) if is_float(own) else own
@@ -83,15 +83,15 @@ class EffectiveDtypes:
 def effective_dtypes(region: Region) -> EffectiveDtypes:
     """Return the types that are in effect in a region now.
 
-    A point counts with the type its fake-quant has now, and as ``float32`` if it is switched off. One without a scale
-    counts too: it is to be calibrated, or on a branch that the data do not take.
+    A point counts with the type its fake-quant has now, and as ``float32`` if it is switched off. A point without a
+    scale counts too: it will be calibrated, or it is on a branch that the data do not take.
     """
     present = {name: point.dtype if point.enabled else FLOAT for name, point in region.points.items()}
     return EffectiveDtypes(region.graph, region.plan, present)
 
 
 def widest(dtypes: Iterable[str]) -> str:
-    """Return ``float32`` if it is among the types or there is none, else the one with the most bits.
+    """Return the type with the most bits; ``float32`` counts as the widest, and is returned if there is no type.
 
     Example:
         >>> widest(["int8", "int16"]), widest(["int16", "float32"])

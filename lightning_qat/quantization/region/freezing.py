@@ -15,9 +15,9 @@ from torch import nn
 from lightning_qat.quantization.errors import ConfigurationError, near_names
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.modules.module_walk import REGION_NAME
+from lightning_qat.quantization.overrides import glob_covers
 from lightning_qat.quantization.planning.plan import PointPlan, QuantPlan
 from lightning_qat.quantization.planning.target_paths import local_patterns
-from lightning_qat.quantization.qconfig import glob_covers
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
 _CALL_NUMBER = re.compile(r"@\d+")
@@ -25,7 +25,7 @@ _CALL_NUMBER = re.compile(r"@\d+")
 
 @dataclass(frozen=True)
 class Freezable:
-    """What freezing looks at of one region.
+    """The parts of a region that freezing needs.
 
     Args:
         target: the module whose forward is quantized.
@@ -41,7 +41,7 @@ class Freezable:
 
 
 def patterns_by_target(regions: Mapping[str, Freezable], patterns: str | Iterable[str]) -> dict[str, list[str]]:
-    """Return which patterns are about which target, relative to it.
+    """Return the patterns that apply to each target, relative to that target.
 
     Args:
         regions: the regions by the path of their target.
@@ -63,7 +63,7 @@ def patterns_by_target(regions: Mapping[str, Freezable], patterns: str | Iterabl
 
 @dataclass(frozen=True)
 class Selection:
-    """What some patterns select of a region, by name."""
+    """Names of the modules, parameters and points of a region that some patterns select."""
 
     modules: frozenset[str]
     parameters: frozenset[str]
@@ -74,7 +74,7 @@ class Selection:
 
 
 class Freezing:
-    """What of one region is frozen, and how it was before. Kept by name: parameters may be replaced meanwhile."""
+    """The frozen parts of a region and their state before. They are kept by name, as parameters may be replaced."""
 
     def __init__(self) -> None:
         self._reset()
@@ -92,14 +92,14 @@ class Freezing:
         return bool(self.patterns)
 
     def add(self, region: Freezable, patterns: Iterable[str]) -> None:
-        """Freeze what the patterns select, beside what is frozen already."""
+        """Freeze what the patterns select, in addition to what is frozen already."""
         if not self.patterns:
             self._target_training = region.target.training
         self.patterns = tuple(dict.fromkeys((*self.patterns, *patterns)))
         self.apply(region)
 
     def apply(self, region: Freezable) -> None:
-        """Freeze everything the patterns select now: again after the plan or its fake-quants were replaced."""
+        """Freeze everything the patterns select now. Call it again after the plan or its fake-quants were replaced."""
         selection = _selected(region, self.patterns)
         modules, parameters = _modules(region.target), _parameters(region.target)
         for name in selection.modules:
@@ -114,7 +114,7 @@ class Freezing:
         self.hold()
 
     def hold(self) -> None:
-        """Undo what may have happened since: ``train()`` on a module above, scales that became parameters."""
+        """Freeze again after other changes: ``train()`` on a module above, or scales that became parameters."""
         for module in self._modules:
             if module.training:
                 module.training = False
@@ -127,7 +127,7 @@ class Freezing:
                 fake_quant.scale.grad = None
 
     def release_modes(self, target: nn.Module) -> None:
-        """Put back the modes until the next forward: Lightning warns of modules in eval mode when training starts."""
+        """Restore the modes until the next forward: Lightning warns of modules in eval mode when training starts."""
         modules = _modules(target)
         for name, training in self._training.items():
             modules[name].training = training
@@ -182,7 +182,7 @@ def _selected(region: Freezable, patterns: Iterable[str]) -> Selection:
 
 
 def _modules(target: nn.Module) -> dict[str, nn.Module]:
-    """Every registration of every submodule; the region itself is none of the model's."""
+    """Every registration of every submodule, without the region itself."""
     named = target.named_modules(remove_duplicate=False)
     return {name: module for name, module in named if name.partition(".")[0] != REGION_NAME}
 

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.make_plan import make_plan
 from lightning_qat.quantization.planning.plan import QuantPlan
-from lightning_qat.quantization.qconfig import Override, QConfig
+from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.regions import check_target
 from lightning_qat.quantization.tracing.op_graph import OpGraph
@@ -43,8 +44,8 @@ def insert(
         overrides: rules for single points, from general to specific.
         profile: the hardware the plan is for, such as ``generic_int8_int16`` or the path of a YAML file.
         batches: more example batches, for forwards whose ops depend on the data.
-        train_mode: look for ops that run in train mode only too, as far as the module runs on the example there. False
-            for modules that cannot (batch norm on a batch of one, targets that are missing): eval mode alone.
+        train_mode: also trace in train mode, as far as the module runs on the example there. Write False for a module
+            that cannot (batch norm on a batch of one, targets that are missing) to trace in eval mode only.
 
     Returns:
         The region: ``region.graph``, ``region.plan``, ``region.points``; ``region.remove()`` gives the float module
@@ -74,9 +75,9 @@ def attach(module: nn.Module, graph: OpGraph, plan: QuantPlan, traced: bool = Tr
 
     Args:
         module: the target.
-        graph: what was traced.
-        plan: what was decided for it.
-        traced: False if both come from a checkpoint rather than from this code.
+        graph: the traced ops.
+        plan: the plan for them.
+        traced: False if both come from a checkpoint and not from the code of this process.
 
     Raises:
         ConfigurationError: the module is quantized already, or its forward cannot be taken over.

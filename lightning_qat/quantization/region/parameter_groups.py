@@ -15,15 +15,15 @@ def parameter_groups(module: nn.Module, lr: float, scale_lr_factor: float = 0.1)
 
     Weight decay would pull scales to zero. Their learning rate is lower because Adam and its relatives move every
     parameter by about ``lr`` per step, however small the parameter and its gradient are: ``lr * scale_lr_factor``
-    should be far below the smallest scale. With 4 bits or fewer scales are large, and 1 to 10 find them faster. SGD
-    makes use of the gradient scale of LSQ; ``scale_lr_factor=1`` is the paper's choice there.
+    should be far below the smallest scale. With 4 bits or fewer, scales are large, and factors of 1 to 10 train them
+    faster. SGD uses the gradient scale of LSQ: write ``scale_lr_factor=1`` there, which is the paper's choice.
 
     Without learned scales there is one group with all parameters.
 
     Args:
         module: the module to train, with or without fake-quants.
         lr: the learning rate of the weights.
-        scale_lr_factor: that of the scales, relative to ``lr``.
+        scale_lr_factor: the learning rate of the scales, relative to ``lr``.
 
     Raises:
         ConfigurationError: ``scale_lr_factor`` is negative.
@@ -38,7 +38,7 @@ def parameter_groups(module: nn.Module, lr: float, scale_lr_factor: float = 0.1)
         [(4, 0.001, 0.05), (4, 0.0001, 0.0)]
     """
     if not scale_lr_factor >= 0.0:
-        raise ConfigurationError(f"scale_lr_factor must not be negative, such as 0.1; got {scale_lr_factor!r}.")
+        raise ConfigurationError(f"scale_lr_factor must be 0 or more, such as 0.1, got {scale_lr_factor!r}.")
     learned = {id(m.scale) for m in module.modules() if isinstance(m, FakeQuantize) and m.learned}
     parameters = list(module.parameters())
     groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in learned]}]

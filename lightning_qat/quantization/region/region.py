@@ -38,13 +38,13 @@ class Region(nn.Module):
     """The quantized region of a model: child module ``_quantization`` of the target.
 
     Everything it adds to the model lives here: the fake-quants, the plan and the graph (as extra state of the
-    checkpoint). The float state_dict keys stay as they are. It is made of parts: ``switches``, what is on; ``scales``,
-    what can be done with them; ``freezing``, what is frozen; ``runner``, what happens in a forward.
+    checkpoint). The float state_dict keys stay as they are. Its parts: ``switches`` holds the state, ``scales`` derives
+    and trains scales, ``freezing`` knows what is frozen, ``runner`` runs the forward.
 
     Args:
         target: the module whose forward is quantized.
-        graph: what was traced.
-        plan: what was decided.
+        graph: the traced ops.
+        plan: the plan for them.
         traced: the graph was traced from the code of this process (False: restored from a checkpoint).
     """
 
@@ -89,12 +89,12 @@ class Region(nn.Module):
 
     @property
     def call_ranges(self) -> CallRanges:
-        """The range of every call of what runs several times per forward, over all calibration batches."""
+        """The range of each call of points that run several times per forward, over all calibration batches."""
         return self.runner.call_ranges
 
     @property
     def unplanned(self) -> dict[str, int]:
-        """How often an op ran that was not seen while tracing, by its place."""
+        """Map the place of each op that tracing did not see to how often it ran."""
         return self.runner.unplanned
 
     # -- attaching and removing
@@ -157,7 +157,7 @@ class Region(nn.Module):
     def tap(self, tap: Tap) -> AbstractContextManager[None]:
         """Call ``tap(point, float_value, quantized_value)`` at every quantization of a ``with`` block.
 
-        What is given of a weight with a batch norm folded into it (``PointPlan.batch_norm``) is the folded weight.
+        For a weight with a batch norm folded into it (``PointPlan.batch_norm``), both values are of the folded weight.
         """
         return self.switches.tap(tap)
 
@@ -169,7 +169,7 @@ class Region(nn.Module):
         return self.scales.are_calibrated
 
     def compute_scales(self, observer: str | None = None, dtype: str | None = None) -> tuple[str, ...]:
-        """Derive all scales from the statistics that calibration kept, but for frozen ones.
+        """Derive all scales except frozen ones from the statistics that calibration kept.
 
         Args:
             observer: another method than planned, for every point without a fixed scale.
@@ -181,13 +181,13 @@ class Region(nn.Module):
         return self.scales.compute(observer, dtype)
 
     def learn_scales(self, roles: Iterable[ScaleRole] = ("weight", "activation")) -> None:
-        """Make the scales of these points parameters, trained with the gradient of LSQ, and all others buffers.
+        """Make the scales of these roles parameters, trained with the gradient of LSQ, and all others buffers.
 
-        Do it before the optimizer is built, before or after calibration. Scales that the user has fixed stay so. Weight
-        decay would shrink a scale to nothing: see :func:`lightning_qat.parameter_groups`. A checkpoint brings its own.
+        Call it before the optimizer is built, before or after calibration. Fixed scales stay buffers. Weight decay
+        would shrink scales to zero: see :func:`lightning_qat.parameter_groups`. A checkpoint overrides the roles.
 
         Args:
-            roles: ``weight``, ``activation`` or both (another is a ConfigurationError); nothing to end learning.
+            roles: ``weight``, ``activation`` or both; an empty set ends learning. Others are a ConfigurationError.
 
         Example:
             >>> from lightning_qat.quantization.region.insertion import insert
@@ -212,8 +212,8 @@ class Region(nn.Module):
         The parameters of a frozen sub-tree get no gradient, so that optimizers skip them, weight decay and momentum
         included; its modules stay in eval mode whatever ``train()`` is called above them (batch norm keeps its
         statistics, dropout does nothing: as when deployed); its scales do not move, nor does a new calibration change
-        them. A parameter that is used outside the sub-tree too is frozen there as well. Not part of checkpoints. Under
-        ``DistributedDataParallel``, freeze before the module is wrapped.
+        them. A parameter that is used outside the sub-tree too is frozen there as well. Checkpoints do not store what
+        is frozen. Under ``DistributedDataParallel``, freeze before the module is wrapped.
 
         Args:
             patterns: globs over names of modules (their whole sub-tree), parameters and points, relative to the target.
@@ -242,21 +242,21 @@ class Region(nn.Module):
         self.freezing.add(self.freezable, patterns)
 
     def unfreeze(self) -> None:
-        """Undo :meth:`freeze`: gradients, modes and scales are as free as they were before."""
+        """Undo :meth:`freeze`: gradients and modes are as before, and scales move again."""
         self.freezing.undo(self.target)
 
     @property
     def freezable(self) -> Freezable:
-        """What freezing looks at."""
+        """The parts of this region that freezing needs."""
         return Freezable(self.target, self.graph, self.plan, self.points)
 
     # -- checkpoints and copies
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Plan, graph and statistics as primitives and tensors: the entry of a ``state_dict`` that is no tensor.
+        """Return plan, graph and statistics as primitives and tensors: the entry of a state_dict that is no tensor.
 
         Code that copies or averages a ``state_dict`` value by value leaves it out, ``if torch.is_tensor(value)``, and
-        loads with ``strict=False``. Encoded in a tensor of bytes it would pass such code, and be averaged by it.
+        loads with ``strict=False``. Such code would average it if it were encoded as a tensor of bytes.
         """
         self.scales.refresh_weights()  # the scales themselves are collected afterwards
         if self._stored is None:
@@ -294,7 +294,7 @@ class Region(nn.Module):
         state_dict.pop(prefix + LOADING_NOTE, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}_extra_state" not in state_dict and "weight" in self.updates:
-            self.scales.expect_other_weights()  # float ones or averages, perhaps: not what the scales were taken of
+            self.scales.expect_other_weights()  # perhaps float or averaged ones, which need other scales
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "scales"}  # made anew

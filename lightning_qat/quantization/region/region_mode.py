@@ -1,4 +1,4 @@
-"""What happens at every op while a region runs: its operands and its result go through their fake-quants."""
+"""The mode that handles every op while a region runs: its operands and its result go through their fake-quants."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
-from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode
-from lightning_qat.quantization.interception.interception import CallPathMode, SpecCache
+from lightning_qat.quantization.interception.interception import InterceptionMode, SpecCache
+from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, is_float, leaves, map_call_leaves
 from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm
 from lightning_qat.quantization.region.bound_points import UNPLANNED, BoundPoint, OpQuantizers, parameter_view
@@ -22,15 +22,11 @@ Operation = Callable[..., Any]
 
 
 class Runner(Protocol):
-    """What the mode needs of the region it runs."""
+    """The parts of a region that its mode needs."""
 
     @property
     def target(self) -> nn.Module:
         """The module whose forward runs."""
-
-    @property
-    def call_paths(self) -> CallPaths:
-        """The call tree of the target, which finds the fake-quants of an op."""
 
     @property
     def functions(self) -> SpecCache:
@@ -38,26 +34,24 @@ class Runner(Protocol):
 
     @property
     def switches(self) -> Switches:
-        """Whether to observe or to quantize, which scales follow the data, who watches."""
+        """The state of the region, which scales follow the data, and the taps."""
 
     @property
     def call_ranges(self) -> CallRanges:
         """Where the ranges of repeated calls are noted."""
 
     def note_unplanned(self, kind: str, frame: FrameType, of_weights: bool) -> None:
-        """Be told of an op that the plan does not know; ``of_weights`` if it computes from parameters alone."""
+        """Note an op that the plan does not know; ``of_weights`` if it computes from parameters alone."""
 
 
-class RegionMode(CallPathMode):
+class RegionMode(InterceptionMode):
     """Applies the fake-quants of a region while its target's forward runs.
 
-    The region's state is that of the entry: a backward pass that repeats the forward repeats the same function.
+    It keeps the state that the region had at the entry, so activation checkpointing repeats the same function.
     """
 
-    def __init__(
-        self, runner: Runner, frame: FrameType, node: ScopeNode | None = None, repeats: RegionMode | None = None
-    ) -> None:
-        super().__init__(runner.call_paths, frame, node, recomputing=repeats is not None)
+    def __init__(self, runner: Runner, identity: OpIdentity, repeats: RegionMode | None = None) -> None:
+        super().__init__(identity, recomputing=repeats is not None)
         self.runner = runner
         self.state: str = runner.switches.state if repeats is None else repeats.state
         self._functions = runner.functions
@@ -68,8 +62,8 @@ class RegionMode(CallPathMode):
         # by point: the running variance moves between a forward and its repetition
         self._factors: dict[str, Tensor] = {} if repeats is None else repeats._factors
 
-    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
-        return RegionMode(self.runner, frame, node, repeats=self)
+    def resumed(self, frame: FrameType, scope: Any) -> InterceptionMode | None:
+        return RegionMode(self.runner, self.identity.resumed(frame, scope), repeats=self)
 
     def __torch_function__(
         self, func: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -81,7 +75,7 @@ class RegionMode(CallPathMode):
         if spec.role == "composite":
             return self.run_composite(func, args, kwargs)
         frame = sys._getframe(1)
-        quantizers: OpQuantizers | None = self.calls.op(frame, spec.kind)
+        quantizers: OpQuantizers | None = self.identity.op(frame, spec.kind)
         if quantizers is None:  # inside a custom autograd.Function: one opaque op
             return func(*args, **kwargs)
         if quantizers is UNPLANNED:
@@ -185,10 +179,10 @@ class RegionMode(CallPathMode):
 def _renormalized(
     indices: Tensor, weight: Tensor, *, max_norm: float, norm_type: float, **others: Any
 ) -> dict[str, Any]:
-    """Rescale the rows that an embedding reads in the weight itself, which the embedding would do to quantized values.
+    """Rescale the rows that an embedding reads, in the weight itself. The embedding would rescale quantized values.
 
     Returns:
-        The keyword arguments of the embedding, which has nothing to rescale any more.
+        The keyword arguments of the embedding without ``max_norm``.
     """
     torch.embedding_renorm_(weight.detach(), indices.contiguous(), max_norm, norm_type)
     return {**others, "max_norm": None, "norm_type": norm_type}

@@ -1,4 +1,4 @@
-"""Running a region: what happens when the target's forward is entered, and which ops the plan did not know."""
+"""Running a region: it opens a mode whenever the target's forward is entered, and notes ops that the plan lacks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from lightning_qat.quantization.interception.call_path import (
     is_weight_hook,
     user_location,
 )
-from lightning_qat.quantization.interception.interception import CallPathMode, SpecCache, active_mode
+from lightning_qat.quantization.interception.call_stack import CallStack
+from lightning_qat.quantization.interception.interception import InterceptionMode, SpecCache, active_mode
+from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.region.bound_points import UNPLANNED, OpQuantizers
 from lightning_qat.quantization.region.freezing import Freezing
 from lightning_qat.quantization.region.region_mode import RegionMode
@@ -33,12 +35,12 @@ class RegionRunner:
 
     Args:
         target: the module whose forward is quantized.
-        switches: what of the region is on.
-        freezing: what of it is frozen.
+        switches: the switches of the region.
+        freezing: the frozen parts of the region.
 
     Attributes:
-        call_ranges: the range of every call of what runs several times per forward.
-        unplanned: how often an op ran that was not seen while tracing, by its place.
+        call_ranges: the range of each call of points that run several times per forward.
+        unplanned: maps the place of each op that tracing did not see to how often it ran.
         call_paths: the call tree of the target, which finds the fake-quants of an op.
         functions: the table rows of the torch functions met so far.
     """
@@ -74,8 +76,12 @@ class RegionRunner:
         """Whether the plain forward runs."""
         return self.switches.state == "off"
 
-    def open(self, frame: FrameType) -> CallPathMode | None:
-        """Decide about one entry of the forward; a recursive entry is part of the running one.
+    def identity(self, frame: FrameType) -> OpIdentity:
+        """Return the object that identifies the ops of an entry starting in ``frame``, by their call paths."""
+        return CallStack(self.call_paths, frame)
+
+    def open(self, frame: FrameType) -> InterceptionMode | None:
+        """Return the mode for one entry of the forward; None for a recursive entry, as the running mode covers it.
 
         Raises:
             RuntimeError: another region is running: its fake-quants would be applied to the same ops.
@@ -83,30 +89,30 @@ class RegionRunner:
         outer = active_mode()
         if outer is None:
             self.freezing.hold()
-            return RegionMode(self, frame)
+            return RegionMode(self, self.identity(frame))
         if active_mode(self.call_paths) is not None:
             return None
         raise RuntimeError(
             f"the quantized region {type(self.target).__name__} was called inside another one, "
-            f"{type(outer.calls.paths.target).__name__}: make only one of the two a target."
+            f"{type(outer.identity.target).__name__}: make only one of the two a target."
         )
 
     def run(
-        self, mode: CallPathMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, mode: InterceptionMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the forward under a mode; frames (and the tensors they hold) are let go at the end."""
         try:
             with RunningRegion(), mode:
                 return forward(*args, **kwargs)
         finally:
-            mode.calls.clear()
+            mode.identity.clear()
 
     def note_unplanned(self, kind: str, frame: FrameType, of_weights: bool) -> None:
         """Count an op that was not seen while tracing; it runs in float and is reported once per place.
 
-        Not reported is what makes a weight and started to do so after tracing, such as pruning or a parametrization:
-        the weight is quantized where it is used, by its own fake-quant. Nor is what only ``torch.jit.trace`` computes,
-        to which every number is a tensor.
+        Ops that make a weight and that were added after tracing, such as pruning or a parametrization, are not
+        reported: the weight's own fake-quant quantizes their result where it is used. Nor are ops that only
+        ``torch.jit.trace`` runs, to which every number is a tensor.
 
         Args:
             kind: the kind of the op.
@@ -114,7 +120,8 @@ class RegionRunner:
             of_weights: it computes from parameters and buffers alone.
 
         Raises:
-            PlanMismatchError: the plan was restored, and its code did not vary: this is other code.
+            PlanMismatchError: the plan comes from a checkpoint whose code ran the same ops in every forward, and this
+                op is not among them.
         """
         if torch._C._get_tracing_state() is not None or is_weight_hook(frame) or (of_weights and not self._is_restored):
             return
@@ -126,7 +133,7 @@ class RegionRunner:
         if self._is_restored and not self._graph.varying:
             raise PlanMismatchError(
                 f"the restored plan of {self._graph.target_type} does not know {location}: the code differs from the "
-                "one the checkpoint was made with. Restore the code, or insert fake-quant anew and calibrate."
+                "one the checkpoint was made with. Restore that code, or insert fake-quant anew and calibrate."
             )
         advice = (
             "Trace more batches; or, as this code is of an installed library, switch off in its settings what makes it "

@@ -15,13 +15,13 @@ from lightning_qat.quantization.region.bound_points import OpQuantizers
 
 
 class RegionScales:
-    """What can be done with the scales of a region. Made anew with every plan.
+    """Operations on the scales of a region. Each new plan gets a new object.
 
     Args:
         target: the module whose forward is quantized.
-        plan: where its fake-quants are.
+        plan: the plan of the region.
         points: the fake-quants by point.
-        bound: the same by the run-time identity of their ops.
+        bound: the fake-quants by the run-time identity of their ops.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class RegionScales:
         self._bound = bound
 
     def reset_statistics(self) -> None:
-        """Forget what was observed, before a new calibration; the scales stay, and so does what is frozen."""
+        """Reset all statistics except those of frozen points, before a new calibration. The scales stay."""
         for fake_quant in self._points.values():
             if not fake_quant.keeps_scale:
                 fake_quant.reset_statistics()
@@ -82,10 +82,10 @@ class RegionScales:
         return {name: f.scale for name, f in found.items() if isinstance(f.scale, nn.Parameter)}
 
     def refresh_weights(self) -> None:
-        """Take the scales of the present weights, as the next evaluation would: the optimizer has stepped meanwhile.
+        """Compute the scales of the present weights, as the next evaluation would: the optimizer may have stepped.
 
-        Training does not depend on it, as every training forward takes them anew. Weights that are computed from
-        parameters (spectral norm, pruning) wait for the next evaluation.
+        Training does not depend on it, as every training forward computes them. The scales of weights that are computed
+        from parameters (spectral norm, pruning) change at the next evaluation.
         """
         parameters = set(map(id, self._target.parameters()))
         for quantizers in self._bound.values():
@@ -93,12 +93,12 @@ class RegionScales:
                 point.refresh(parameters)
 
     def expect_other_weights(self) -> None:
-        """Take the scales of weights anew when asked for next: something else than training replaces the weights."""
+        """Mark the scales of weights as outdated, because something other than training replaces the weights."""
         for point in self._plan.points:
             self._points[point.name].outdated = point.is_weight
 
     def keep_weights(self) -> None:
-        """Let the scales of weights stay from now on as those of the present weights, whatever these become."""
+        """Compute the scales of the present weights, and keep them in evaluation even if the weights change."""
         self.refresh_weights()
         for fake_quant in self._points.values():
             fake_quant.outdated = False

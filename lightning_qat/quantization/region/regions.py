@@ -39,7 +39,7 @@ def check_target(module: nn.Module) -> None:
         )
     if isinstance(module, torch.jit.ScriptModule):
         raise ConfigurationError(
-            f"{name} is a script module, whose ops cannot be seen: pass the module it was made of."
+            f"{name} is a script module, whose ops cannot be seen: use the module it was made from."
         )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from types import FrameType, TracebackType
+from typing import Any
 
 from typing_extensions import Self, override
 
-from lightning_qat.quantization.interception.call_path import ScopeNode
-from lightning_qat.quantization.interception.interception import CallPathMode, Intercepted, active_mode
+from lightning_qat.quantization.interception.interception import Intercepted, InterceptionMode, active_mode
+from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.region_mode import RegionMode
 
@@ -16,7 +17,7 @@ class ReplacedForward:
     """Context manager in which the forwards of a region's target run under :meth:`mode`.
 
     Args:
-        region: whose target.
+        region: the region whose target runs.
     """
 
     is_off = False
@@ -25,13 +26,18 @@ class ReplacedForward:
         self.region = region
         self.run = region.runner.run
 
-    def mode(self, frame: FrameType) -> CallPathMode:
-        """Return the mode of one forward, which starts at a frame."""
+    def mode(self, identity: OpIdentity) -> InterceptionMode:
+        """Return the mode of one forward.
+
+        Args:
+            identity: identifies the ops of this forward.
+        """
         raise NotImplementedError
 
-    def open(self, frame: FrameType) -> CallPathMode | None:
+    def open(self, frame: FrameType) -> InterceptionMode | None:
         """Start a forward; a recursive entry is part of the forward that runs."""
-        return None if active_mode(self.region.runner.call_paths) else self.mode(frame)
+        runner = self.region.runner
+        return None if active_mode(runner.call_paths) else self.mode(runner.identity(frame))
 
     def __enter__(self) -> Self:
         self._intercepted = Intercepted.install(self.region.target, self)
@@ -46,11 +52,11 @@ class ReplacedForward:
 class InspectingMode(RegionMode):
     """A mode that does something else at every op of the plan: override :meth:`RegionMode.run_op`.
 
-    Nothing is run a second time for activation checkpointing, as what is looked at would be met twice.
+    Activation checkpointing is switched off inside, because a repeated function would meet the same ops twice.
     """
 
     keeps_activations = True
 
     @override
-    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
+    def resumed(self, frame: FrameType, scope: Any) -> InterceptionMode | None:
         return None

@@ -1,4 +1,4 @@
-"""Splitting modules that are registered at several places, before fake-quant is inserted (A6).
+"""Splitting modules that are registered at several places, before fake-quant is inserted.
 
 Inserted fake-quant never shares an activation's scale between two calls: ops are identified by where they are called,
 not by the module they run in. What a shared module does share is its *name*. The second place of a module registered as
@@ -30,7 +30,7 @@ class SharedModule:
     """A module that was registered at several places.
 
     Args:
-        path: where it was met first; the module itself stays there.
+        path: the first place; the module itself stays there.
         copies: the other places.
         module_type: its class name.
         reason: why it is still shared; empty where it was split.
@@ -44,7 +44,7 @@ class SharedModule:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What :func:`split_shared_modules` did.
+    """The result of :func:`split_shared_modules`.
 
     Args:
         split: modules whose every place has a module of its own now.
@@ -59,8 +59,8 @@ def split_shared_modules(module: nn.Module) -> SplitReport:
     """Give every place where a submodule is registered a module of its own, in place. Nothing changes numerically.
 
     Parameters and buffers stay tied: the copies share them (and everything that replaces them, such as after
-    ``.to()``), so that gradients, batch norm statistics, optimizers and ``state_dict`` are as before. The train/eval
-    mode is each copy's own. Call it on the float model, after its weights are initialised and before ``insert`` or the
+    ``.to()``), so that gradients, batch norm statistics, optimizers and ``state_dict`` are as before. Each copy has its
+    own train/eval mode. Call it on the float model, after its weights are initialised and before ``insert`` or the
     Trainer; pruning and parametrizing come before it too.
 
     A module that is registered once and called several times, as an activation ``self.act`` used twice or a position
@@ -71,7 +71,7 @@ def split_shared_modules(module: nn.Module) -> SplitReport:
         module: the float model, or a part of it.
 
     Returns:
-        What was split, and what could not be and why.
+        The modules that were split, and those that could not be, each with the reason.
 
     Raises:
         ConfigurationError: fake-quant was inserted already.
@@ -144,7 +144,7 @@ def _obstacle(module: nn.Module) -> str:
             return f"{where} has no parameters before its first batch: run one first"
         written = _written_attributes(part)
         if written:
-            return f"{where} assigns {written[0]} in its forward: what one place leaves there the others see"
+            return f"{where} assigns {written[0]} in its forward, and all its places share that value"
     return ""
 
 

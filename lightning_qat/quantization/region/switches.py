@@ -1,4 +1,4 @@
-"""What of a region is on: its state, which of its scales follow the data, and who watches."""
+"""The switches of a region: its state, which of its scales follow the data, and the taps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Switches:
     Attributes:
         state: ``off``, ``observe`` or ``quantize``.
         updates: which scales follow the data while quantizing in train mode.
-        taps: who is shown every quantization.
+        taps: functions that are called at every quantization.
     """
 
     def __init__(self) -> None:
@@ -42,12 +42,12 @@ class Switches:
             updates = frozenset(updates)
             for update in updates:
                 if update not in get_args(ScaleRole):
-                    raise unknown_choice("update", update, get_args(ScaleRole))
+                    raise unknown_choice("role", update, get_args(ScaleRole))
             self.updates = updates
         self.state = state
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "taps": ()}  # those who watch are no part of a copy
+        return {**self.__dict__, "taps": ()}  # a copy has no taps
 
     @contextmanager
     def kept(self) -> Iterator[None]:

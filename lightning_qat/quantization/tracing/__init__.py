@@ -1,1 +1,1 @@
-"""What runs in a model: seeing every torch function, telling calls apart, and the graph of ops."""
+"""Find out what runs in a model: see every torch function, tell calls apart, and build the graph of ops."""

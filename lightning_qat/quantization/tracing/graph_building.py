@@ -1,9 +1,11 @@
-"""Collecting the ops of several traced forwards into one :class:`OpGraph` with names for people."""
+"""Collecting the ops of several traced forwards into one :class:`OpGraph` with readable names."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from lightning_qat.quantization.tracing.op_records import OpRecord
 
 
 class GraphBuilder:
-    """Collects records over forwards.
+    """Collects the records of ops over the traced forwards, and makes the graph of them.
 
     Args:
         target_type: class name of the target.
@@ -50,7 +52,7 @@ class GraphBuilder:
         self._cursor, self._met, self.training = 0, set(), training
 
     def met(self, record: OpRecord) -> None:
-        """Note a call of an op; a new op goes behind the one before it, so that the order is that of execution."""
+        """Note a call of an op. A new op is inserted after the op met before it, so the order is that of execution."""
         record.calls[self._forward] = record.calls.get(self._forward, 0) + 1
         if record.key in self._met:
             return
@@ -80,16 +82,16 @@ class GraphBuilder:
         self._seen_by_mode[self.training].append(self._met)
 
     def break_off(self) -> None:
-        """End a forward that raised: what it met is known, and that it met no more means nothing."""
+        """End a forward that raised. The ops it met count; no op counts as missing in it."""
         self._broken_off[self.training] |= self._met
 
     def graph(self, constants: set[str], carried: dict[str, str], writers: dict[str, set[str]]) -> OpGraph:
-        """Freeze what was collected.
+        """Return the graph of everything that was collected.
 
         Args:
-            constants: unknown tensors that stayed the same.
-            carried: unknown tensors that an op made in an earlier forward, with the key of that op.
-            writers: buffers that were written in a forward, with the keys of the ops that did it.
+            constants: names of unknown tensors that stayed the same.
+            carried: maps unknown tensors that an op made in an earlier forward to the key of that op.
+            writers: maps buffers that were written in a forward to the keys of the ops that did it.
         """
         renamed = self._merge_modes()
         carried = {name: renamed.get(key, key) for name, key in carried.items()}
@@ -99,75 +101,17 @@ class GraphBuilder:
         exact = index_only(self._order, constants, carried, changing, dependent)
         train_only = self._train_only()
         names = _display_names(self._order)
-
-        def resolve(sources: dict[Source, None]) -> tuple[Source, ...]:
-            resolved: dict[Source, None] = {}
-            for source in sources:
-                if source.kind in ("op", "mutated"):
-                    resolved[Source(source.kind, names[source.name], source.output)] = None
-                elif source.kind == "buffer" and source.name in changing:
-                    resolved[Source("opaque", f"buffer {source.name}, which is written while running")] = None
-                elif source.kind == "opaque" and source.name in carried:
-                    maker = carried[source.name]
-                    kept = f"a result of {names[maker]} that is kept from an earlier forward"
-                    resolved[Source("opaque" if maker in dependent else "constant", kept)] = None
-                elif source.kind == "opaque":
-                    constant = source.name in constants
-                    resolved[Source("constant", "tensor") if constant else Source("opaque", "unknown")] = None
-                else:
-                    resolved[source] = None
-            return tuple(resolved)
-
-        masks = mask_ops(self._order)
-        ops = []
-        for record in self._order:
-            operands = tuple(
-                Operand(
-                    index,
-                    operand.name,
-                    record.role_of(operand),
-                    operand.dtype,
-                    operand.shape,
-                    resolve(operand.sources),
-                    operand.mask or any(s.kind in ("op", "mutated") and s.name in masks for s in operand.sources),
-                    operand.written,
-                    operand.rewritten,
-                )
-                for index, operand in sorted(record.operands.items())
-            )
-            ops.append(
-                Op(
-                    name=names[record.key],
-                    kind=record.spec.kind,
-                    role=record.spec.role,
-                    scope=record.node.display,
-                    module_type=record.node.module_type,
-                    key=record.key,
-                    location=record.location,
-                    reason=record.reason,
-                    gemm=record.spec.gemm,
-                    weight_axis=record.spec.weight_axis,
-                    operands=operands,
-                    outputs=tuple(record.outputs),
-                    forwards=len(record.calls),
-                    calls=max(record.calls.values(), default=0),
-                    inplace=record.inplace,
-                    mask=record.key in masks,
-                    data_dependent=record.key in dependent,
-                    options=record.options,
-                    index_only=record.key in exact,
-                    train_only=record.key in train_only,
-                    twins=tuple(record.twins),
-                )
-            )
+        resolver = _SourceResolver(names, dependent, constants, carried, changing)
+        facts = _Facts(names, dependent, mask_ops(self._order), exact, train_only)
         outputs = tuple(
-            RegionOutput(path, dtype, resolve(s), path not in self._not_scalar)
+            RegionOutput(path, dtype, resolver.resolve(s), path not in self._not_scalar)
             for path, (dtype, s) in self._outputs.items()
         )
-        return OpGraph(self.target_type, tuple(ops), outputs, self.forwards, self._varying())
+        ops = tuple(_op(record, facts, resolver) for record in self._order)
+        return OpGraph(self.target_type, ops, outputs, self.forwards, self._varying())
 
     def _merge_modes(self) -> dict[str, str]:
-        """Make one op of two where eval and train mode reach the same place of a module on different ways.
+        """Merge two ops where eval and train mode reach the same place of a module on different call paths.
 
         ``checkpoint(self.block, x) if self.training else self.block(x)`` runs the same ops on two call paths. They are
         the same where one ran in eval mode only and the other in train mode only, from the same line for the same
@@ -225,6 +169,95 @@ class GraphBuilder:
             some -= in_eval[0].intersection(*in_eval)
         varying = (r for r in self._order if r.key in some and not r.node.is_dynamic and is_interceptable(r.spec))
         return tuple(dict.fromkeys(r.location for r in varying))
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What was found out about the ops, by key."""
+
+    names: dict[str, str]
+    dependent: set[str]
+    masks: set[str]
+    exact: set[str]
+    train_only: set[str]
+
+
+@dataclass(frozen=True)
+class _SourceResolver:
+    """Translates the sources of tensors from record keys to the names of the graph.
+
+    Args:
+        names: display names of the ops, by key.
+        dependent: keys of the ops that depend on an input of the region.
+        constants: unknown tensors that stayed the same.
+        carried: unknown tensors that an op made in an earlier forward, with the key of that op.
+        changing: buffers that are written while running.
+    """
+
+    names: dict[str, str]
+    dependent: set[str]
+    constants: set[str]
+    carried: dict[str, str]
+    changing: set[str]
+
+    def resolve(self, sources: Iterable[Source]) -> tuple[Source, ...]:
+        """Resolve the sources of one tensor; each result is there once."""
+        return tuple(dict.fromkeys(map(self._resolved, sources)))
+
+    def _resolved(self, source: Source) -> Source:
+        if source.kind in ("op", "mutated"):
+            return Source(source.kind, self.names[source.name], source.output)
+        if source.kind == "buffer" and source.name in self.changing:
+            return Source("opaque", f"buffer {source.name}, which is written while running")
+        if source.kind == "opaque" and source.name in self.carried:
+            maker = self.carried[source.name]
+            kept = f"a result of {self.names[maker]} that is kept from an earlier forward"
+            return Source("opaque" if maker in self.dependent else "constant", kept)
+        if source.kind == "opaque":
+            return Source("constant", "tensor") if source.name in self.constants else Source("opaque", "unknown")
+        return source
+
+
+def _op(record: OpRecord, facts: _Facts, resolver: _SourceResolver) -> Op:
+    return Op(
+        name=facts.names[record.key],
+        kind=record.spec.kind,
+        role=record.spec.role,
+        scope=record.node.display,
+        module_type=record.node.module_type,
+        key=record.key,
+        location=record.location,
+        reason=record.reason,
+        gemm=record.spec.gemm,
+        weight_axis=record.spec.weight_axis,
+        operands=tuple(_operands(record, facts, resolver)),
+        outputs=tuple(record.outputs),
+        forwards=len(record.calls),
+        calls=max(record.calls.values(), default=0),
+        inplace=record.inplace,
+        mask=record.key in facts.masks,
+        data_dependent=record.key in facts.dependent,
+        options=record.options,
+        index_only=record.key in facts.exact,
+        train_only=record.key in facts.train_only,
+        twins=tuple(record.twins),
+    )
+
+
+def _operands(record: OpRecord, facts: _Facts, resolver: _SourceResolver) -> Iterator[Operand]:
+    for index, operand in sorted(record.operands.items()):
+        from_mask = any(s.kind in ("op", "mutated") and s.name in facts.masks for s in operand.sources)
+        yield Operand(
+            index,
+            operand.name,
+            record.role_of(operand),
+            operand.dtype,
+            operand.shape,
+            resolver.resolve(operand.sources),
+            operand.mask or from_mask,
+            operand.written,
+            operand.rewritten,
+        )
 
 
 def _display_names(order: list[OpRecord]) -> dict[str, str]:

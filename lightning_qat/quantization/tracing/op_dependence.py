@@ -10,12 +10,12 @@ from lightning_qat.quantization.tracing.op_records import OperandRecord, OpRecor
 
 
 def data_dependent(order: list[OpRecord], constants: set[str], carried: dict[str, str], changing: set[str]) -> set[str]:
-    """Ops whose result depends on an input of the region (or on something unseen).
+    """Return the keys of the ops whose result depends on an input of the region (or on a tensor of unknown origin).
 
     Args:
         order: the ops.
-        constants: unknown tensors that stayed the same.
-        carried: unknown tensors that an op made in an earlier forward, with the key of that op.
+        constants: names of unknown tensors that stayed the same.
+        carried: maps unknown tensors that an op made in an earlier forward to the key of that op.
         changing: buffers that hold data, see :func:`written_with_data`.
     """
     return _spread(order, carried, lambda source, _: _is_data(source, constants, carried, changing), set())
@@ -24,9 +24,9 @@ def data_dependent(order: list[OpRecord], constants: set[str], carried: dict[str
 def index_only(
     order: list[OpRecord], constants: set[str], carried: dict[str, str], changing: set[str], dependent: set[str]
 ) -> set[str]:
-    """Of the ``dependent`` ops those that only turn integer inputs and constants into other numbers.
+    """Return the ``dependent`` ops that compute from nothing but integer inputs and constants.
 
-    What they compute is exact, until it meets floating-point data or a parameter (as in an embedding).
+    Their results are exact, until they meet floating-point data or a parameter (as in an embedding).
     """
 
     def begins(source: Source, operand: OperandRecord) -> bool:
@@ -39,16 +39,16 @@ def index_only(
 def written_with_data(
     order: list[OpRecord], constants: set[str], carried: dict[str, str], writers: dict[str, set[str]]
 ) -> set[str]:
-    """Buffers that hold data: what is written to them depends on an input, on random numbers or on something unseen.
+    """Return the buffers that hold data: values from an input, from random numbers or from a tensor of unknown origin.
 
-    The others are made of parameters alone, such as the vectors of ``spectral_norm``'s power iteration: the weight that
-    is computed with them is a weight, and a constant once it is deployed.
+    The other buffers are computed from parameters alone, such as the vectors of ``spectral_norm``'s power iteration. A
+    weight computed with these is still a weight, and a constant once it is deployed.
 
     Args:
         order: the ops.
-        constants: unknown tensors that stayed the same.
-        carried: unknown tensors that an op made in an earlier forward, with the key of that op.
-        writers: the buffers that were written in a forward, with the keys of the ops that did it.
+        constants: names of unknown tensors that stayed the same.
+        carried: maps unknown tensors that an op made in an earlier forward to the key of that op.
+        writers: maps buffers that were written in a forward to the keys of the ops that did it.
     """
     computing = {record.key for record in order if record.spec.role != "create"}
     changing = {name for name, keys in writers.items() if not keys <= computing}
@@ -107,7 +107,10 @@ _MASK_CARRIERS = {"add", "sub", "baddbmm", "addmm", "mul", "maximum", "minimum",
 
 
 def mask_ops(order: list[OpRecord]) -> set[str]:
-    """Ops whose result holds "never attend here" fills, or what is subtracted to get them; adding carries them on."""
+    """Return the ops whose result holds "never attend here" fills or is subtracted to get them.
+
+    Ops that move such a tensor, or add to it, hold the fills too.
+    """
     subtracted = (s for r in order if r.mask and r.spec.kind == "sub" for s in r.operands[1].sources)
     found = {s.name for s in subtracted if s.kind == "op"}
     for record in order:

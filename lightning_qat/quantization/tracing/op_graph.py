@@ -1,4 +1,4 @@
-"""What was traced: ops, where their operands come from, and what leaves the region. Plain frozen data."""
+"""The graph that tracing returns: ops, the sources of their operands, and the region's outputs. Plain frozen data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Source:
     """Where a tensor comes from.
 
     ``op``: the result of the op ``name``. ``mutated``: a tensor that op ``name`` wrote into while its result was not
-    used (``y.mul_(2)``), or its result, written by somebody through a view.
+    used (``y.mul_(2)``), or the result of ``name`` after it was written through a view.
     ``input``: a leaf of the region's arguments. ``parameter``, ``buffer``: a tensor of the target.
     ``constant``: any other tensor that stays the same. ``opaque``: a tensor whose producer was not seen, or that was
     made in another forward.
@@ -37,13 +37,13 @@ class Operand:
     Args:
         index: number among the tensor leaves of the call.
         name: name of the parameter, where the op's row knows it.
-        role: what it is to the op.
+        role: ``data``, ``weight``, ``parameter`` (such as a bias) or ``index``.
         dtype: name of its type.
         shape: its shape in the last traced forward.
         sources: where it came from, over all forwards.
         mask: it looks like an additive mask.
         written: the op writes into it.
-        rewritten: somebody writes into it later in the same forward.
+        rewritten: a later op writes into it in the same forward.
     """
 
     index: int
@@ -69,7 +69,7 @@ class Op:
     Args:
         name: display name, unique in the graph.
         kind: canonical torch function (``conv2d``).
-        role: what planning does with it.
+        role: see :data:`~lightning_qat.quantization.functions.op_spec.Role`.
         scope: name of the module call it happened in.
         module_type: class of that module.
         key: run-time identity (digest of the call path).
@@ -80,15 +80,15 @@ class Op:
         operands: its tensor arguments.
         outputs: ``(dtype, shape)`` of each tensor it returns.
         forwards: in how many traced forwards it ran.
-        calls: the most often it ran within one forward (more than once only inside a dynamic block).
+        calls: how often it ran within one forward, at most (above 1 only inside a dynamic block).
         inplace: it wrote into an argument.
         mask: its result is an additive mask.
         data_dependent: its result depends on an input of the region.
-        options: what a check needs of the other arguments, see :mod:`lightning_qat.quantization.tracing.op_options`.
+        options: other arguments that a check needs, see :mod:`lightning_qat.quantization.tracing.op_options`.
         index_only: it depends on integer inputs of the region, and on no floating-point input or parameter (positions
             and masks computed from token masks or lengths).
-        train_only: it ran in train mode and, though forwards in eval mode were traced, never in eval mode.
-        twins: more run-time identities: the op is reached on another way in train mode (activation checkpointing).
+        train_only: it ran in train mode only, and forwards in eval mode were traced too.
+        twins: further run-time identities, if train mode reaches the op on another call path (checkpointing).
     """
 
     name: str
@@ -160,6 +160,11 @@ class OpGraph:
         return {op.name: op for op in self.ops}
 
     @cached_property
+    def position(self) -> dict[str, int]:
+        """The place of each op in the order of execution."""
+        return {op.name: index for index, op in enumerate(self.ops)}
+
+    @cached_property
     def consumers(self) -> dict[str, tuple[Op, ...]]:
         """Which ops read the result of an op; an op that reads it twice is listed once."""
         found: dict[str, dict[str, Op]] = {}
@@ -193,7 +198,7 @@ class OpGraph:
 
 
 def primitives(value: Any) -> Any:
-    """Like dataclasses.asdict, with lists for tuples so that JSON and back gives the same."""
+    """Convert like ``dataclasses.asdict``, with lists for tuples, so that a round trip through JSON changes nothing."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: primitives(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (tuple, list)):

@@ -1,4 +1,4 @@
-"""The few arguments of a call, other than tensors, that the graph keeps because a check needs them."""
+"""The few arguments of a call besides tensors that the graph keeps, because a check needs them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TRAINING_ARGUMENT = {
 
 
 def call_options(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> dict[str, Any]:
-    """Return what is worth keeping of a call, as primitives.
+    """Return the arguments of a call that the graph keeps, as primitives.
 
     Args:
         kind: canonical torch function.

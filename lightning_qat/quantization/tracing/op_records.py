@@ -1,4 +1,4 @@
-"""What tracing has seen of single ops, collected over forwards."""
+"""The records of single ops that tracing collects over forwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LAYOUT_REASON = "reads or returns a sparse or nested tensor, which has no grid"
 
 
 class OpRecord:
-    """What is known so far of one op.
+    """The facts about one op that tracing has collected so far.
 
     Args:
         key: its run-time identity.
@@ -64,7 +64,7 @@ class OpRecord:
             training: whether the target is in train mode.
 
         Returns:
-            What is known of the operands.
+            The records of the operands.
         """
         self.spec, self.location, self.reason = spec, location, spec.reason
         obstacle = _obstacle([tensor for tensor, _, _ in operands], outputs)
@@ -83,7 +83,7 @@ class OpRecord:
         return [self.operands[index] for index in range(len(operands))]
 
     def absorb(self, twin: OpRecord) -> None:
-        """Take over what was observed of the same op on another way."""
+        """Take over what was observed of the same op on another call path."""
         self.twins.append(twin.key)
         self.calls |= twin.calls
         self.options |= twin.options
@@ -95,7 +95,7 @@ class OpRecord:
             own.rewritten = own.rewritten or operand.rewritten
 
     def role_of(self, operand: OperandRecord) -> OperandRole:
-        """What an operand is to the op."""
+        """Return the role that an operand has in the op."""
         spec = self.spec
         if not is_float_name(operand.dtype):
             return "index"
@@ -110,7 +110,7 @@ class OpRecord:
 
 
 class OperandRecord:
-    """What is known so far of one operand."""
+    """The facts about one operand that tracing has collected so far."""
 
     def __init__(self, name: str) -> None:
         self.name = name

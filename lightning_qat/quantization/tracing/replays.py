@@ -1,4 +1,4 @@
-"""In which mode the calls that a target is traced with are run: each in the mode that it was made in."""
+"""Decide in which modes a target is traced with each call: a recorded call runs in the mode it was made in."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Replay:
 
     Args:
         call: its arguments.
-        training: run it in train mode, else in eval mode.
-        as_made: the call was made in this mode, so that it runs in it.
-        required: it has to run; else what it reaches is traced, and a failure is no error.
+        training: True to run it in train mode, False for eval mode.
+        as_made: the call was recorded in this mode, so that each submodule gets its recorded mode.
+        required: a failure is an error. If False, the ops before a failure are traced.
     """
 
     call: Call
@@ -27,7 +27,7 @@ class Replay:
     required: bool
 
     def set_modes(self, target: nn.Module) -> None:
-        """Put a target into the modes of the call, those of its submodules too: parts of it may be in eval mode."""
+        """Set the modes of the target and its submodules to those of the call: parts of it may be in eval mode."""
         target.train(self.training)
         if self.as_made and self.call.modes is not None:
             for name, module in target.named_modules():
@@ -37,16 +37,16 @@ class Replay:
 def replays(calls: Sequence[Call], train_mode: bool) -> list[Replay]:
     """Decide which call runs in which mode, eval mode first.
 
-    A call that was seen in a run is replayed as it was made: other arguments belong to another mode (targets only in
-    training), and a batch of one sample has no batch statistics. Examples run in eval mode and are tried in train
-    mode. A mode in which no call was made is tried with the calls of the other one.
+    A recorded call is replayed in its own mode: another mode may need other arguments (targets only in training), and a
+    batch of one sample has no batch statistics. Examples run in eval mode and are tried in train mode. If no call was
+    made in a mode, the calls of the other mode are tried in it.
 
     Args:
-        calls: what was seen, and examples.
-        train_mode: trace train mode too; else every call runs in eval mode.
+        calls: recorded calls and examples.
+        train_mode: True to trace train mode too. False runs every call in eval mode.
 
     Returns:
-        At least two of a mode, if there is one of it: constants are known by being met again.
+        The replays, at least two of each mode that has any: a tensor that two forwards meet is a constant.
     """
     if not train_mode:
         return _twice([Replay(call, False, call.training is False, True) for call in calls])

@@ -11,11 +11,11 @@ from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, So
 
 
 class TensorOrigins:
-    """Follows tensors of a graph.
+    """Finds where the values of tensors in a graph were made.
 
     Args:
         graph: the traced ops.
-        passing_joins: names of the joins whose inputs share one scale, which only move data. May grow while in use.
+        passing_joins: names of the joins that only move data, as their inputs share one scale. May grow while in use.
     """
 
     def __init__(self, graph: OpGraph, passing_joins: Collection[str]) -> None:
@@ -74,7 +74,7 @@ _ZEROS = frozenset(["zeros", "zeros_like", "new_zeros"])
 def moved(op: Op, output: int) -> tuple[Source, ...]:
     """Return the sources of the tensor that a data movement op moves to one of its results.
 
-    Nothing where a float is made of integers or complex numbers (``codes.float()``): the values are new.
+    Return nothing where floats are made from integers or complex numbers (``codes.float()``): these values are new.
     """
     if op.kind in PARALLEL and output < len(op.operands):
         return op.operands[output].sources

@@ -23,8 +23,8 @@ class TensorSources:
 
     Attributes:
         constants: names of unknown tensors that were met in several forwards.
-        carried: names of unknown tensors that an op made in an earlier forward, with the key of that op.
-        writers: names of buffers that were written in a forward, with the keys of the ops that did it.
+        carried: maps the names of unknown tensors that an op made in an earlier forward to the key of that op.
+        writers: maps the names of buffers that were written in a forward to the keys of the ops that did it.
     """
 
     def __init__(self, target: nn.Module) -> None:
@@ -39,7 +39,7 @@ class TensorSources:
         self.writers: dict[str, set[str]] = {}
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Start a forward: what earlier ones made is a constant or a state by now."""
+        """Start a forward. From now on, tensors of earlier forwards are constants or kept state."""
         self._forward += 1
         self._produced = {key: entry for key, entry in self._produced.items() if entry.tensor() is not None}
         for path, tensor in named_leaves({**{str(i): a for i, a in enumerate(args)}, **kwargs}):
@@ -76,7 +76,7 @@ class TensorSources:
         return found
 
     def produced(self, record: OpRecord, result: Any, outputs: list[Tensor], written: list[Tensor]) -> Any:
-        """Remember the results of an op; results that are an argument written in place come back as an alias.
+        """Remember the results of an op. A result that is an argument written in place is replaced by an alias.
 
         The alias tells a use of the result (``y = y.mul_(2)``) from a use of the written tensor (``y.mul_(2)`` alone).
         """
@@ -102,14 +102,14 @@ class TensorSources:
         return result
 
     def read(self, inputs: list[Tensor], operands: list[OperandRecord]) -> None:
-        """Remember who read which memory, to know which of it is written afterwards. Keeps the memory until the end."""
+        """Remember which operand read which memory, to notice later writes. The memory is kept until :meth:`end`."""
         for tensor, operand in zip(inputs, operands, strict=True):
             address = _address(tensor)
             if address:
                 self._readers.setdefault(address, (tensor.untyped_storage(), []))[1].append(operand)
 
     def end(self) -> None:
-        """Let the memory of a forward go."""
+        """Release the memory of a forward."""
         self._readers.clear()
 
     def _remember(self, tensor: Tensor, source: Source) -> None:

@@ -1,8 +1,8 @@
 """Running the target a few times to learn its ops: ``trace(target, calls) -> OpGraph``.
 
-Calls run in the mode that they were made in, examples in both; the graph is the union, so ops that exist in only one
-mode or in one branch are ordinary. Running twice also tells tensors that stay the same (constants) from tensors whose
-producer the mode did not see (opaque).
+Recorded calls run in the mode that they were made in, examples in both modes. The graph is the union, so it contains
+ops that exist in only one mode or branch. Running twice also tells tensors that stay the same (constants) from tensors
+whose producer the mode did not see (opaque).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from lightning_qat.quantization.errors import TracingError
 from lightning_qat.quantization.functions.function_lookup import is_interceptable, spec_of, specialise
 from lightning_qat.quantization.functions.mask_values import makes_mask, subtracts_mask
 from lightning_qat.quantization.interception.activation_checkpointing import RunningRegion
-from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode, user_location
-from lightning_qat.quantization.interception.interception import CallPathMode, Intercepted, active_mode
+from lightning_qat.quantization.interception.call_path import CallPaths, user_location
+from lightning_qat.quantization.interception.call_stack import CallStack
+from lightning_qat.quantization.interception.interception import Intercepted, InterceptionMode, active_mode
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.module_walk import has_lazy_tensors
 from lightning_qat.quantization.modules.preservation import preserved, preserved_tensors
@@ -95,8 +96,8 @@ def _run(target: nn.Module, replay: Replay, rescaled: list[nn.Parameter]) -> Tra
             raise failure from error
         if replay.call.training is None:
             warnings.warn(
-                f"{name} does not run on the example in train mode ({why}): ops behind that place that only training "
-                "reaches will stay float. Give an example that it can train on, or write train_mode=False.",
+                f"{name} does not run on the example in train mode ({why}): ops after that place that run in training "
+                "only will stay float. Give an example that it can train on, or write train_mode=False.",
                 UserWarning,
                 stacklevel=4,
             )
@@ -131,21 +132,27 @@ class Tracer:
 
     @property
     def is_off(self) -> bool:
-        """Never: a tracer is removed when it is done."""
+        """Always false: a tracer is removed when it is done."""
         return False
 
-    def open(self, frame: FrameType) -> CallPathMode | None:
-        """Start recording a forward; a recursive entry is part of the forward that runs."""
+    def open(self, frame: FrameType) -> InterceptionMode | None:
+        """Start recording a forward; a recursive entry is part of the forward that runs.
+
+        Raises:
+            TracingError: inference mode is on.
+        """
         if threading.get_ident() != self._thread or active_mode(self.paths) is not None:
             return None
         if torch.is_inference_mode_enabled():
-            raise TracingError("trace under torch.no_grad(): inference_mode does not tell which tensors are written.")
+            raise TracingError(
+                "tracing does not work under inference_mode, which hides the writes to tensors: use torch.no_grad()."
+            )
         return _TracingMode(self, frame)
 
     def run(
-        self, mode: CallPathMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, mode: InterceptionMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run and record one forward. One that raises is not recorded as a forward."""
+        """Run and record one forward. A forward that raises does not count."""
         self.builder.begin(self.target.training)
         self.sources.begin(args, kwargs)
         try:
@@ -156,7 +163,7 @@ class Tracer:
             self.builder.break_off()
             raise
         finally:
-            mode.calls.clear()
+            mode.identity.clear()
             self.sources.end()
         for path, tensor in named_leaves(output):
             self.builder.leaving(path, tensor, self.sources.source(tensor))
@@ -164,7 +171,7 @@ class Tracer:
         return output
 
     def graph(self) -> OpGraph:
-        """Return what was recorded.
+        """Return the graph of all recorded forwards.
 
         Raises:
             TracingError: the target was never called.
@@ -174,13 +181,14 @@ class Tracer:
         return self.builder.graph(self.sources.constants, self.sources.carried, self.sources.writers)
 
 
-class _TracingMode(CallPathMode):
+class _TracingMode(InterceptionMode):
     def __init__(self, tracer: Tracer, frame: FrameType) -> None:
-        super().__init__(tracer.paths, frame)
+        self.calls = CallStack(tracer.paths, frame)
+        super().__init__(self.calls)
         self.tracer = tracer
 
-    def resumed(self, frame: FrameType, node: ScopeNode) -> CallPathMode | None:
-        return None  # a backward pass inside a traced step repeats what was already recorded
+    def resumed(self, frame: FrameType, scope: Any) -> InterceptionMode | None:
+        return None  # the backward inside a traced step repeats ops that are recorded already
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -28,7 +28,7 @@ from lightning_qat.quantization.interception.dynamic_block import dynamic_block
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.reporting.files import write_result
+from lightning_qat.reporting.files import write_csv, write_json, write_result
 
 B3_COLUMNS = [
     "index", "mod_name", "base_op_type", "analy_op_type", "shape", "quant_dtype", "qscale", "Cosine", "MSE", "L1", "KL",
@@ -332,11 +332,11 @@ def test_bad_input_is_refused(net: tuple[Net, Region, list[Tensor]]) -> None:
 def test_files_hold_every_column(net: tuple[Net, Region, list[Tensor]], tmp_path: Path) -> None:
     _, region, batches = net
     result = compare(region, batches)
-    with open(result.to_csv(tmp_path / "c.csv"), newline="") as file:
+    with open(write_csv(result, tmp_path / "c.csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == list(result.columns())
     assert float(rows[2]["SQNR"]) == result.rows[2].SQNR
-    data = json.loads(result.to_json(tmp_path / "c.json").read_text())
+    data = json.loads(write_json(result, tmp_path / "c.json").read_text())
     assert data["rows"][2]["mod_name"] == "relu_0"
     assert data["evidence"] == []
 
@@ -399,8 +399,8 @@ def test_rounds_of_a_long_loop_are_one_row_for_people(rounds: int, tmp_path: Pat
     calibrate(region, [x])
     result = compare(region, [x])
     every = [row.mod_name for row in result.rows]
-    (shown,) = result.parts()
-    names = [row.mod_name for row in shown.rows]
+    (shown,) = result.full_blocks()
+    names = [row[shown.columns.index("mod_name")] for row in shown.rows]
     assert len([name for name in every if name.startswith("mul_")]) == rounds
     if rounds < LONG_LOOP:
         assert names == every
@@ -409,7 +409,7 @@ def test_rounds_of_a_long_loop_are_one_row_for_people(rounds: int, tmp_path: Pat
     assert result.by_name["mul_7"].loop.startswith("mul in ")
     assert ".py:" in result.by_name["mul_7"].loop
     assert result.by_name["head"].loop == ""
-    assert len(result.to_csv(tmp_path / "c.csv").read_text().splitlines()) == len(every) + 1
+    assert len(write_csv(result, tmp_path / "c.csv").read_text().splitlines()) == len(every) + 1
     text = write_result(result, tmp_path, "c", formats=("txt",))[0].read_text()
     assert f"mul_7 (worst of {rounds} rounds)" in text
     assert "mul_8" not in text

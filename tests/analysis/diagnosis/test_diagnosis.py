@@ -522,6 +522,6 @@ def test_rounds_of_a_long_loop_are_one_entry_of_the_list() -> None:
     assert "keep it out of the target" in loop
     assert "dynamic_block(self" in loop
     assert sum("match" in line for line in result.lines()) == 2
-    (shown,) = result.parts()
-    assert sum("mul_" in row.point for row in shown.rows) == 1
+    for (shown,) in (result.blocks(), result.full_blocks()):
+        assert sum("mul_" in row[0] for row in shown.rows) == 1
     assert len(result.to_dicts()) == len(result.rows)

@@ -17,7 +17,7 @@ from lightning_qat.analysis.comparison.evidence_collector import EvidenceCollect
 from lightning_qat.analysis.comparison.point_evidence import AxisProfile
 from lightning_qat.analysis.diagnosis.remedies import best_split, relative_rms, rounded_up
 from lightning_qat.analysis.model_check.divided_values import constant_inputs, divisors
-from lightning_qat.quantization.qconfig import positive_number
+from lightning_qat.quantization.config_values import positive_number
 from lightning_qat.quantization.region.insertion import insert
 
 

@@ -24,6 +24,7 @@ from lightning_qat.analysis.fingerprint.fingerprint_differences import compare_f
 from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummarizer, TensorSummary
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.reporting.files import write_fingerprint, write_json
 
 
 def summary(*batches: torch.Tensor, name: str = "image") -> TensorSummary:
@@ -75,7 +76,7 @@ def test_json_keeps_everything(tmp_path: Path) -> None:
         optimizers=[{"class": "SGD", "groups": [{"lr": 0.1}]}],
         weights=weight_digests(nn.Linear(2, 2)),
     )
-    read = Fingerprint.from_json(fingerprint.to_json(tmp_path / "fingerprint.json"))
+    read = Fingerprint.from_json(write_fingerprint(fingerprint, tmp_path / "fingerprint.json"))
     assert str(read) == str(fingerprint)  # nan is not equal to itself
 
 
@@ -303,5 +304,5 @@ def test_strong_differences_come_first(tmp_path: Path) -> None:
     differences = compare_fingerprints(one, other)
     assert [row.suspicion for row in differences.rows] == ["strong", "possible", "unlikely"]
     assert differences.note == differences.rows[0].what
-    stored = json.loads(differences.to_json(tmp_path / "differences.json").read_text())
+    stored = json.loads(write_json(differences, tmp_path / "differences.json").read_text())
     assert len(stored["rows"]) == 3

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from lightning_qat.analysis.ladder.measurements import Finetune, Ladder, Measurement
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.rows import PipelineRow
 from lightning_qat.analysis.ladder.rungs import FLOAT_FINETUNE, FLOAT_MODEL, ZERO_LR_RUNGS, Verdict
 from lightning_qat.analysis.ladder.verdict import judge
+from lightning_qat.reporting.console import console_text
 
 FLOAT = Measurement({"val_acc": 0.98, "val_loss": 0.06}, {"val_acc": 0.004, "val_loss": 0.02})
 CALIBRATED = Measurement({"val_acc": 0.97, "val_loss": 0.07}, {"val_acc": 0.005, "val_loss": 0.02})
@@ -301,9 +300,7 @@ def test_rung_that_could_not_be_measured_gives_its_reason() -> None:
 @pytest.mark.parametrize("width", [80, 120])
 def test_table_fits_and_cuts_nothing(width: int) -> None:
     result = zero_lr(reference=None)
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(result)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = console_text(result, width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
     for words in ("3 lr 0, BN moving", "BN statistics", "0.9790", "tolerance"):

@@ -18,7 +18,8 @@ from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummary
 from lightning_qat.analysis.ladder.measurements import Finetune, Ladder, Measurement, OffComparison
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.verdict import judge
-from lightning_qat.reporting.tables import console_text
+from lightning_qat.reporting.console import console_text
+from lightning_qat.reporting.files import write_json
 
 FLOAT = Measurement({"val_acc": 0.98, "val_loss": 0.06}, {"val_acc": 0.004, "val_loss": 0.02})
 HERE = Fingerprint(
@@ -254,14 +255,14 @@ def test_training_inputs_are_compared_with_validation_inputs() -> None:
 def test_result_is_whole_in_json_and_fits_the_terminal(tmp_path: Path) -> None:
     here = dataclasses.replace(HERE, losses={"train_loss (batch norm in eval)": 0.2}, weights={"conv": "2e"})
     result = judged(here=here, batch_norm_moving=finetune(0.1, moved_buffers={"bn.running_mean": 0.9}))
-    data = json.loads(result.to_json(tmp_path / "check.json").read_text())
+    data = json.loads(write_json(result, tmp_path / "check.json").read_text())
     assert data["rung"] == 2
     assert data["differences"]["rows"][0]["part"] == "weights"
     for width in (80, 120):
-        for part in result.parts():
-            text = console_text(part, width)
-            assert max(map(len, text.splitlines())) <= width
-            assert "…" not in text
+        text = console_text(result, width)
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+        assert "Pipeline differences" in text
 
 
 def test_float_model_that_a_few_batches_improve_is_not_called_healthy() -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from lightning_qat.analysis.runs.accuracy import ResultTable, target_value
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.reporting.tables import console_text
+from lightning_qat.reporting.console import console_text
+from lightning_qat.reporting.result_table_files import write_result_table
 
 
 def source_table() -> ResultTable:
@@ -126,7 +127,7 @@ def test_float_value_of_another_run_serves_where_the_run_has_none() -> None:
 def test_table_survives_the_file_with_nan(tmp_path: Path) -> None:
     table = source_table()
     table.record("int4", "QAT", {"dynamic": math.nan})
-    again = ResultTable.read(table.write(tmp_path / "t.json"))
+    again = ResultTable.read(write_result_table(table, tmp_path / "t.json"))
     assert math.isnan(again.runs["int4"]["QAT"].pop("dynamic"))
     assert math.isnan(table.runs["int4"]["QAT"].pop("dynamic"))
     assert again == table

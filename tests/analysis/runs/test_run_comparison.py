@@ -19,6 +19,7 @@ from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.reporting.files import write_result
+from lightning_qat.reporting.result_table_files import write_result_table
 
 FAULT = [{"match": "1.output", "activation": {"fixed_scale": 0.5}}]
 FIX = [*FAULT, {"match": "1.output", "activation": {"dtype": "int16", "fixed_scale": "8/32768"}}]
@@ -33,7 +34,7 @@ def write_run(directory: Path, overrides: list[dict[str, object]]) -> None:
     calibrate(region, [x])
     write_result(sensitivity(region, [x], method="isolation"), directory / "lightning_qat", "sensitivity")
     write_result(compare(region, [x]), directory / "lightning_qat", "layer_comparison")
-    write_plan({"": region}, directory / "lightning_qat")
+    write_plan(region, directory / "lightning_qat")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     table = ResultTable()
     table.record("logs/version_0", "calibrated", {"val_acc": 0.5, "val_loss": 1.0})
     table.record("logs/version_1", "calibrated", {"val_acc": 0.5, "val_loss": 0.5})
-    table.write(root / "lightning_qat" / "result_table.json")
+    write_result_table(table, root / "lightning_qat" / "result_table.json")
     return before, after
 
 

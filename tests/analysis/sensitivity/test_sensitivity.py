@@ -25,6 +25,7 @@ from lightning_qat.analysis.sensitivity.sensitivity_result import (
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
+from lightning_qat.reporting.files import write_csv, write_json
 
 INT4 = {"activation": {"dtype": "int4"}, "weight": {"dtype": "int4"}}
 
@@ -98,14 +99,14 @@ def test_columns_are_those_of_the_source_then_our_own(net: tuple[Net, Region, Te
     """B2: op_name, sensitive_type, op_type, <metric>, quant_dtype."""
     _, region, x = net
     result = sensitivity(region, [x], metric="SQNR")
-    with open(result.to_csv(tmp_path / "sensitivity.csv"), newline="") as file:
+    with open(write_csv(result, tmp_path / "sensitivity.csv"), newline="") as file:
         reader = csv.DictReader(file)
         rows = {row["point"]: row for row in reader}
     assert list(reader.fieldnames or ())[:5] == ["op_name", "sensitive_type", "op_type", "SQNR", "quant_dtype"]
     expected = {"op_name": "conv", "sensitive_type": "weight", "op_type": "conv2d", "quant_dtype": "int4"}
     assert expected.items() <= rows["conv.weight"].items()
     assert rows["conv.input0"]["sensitive_type"] == rows["relu_0.output"]["sensitive_type"] == "activation"
-    data = json.loads(result.to_json(tmp_path / "sensitivity.json").read_text())
+    data = json.loads(write_json(result, tmp_path / "sensitivity.json").read_text())
     assert (data["metric"], data["points"], data["left_out"]) == ("SQNR", len(region.points), [])
 
 
@@ -246,7 +247,7 @@ def test_shared_weight_is_one_point() -> None:
 
     model, x = Tied(), torch.randn(2, 4)
     region = calibrated(model, x)
-    weights = [row for row in sensitivity(region, [x]).rows if row.sensitive_type == "weight"]
+    weights = [row for row in sensitivity(region, [x]).rows if row.role == "weight"]
     assert len(weights) == 1
     fq = region.points[weights[0].point](model.linear.weight)
     with torch.no_grad():

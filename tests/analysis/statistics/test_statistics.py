@@ -30,6 +30,7 @@ from lightning_qat.analysis.statistics.statistics import (
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
+from lightning_qat.reporting.files import write_csv, write_json
 
 
 def point(dtype: str, scale: float, channels: int | None = None, **kwargs: Any) -> FakeQuantize:
@@ -276,10 +277,10 @@ def test_points_that_say_nothing_have_empty_cells(tmp_path: Path) -> None:
     assert rows["b.weight"].min is rows["b.weight"].clipped_share is None
     assert rows["b.weight"].count == 0
     assert (rows["a.input0"].count, rows["a.input0"].scale, rows["a.input0"].clipped_share) == (8, None, None)
-    with open(result.to_csv(tmp_path / "s.csv"), newline="") as file:
+    with open(write_csv(result, tmp_path / "s.csv"), newline="") as file:
         table = list(csv.DictReader(file))
     assert next(row for row in table if row["point"] == "b.weight")["clipped_share"] == ""
-    data = json.loads(result.to_json(tmp_path / "s.json").read_text())
+    data = json.loads(write_json(result, tmp_path / "s.json").read_text())
     assert data["rows"][0].keys() == LayerStatisticsRow.__dataclass_fields__.keys()
 
 

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
-from tests.callbacks.runs import Classifier, qat_trainer
+from tests.harness.classifier import Classifier
+from tests.harness.trainers import qat_trainer
 
 LATE: dict[str, Any] = {"qat": {"start_epoch": 2}, "max_epochs": 4, "num_sanity_val_steps": 0}
 ANALYSES: dict[str, type[Callback]] = {

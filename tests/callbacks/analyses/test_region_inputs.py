@@ -17,8 +17,8 @@ from lightning_qat.callbacks.analyses import region_inputs
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.modules.call import Call
-from tests.callbacks.analysed_run import trainer_of
-from tests.callbacks.runs import Classifier
+from tests.harness.classifier import Classifier
+from tests.harness.noisy_run import trainer_of
 
 ran: list[str] = []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from torch.nn import functional as F
 from lightning_qat.callbacks.analyses.task_metric import TaskMetric
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.region.regions import find_regions
-from tests.callbacks.analysed_run import Classifier, RandomNumbers, assert_same_run, run, trainer_of
+from lightning_qat.reporting.files import write_json
+from tests.harness.noisy_run import Classifier, RandomNumbers, assert_same_run, rows_of, run, trainer_of
 
 
 class Quiet(Classifier):
@@ -65,10 +65,9 @@ def test_confirmed_rows_have_the_metric_of_the_validation_step(tmp_path: Path, b
     assert values == sorted(values, reverse=True)  # type: ignore[type-var]
     assert [row.value for row in result.rows[3:]] == [None] * 2
     assert f"val_loss on {batches or 3} batches (float: " in result.note
-    with open(tmp_path / "lightning_qat" / "sensitivity.csv", newline="") as file:
-        assert [float(row["val_loss"] or "nan") for row in csv.DictReader(file)][:3] == pytest.approx(values)
-    with open(tmp_path / "lightning_qat" / "sensitivity_epoch1.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    final = rows_of(tmp_path / "lightning_qat" / "sensitivity.csv")
+    assert [float(row["val_loss"] or "nan") for row in final][:3] == pytest.approx(values)
+    rows = rows_of(tmp_path / "lightning_qat" / "sensitivity.csv", 0)
     assert {row["val_loss"] for row in rows} == {""}  # in epochs nothing is confirmed
     assert all(float(row["score"]) >= 0 for row in rows)
 
@@ -123,7 +122,7 @@ class Dump(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.analysis.result is not None
-        self.analysis.result.to_json(self.path / f"rank{trainer.global_rank}.json")
+        write_json(self.analysis.result, self.path / f"rank{trainer.global_rank}.json")
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks")

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_qat.quantization.region.regions import find_regions
-from tests.callbacks.runs import Classifier, dataset, only_region, qat_trainer
+from tests.harness.classifier import Classifier, dataset
+from tests.harness.state import only_region
+from tests.harness.trainers import qat_trainer
 
 
 class Pooled(nn.Module):

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.quantization.planning.profile_violations import find_violations
-from tests.callbacks.runs import Classifier, only_region, qat_trainer, quantized_checkpoint
+from tests.harness.classifier import Classifier
+from tests.harness.state import only_region
+from tests.harness.trainers import qat_trainer, quantized_checkpoint
 
 INT16 = {"activation": {"dtype": "int16"}}
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_qat import Calibration, PipelineFingerprint, QuantizationAwareTraining, insert
-from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.quantization.errors import TracingError
-from tests.callbacks.runs import Classifier, float_checkpoint, only_region, qat_trainer, trainer
+from tests.harness.classifier import Classifier
+from tests.harness.state import only_region
+from tests.harness.trainers import float_checkpoint, qat_trainer, trainer
 
 IMAGES = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 

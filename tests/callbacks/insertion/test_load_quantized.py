@@ -12,21 +12,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.quantization.errors import PlanMismatchError
-from tests.callbacks.runs import (
-    Classifier,
-    SelfClassifier,
-    assert_same,
-    file_hash,
-    float_checkpoint,
-    only_region,
-    qat_trainer,
-    quantized_checkpoint,
-    state_of,
-    trainer,
-)
 from tests.callbacks.test_resume import Changed
+from tests.harness.classifier import Classifier, SelfClassifier
+from tests.harness.state import assert_same, file_hash, only_region, state_of
+from tests.harness.trainers import float_checkpoint, qat_trainer, quantized_checkpoint, trainer
 
 IMAGES = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 

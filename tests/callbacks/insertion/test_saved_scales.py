@@ -12,8 +12,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor
 
-from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
-from tests.callbacks.runs import Classifier, assert_same, dataset, only_region, qat_trainer
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
+from tests.harness.classifier import Classifier, dataset
+from tests.harness.state import assert_same, only_region
+from tests.harness.trainers import qat_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
 AVERAGES: dict[str, Any] = {

@@ -20,8 +20,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning, Stocha
 from torch import Tensor, nn
 
 from lightning_qat import Calibration, QuantizationAwareTraining, parameter_groups
-from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
-from tests.callbacks.runs import Classifier, assert_same, float_checkpoint, only_region, state_of, trainer
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
+from tests.harness.classifier import Classifier
+from tests.harness.state import assert_same, only_region, state_of
+from tests.harness.trainers import float_checkpoint, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides"),

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from lightning_qat import Calibration, ModelCheck, PipelineCheck, PipelineFingerprint, QuantizationAwareTraining
 from lightning_qat.callbacks.trainer.after_hook import AfterHook
-from tests.callbacks.runs import Classifier, only_region, qat_trainer, trainer
+from tests.harness.classifier import Classifier
+from tests.harness.state import only_region
+from tests.harness.trainers import qat_trainer, trainer
 
 
 class Prepared(Classifier):

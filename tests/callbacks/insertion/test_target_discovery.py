@@ -14,15 +14,9 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_qat.quantization.region.regions import find_regions
-from tests.callbacks.runs import (
-    Classifier,
-    Net,
-    assert_same,
-    loader,
-    only_region,
-    qat_trainer,
-    state_of,
-)
+from tests.harness.classifier import Classifier, Net, loader
+from tests.harness.state import assert_same, only_region, state_of
+from tests.harness.trainers import qat_trainer
 
 
 def targets(path: Path, module: LightningModule, **kwargs: Any) -> list[str]:

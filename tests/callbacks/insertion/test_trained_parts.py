@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from lightning_qat.callbacks.insertion.module_flow import ModuleFlow
 from lightning_qat.quantization.region.regions import find_regions
-from tests.callbacks.runs import Classifier, Net, loader, qat_trainer
+from tests.harness.classifier import Classifier, Net, loader
+from tests.harness.trainers import qat_trainer
 
 
 def body() -> nn.Sequential:

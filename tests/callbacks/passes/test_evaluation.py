@@ -17,7 +17,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from tests.callbacks.runs import Classifier, assert_same, loader, only_region, state_of, trainer
+from tests.harness.classifier import Classifier, loader
+from tests.harness.state import assert_same, only_region, state_of
+from tests.harness.trainers import trainer
 
 
 class Logs(Classifier):

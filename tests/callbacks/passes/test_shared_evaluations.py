@@ -18,8 +18,9 @@ from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
 from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
 from lightning_qat.callbacks.quantized_run import evaluations_of
-from tests.callbacks.analysed_run import assert_same_run
-from tests.callbacks.small_digits import pretrained, qat_trainer
+from tests.harness.noisy_run import assert_same_run
+from tests.harness.small_digits import pretrained
+from tests.harness.trainers import qat_trainer
 
 VALIDATION_BATCHES = 6
 
@@ -126,6 +127,7 @@ def test_results_are_those_of_an_evaluation_in_that_state(tmp_path: Path) -> Non
     assert found[0].metrics == pytest.approx(plain.validate(pretrained(), verbose=False)[0], rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:PipelineCheck. cannot tell. the float model is no better than a constant guess")
 def test_training_is_bit_identical_with_all_of_them(tmp_path: Path) -> None:
     """Foundation: nothing is left behind, whoever measures."""
     callbacks = (

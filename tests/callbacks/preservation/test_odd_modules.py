@@ -24,8 +24,10 @@ from lightning_qat.callbacks.pipeline_check import PipelineCheck
 from lightning_qat.callbacks.preservation.module_copy import copied_module
 from lightning_qat.callbacks.trainer.muted_loggers import muted_loggers
 from lightning_qat.quantization.region.insertion import insert
-from tests.callbacks.preservation.odd_modules import assert_no_trace, assert_same_trajectory, quantization, trajectory
-from tests.callbacks.runs import Classifier, dataset, loader, only_region, qat_trainer, trainer
+from tests.harness.classifier import Classifier, dataset, loader
+from tests.harness.state import only_region
+from tests.harness.trainers import qat_trainer, trainer
+from tests.harness.trajectories import assert_no_trace, assert_same_trajectory, quantization, trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore:PipelineCheck:", "ignore:ConvergenceMonitor")
 

@@ -23,14 +23,9 @@ from lightning_qat.callbacks.passes.extra_batches import extra_batches
 from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.modules.call import Call
-from tests.callbacks.preservation.odd_modules import (
-    analysers,
-    assert_no_trace,
-    assert_same_trajectory,
-    quantization,
-    trajectory,
-)
-from tests.callbacks.runs import Classifier, dataset, loader, qat_trainer
+from tests.harness.classifier import Classifier, dataset, loader
+from tests.harness.trainers import qat_trainer
+from tests.harness.trajectories import analysers, assert_no_trace, assert_same_trajectory, quantization, trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore:PipelineCheck:", "ignore:ConvergenceMonitor")
 

@@ -22,7 +22,9 @@ from lightning_qat.callbacks.passes.extra_batches import extra_batches
 from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from tests.callbacks.runs import Classifier, assert_same, dataset, loader, state_of, trainer
+from tests.harness.classifier import Classifier, dataset, loader
+from tests.harness.state import assert_same, state_of
+from tests.harness.trainers import trainer
 
 
 class Sensitive(Classifier):

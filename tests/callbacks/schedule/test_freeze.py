@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.schedule.frozen_parts import FrozenParts
 from lightning_qat.quantization.planning.make_plan import make_plans
@@ -23,7 +23,9 @@ from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.quantization.tracing.tracer import trace
-from tests.callbacks.runs import Classifier, assert_same, only_region, qat_trainer, scales, state_of, trainer
+from tests.harness.classifier import Classifier
+from tests.harness.state import assert_same, only_region, scales, state_of
+from tests.harness.trainers import qat_trainer, trainer
 
 
 class Snapshots(Callback):

@@ -15,21 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.insertion.float_checkpoint import load_quantized
+from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 from lightning_qat.quantization.region.parameter_groups import parameter_groups
-from tests.callbacks.runs import (
-    Classifier,
-    Net,
-    assert_same,
-    loader,
-    only_region,
-    qat_trainer,
-    scales,
-    state_of,
-    trainer,
-)
+from tests.harness.classifier import Classifier, Net, loader
+from tests.harness.state import assert_same, only_region, scales, state_of
+from tests.harness.trainers import qat_trainer, trainer
 
 LEARNED: dict[str, Any] = {"activation_scales": "learned", "weight_scales": "learned"}
 

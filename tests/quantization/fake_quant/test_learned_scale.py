@@ -356,7 +356,7 @@ def test_parameter_groups_keep_scales_from_weight_decay() -> None:
     weights, scales = parameter_groups(module, lr=0.1, scale_lr_factor=0.5)
     assert weights["params"] == [module[0].weight, module[0].bias]
     assert (scales["params"], scales["lr"], scales["weight_decay"]) == ([module[1].scale], 0.05, 0.0)
-    with pytest.raises(ConfigurationError, match="scale_lr_factor must not be negative"):
+    with pytest.raises(ConfigurationError, match="scale_lr_factor must be 0 or more"):
         parameter_groups(module, lr=0.1, scale_lr_factor=-1.0)
 
 

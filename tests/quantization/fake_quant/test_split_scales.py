@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lightning_qat.analysis.statistics.point_statistics import PointStatistics
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.overrides import Override, Split
 from lightning_qat.quantization.planning.plan import QuantPlan
-from lightning_qat.quantization.qconfig import Override, Split
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 
@@ -94,7 +94,7 @@ def test_a_split_that_does_not_fit_names_the_point_its_shape_and_what_to_write(s
 
 
 def test_split_and_a_single_scale_contradict_each_other_and_the_later_rule_wins() -> None:
-    with pytest.raises(ConfigurationError, match="write one of the two"):
+    with pytest.raises(ConfigurationError, match="write either split or one of these"):
         Override.list_of([{"match": "a", "activation": {"split": {"axis": 0, "sizes": [1, 2]}, "threshold": 100}}])
     fixed = {"match": "div_1.input1", "activation": {"threshold": 100}}
     for rules, sizes, scale in (([RULE, fixed], None, 100 / 32768), ([fixed, RULE], (32, 96), None)):

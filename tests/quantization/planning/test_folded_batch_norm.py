@@ -240,12 +240,12 @@ def test_layer_shared_by_two_batch_norms_has_two_quantizers() -> None:
         (
             nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()),
             torch.randn(2, 3, 4, 4),
-            "default; no running statistics of a module, so 1 is not folded into the weight",
+            "default; the batch norm has no running statistics of a module, so 1 is not folded into the weight",
         ),
         (
             nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(5), nn.ReLU()),
             torch.randn(2, 5, 3),
-            "default; other channels than those of the layer, so 1 is not folded into the weight",
+            "default; the batch norm has other channels than the layer, so 1 is not folded into the weight",
         ),
         (
             nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()),

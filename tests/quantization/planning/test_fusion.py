@@ -12,27 +12,27 @@ from torch import Tensor, nn
 
 from lightning_qat.quantization.planning.fusion import find_fusions
 from lightning_qat.quantization.tracing.tracer import trace
+from tests.quantization.models import Wired
 
 X = torch.randn(2, 4, 6, 6)
 
 
-class Net(nn.Module):
-    def __init__(self, function: Callable[[Any, Tensor], Any]) -> None:
-        super().__init__()
-        self.function = function
-        self.conv, self.conv2 = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
-        self.up = nn.ConvTranspose2d(4, 4, 1)
-        self.linear = nn.Linear(6, 6)
-        self.bn, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
-        self.relu = nn.ReLU()
-        self.inplace = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
+def wired(function: Callable[[Any, Tensor], Any]) -> Wired:
+    return Wired(
+        function,
+        conv=nn.Conv2d(4, 4, 1),
+        conv2=nn.Conv2d(4, 4, 1),
+        up=nn.ConvTranspose2d(4, 4, 1),
+        linear=nn.Linear(6, 6),
+        bn=nn.BatchNorm2d(4),
+        bn2=nn.BatchNorm2d(4),
+        relu=nn.ReLU(),
+        inplace=nn.ReLU(inplace=True),
+    )
 
 
 def fusions(function: Callable[[Any, Tensor], Any], *batches: Any) -> tuple[list[str], list[tuple[str, str]]]:
-    groups, misses = find_fusions(trace(Net(function), batches or [X]))
+    groups, misses = find_fusions(trace(wired(function), batches or [X]))
     return ["+".join(g.kinds) for g in groups], [("+".join(m.kinds), m.cause) for m in misses]
 
 
@@ -102,13 +102,13 @@ def test_branches_that_both_end_in_a_layer_fuse_with_what_follows() -> None:
         y = m.conv(x) if x.sum() > 0 else m.conv2(x)
         return torch.sigmoid(m.relu(y))
 
-    groups, misses = find_fusions(trace(Net(forward), [X.abs(), -X.abs()]))
+    groups, misses = find_fusions(trace(wired(forward), [X.abs(), -X.abs()]))
     assert [(set(g.ops[:-1]), g.ops[-1]) for g in groups] == [({"conv", "conv2"}, "relu")]
     assert misses == ()
 
 
 def test_misses_say_where_to_look() -> None:
-    _, misses = find_fusions(trace(Net(lambda m, x: m.relu(y := m.conv(x)) * torch.tanh(y)), [X]))
+    _, misses = find_fusions(trace(wired(lambda m, x: m.relu(y := m.conv(x)) * torch.tanh(y)), [X]))
     assert "test_fusion.py:" in misses[0].location
 
 

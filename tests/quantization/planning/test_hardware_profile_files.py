@@ -91,11 +91,11 @@ SIGNATURE = {"input": "int8", "output": "int8"}
         (changed(ops=[{"kinds": ["conv2d"], "signatures": [{"input": "int8"}]}]), "'output' is missing"),
         (changed(ops=[{"kinds": ["conv2d"], "signatures": []}]), "signatures is empty"),
         (changed(ops=[{"kinds": ["conv2d"], "signatures": [{**SIGNATURE, "output": []}]}]), "at least one dtype"),
-        (changed(ops=[{"kinds": ["conv2d", "conv"], "signatures": [SIGNATURE]}]), "'conv2d' has a rule already"),
-        (changed(ops=[{"kinds": "*", "signatures": [SIGNATURE]}] * 2), r"'\*' has a rule already"),
+        (changed(ops=[{"kinds": ["conv2d", "conv"], "signatures": [SIGNATURE]}]), "'conv2d' already has a rule"),
+        (changed(ops=[{"kinds": "*", "signatures": [SIGNATURE]}] * 2), r"'\*' already has a rule"),
         (changed(ops=[{"kinds": ["conv2d"], "signatures": [SIGNATURE], "schemes": ["symetric"]}]), "mean 'symmetric"),
         (changed(ops=[{"kinds": ["conv2d"], "signatures": [SIGNATURE], "schemes": []}]), "schemes is empty"),
-        (changed(groups={"conv": ["conv2d"]}), "'conv' is the name of a group or kind already"),
+        (changed(groups={"conv": ["conv2d"]}), "'conv' is already the name of a group or kind"),
         (changed(groups={"mine": ["conv2f"]}), "groups.mine: unknown op kind"),
         (changed(unsupported={"softmax": ""}), "'softmax' has a rule in ops"),
         (changed(unsupported=["tanh"]), "unsupported must be a mapping"),
@@ -116,7 +116,7 @@ def test_wrong_profile_is_one_clear_error(data: Any, message: str) -> None:
         ("broken.yaml", "name: [", "is not YAML"),
         ("code.yaml", "!!python/object/apply:os.getcwd []", "is not YAML"),
         ("empty.yaml", "", "must be a mapping"),
-        ("latin.yaml", "name: caf\u00e9", "no text in UTF-8"),
+        ("latin.yaml", "name: caf\u00e9", "not a text in UTF-8"),
     ],
 )
 def test_wrong_file_is_one_clear_error(tmp_path: Path, name: str, content: str | None, message: str) -> None:

@@ -23,7 +23,7 @@ from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.planning.profile_violations import ProfileViolation, find_violations
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 from lightning_qat.quantization.tracing.tracer import trace
-from tests.quantization.models import ZOO, calibrated
+from tests.quantization.models import ZOO, Wired, calibrated
 from tests.quantization.planning.profiles import NARROW, shipped
 
 SHIPPED = shipped_profiles()
@@ -31,21 +31,21 @@ IMAGE = torch.linspace(-1, 1, 2 * 4 * 36).reshape(2, 4, 6, 6)
 ROWS = torch.linspace(-1, 1, 12).reshape(3, 4)
 
 
-class Net(nn.Module):
-    def __init__(self, function: Callable[[Any, Any], Any]) -> None:
-        super().__init__()
-        self.function = function
-        self.conv, self.conv2, self.up = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.ConvTranspose2d(4, 4, 1)
-        self.norm = nn.BatchNorm2d(4)
-        self.linear, self.linear2 = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.embedding = nn.Embedding(4, 4)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
+def wired(function: Callable[[Any, Any], Any]) -> Wired:
+    return Wired(
+        function,
+        conv=nn.Conv2d(4, 4, 1),
+        conv2=nn.Conv2d(4, 4, 1),
+        up=nn.ConvTranspose2d(4, 4, 1),
+        norm=nn.BatchNorm2d(4),
+        linear=nn.Linear(4, 4),
+        linear2=nn.Linear(4, 4),
+        embedding=nn.Embedding(4, 4),
+    )
 
 
 def graph_of(function: Callable[[Any, Any], Any], x: Tensor = IMAGE) -> OpGraph:
-    return trace(Net(function), [x])
+    return trace(wired(function), [x])
 
 
 @functools.cache
@@ -153,7 +153,7 @@ def test_consumer_that_cannot_read_its_producer_requantizes() -> None:
 
 def test_requantization_takes_part_in_the_forward() -> None:
     """The value is on both grids, and with the region off nothing is left of them."""
-    model = Net(lambda m, x: m.conv2(torch.softmax(m.conv(x), 1)))
+    model = wired(lambda m, x: m.conv2(torch.softmax(m.conv(x), 1)))
     reference = model(IMAGE)
     region = calibrated(model, IMAGE, profile=parse_profile(NARROW, "narrow"))
     seen: dict[str, Tensor] = {}
@@ -238,8 +238,8 @@ def test_op_with_a_float_operand_runs_in_float_as_a_whole() -> None:
     [
         (
             {"match": "soft*", "activation": {"dtype": "int8"}},
-            r"override 1 \(match 'soft\*'\) asks for int8 at softmax_0.output, which the hardware has not: "
-            r"profile narrow: softmax output only int16. Change the rule, or add one for this point behind it: "
+            r"override 1 \(match 'soft\*'\) asks for int8 at softmax_0.output, which the hardware does not support: "
+            r"profile narrow: softmax output only int16. Change the rule, or add one for this point after it: "
             r"\{match: 'softmax_0.output', activation: \{dtype: int16\}\}",
         ),
         ({"match": "conv", "weight": {"dtype": "int4"}}, "int4 at conv.weight.*conv2d weight only int8"),
@@ -264,7 +264,7 @@ def test_advice_of_the_error_works() -> None:
             plan = under(lambda m, x: m.conv2(torch.softmax(m.conv(x), 1)), overrides=rules)
             break
         except ConfigurationError as error:
-            advice = re.search(r"behind it: (\{.*\})\.$", str(error))
+            advice = re.search(r"after it: (\{.*\})\.$", str(error))
             assert advice is not None
             rules.append(yaml.safe_load(advice[1]))
     assert {p.name: p.dtype for p in plan.points if not p.is_weight} == {

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.overrides import Override, Split, WeightOverride, glob_covers
 from lightning_qat.quantization.planning.make_plan import make_plan
 from lightning_qat.quantization.planning.plan import QuantPlan
-from lightning_qat.quantization.qconfig import ActivationConfig, Override, QConfig, Split, WeightOverride, glob_covers
+from lightning_qat.quantization.qconfig import ActivationConfig, QConfig
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 from lightning_qat.quantization.tracing.tracer import trace
@@ -338,8 +339,8 @@ def test_consumer_of_an_excluded_op_gets_an_input_quantizer(resnet: OpGraph) -> 
         ({"match": "stem", "activation": {"fixed_scale": True}}, "positive number, got True"),
         ({"match": "stem"}, "changes nothing"),
         ({"match": "stem", "activation": {}, "weight": {"dtype": None}}, "changes nothing"),
-        ({"match": 0, "activation": {"dtype": "int8"}}, r'match is one text, in quotes \(such as match: "0"\), got 0'),
-        ({"op_type": ["add"], "activation": {"dtype": "int8"}}, r"op_type is one text.*got \['add'\]"),
+        ({"match": 0, "activation": {"dtype": "int8"}}, r'must be one text in quotes \(such as match: "0"\), got 0'),
+        ({"op_type": ["add"], "activation": {"dtype": "int8"}}, r"op_type must be one text.*got \['add'\]"),
         ({"activation": {"dtype": "int8"}}, "needs a selector"),
         ({"match": "stem", "activation": {"percentile": 0.5}}, "in percent"),
         ({"match": "stem", "activation": {"percentile": "99.9"}}, "in percent.*got '99.9'"),

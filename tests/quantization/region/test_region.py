@@ -48,7 +48,7 @@ def test_updates_may_be_any_iterable(region: Region) -> None:
 def test_wrong_state_changes_nothing(region: Region) -> None:
     with pytest.raises(ConfigurationError, match="unknown state 'quantise': did you mean 'quantize'"):
         region.set_state("quantise")  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="unknown update"):
+    with pytest.raises(ConfigurationError, match="unknown role"):
         region.set_state("off", updates=["weights"])  # type: ignore[list-item]
     assert (region.current_state, region.updates) == ("quantize", frozenset({"weight"}))
 

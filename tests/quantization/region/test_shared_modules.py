@@ -206,7 +206,7 @@ def test_what_keeps_state_of_its_own_is_left_shared() -> None:
         (
             "0",
             ("1.0",),
-            "Counts assigns attribute calls in its forward: what one place leaves there the others see",
+            "Counts assigns attribute calls in its forward, and all its places share that value",
         ),
         ("2", ("3",), "LazyLinear has no parameters before its first batch: run one first"),
         ("4", ("5",), "RecursiveScriptModule is a script module, which cannot be copied without its tensors"),

@@ -15,15 +15,10 @@ from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.numerics.observers import clip_range
 from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE
 from lightning_qat.quantization.numerics.range_statistics import RangeStatistics
+from lightning_qat.quantization.overrides import ActivationOverride, WeightOverride
 from lightning_qat.quantization.planning.make_plan import make_plan
 from lightning_qat.quantization.planning.plan import QuantPlan
-from lightning_qat.quantization.qconfig import (
-    ActivationConfig,
-    ActivationOverride,
-    QConfig,
-    WeightConfig,
-    WeightOverride,
-)
+from lightning_qat.quantization.qconfig import ActivationConfig, QConfig, WeightConfig
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region

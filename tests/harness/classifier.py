@@ -1,21 +1,15 @@
-"""Small modules, data and Trainers that the tests of the callbacks share."""
+"""A small classifier with its data: nothing in it is odd."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-
-from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat.quantization.region.regions import find_regions
 
 
 def dataset(size: int = 32, seed: int = 0) -> TensorDataset:
@@ -123,69 +117,3 @@ class SelfClassifier(Classifier):
     def loss(self, batch: Any) -> Tensor:
         images, labels = batch
         return F.cross_entropy(self(images), labels)
-
-
-def trainer(path: Path, *callbacks: Callback, **kwargs: Any) -> Trainer:
-    """A quiet Trainer on one CPU."""
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": any("Checkpoint" in type(c).__name__ for c in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": path,
-    }
-    return Trainer(callbacks=list(callbacks), **{**defaults, **kwargs})
-
-
-def qat_trainer(path: Path, *callbacks: Callback, qat: dict[str, Any] | None = None, **kwargs: Any) -> Trainer:
-    """The same with QuantizationAwareTraining and Calibration in front."""
-    return trainer(path, QuantizationAwareTraining(**(qat or {})), Calibration(batches=4), *callbacks, **kwargs)
-
-
-def quantized_checkpoint(path: Path, module: LightningModule | None = None, **kwargs: Any) -> Path:
-    """The checkpoint of a short QAT run."""
-    run = qat_trainer(path, **kwargs)
-    run.fit(module or Classifier())
-    run.save_checkpoint(path / "quantized.ckpt")
-    return path / "quantized.ckpt"
-
-
-def float_checkpoint(path: Path, module: LightningModule | None = None) -> Path:
-    """The checkpoint of a short float run."""
-    run = trainer(path)
-    run.fit(module or Classifier())
-    run.save_checkpoint(path / "float.ckpt")
-    return path / "float.ckpt"
-
-
-def only_region(module: nn.Module) -> Any:
-    (region,) = find_regions(module).values()
-    return region
-
-
-def scales(module: nn.Module) -> dict[str, Tensor]:
-    """Every scale of a module, copied."""
-    return {
-        f"{path}:{name}": point.scale.clone()
-        for path, region in find_regions(module).items()
-        for name, point in region.points.items()
-    }
-
-
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of a module's state, copied."""
-    return {k: v.clone() for k, v in module.state_dict().items() if isinstance(v, Tensor)}
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """The same names and, bit for bit, the same values."""
-    assert list(one) == list(other)
-    differing = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not differing, differing
-
-
-def file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

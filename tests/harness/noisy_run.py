@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from tests.harness.state import assert_same
+from tests.harness.trainers import qat_trainer
 
 
 class Classifier(LightningModule):
@@ -71,20 +73,10 @@ class RandomNumbers(Callback):
 
 
 def trainer_of(directory: Path, *callbacks: Callback, **kwargs: Any) -> Trainer:
+    """Two epochs of QAT whose activation scales move."""
     quantization = kwargs.pop("quantization", None) or QuantizationAwareTraining(activation_scales="ema")
-    settings: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 2,
-        "default_root_dir": directory,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-    }
-    settings |= kwargs
-    return Trainer(callbacks=[quantization, Calibration(batches=2), *callbacks], **settings)
+    settings = {"max_epochs": 2, "calibration_batches": 2, **kwargs}
+    return qat_trainer(directory, *callbacks, quantization=quantization, **settings)
 
 
 def run(directory: Path, *callbacks: Callback, **kwargs: Any) -> tuple[Classifier, Trainer]:
@@ -113,16 +105,11 @@ def assert_same_run(directory: Path, *callbacks: Callback, own_metrics: str | tu
     assert len(metrics) < len(other_trainer.callback_metrics)
 
 
-def assert_same(a: Any, b: Any) -> None:
-    if isinstance(a, Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
+def rows_of(path: Path, epoch: int | None = None) -> list[dict[str, str]]:
+    """The rows of one epoch in a csv file that grows; those of the last if not given."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    epochs = [int(row["epoch"]) for row in rows]
+    assert epochs == sorted(epochs)
+    wanted = epochs[-1] if epoch is None else epoch
+    return [row for row in rows if int(row["epoch"]) == wanted]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from rich.markdown import Markdown
+from rich.text import Text
 from torch import Tensor, nn
 
 from lightning_qat.analysis.model_check.findings import Finding
@@ -21,14 +24,11 @@ from lightning_qat.quantization.planning.hardware_profile_files import hardware_
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.reporting import files
+from lightning_qat.reporting.advice import TerminalAdvice
+from lightning_qat.reporting.console import console_text
 from lightning_qat.reporting.files import write_result
-from lightning_qat.reporting.model_check_report import (
-    ModelCheckSummary,
-    markdown_report,
-    read_model_check,
-    text_report,
-)
-from lightning_qat.reporting.tables import console_text
+from lightning_qat.reporting.model_check_file import read_model_check
+from lightning_qat.reporting.reports import markdown_report, text_report
 
 LONG = "map_head.sparse_head.decoder.gen_sineembed_for_position@7.div.mul_31[0].output"
 CONVS = tuple(f"view_transformation.input_proj.{i}.0" for i in range(40))
@@ -84,12 +84,21 @@ def rendered_markdown(text: str) -> str:
     )
 
 
+def unshortened(result: ModelCheckResult, width: int) -> str:
+    """What the terminal shows where nothing is left out."""
+    (block,) = result.blocks()
+    console = Console(file=StringIO(), width=width, color_system=None, force_terminal=False)
+    console.print(Text(block.title), TerminalAdvice(block.advice, limit=99, infos=9), sep="\n", crop=False)
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
 def test_renderings_hold_the_same_findings() -> None:
     """A1: counts, and of each finding what, why and what to do, in the same order."""
     views = {
         "txt": text_report(RESULT),
-        "markdown": rendered_markdown(markdown_report(RESULT, rows=100)),
-        "terminal": console_text(ModelCheckSummary(RESULT, limit=99, infos=9), 300),
+        "markdown": rendered_markdown(markdown_report(RESULT.full_blocks(), rows=100)),
+        "terminal": unshortened(RESULT, 300),
     }
     for name, view in views.items():
         text, place = words(view), 0
@@ -104,7 +113,7 @@ def test_renderings_hold_the_same_findings() -> None:
 
 def test_text_and_markdown_hold_the_same_numbers() -> None:
     """A7: the tables."""
-    text, seen = text_report(RESULT), words(rendered_markdown(markdown_report(RESULT, rows=100)))
+    text, seen = text_report(RESULT), words(rendered_markdown(markdown_report(RESULT.full_blocks(), rows=100)))
     lines = [line.split() for line in text.splitlines()]
     for section in SECTIONS:
         for row in section.rows:
@@ -139,7 +148,7 @@ def test_json_reads_back_equal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_summary_can_be_read_at_usual_widths(width: int) -> None:
-    text = console_text(ModelCheckSummary(RESULT, file="logs/model_check_result.txt"), width)
+    text = console_text(RESULT, width, "logs/model_check_result.txt")
     too_wide = [line for line in text.splitlines() if len(line) > width]
     assert all("match:" in line for line in too_wide)  # YAML stays whole, to be copied
     assert RULE.splitlines()[1].strip() in text
@@ -156,18 +165,18 @@ def test_summary_can_be_read_at_usual_widths(width: int) -> None:
 def test_long_yaml_is_shortened_on_the_terminal_only() -> None:
     rules = "overrides:\n" + "\n".join(f"  - {{match: {name}}}" for name in CONVS)
     result = ModelCheckResult((replace(FINDINGS[0], yaml=rules),))
-    shown = console_text(ModelCheckSummary(result), 120)
+    shown = console_text(result, 120)
     assert CONVS[5] in shown
     assert CONVS[6] not in shown
     assert "# and 34 more" in shown
     assert CONVS[39] in text_report(result)
     one_more = ModelCheckResult((replace(FINDINGS[0], yaml="\n".join(rules.splitlines()[:8])),))
-    assert "more" not in console_text(ModelCheckSummary(one_more), 120)  # a line that says so would be as long
+    assert "more" not in console_text(one_more, 120)  # a line that says so would be as long
 
 
 def test_markdown_of_a_large_check_is_short_and_names_the_file() -> None:
     """A1: TensorBoard text; long sections are truncated with a pointer to the file."""
-    text = markdown_report(RESULT, rows=5)
+    text = markdown_report(RESULT.full_blocks(), rows=5, file="model_check_result.txt")
     assert CONVS[4].replace("_", "\\_") in text
     assert CONVS[5].replace("_", "\\_") not in text
     assert CONVS[4] in text  # the rows of a table, which are not escaped
@@ -183,14 +192,14 @@ def test_tensorboard_shows_names_as_they_are(text: str) -> None:
 
     from tensorboard.plugin_util import markdown_to_safe_html
 
-    report = markdown_report(ModelCheckResult((replace(FINDINGS[0], what=text),)))
+    report = markdown_report(ModelCheckResult((replace(FINDINGS[0], what=text),)).full_blocks())
     assert f"<p>{text}</p>" in unescape(markdown_to_safe_html(report))
 
 
 def test_check_without_findings_says_so() -> None:
     empty = ModelCheckResult(())
     assert text_report(empty) == "Model check: 0 errors, 0 warnings, 0 infos\n"
-    assert console_text(ModelCheckSummary(empty), 80).strip() == "Model check: 0 errors, 0 warnings, 0 infos"
+    assert console_text(empty, 80).strip() == "Model check: 0 errors, 0 warnings, 0 infos"
 
 
 class Shared(nn.Module):

@@ -21,7 +21,8 @@ from lightning_qat.callbacks.pipeline_check import PipelineCheck
 from lightning_qat.callbacks.pipeline_fingerprint import PipelineFingerprint
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
-from tests.callbacks.runs import trainer
+from tests.harness.state import differences
+from tests.harness.trainers import trainer
 
 OWN = ("sensitivity/", "layer_statistics/", "layer_comparison/", "convergence/")
 
@@ -104,21 +105,12 @@ def assert_no_trace(
 def assert_same_trajectory(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
     assert len(one) == len(other) > 0
     for number, (a, b) in enumerate(zip(one, other, strict=True)):
-        assert not (found := list(_differences(a, b, f"event {number}"))), found
+        assert not (found := list(differences(a, b, f"event {number}", _equal))), found
 
 
-def _differences(one: Any, other: Any, path: str) -> Any:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.shape != other.shape or not torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)):
-            yield path
-    elif isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        for key in one:
-            yield from _differences(one[key], other[key], f"{path} {key}")
-    elif isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            yield from _differences(*pair, f"{path} {index}")
-    elif one != other:
-        yield path
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """NaN equals NaN."""
+    return one.shape == other.shape and torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
 
 
 def _copied(value: Any) -> Any:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from tests.harness.trainers import quiet
 
 MEAN, STD = 4.884, 6.017
 
@@ -88,27 +86,9 @@ def _trained(seed: int) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
-def quiet() -> dict[str, Any]:
-    return {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-    }
-
-
 def pretrained(seed: int = 0, **kwargs: Any) -> Digits:
     """The float model, about to be trained with quantization."""
     weights = float_weights(seed)
     model = Digits(**kwargs)
     model.load_state_dict(weights)
     return model
-
-
-def qat_trainer(directory: Path, *callbacks: Callback, **kwargs: Any) -> Trainer:
-    quantization = kwargs.pop("quantization", None) or QuantizationAwareTraining()
-    settings = quiet() | {"max_epochs": 1, "default_root_dir": directory} | kwargs
-    return Trainer(callbacks=[quantization, Calibration(batches=4), *callbacks], **settings)

@@ -1,0 +1,69 @@
+"""What a run writes and logs of an analysis: one csv that grows, txt and json of the last epoch, and the loggers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning_qat.analysis.results import Result
+from lightning_qat.reporting.files import write_json, write_text
+from lightning_qat.reporting.growing_table import GrowingTable
+from lightning_qat.reporting.loggers import log_histogram, log_scalars, log_table
+from lightning_qat.reporting.tensorboard_tags import Tags
+
+
+class RunOutputs:
+    """Files and logger entries of one analysis that is repeated in the course of a run.
+
+    Args:
+        name: first part of the file names: ``<name>.csv``, ``<name>.txt``, ``<name>.json``.
+        tags: what goes to the loggers, and under which tags.
+        warn: what to do with a remark, such as ``warnings.warn``.
+    """
+
+    def __init__(self, name: str, tags: Tags, warn: Callable[[str], Any]) -> None:
+        self.name = name
+        self.tags = tags
+        self._warn = warn
+        self._table: GrowingTable | None = None
+        self._directory: Path | None = None
+        self._has_warned = False
+
+    def write(self, result: Result[Any], directory: str | os.PathLike[str], epoch: int) -> None:
+        """Put the rows of an epoch into the csv, and replace txt and json.
+
+        Args:
+            result: of this epoch. The csv has one set of rows per epoch: later ones replace those that are there.
+            directory: of the run; made if missing.
+            epoch: its number.
+        """
+        place = Path(directory)
+        if self._table is None or self._directory != place:  # another fit
+            self._table, self._directory = GrowingTable(place / f"{self.name}.csv"), place
+        moved = self._table.write(result, epoch)
+        write_text(result, place / f"{self.name}.txt", epoch)
+        write_json(result, place / f"{self.name}.json", epoch)
+        if moved:
+            self._warn(moved)
+
+    def log(self, result: Result[Any], loggers: Iterable[Any], step: int, rows: int = 50) -> None:
+        """Send numbers to all loggers, table and histograms to those that show them; warn once about the others.
+
+        Args:
+            result: what was found.
+            loggers: ``trainer.loggers``.
+            step: the x-axis.
+            rows: rows of the table at most.
+        """
+        loggers = list(loggers)
+        if not loggers:
+            return
+        log_scalars(loggers, self.tags.numbers(result), step)
+        for tag, values in self.tags.distributions(result):
+            log_histogram(loggers, tag, values, step)
+        without = log_table(loggers, self.tags.name, result, step, self.tags.table, rows)
+        if without and not self._has_warned:
+            self._has_warned = True
+            self._warn(f"{', '.join(without)} shows no tables: those of {self.name} are only in the files.")

@@ -1,0 +1,105 @@
+"""What goes to TensorBoard and the other loggers at the end of an epoch, and under which tags.
+
+===================================  =====================================================
+``sensitivity.score/<point>``        a number of one point, drawn as a curve
+``sensitivity/score``                the same number of all points (a histogram)
+``sensitivity``                      the first rows of the table (text)
+``sensitivity/max_score``            a number of the worst point, logged by ``self.log``
+===================================  =====================================================
+
+The part of a tag before the slash is a group of its own in TensorBoard: the hundreds of curves of a column fold into
+one line there. ``<point>`` is preceded by the path of the quantized module unless that is the model itself.
+The texts of the other callbacks have the name of their file as tag, such as ``pipeline_check`` and ``convergence``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning_qat.analysis.results import Result
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What of an analysis goes to the loggers.
+
+    Args:
+        name: first part of the tags.
+        curves: columns with one curve per point.
+        histograms: columns whose distribution over all points is shown.
+        table: columns of the table; those that the result shows at a glance if not given.
+        point: column with the name of the point.
+    """
+
+    name: str
+    curves: tuple[str, ...] = ()
+    histograms: tuple[str, ...] = ()
+    table: tuple[str, ...] = ()
+    point: str = "point"
+
+    def with_curves(self, columns: Sequence[str]) -> Tags:
+        """The same with other columns as curves."""
+        return replace(self, curves=tuple(columns))
+
+    def numbers(self, result: Result[Any]) -> dict[str, float]:
+        """One number per point and column: ``<name>.<column>/<point>``. Missing values (None) are left out.
+
+        The tags of a row depend only on its names, so they are the same every time. Rounds of a loop have no curves.
+
+        Example:
+            >>> from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult, SensitivityRow
+            >>> row = SensitivityRow("fc", "weight", "linear", 0.5, "int8", "fc.weight", 0.7, True)
+            >>> sensitivity_tags("MSE").numbers(SensitivityResult((row,)))
+            {'sensitivity.MSE/fc.weight': 0.5, 'sensitivity.score/fc.weight': 0.7}
+        """
+        found = {}
+        for row in result.to_dicts():
+            point = f"{row['region']}.{row[self.point]}" if row["region"] else row[self.point]
+            for column in self.curves if not row.get("loop") else ():
+                if row[column] is not None:
+                    found[f"{self.name}.{column}/{point}"] = float(row[column])
+        return found
+
+    def distributions(self, result: Result[Any]) -> Iterator[tuple[str, list[float | None]]]:
+        """The values of all points: ``<name>/<column>``."""
+        rows = result.to_dicts()
+        return ((f"{self.name}/{column}", [row[column] for row in rows]) for column in self.histograms)
+
+
+LAYER_STATISTICS = Tags(
+    "layer_statistics",
+    curves=(
+        "scale", "min", "max", "mean", "var", "clipped_share", "used_share", "level_occupancy", "rounding_energy",
+        "clipping_energy", "scale_drift", "flip_rate", "sqnr",
+    ),
+    histograms=("clipped_share", "sqnr"),
+    table=("point", "dtype", "scale", "min", "max", "clipped_share", "used_share", "sqnr", "scale_drift", "flip_rate"),
+)  # fmt: skip
+
+LAYER_COMPARISON = Tags(
+    "layer_comparison",
+    curves=("SQNR", "own_SQNR", "max_qscale_diff"),
+    histograms=("SQNR", "own_SQNR"),
+    table=("mod_name", "analy_op_type", "quant_dtype", "qscale", "SQNR", "own_SQNR", "max_qscale_diff", "origin"),
+    point="mod_name",
+)
+
+WHAT_TO_DO = Tags("layer_comparison/what_to_do", table=("point", "verdict", "evidence", "action", "yaml"))
+"""The diagnosis, which has no curves."""
+
+MODEL_CHECK = "model_check"
+"""Tag of the model check, which is one text."""
+
+RESULT_TABLE = "result_table"
+"""Tag of the accuracy table, which is one text."""
+
+
+def sensitivity_tags(metric: str) -> Tags:
+    """What of a sensitivity analysis goes to the loggers.
+
+    Args:
+        metric: the metric of its table.
+    """
+    return Tags("sensitivity", curves=(metric, "score"), histograms=(metric, "score"))
