@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +17,7 @@ from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.quantized_run import ScaleSource, is_calibrated, require_quantization, require_regions
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.after_hook import AfterHook
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.progress import progress
@@ -25,11 +28,12 @@ from lightning_qat.quantization.region.regions import find_regions
 class Calibration(ScaleSource):
     """Run a pass over calibration data before quantization starts, and derive all scales from it.
 
-    In a fit this is before the sanity check, or at the start of QuantizationAwareTraining's ``start_epoch``: the scales
-    are those of the weights that quantization starts with. Also runs ahead of ``trainer.validate``, ``test`` and
-    ``predict`` alone, so that post-training quantization is a Trainer call. Skipped when a restored checkpoint brings
-    calibrated scales, and in a second fit. Data come from ``calibration_dataloader()`` of the datamodule or module if
-    there is one, else from the training data; they go through the validation step in eval mode, in float.
+    In a fit this is behind the module's own ``on_fit_start`` and before the sanity check, or at the start of
+    QuantizationAwareTraining's ``start_epoch``: the scales are those of the weights that quantization starts with. Also
+    runs ahead of ``trainer.validate``, ``test`` and ``predict`` alone, so that post-training quantization is a Trainer
+    call. Skipped when a restored checkpoint brings calibrated scales, and in a second fit. Data come from
+    ``calibration_dataloader()`` of the datamodule or module if there is one, else from the training data; they go
+    through the validation step in eval mode, in float.
 
     Args:
         batches: number of batches over all ranks together; 32 if neither is given.
@@ -62,6 +66,7 @@ class Calibration(ScaleSource):
         self.batches = 32 if batches is None and epochs is None else batches
         self.epochs = epochs
         self.result: CalibrationResult | None = None
+        self._later: AfterHook | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -69,7 +74,19 @@ class Calibration(ScaleSource):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.calibrate_if_needed(trainer, pl_module)
+        if _compat.is_overridden("on_fit_start", pl_module):  # it may prepare what the steps compute with
+            calibrate = partial(self.calibrate_if_needed, trainer, pl_module)
+            self._later = AfterHook(pl_module, "on_fit_start", calibrate)
+        else:
+            self.calibrate_if_needed(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._later is not None:
+            self._later.cancel()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_later": None}
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

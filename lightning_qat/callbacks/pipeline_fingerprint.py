@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_qat.analysis.fingerprint.fingerprint import (
@@ -89,7 +90,8 @@ class PipelineFingerprint(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         fingerprint = take_fingerprint(trainer, pl_module, self.batches, self.seed)
-        self.fingerprint = replace(fingerprint, optimizers=self._optimizers or fingerprint.optimizers)
+        at_start = _counted(self._optimizers, fingerprint.optimizers)
+        self.fingerprint = replace(fingerprint, optimizers=at_start or fingerprint.optimizers)
         directory = run_directory(trainer)  # broadcasts: on all ranks
         if leaves_files(trainer):
             path = write_fingerprint(self.fingerprint, Path(directory) / FILE_NAME)
@@ -201,8 +203,21 @@ def _optimizer(optimizer: Any, pl_module: pl.LightningModule) -> dict[str, Any]:
         if group["params"] and not weights:
             continue
         settings = {k: _primitive(v) for k, v in group.items() if k != "params"}
-        groups.append({**settings, "parameters": sum(p.numel() for p in weights)})
+        number = None if any(map(is_lazy, weights)) else sum(p.numel() for p in weights)
+        groups.append({**settings, "parameters": number})
     return {"class": type(_compat.bare(optimizer)).__name__, "groups": groups}
+
+
+def _counted(at_start: list[dict[str, Any]], at_end: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the optimizers of the start of training; lazy layers get their number of parameters only later."""
+    counted = []
+    for optimizer, later in zip(at_start, at_end, strict=False):
+        groups = [
+            {**group, "parameters": now["parameters"]} if group["parameters"] is None else group
+            for group, now in zip(optimizer["groups"], later["groups"], strict=False)
+        ]
+        counted.append({**optimizer, "groups": groups + optimizer["groups"][len(groups) :]})
+    return counted + at_start[len(counted) :]
 
 
 def _settings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:

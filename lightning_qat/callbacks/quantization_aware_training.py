@@ -12,6 +12,7 @@ from lightning_qat.callbacks.insertion.initial_weights import InitialWeights
 from lightning_qat.callbacks.insertion.insertion_hooks import InsertionHooks
 from lightning_qat.callbacks.insertion.insertion_request import InsertionRequest
 from lightning_qat.callbacks.insertion.plan_writer import PlanWriter
+from lightning_qat.callbacks.insertion.setup_copies import load_weights_for_copies
 from lightning_qat.callbacks.insertion.trainer_checks import check_averaged_copies, check_trainer, warn_about_precision
 from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
 from lightning_qat.callbacks.quantized_run import QuantizationCallback, ScaleSource
@@ -38,7 +39,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     ``ckpt_path=`` in fit, validate and test. The plan, the scales and the statistics are part of the module's own
     ``state_dict``: nothing is lost with ``save_weights_only``. Needs :class:`Calibration` in the list of callbacks
     (anywhere in it) unless a checkpoint brings calibrated scales. A checkpoint's plan wins over ``qconfig`` and
-    ``overrides``; so does that of a module that was calibrated before. List ``WeightAveraging`` after this callback.
+    ``overrides``; so does that of a module that was calibrated before. Averages of weights (``WeightAveraging``,
+    ``StochasticWeightAveraging``) may be listed before or after it; ``ModelPruning`` too.
     The plan is the one entry of the ``state_dict`` that is no tensor: a module that averages its own writes ``{k:
     v.clone() for k, v in self.state_dict().items() if torch.is_tensor(v)}``, and loads that with ``strict=False``.
 
@@ -131,9 +133,10 @@ class QuantizationAwareTraining(QuantizationCallback):
             raise MisconfigurationException(
                 "there are several QuantizationAwareTraining callbacks: use one, with target: [a, b] and overrides."
             )
-        check_trainer(trainer, self, stage)
+        check_trainer(trainer, stage)
         if stage == "fit":
             self.frozen_parts.check(trainer)
+            load_weights_for_copies(self._initial_weights, trainer, pl_module, self)
         self.evaluations = SharedEvaluations()
         self._plan = PlanWriter()
         self._hooks = InsertionHooks(self._request(), trainer, pl_module)

@@ -437,6 +437,23 @@ def test_two_checks_at_different_epochs_are_kept_apart(tmp_path: Path) -> None:
     assert late.result is not None
 
 
+def test_a_second_fit_that_goes_on_does_not_miss_a_check_of_the_first(tmp_path: Path) -> None:
+    """A third one neither; a check that has never run is missed."""
+    check, missed = ZeroLRFinetune(batches=2), ZeroLRFinetune(batches=2, at_epoch=7)
+    with pytest.warns(UserWarning, match=r"ZeroLRFinetune\(at_epoch=7\) did not run"):
+        module, trainer = run(tmp_path, check, missed, max_epochs=1)
+    result = check.result
+    for epochs in (2, 3):
+        trainer.fit_loop.max_epochs = epochs
+        with pytest.warns(UserWarning, match="did not run") as caught:
+            trainer.fit(module)
+        said = [str(w.message) for w in caught if "did not run" in str(w.message)]
+        assert len(said) == 1
+        assert "at_epoch=7" in said[0]
+    assert check.result is result
+    assert check.state_dict() == {"done": True}
+
+
 def test_epoch_that_never_comes_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"ZeroLRFinetune\(at_epoch=7\) did not run"):
         run(tmp_path, ZeroLRFinetune(at_epoch=7), max_epochs=1)

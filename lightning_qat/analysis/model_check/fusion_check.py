@@ -9,8 +9,13 @@ from lightning_qat.analysis.model_check.checked_region import CheckedRegion, mod
 from lightning_qat.analysis.model_check.finding import Finding, Severity, shortened
 from lightning_qat.analysis.model_check.long_loops import ANNOTATION, LoopLine, long_loops
 from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.quantization.interception.call_path import is_installed
 from lightning_qat.quantization.planning.fusion import FusionMiss, find_fusions
 
+_LIBRARY = (
+    "It is code of an installed library: switch off in its settings what makes it vary (such as layerdrop=0.0), or "
+    "trace more batches: QuantizationAwareTraining(trace_batches=8)."
+)
 _TITLE = "Fusable modules are listed below:"
 
 
@@ -122,7 +127,9 @@ def _long_loops(checked: CheckedRegion) -> Iterable[Finding]:
             f"{len(names)} of the {len(checked.graph.ops)} ops are in such loops.",
             why="An accelerator does not run a loop of Python, every analysis takes that much longer, and another "
             "number of rounds meets ops without quantizers.",
-            action="If it is post-processing, set target: to the module before it or move it out of forward; if it "
+            action="It is code of an installed library: set target: to the modules before it or inside of it."
+            if is_installed(location)
+            else "If it is post-processing, set target: to the module before it or move it out of forward; if it "
             f"belongs to the model, put the loop's body into `{ANNOTATION}`, and all rounds share their quantizers.",
             location=location,
         )
@@ -169,7 +176,7 @@ def _varying_finding(file: str, places: Mapping[str, list[str]]) -> Finding:
         names=names,
         what=f"The ops of {file}, {lines}, differ between the traced batches: {shortened(names)} ran in some only.",
         why="An op that a later batch runs for the first time has no quantizer and stays float.",
-        action=f"Put the code that repeats or is left out into `{ANNOTATION}`.",
+        action=_LIBRARY if is_installed(file) else f"Put the code that repeats or is left out into `{ANNOTATION}`.",
         location=next(iter(places)),
     )
 
@@ -183,7 +190,9 @@ def _unplanned_finding(place: str, count: int) -> Finding:
         names=(),
         what=f"{kind} at {location} was not seen while tracing and ran {count} times in float.",
         why="It has no quantizer, so accuracy is measured without its error and the deployed model differs.",
-        action=f"Trace batches that reach it, or put the code into `{ANNOTATION}` if its repetition varies.",
+        action=_LIBRARY
+        if is_installed(location)
+        else f"Trace batches that reach it, or put the code into `{ANNOTATION}` if its repetition varies.",
         location=location,
     )
 

@@ -31,6 +31,11 @@ class InitialWeights:
             load_float_weights(pl_module, self.path)
             self._loaded_into = weakref.ref(pl_module)
 
+    def load_early(self, pl_module: pl.LightningModule) -> None:
+        """Load the weights for those who look at them before :meth:`load`, which will load them again."""
+        if self.path is not None:
+            load_float_weights(pl_module, self.path)
+
     def were_loaded_into(self, pl_module: pl.LightningModule) -> bool:
         """Whether this module has started from them."""
         return self._loaded_into is not None and self._loaded_into() is pl_module

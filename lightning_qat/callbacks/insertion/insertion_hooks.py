@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_qat.callbacks.insertion.float_checkpoint import FloatCheckpointError
 from lightning_qat.callbacks.insertion.insertion_request import InsertionRequest, differences
 from lightning_qat.callbacks.insertion.quantized_checkpoint import stored_regions, stored_target
+from lightning_qat.callbacks.insertion.setup_copies import renew_model_copies
 from lightning_qat.callbacks.insertion.target_discovery import AUTO
 from lightning_qat.callbacks.insertion.traced_targets import (
     format_targets,
@@ -62,12 +63,14 @@ class InsertionHooks:
             self.insert()
             self.request.frozen_parts.apply(self.pl_module, self.trainer.current_epoch)
             self._hide_learned_scales()
+            renew_model_copies(self.trainer, self.pl_module)
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             original_load(checkpoint)
             self.check_checkpoint(checkpoint)
             self.request.frozen_parts.apply(self.pl_module, self.trainer.current_epoch)
             self._hide_learned_scales()
+            renew_model_copies(self.trainer, self.pl_module)
 
         for hook in (configure_model, on_load_checkpoint):
             self._before[hook.__name__] = self.pl_module.__dict__.get(hook.__name__)
@@ -98,6 +101,7 @@ class InsertionHooks:
             return
         for region in regions.values():  # left by a run that ended before calibration
             region.remove()
+        self._pending = None  # of an earlier call, before there were layers
         _compat.convert_early(self.trainer, self.pl_module)
         graphs: dict[str, OpGraph] = {}
         try:

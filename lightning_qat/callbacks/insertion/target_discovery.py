@@ -24,6 +24,7 @@ from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.quantization.errors import TracingError, near_names
 from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.modules.module_walk import has_lazy_tensors
 
 AUTO = "auto"
 
@@ -53,6 +54,9 @@ def captured_calls(
             raise MisconfigurationException(f"target: {type(pl_module).__name__} has no submodule {path!r}.{hint}")
     _check_disjoint(wanted or [])
     stages = _stages(trainer, train_mode)
+    for stage in stages:  # evaluation first, which leaves the statistics of a new batch norm alone
+        if any(map(has_lazy_tensors, modules.values())):
+            _run_all_steps(trainer, pl_module, 1, (stage,), CallRecorder({}, []))
     seen = _run_all_steps(trainer, pl_module, batches, stages, CallRecorder(modules, wanted))
     if wanted is None:
         found = seen.recorder.common_targets()
@@ -159,7 +163,9 @@ def _run_steps(
         if recorder.total > before:
             rank_zero_debug(f"{stage} step stopped after its forward while tracing: {error!r}")
             return taken, []
-        return taken, [f"its {stage} step failed with {type(error).__name__}: {error}"]
+        hooks = _compat.start_hooks(trainer, pl_module)
+        late = f" (it was run without its own {' and '.join(hooks)}, and with it)" if hooks else ""
+        return taken, [f"its {stage} step failed with {type(error).__name__}: {error}{late}"]
     return taken, []
 
 

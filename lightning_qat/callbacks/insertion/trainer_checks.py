@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, WeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
@@ -15,12 +15,11 @@ from lightning_qat.quantization.numerics.dtypes import quant_dtype
 from lightning_qat.quantization.region.regions import find_regions
 
 
-def check_trainer(trainer: pl.Trainer, callback: Callback, stage: str) -> None:
+def check_trainer(trainer: pl.Trainer, stage: str) -> None:
     """Look at the strategy and the other callbacks.
 
     Args:
         trainer: the running trainer.
-        callback: QuantizationAwareTraining, to tell what is listed before it.
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
@@ -43,14 +42,7 @@ def check_trainer(trainer: pl.Trainer, callback: Callback, stage: str) -> None:
             "no fake-quants. Add ModelCheckpoint, and go on with ckpt_path= or lightning_qat.load_quantized.",
             category=PossibleUserWarning,
         )
-    callbacks = listed(trainer, Callback)
-    for other in callbacks[: callbacks.index(callback)]:
-        if stage == "fit" and isinstance(other, WeightAveraging):
-            raise MisconfigurationException(
-                f"{type(other).__name__} is listed before QuantizationAwareTraining: it copies the model before "
-                "fake-quant is inserted. List QuantizationAwareTraining first."
-            )
-    for other in callbacks:
+    for other in listed(trainer, Callback):
         if stage == "fit" and isinstance(other, (LearningRateFinder, BatchSizeFinder)):
             rank_zero_warn(
                 f"{type(other).__name__} runs before calibration: what it finds is for the float model. "

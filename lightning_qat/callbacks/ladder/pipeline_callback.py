@@ -47,6 +47,7 @@ class PipelineCallback(Callback):
         self.stop = stop
         self.result: PipelineResult | None = None
         self._done = False
+        self._ran_before = False
 
     @property
     def state_key(self) -> str:
@@ -76,8 +77,10 @@ class PipelineCallback(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
+            # a second fit goes on where the first ended
+            self._ran_before = (self._done or self._ran_before) and trainer.current_epoch > 0
             self._done = False
-            self.result = None
+            self.result = self.result if self._ran_before else None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -90,7 +93,7 @@ class PipelineCallback(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._done:
+        if not (self._done or self._ran_before):
             rank_zero_warn(
                 f"{type(self).__name__}(at_epoch={self.at_epoch}) did not run: this training had no start of that "
                 "epoch. Write an at_epoch that is still to come."
@@ -140,7 +143,7 @@ class PipelineCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self._done}
+        return {"done": self._done or self._ran_before}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug  # type: ignore[attr-defined]
 
 from lightning_qat.callbacks.passes.extra_batches import ExtraBatch
 from lightning_qat.callbacks.passes.manual_optimization import inert_optimization
@@ -44,7 +45,28 @@ def run_step(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBat
     The module's hooks around evaluation steps run too, as steps depend on what they prepare (callbacks' hooks do not).
     Autocast is as in the run; gradients are not tracked unless ``stage`` is ``train``. Calls that only manual
     optimization makes (``self.optimizers()``, ``self.manual_backward()``) do nothing.
+
+    A step that fails ahead of training may need what the module's own ``on_fit_start`` or ``on_train_start`` will set:
+    they are run, and the step is run again. Use it in a block that puts back what steps and hooks change.
     """
+    try:
+        return _run_fitting_step(trainer, pl_module, extra, stage)
+    except Exception:
+        hooks = _compat.start_hooks(trainer, pl_module)
+        if not hooks:
+            raise
+        try:
+            with _compat.running_stage(trainer, "train"), torch.inference_mode(False):
+                for hook in hooks:
+                    _compat.call_hook(pl_module, hook)
+            return _run_fitting_step(trainer, pl_module, extra, stage)
+        except Exception as error:
+            rank_zero_debug(f"running {' and '.join(hooks)} ahead of the {stage} step did not help: {error!r}")
+        raise
+
+
+def _run_fitting_step(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBatch, stage: str) -> Any:
+    """Run the step of a stage; training batches that evaluation cannot read go to the training step."""
     name = _step_name(pl_module, extra, stage)
     if name != "validation_step" or extra.source != "train" or not _compat.is_overridden("training_step", pl_module):
         return _run(trainer, pl_module, extra, stage, name)

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 from torchmetrics import Metric, MetricCollection
 
-from lightning_qat.quantization.modules.module_walk import modules_outside_regions
+from lightning_qat.quantization.modules.module_walk import has_lazy_tensors, modules_outside_regions
 
 _OF_MODULES = frozenset(nn.Module().__dict__)
 _CONTAINERS = (list, dict, set, collections.deque)
@@ -46,8 +47,10 @@ def preserved_attributes(module: nn.Module) -> Iterator[None]:
     Not copied are tensors and arrays in attributes that hold more than 256 MiB of them: they are taken for data, which
     no step writes to. If one does write to such a tensor, a warning says so; writing to such an array goes unnoticed.
     Of lists and dicts with more than 10000 members, only the members are put back, not what is inside of these.
+    Lazy layers that have not seen an input yet keep what they learn from it.
     """
-    with _restored(_attributes_of(m, _OF_MODULES, contents=True) for m in modules_outside_regions(module)):
+    owners = [m for m in modules_outside_regions(module) if not has_lazy_tensors(m)]
+    with _restored(_attributes_of(m, _OF_MODULES, contents=True) for m in owners):
         yield
 
 
@@ -89,7 +92,7 @@ def shared_data(module: nn.Module) -> dict[int, Tensor | np.ndarray[Any, Any]]:
 @contextmanager
 def preserved_parameters(module: nn.Module) -> Iterator[None]:
     """Put back the values of all parameters on exit: training steps may update a momentum encoder, for example."""
-    saved = [(p, p.data, p.detach().clone()) for p in module.parameters()]
+    saved = [(p, p.data, p.detach().clone()) for p in module.parameters() if not is_lazy(p)]
     try:
         yield
     finally:

@@ -73,7 +73,8 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, *, trains: b
         finally:
             trainer.state.stage = stage
             for parameter, gradient, requires_grad in gradients:
-                parameter.requires_grad_(requires_grad)  # hooks freeze and unfreeze
+                if parameter.requires_grad != requires_grad:  # hooks freeze and unfreeze
+                    parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
 
 

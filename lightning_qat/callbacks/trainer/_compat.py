@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -147,6 +147,13 @@ def call_hook(pl_module: pl.LightningModule, name: str, *args: Any, **kwargs: An
         pl_module._current_fx_name = before
 
 
+def start_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+    """Return the module's hooks around the start of training that may not have run yet, as no epoch has begun."""
+    if trainer.state.fn != TrainerFn.FITTING or trainer.fit_loop.epoch_progress.total.ready:
+        return []
+    return [name for name in ("on_fit_start", "on_train_start") if is_overridden(name, pl_module)]
+
+
 def log_levels(pl_module: pl.LightningModule, on_step: bool | None, on_epoch: bool | None) -> tuple[bool, bool]:
     """Return ``on_step`` and ``on_epoch`` as ``self.log`` would take them in the hook that runs."""
     name = running_hook(pl_module)
@@ -278,3 +285,18 @@ def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:
     """Return the modules in which WeightAveraging callbacks keep their averages."""
     averages = (callback._average_model for callback in listed(trainer, WeightAveraging))
     return [average.module for average in averages if average is not None]
+
+
+def callbacks_with_model_copies(trainer: pl.Trainer) -> list[WeightAveraging | StochasticWeightAveraging]:
+    """Return the callbacks that copy the module in their ``setup``."""
+    return [*listed(trainer, WeightAveraging), *listed(trainer, StochasticWeightAveraging)]
+
+
+def model_copy(callback: WeightAveraging | StochasticWeightAveraging) -> nn.Module | None:
+    """Return the copy of the module that a callback has made, if it has made one."""
+    return callback._average_model
+
+
+def drop_model_copy(callback: WeightAveraging | StochasticWeightAveraging) -> None:
+    """Let a callback forget its copy of the module."""
+    callback._average_model = None

@@ -35,7 +35,8 @@ def fake_quantize(
 
     There are three ways to compute it, with the same result: ``cpu_kernel.py`` for one scale on the CPU, and
     ``primitives.py`` for everything else: many scales, other devices, ``torch.compile`` and export, and, without an
-    autograd.Function, ``torch.func``. CUDA has a native kernel, which multiplies by the inverse: it is not used.
+    autograd.Function, ``torch.func`` and ``torch.jit.trace``. CUDA has a native kernel, which multiplies by the
+    inverse: it is not used.
 
     Args:
         x: Floating-point tensor of any shape and strides; it is not modified. Dense memory formats are kept.
@@ -58,7 +59,9 @@ def fake_quantize(
     """
     check_floating_point(x)
     compiling = torch.compiler.is_compiling()
-    transformed = not compiling and torch._C._are_functorch_transforms_active()
+    transformed = not compiling and (
+        torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+    )
     if axis is None and x.device.type == "cpu" and not (compiling or transformed):
         # Numbers read from tensors in CPU memory: this costs nothing, and cannot be stale as a cache of them could.
         s = scale.item() if isinstance(scale, Tensor) else round_to_float32(scale)

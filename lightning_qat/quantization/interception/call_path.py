@@ -28,6 +28,10 @@ MODULE_CALL, SKIP, FUNCTION = range(3)
 
 _TORCH_DIRECTORY = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OWN_DIRECTORY = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")) + os.sep
+_WEIGHT_FILES = frozenset(
+    os.path.join(_TORCH_DIRECTORY, "nn", "utils", name + ".py")
+    for name in ("parametrizations", "parametrize", "prune", "spectral_norm", "weight_norm")
+)
 _SKIPPED_FILES = (
     _OWN_DIRECTORY,
     # between the code of a model and its functions and modules while torch.export runs it
@@ -37,6 +41,7 @@ _SKIPPED_FILES = (
 _MODULE_CALL_CODE = nn.Module._call_impl.__code__
 _SKIPPED_CODES = (
     nn.Module._wrapped_call_impl.__code__,
+    nn.Module._slow_forward.__code__,  # while torch.jit.trace runs
     # _call_impl's closure that runs forward when a module has hooks
     *(c for c in _MODULE_CALL_CODE.co_consts if isinstance(c, CodeType)),
 )
@@ -236,6 +241,28 @@ def user_location(frame: FrameType | None) -> str:
             return f"{file.removeprefix(os.getcwd() + os.sep)}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
+
+
+def is_installed(location: str) -> bool:
+    """Whether code is part of an installed library, which nobody wants to edit.
+
+    Args:
+        location: see :func:`user_location`.
+
+    Example:
+        >>> is_installed("/venv/lib/python3.11/site-packages/transformers/modeling.py:12"), is_installed("net.py:3")
+        (True, False)
+    """
+    return "site-packages" in location or "dist-packages" in location
+
+
+def is_weight_hook(frame: FrameType | None) -> bool:
+    """Whether code of torch that computes a weight runs: pruning, a parametrization, weight and spectral norm."""
+    while frame is not None:
+        if frame.f_code.co_filename in _WEIGHT_FILES:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _below(parent: ScopeNode, name: str) -> str:

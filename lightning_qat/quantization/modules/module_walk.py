@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 REGION_NAME = "_quantization"
 """The child of a target that holds everything fake-quant adds to it."""
@@ -47,3 +48,13 @@ def modules_outside_regions(module: nn.Module) -> list[nn.Module]:
         ['Sequential', 'Linear']
     """
     return [m for path, m in modules_and_regions(module) if not is_in_region(path)]
+
+
+def has_lazy_tensors(module: nn.Module) -> bool:
+    """Whether a module itself is a lazy layer that has not seen an input yet, so that its tensors have no shape.
+
+    Example:
+        >>> has_lazy_tensors(nn.LazyLinear(2)), has_lazy_tensors(nn.Linear(2, 2))
+        (True, False)
+    """
+    return isinstance(module, LazyModuleMixin) and bool(module.has_uninitialized_params())

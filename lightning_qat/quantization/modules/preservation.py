@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_qat.quantization.modules.module_walk import modules_outside_regions
 
@@ -45,11 +46,13 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
     """Put back every buffer on exit: the same tensor objects with the same contents.
 
     Buffers of regions are not put back: the state of a region decides whether its scales move.
+    What a lazy layer has not made yet is left to it.
     """
     saved = [
         (owner, name, buffer, None if buffer is None or buffer.is_meta else buffer.detach().clone())
         for owner in modules_outside_regions(module)
         for name, buffer in owner._buffers.items()
+        if buffer is None or not is_lazy(buffer)
     ]
     try:
         yield

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_qat.quantization.interception.call_path import is_installed
 from lightning_qat.quantization.planning.plan import PointPlan
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.tracing.op_graph import Operand, OpGraph
@@ -40,7 +41,8 @@ class CalibrationFinding:
 def finding(kind: Literal["constant", "no data", "unplanned"], path: str, name: str) -> CalibrationFinding:
     """Return a finding about one point (or place in the code) of the region of the target ``path``."""
     qualified = _qualified(path, name)
-    return CalibrationFinding(kind, qualified, None, _MESSAGES[kind].format(name=qualified), qualified)
+    message = _INSTALLED if kind == "unplanned" and is_installed(name) else _MESSAGES[kind]
+    return CalibrationFinding(kind, qualified, None, message.format(name=qualified), qualified)
 
 
 def starting(path: str, name: str, parameter: str) -> CalibrationFinding:
@@ -113,6 +115,11 @@ _MESSAGES = {
     "unplanned": "{name} ran in calibration but not while tracing, and stays float. Trace more batches, or mark the "
     "code with dynamic_block.",
 }
+
+_INSTALLED = (
+    "{name} ran in calibration but not while tracing, and stays float. Trace more batches; or switch off in the "
+    "settings of this library what makes it vary (such as layerdrop=0.0)."
+)
 
 
 _NAMES = 20

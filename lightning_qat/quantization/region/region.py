@@ -26,6 +26,13 @@ from lightning_qat.quantization.region.region_scales import RegionScales
 from lightning_qat.quantization.region.switches import State, Switches, Tap, only
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
+LOADING_NOTE = (
+    "quantized by lightning_qat: load it with lightning_qat.load_quantized(YourModule, path), or with "
+    "QuantizationAwareTraining in the Trainer's callbacks"
+)
+"""The first key of a region in a ``state_dict``. Who loads that without fake-quants, and perhaps without this package,
+gets torch's list of unexpected keys, which begins with this one."""
+
 
 class Region(nn.Module):
     """The quantized region of a model: child module ``_quantization`` of the target.
@@ -279,7 +286,12 @@ class Region(nn.Module):
             points[name].load_statistics_state(statistics)
         self.call_ranges.load_state_dict(state["call_ranges"])
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + LOADING_NOTE] = torch.empty(0)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + LOADING_NOTE, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}_extra_state" not in state_dict and "weight" in self.updates:
             self.scales.expect_other_weights()  # perhaps float or averaged ones, which need other scales

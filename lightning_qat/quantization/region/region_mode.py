@@ -8,13 +8,13 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
 from lightning_qat.quantization.fake_quant.first_scale import follow, follows
 from lightning_qat.quantization.interception.interception import InterceptionMode, SpecCache
 from lightning_qat.quantization.interception.op_identity import OpIdentity
-from lightning_qat.quantization.modules.tensor_leaves import is_float, leaves, map_call_leaves
+from lightning_qat.quantization.modules.tensor_leaves import call_leaves, is_float, leaves, map_call_leaves
 from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm
 from lightning_qat.quantization.region.bound_points import UNPLANNED, BoundPoint, OpQuantizers, parameter_view
 from lightning_qat.quantization.region.switches import Switches
@@ -24,6 +24,10 @@ Operation = Callable[..., Any]
 
 class Runner(Protocol):
     """The parts of a region that its mode needs."""
+
+    @property
+    def target(self) -> nn.Module:
+        """The module whose forward runs."""
 
     @property
     def functions(self) -> SpecCache:
@@ -37,8 +41,8 @@ class Runner(Protocol):
     def call_ranges(self) -> CallRanges:
         """Where the ranges of repeated calls are noted."""
 
-    def note_unplanned(self, kind: str, frame: FrameType) -> None:
-        """Note an op that the plan does not know."""
+    def note_unplanned(self, kind: str, frame: FrameType, of_weights: bool) -> None:
+        """Note an op that the plan does not know; ``of_weights`` if it computes from parameters alone."""
 
 
 class RegionMode(InterceptionMode):
@@ -56,6 +60,7 @@ class RegionMode(InterceptionMode):
         self._first_scales = runner.switches.first_scales and repeats is None
         self._taps = runner.switches.taps if repeats is None else ()
         self._calls_of_points: dict[str, int] = {}
+        self._of_weights: dict[int, Tensor] = {}  # what unplanned ops computed from parameters and buffers alone
         # by point: the running variance moves between a forward and its repetition
         self._factors: dict[str, Tensor] = {} if repeats is None else repeats._factors
 
@@ -77,10 +82,22 @@ class RegionMode(InterceptionMode):
             return func(*args, **kwargs)
         if quantizers is UNPLANNED:
             result = func(*args, **kwargs)
-            if any(map(is_float, leaves(result))):  # counting and comparing is never quantized
-                self.runner.note_unplanned(spec.kind, frame)
+            computed = [tensor for tensor in leaves(result) if is_float(tensor)]
+            if computed:  # counting and comparing is never quantized
+                of_weights = self._are_weights(call_leaves(args, kwargs))
+                if of_weights:
+                    self._of_weights |= {id(tensor): tensor for tensor in computed}
+                self.runner.note_unplanned(spec.kind, frame, of_weights)
             return result
         return self.run_op(quantizers, spec.kind, func, args, kwargs)
+
+    def _are_weights(self, operands: list[Tensor]) -> bool:
+        """Whether all of some tensors are parameters or buffers, or computed from these alone."""
+        unknown = [t for t in operands if not isinstance(t, nn.Parameter) and id(t) not in self._of_weights]
+        if unknown:
+            buffers = {id(buffer) for buffer in self.runner.target.buffers()}
+            unknown = [tensor for tensor in unknown if id(tensor) not in buffers]
+        return bool(operands) and not unknown
 
     def run_op(
         self, quantizers: OpQuantizers, kind: str, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]

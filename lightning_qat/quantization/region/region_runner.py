@@ -7,13 +7,19 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
-from torch.nn.utils import prune
 
 from lightning_qat.quantization.errors import PlanMismatchError
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
 from lightning_qat.quantization.interception.activation_checkpointing import RunningRegion
-from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode, user_location
+from lightning_qat.quantization.interception.call_path import (
+    CallPaths,
+    ScopeNode,
+    is_installed,
+    is_weight_hook,
+    user_location,
+)
 from lightning_qat.quantization.interception.call_stack import CallStack
 from lightning_qat.quantization.interception.interception import InterceptionMode, SpecCache, active_mode
 from lightning_qat.quantization.interception.op_identity import OpIdentity
@@ -101,17 +107,23 @@ class RegionRunner:
         finally:
             mode.identity.clear()
 
-    def note_unplanned(self, kind: str, frame: FrameType) -> None:
+    def note_unplanned(self, kind: str, frame: FrameType, of_weights: bool) -> None:
         """Count an op that was not seen while tracing; it runs in float and is reported once per place.
 
-        Ops of pruning that was added after tracing are not reported: the weight's own fake-quant quantizes their
-        product where it is used.
+        Ops that make a weight and that were added after tracing, such as pruning or a parametrization, are not
+        reported: the weight's own fake-quant quantizes their result where it is used. Nor are ops that only
+        ``torch.jit.trace`` runs, to which every number is a tensor.
+
+        Args:
+            kind: the kind of the op.
+            frame: where it is called.
+            of_weights: it computes from parameters and buffers alone.
 
         Raises:
             PlanMismatchError: the plan comes from a checkpoint whose code ran the same ops in every forward, and this
                 op is not among them.
         """
-        if frame.f_code.co_filename == prune.__file__:
+        if torch._C._get_tracing_state() is not None or is_weight_hook(frame) or (of_weights and not self._is_restored):
             return
         location = f"{kind} at {user_location(frame)}"
         count = self.unplanned.get(location, 0)
@@ -123,9 +135,15 @@ class RegionRunner:
                 f"the restored plan of {self._graph.target_type} does not know {location}: the code differs from the "
                 "one the checkpoint was made with. Restore that code, or insert fake-quant anew and calibrate."
             )
+        advice = (
+            "Trace more batches; or, as this code is of an installed library, switch off in its settings what makes it "
+            "vary (such as layerdrop=0.0)."
+            if is_installed(location)
+            else "Trace batches that reach it, or, if its repetition varies, put the code into "
+            "`with dynamic_block(self, ...)`."
+        )
         warnings.warn(
-            f"{location} was not seen while tracing {self._graph.target_type}; it runs in float. Trace batches that "
-            "reach it, or, if its repetition varies, put the code into `with dynamic_block(self, ...)`.",
+            f"{location} was not seen while tracing {self._graph.target_type}; it runs in float. {advice}",
             UserWarning,
             stacklevel=2,
         )

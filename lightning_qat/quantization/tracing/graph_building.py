@@ -157,11 +157,16 @@ class GraphBuilder:
         return self._broken_off[True].union(*in_train).difference(*in_eval) if in_eval else set()
 
     def _varying(self) -> tuple[str, ...]:
-        """Locations of ops that ran in some forwards of a mode and not in others (and are in no dynamic block)."""
+        """Locations of ops that ran in some forwards of a mode and not in others (and are in no dynamic block).
+
+        What training leaves out now and then (layers, at random) and every evaluation runs is the same in all of these.
+        """
         some: set[str] = set()
         for forwards in self._seen_by_mode.values():
             if forwards:
                 some |= forwards[0].union(*forwards) - forwards[0].intersection(*forwards)
+        if in_eval := self._seen_by_mode[False]:
+            some -= in_eval[0].intersection(*in_eval)
         varying = (r for r in self._order if r.key in some and not r.node.is_dynamic and is_interceptable(r.spec))
         return tuple(dict.fromkeys(r.location for r in varying))
 

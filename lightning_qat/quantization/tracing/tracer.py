@@ -26,6 +26,7 @@ from lightning_qat.quantization.interception.call_path import CallPaths, user_lo
 from lightning_qat.quantization.interception.call_stack import CallStack
 from lightning_qat.quantization.interception.interception import Intercepted, InterceptionMode, active_mode
 from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.modules.module_walk import has_lazy_tensors
 from lightning_qat.quantization.modules.preservation import preserved, preserved_tensors
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, leaves, named_leaves
 from lightning_qat.quantization.tracing.graph_building import GraphBuilder
@@ -56,16 +57,25 @@ def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) ->
         >>> [op.name for op in graph.ops]
         ['0', '1']
     """
+    calls = [Call.of(batch) for batch in batches]
+    if calls and any(map(has_lazy_tensors, target.modules())):
+        _initialize(target, calls[0])
     tracer = Tracer(target)
     # the parameters that a forward of torch's own modules writes: embeddings that limit the norm of their rows
     limited = (m for m in target.modules() if getattr(m, "max_norm", None) is not None)
     rescaled = [p for m in limited for p in m.parameters(recurse=False)]
     with tracer, preserved(target), torch.inference_mode(False), torch.no_grad():
-        tried = [_run(target, replay, rescaled) for replay in replays([Call.of(b) for b in batches], train_mode)]
+        tried = [_run(target, replay, rescaled) for replay in replays(calls, train_mode)]
     failures = [failure for failure in tried if failure is not None]
     if failures and not tracer.builder.forwards:
         raise failures[0]
     return tracer.graph()
+
+
+def _initialize(target: nn.Module, call: Call) -> None:
+    """Let lazy layers see an input, which they take their shapes from: what they compute then is no op of the model."""
+    with preserved(target), torch.inference_mode(False), torch.no_grad():
+        _run(target, Replay(call, training=False, as_made=False, required=True), [])
 
 
 def _run(target: nn.Module, replay: Replay, rescaled: list[nn.Parameter]) -> TracingError | None:

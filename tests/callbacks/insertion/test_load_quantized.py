@@ -17,7 +17,7 @@ from lightning_qat.quantization.errors import PlanMismatchError
 from tests.callbacks.test_resume import Changed
 from tests.harness.classifier import Classifier, SelfClassifier
 from tests.harness.state import assert_same, file_hash, only_region, state_of
-from tests.harness.trainers import float_checkpoint, qat_trainer, quantized_checkpoint
+from tests.harness.trainers import float_checkpoint, qat_trainer, quantized_checkpoint, trainer
 
 IMAGES = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -159,3 +159,39 @@ def test_the_file_is_not_changed(tmp_path: Path) -> None:
     before = file_hash(checkpoint)
     load_quantized(Classifier, checkpoint)
     assert file_hash(checkpoint) == before
+
+
+LOADS: dict[str, Any] = {
+    "load_from_checkpoint": lambda path: Classifier.load_from_checkpoint(path),
+    "test": lambda path: trainer(path.parent).test(Classifier(), ckpt_path=str(path)),
+    "fit": lambda path: trainer(path.parent).fit(Classifier(), ckpt_path=str(path)),
+    "load_state_dict": lambda path: Classifier().load_state_dict(torch.load(path, weights_only=True)["state_dict"]),
+}
+
+
+@pytest.mark.parametrize("module_class", [Classifier, SelfClassifier])
+@pytest.mark.parametrize("way", LOADS)
+def test_loading_without_fake_quants_names_load_quantized(
+    tmp_path: Path, way: str, module_class: type[Classifier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch lists the keys that it does not know, and the first of them says what to write: in a program too that does
+    not import this package."""
+    checkpoint = quantized_checkpoint(tmp_path, module_class())
+    monkeypatch.setitem(globals(), "Classifier", module_class)
+    with pytest.raises(RuntimeError) as caught:
+        LOADS[way](checkpoint)
+    unexpected = str(caught.value).partition("Unexpected key(s)")[2]
+    assert "lightning_qat.load_quantized(YourModule, path)" in unexpected[:200]
+
+
+def test_the_note_is_for_strangers_only(tmp_path: Path) -> None:
+    """It is no tensor of the model, an average of two states keeps it, and states that do not have it load."""
+    module = load_quantized(Classifier, quantized_checkpoint(tmp_path))
+    state = module.state_dict()
+    notes = [key for key in state if "load_quantized" in key]
+    assert len(notes) == 1
+    assert state[notes[0]].numel() == 0
+    assert not module.load_state_dict(state).unexpected_keys
+    assert notes[0] in state  # what was given is left alone
+    del state[notes[0]]
+    module.load_state_dict(state)

@@ -127,6 +127,60 @@ def test_an_optimizer_without_the_scales_is_an_error_that_says_what_to_write(tmp
         qat_trainer(tmp_path, qat=LEARNED).fit(Early())
 
 
+class Adversarial(Classifier):
+    """Two parts, an optimizer for each, built from what the parts had before they were quantized."""
+
+    def __init__(self, shared: bool = False) -> None:
+        super().__init__()
+        self.critic = nn.Linear(4, 4)
+        self.automatic_optimization = False
+        self.shared = shared
+        self.early = [list(self.net.parameters()), list(self.critic.parameters())]
+
+    def loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self.critic(self.net(batch[0])), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.manual_backward(self.loss(batch))
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        first, second = self.early
+        middle = len(first) // 2
+        if self.shared:
+            first, second = first[:middle], [*first[middle:], *second]
+        return [torch.optim.AdamW(first, 0.01), torch.optim.SGD(second, 0.01)]
+
+
+@pytest.mark.parametrize(
+    ("target", "shared", "message"),
+    [
+        (
+            "net",
+            False,
+            r"The parameters of 'net' are in optimizer 0 \(AdamW\): there, write lightning_qat.parameter_groups\("
+            r"self.net, lr=...\) in place of self.net.parameters\(\)",
+        ),
+        (
+            "auto",
+            False,
+            r"'net' are in optimizer 0 .*'critic' are in optimizer 1 \(SGD\): there, .*parameter_groups\(self.critic.*"
+            r"If one of the targets is not deployed, leave it out: target: names the others",
+        ),
+        ("net", True, r"The parameters of 'net' are in optimizers \[0, 1\]: name the parts .*target:"),
+    ],
+)
+def test_with_several_optimizers_the_one_of_the_target_is_named(
+    tmp_path: Path, target: str, shared: bool, message: str
+) -> None:
+    """`parameter_groups(self)` would put all parts into one of them: a discriminator into that of the generator."""
+    with pytest.raises(MisconfigurationException, match=message) as caught:
+        qat_trainer(tmp_path, qat={**LEARNED, "target": target}).fit(Adversarial(shared))
+    assert "parameter_groups(self," not in str(caught.value)
+
+
 def test_weight_decay_on_scales_and_large_steps_are_one_warning_each(tmp_path: Path) -> None:
     """The plain optimizer of a module: AdamW(self.parameters()) decays by 0.01."""
     with warnings.catch_warnings(record=True) as caught:
