@@ -33,7 +33,7 @@ def _channels(checked: CheckedRegion) -> Iterable[Finding]:
         held = WeightChannels(point.axis, point.groups) if point.axis is not None else weight_channels(op, operand)
         if weight is None or held.axis is None or weight.dim() != len(operand.shape) or not weight.numel():
             continue
-        largest = channel_rows(weight.detach().abs(), held.axis, held.groups).amax(dim=1)
+        largest = channel_rows(weight.detach().abs(), held.axis if held.groups == 1 else 0, held.groups).amax(dim=1)
         alive = largest[largest > 0]
         if len(alive) < len(largest) and not checked.points[point.name].starts_at_zero:
             dead[point.name] = len(largest) - len(alive)
