@@ -22,9 +22,11 @@ from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.model_check import ModelCheck
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.quantization.region.regions import find_regions
-from tests.callbacks.runs import Classifier, ResumableLoader, assert_same, qat_trainer, state_of, trainer
 from tests.callbacks.test_ddp import Dump
 from tests.callbacks.test_ddp import pytestmark as ddp_warnings
+from tests.harness.classifier import Classifier, ResumableLoader
+from tests.harness.state import assert_same, state_of
+from tests.harness.trainers import qat_trainer, trainer
 
 pytestmark = [
     *ddp_warnings,

@@ -150,7 +150,7 @@ def inspect_point(region: Region, point: str, run: Callable[[], Any], path: str 
         region=path,
         dtype=fake_quant.dtype,
         scheme=fake_quant.scheme,
-        axis=fake_quant.axis,
+        axis=plan.axis,
         scale=fake_quant.scale.detach().cpu().clone(),
         zero_point=fake_quant.zero_point.detach().cpu().clone(),
         scale_source=fake_quant.scale_source,

@@ -54,10 +54,10 @@ class FakeQuantDict(nn.ModuleDict):
 
 
 def _fake_quant(point: PointPlan) -> FakeQuantize:
-    return FakeQuantize(
+    fake_quant = FakeQuantize(
         point.dtype,
         scheme=point.scheme,  # type: ignore[arg-type]
-        axis=point.axis,
+        axis=point.axis if point.groups == 1 else 0,
         channels=point.channels,
         split_sizes=point.split_sizes,
         batch_axis=None if point.is_weight else 0,
@@ -65,8 +65,9 @@ def _fake_quant(point: PointPlan) -> FakeQuantize:
         percentile=point.percentile,
         fixed_scale=point.fixed_scale,
         narrow_range=point.narrow_range,
-        groups=point.groups,
     )
+    fake_quant.groups = point.groups
+    return fake_quant
 
 
 def _key(name: str) -> str:

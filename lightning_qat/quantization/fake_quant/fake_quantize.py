@@ -41,7 +41,6 @@ class FakeQuantize(QuantizationParameters):
         ema_momentum: Weight of a new batch in moving averages.
         fixed_scale: A scale given by the user. It is used at once and never changed; statistics are still recorded.
         narrow_range: Leave out the smallest code of a signed type: the codes are symmetric (int8: -127 ... 127).
-        groups: Of a transposed convolution: see :mod:`~lightning_qat.quantization.numerics.channel_groups`.
 
     Attributes:
         scale: Always float32, ``()``, ``(channels,)`` or ``(groups,)``. A buffer; a parameter after
@@ -54,6 +53,8 @@ class FakeQuantize(QuantizationParameters):
             the next evaluation computes the scale again.
         starts_at_zero: Whether its first scale comes from training: see ``first_scale.py``.
         batches_from_zero: Of such a point: how many batches with values it has seen since.
+        groups: Set to the groups of a transposed convolution to have ``axis`` count in the layout of a convolution: see
+            :mod:`~lightning_qat.quantization.numerics.channel_groups`.
         statistics: What was observed.
 
     Raises:
@@ -81,7 +82,6 @@ class FakeQuantize(QuantizationParameters):
         ema_momentum: float = 0.01,
         fixed_scale: float | None = None,
         narrow_range: bool = False,
-        groups: int = 1,
     ) -> None:
         if scheme not in get_args(Scheme):
             raise unknown_choice("scheme", scheme, get_args(Scheme))
@@ -92,8 +92,7 @@ class FakeQuantize(QuantizationParameters):
         scales = channels if split_sizes is None else len(split_sizes)
         super().__init__(dtype, scheme, scales, split_sizes, fixed_scale, narrow_range)
         self.axis = axis
-        self.groups = groups
-        self._scaled_axis = axis if groups == 1 else 0  # of the weight as that of a convolution
+        self.groups = 1
         self.batch_axis = batch_axis
         self.observer: ObserverName = observer
         self.percentile = percentile
@@ -101,7 +100,7 @@ class FakeQuantize(QuantizationParameters):
         self.frozen = False
         self.outdated = False
         self.starts_at_zero, self.batches_from_zero = False, 0
-        self.statistics = statistics_for(self._scaled_axis, channels, split_sizes, ema_momentum)
+        self.statistics = statistics_for(self.axis, channels, split_sizes, ema_momentum)
         with torch.inference_mode(False):
             # Clip range relative to the whole and to the averaged range of the data; rows: lower and upper end.
             self._ratio = torch.ones(2, scales or 1, dtype=torch.float64, device="cpu")
@@ -121,17 +120,17 @@ class FakeQuantize(QuantizationParameters):
         if self._parameters:
             return self._forward_learned(x)
         zero_point = self.channel_zero_point if self.scheme == "affine" else 0
-        return fake_quantize(x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self._scaled_axis)
+        return fake_quantize(x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self.axis)
 
     def _forward_learned(self, x: Tensor) -> Tensor:
         scale = self.scale
         if not torch.compiler.is_exporting():  # an optimizer may have stepped across zero; the gradient is not cut
             scale.detach().clamp_(MIN_SCALE, greatest_scale(self.quant_max - self.quant_min))
         zero_point = self.channel_zero_point if self.scheme == "affine" else 0
-        arguments = (x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self._scaled_axis)
+        arguments = (x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self.axis)
         if self.frozen or not (scale.requires_grad and torch.is_grad_enabled()):
             return fake_quantize(*arguments)
-        factors = gradient_scale(tuple(x.shape), self.quant_max, self._scaled_axis, self.batch_axis, self.split_sizes)
+        factors = gradient_scale(tuple(x.shape), self.quant_max, self.axis, self.batch_axis, self.split_sizes)
         if self.split_sizes is None:
             return fake_quantize_learned(*arguments, factors[0])
         return fake_quantize_learned(*arguments, repeat_groups(scale.new_tensor(factors), self.split_sizes))

@@ -40,10 +40,10 @@ def channel_rows(tensor: Tensor, axis: int | None, groups: int = 1) -> Tensor:
     Args:
         tensor: any tensor.
         axis: channel axis.
-        groups: of a transposed convolution whose weight this is; the channels then are those of all groups.
+        groups: of a transposed convolution whose weight this is; the axis is that of the other layout then.
     """
     if axis is None:
         return tensor.reshape(1, -1)
     if groups > 1:
-        tensor, axis = swap_within_groups(tensor, groups), 0
+        tensor = swap_within_groups(tensor, groups)
     return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
