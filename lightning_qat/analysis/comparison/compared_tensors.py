@@ -1,4 +1,4 @@
-"""The tensors that a layer comparison compares."""
+"""Which tensors a layer comparison is about."""
 
 from __future__ import annotations
 
