@@ -1,4 +1,4 @@
-"""Which tensors a layer comparison is about."""
+"""The tensors that a layer comparison compares."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def with_configuration(
     types: Mapping[str, tuple[str, ...]],
     styles: Mapping[str, tuple[str, ...]],
 ) -> tuple[PointEvidence, ...]:
-    """Note at every point which type was asked for and is not in effect, that in words, and what the hardware has.
+    """Add to the evidence: a requested type that is not in effect, an explanation, and the types of the hardware.
 
     Args:
         evidence: of all points.

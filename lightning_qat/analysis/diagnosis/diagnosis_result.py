@@ -43,8 +43,8 @@ class Diagnosis:
         evidence: why, in numbers.
         action: what to do.
         yaml: override to paste; empty if there is nothing to paste.
-        factor: what the error falls by, at least, if that is done; None if that cannot be told. Where ``evidence`` is
-            about a part of the values, the error of that part.
+        factor: the error falls at least by this factor if the action is taken; None if it cannot be predicted. Where
+            ``evidence`` is about a part of the values, the error of that part.
         relative: the factor is about the error relative to every single value.
         severity: root mean square error relative to the values; for a divisor, that of its small values; for a part of
             the tensor that is lost, that of the part, relative to its spread.

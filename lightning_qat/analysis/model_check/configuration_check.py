@@ -1,4 +1,4 @@
-"""What was asked for and what is in effect, and what the hardware does not have."""
+"""Compare requested types with the types in effect, and the plan with the hardware."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Request:
 
 
 def check_configuration(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
-    """Compare what every rule asks for with what is in effect."""
+    """Compare the type that every rule requests with the type in effect."""
     requests = tuple(unmet_requests(checked))
     rows = tuple((r.point, r.requested, r.by, r.effective, r.winner) for r in requests)
     columns = ("point", "requested", "by", "effective", "winner")

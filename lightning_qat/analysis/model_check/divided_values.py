@@ -1,4 +1,4 @@
-"""Which points hold values that something divides by: there the error relative to each value counts."""
+"""Which points hold divisors: for a divisor, the error relative to each value counts."""
 
 from __future__ import annotations
 

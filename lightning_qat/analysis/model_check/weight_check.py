@@ -103,7 +103,7 @@ def _lost(lost: dict[str, int], styles: Mapping[str, tuple[str, ...]]) -> Iterab
             names=tuple(lost),
             what="Channels of weights with one scale that lie below its step: "
             f"{shortened(f'{n} ({k})' for n, k in lost.items())}.",
-            why="These channels have no or one code left, so what they compute is lost.",
+            why="These channels have no or one code left, so their results are lost.",
             action="Give each channel its own scale." if able else _ONE_SCALE,
             yaml=overrides_yaml(rules) if able else "",
         )
