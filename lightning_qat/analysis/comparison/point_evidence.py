@@ -68,10 +68,10 @@ class PointEvidence:
         profiles: of a point that is divided by: along its axes. Of another: along its channel axis.
         scales: how many scales it has; ``channels``: how many it could have along the channel axis of a weight, which
             is ``channel_axis``.
-        types: those that the hardware has here; empty if it is not known. ``styles``: schemes of an activation,
-            granularities of a weight.
-        request: what an override asks for and is not in effect; empty if all is. ``requested`` is the type.
-        loop: the line whose round its op is, in words; empty unless it is in a long loop.
+        types: types that the hardware supports here; empty if the hardware is not known. ``styles``: schemes of an
+            activation, granularities of a weight.
+        request: explanation why a requested type is not in effect; empty if it is. ``requested`` is that type.
+        loop: description of the line of which its op is one round; empty unless it is in a long loop.
         populations: parts of the tensor whose values are lost.
         leaves: its values leave the region as they are; ``given``: they are an input of the region.
         affine_gain: factor by which an affine scheme would make the error fall; None if that cannot be told.

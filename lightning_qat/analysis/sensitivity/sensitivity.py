@@ -88,8 +88,7 @@ def sensitivity(
             three times ``top_k`` if not given, but at most ``max_points``; 0 for none.
         max_points: by isolation, measure at most this many points, after a sketch of those without an estimate; see
             :func:`~lightning_qat.analysis.sensitivity.isolation.choose_points`.
-        turn: number of this turn, if not all points can be measured at once: ``ceil(points / max_points)`` turns in a
-            row measure all.
+        turn: number of this turn; ``ceil(points / max_points)`` turns in a row measure all points.
         seed: of the probes, of the order in which points take turns, and of the random numbers that the forward draws.
         previous: an earlier table to compare the ranks with.
         across_ranks: every rank calls this with its own batches; the result is that of all batches, on all ranks.
