@@ -25,21 +25,24 @@ from lightning_qat.quantization.region.regions import find_regions
 class Calibration(ScaleSource):
     """Run a pass over calibration data before quantization starts, and derive all scales from it.
 
-    In a fit this is before the sanity check, or at the start of QuantizationAwareTraining's ``start_epoch``: the scales
-    are those of the weights that quantization starts with. Also runs ahead of ``trainer.validate``, ``test`` and
-    ``predict`` alone, so that post-training quantization is a Trainer call. Skipped when a restored checkpoint brings
-    calibrated scales, and in a second fit. Data come from ``calibration_dataloader()`` of the datamodule or module if
-    there is one, else from the training data; they go through the validation step in eval mode, in float.
+    In a fit, calibration runs before the sanity check, or at the start of QuantizationAwareTraining's ``start_epoch``.
+    The scales thus fit the weights that quantization starts with. Calibration also runs before ``trainer.validate``,
+    ``test`` and ``predict`` without a fit: post-training quantization is one Trainer call. It is skipped if a restored
+    checkpoint brings calibrated scales, and in a second fit.
+
+    The data come from ``calibration_dataloader()`` of the datamodule or module if there is one, otherwise from the
+    training data. The validation step runs on them in eval mode and in float.
 
     Args:
-        batches: number of batches over all ranks together; 32 if neither is given.
-        epochs: full passes of the loader instead.
+        batches: number of batches, over all ranks together; 32 if neither argument is given.
+        epochs: number of full passes over the loader, in place of ``batches``.
 
     Raises:
-        MisconfigurationException: both or nonsense are given; QuantizationAwareTraining is missing; there are no data.
+        MisconfigurationException: both arguments are given, or one is not a positive integer;
+            QuantizationAwareTraining is missing; there are no data.
 
     Attributes:
-        result: what the last calibration did and found.
+        result: counts and warnings of the last calibration; None before.
 
     Example of another schedule::
 
@@ -94,7 +97,7 @@ class Calibration(ScaleSource):
 
     @override
     def calibrate_if_needed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrate unless there are scales. QuantizationAwareTraining calls this if it would quantize without."""
+        """Calibrate if there are no scales. QuantizationAwareTraining calls this where it needs scales and has none."""
         if not self.should_calibrate(trainer, pl_module):
             return
         with misconfiguration():
