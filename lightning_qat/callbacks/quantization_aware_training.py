@@ -39,24 +39,21 @@ class QuantizationAwareTraining(QuantizationCallback):
     ``state_dict``: nothing is lost with ``save_weights_only``. Needs :class:`Calibration` in the list of callbacks
     (anywhere in it) unless a checkpoint brings calibrated scales. A checkpoint's plan wins over ``qconfig`` and
     ``overrides``; so does the plan of a module that was calibrated before. List ``WeightAveraging`` after this
-    callback. The plan is the only entry of the ``state_dict`` that is not a tensor. A module that averages its own
-    ``state_dict`` therefore copies only tensors: ``{k: v.clone() for k, v in self.state_dict().items() if
-    torch.is_tensor(v)}``, and loads the copy with ``strict=False``.
+    callback. The plan is not a tensor, so a module that averages its own ``state_dict`` copies only tensors, ``{k:
+    v.clone() for k, v in self.state_dict().items() if torch.is_tensor(v)}``, and loads that with ``strict=False``.
 
     Args:
         qconfig: defaults for activations and weights; int8 if not given.
         overrides: rules for single points, from general to specific; the last match wins.
         target: the path of the submodule to quantize, or several paths. ``auto`` takes what a validation step calls:
-            the module itself if the step calls it, otherwise its outermost children that were called. A child is left
-            out, with a warning, if it is not trained and no trained part uses it (a teacher, a loss network, an average
-            of the weights).
-        init_from: path of a float checkpoint. Its weights are loaded before insertion, with ``strict=True``; loops and
-            optimizer start fresh. This is the normal way to start QAT. The file is only read. Ignored when
-            ``ckpt_path`` is given.
+            the module itself if the step calls it, otherwise its outermost children that were called. A child that is
+            not trained and that no trained part uses (a teacher, an average of the weights) is left out, with a warning.
+        init_from: path of a float checkpoint, the normal way to start QAT. Its weights are loaded before insertion,
+            with ``strict=True``; loops and optimizer start fresh. Ignored when ``ckpt_path`` is given.
         activation_scales: ``fixed``: they stay as calibrated. ``ema``: they follow a moving average of the batches'
-            ranges. ``learned``: they start from the calibrated values and are trained by gradient (LSQ,
-            arXiv:1902.08153). Learned scales are parameters and must be in an optimizer, without weight decay: write
-            ``lightning_qat.parameter_groups(self, lr=self.lr)`` in the place of ``self.parameters()``.
+            ranges. ``learned``: trained by gradient from the calibrated values on (LSQ, arXiv:1902.08153). They must be
+            in an optimizer, without weight decay: replace ``self.parameters()`` by
+            ``lightning_qat.parameter_groups(self, lr=self.lr)``.
         weight_scales: ``updated``: they are computed from the present weights at every step. ``fixed`` and ``learned``
             as above. A run that is resumed with ``ckpt_path`` learns the same scales as before.
         start_epoch: train in float before this epoch; :class:`Calibration` then runs at its start.
@@ -71,9 +68,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             gradient, frozen modules stay in eval mode (no dropout, batch norm keeps its statistics), frozen scales do
             not move. The freeze ends with the run and is not stored in the checkpoint.
         trace_batches: how many batches are traced to learn the ops of the model.
-        train_mode: trace training steps (in train mode) beside evaluation steps (in eval mode). Set it to False if the
-            training step cannot run before training. Ops that only training reaches then stay float, each with a
-            warning.
+        train_mode: trace training steps (in train mode) beside evaluation steps (in eval mode). Write False if they
+            cannot run before training; ops that only training reaches then stay float, each with a warning.
 
     Raises:
         MisconfigurationException: a value is not one of the choices.
