@@ -1,4 +1,4 @@
-"""Float, calibrated and QAT accuracy side by side, across runs, and whether the target is met."""
+"""The callback that lists float, calibrated and QAT accuracy of all runs, and says whether the target is met."""
 
 from __future__ import annotations
 
@@ -32,23 +32,26 @@ from lightning_qat.reporting.tensorboard_tags import RESULT_TABLE
 class AccuracyTable(Callback):
     """Evaluate the float, the calibrated and the trained model, and keep the values of all runs in one table.
 
-    The float model is the module with fake-quant off, before training; with trained weights only ``QAT`` is evaluated.
-    Also runs in ``trainer.validate`` and ``trainer.test``. Values are kept in ``result_table.json`` under
-    ``default_root_dir/lightning_qat`` (also as ``.md`` and ``.csv``), keyed by run; the table is printed at the end.
-    A new run never overwrites another one of the same name, it becomes ``name (2)``; a resumed run and an evaluation of
-    its checkpoint go on with its own entry. ``fast_dev_run`` leaves no files.
+    The float model is the module before training, with fake-quant off. If the weights are already trained, only
+    ``QAT`` is evaluated. The callback also runs in ``trainer.validate`` and ``trainer.test``.
+
+    The values of all runs are kept in ``result_table.json`` (also ``.md`` and ``.csv``) in
+    ``<default_root_dir>/lightning_qat``; the table is printed at the end. A new run whose name is taken becomes
+    ``name (2)``. A resumed run, and an evaluation of its checkpoint, continue the entry of that run. ``fast_dev_run``
+    leaves no files.
 
     Args:
-        metrics: which logged metrics; all if not given.
-        target: the loss allowed against float, ``"1%"``, or a value to reach; or one of these by metric.
-        name: the run's name; the log directory below the root directory if not given.
+        metrics: names of the logged metrics to keep; all if not given.
+        target: how much worse than float a metric may be (``"1%"``), or the value to reach (``0.97``); or a dictionary
+            from metric to one of these. None for no target.
+        name: the run's name; by default the log directory, relative to the root directory.
         batches: evaluation batches per stage and rank; all if not given.
 
     Raises:
-        MisconfigurationException: a metric is not logged, the target cannot be read, or the table's file cannot.
+        MisconfigurationException: a metric is not logged, or the target or the table's file cannot be read.
 
     Attributes:
-        result: the table, as far as it is known.
+        result: the table with the values so far; None before the first.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class AccuracyTable(Callback):
         if stage == "fit" and averaging:
             raise MisconfigurationException(
                 f"AccuracyTable is listed before {type(averaging[0]).__name__}, so at the end of training it would "
-                "evaluate the last weights and not the average that is kept. List it after."
+                "evaluate the last weights and not the average that is kept. List it after that callback."
             )
         with misconfiguration():
             ResultTable.read(self._path(trainer))  # rather now than at the end of training
@@ -133,7 +136,7 @@ class AccuracyTable(Callback):
         self._report(trainer)
 
     def _is_trained(self, trainer: pl.Trainer) -> bool:
-        """Whether QAT has moved the weights; of a checkpoint that does not say, it is taken to be so."""
+        """Whether QAT has changed the weights. Assumed of a checkpoint that does not say."""
         if self._loaded_step is not None:
             return self._loaded_step > 0
         return trainer.global_step > 0 or trainer.ckpt_path is not None
@@ -154,7 +157,7 @@ class AccuracyTable(Callback):
             self.result = self._recorded(trainer, column, chosen)
 
     def _chosen(self, metrics: dict[str, float], stage: str) -> dict[str, float]:
-        """Pick the metrics asked for. A test often logs others than validation: then there is nothing to note."""
+        """Pick the metrics asked for. None may be left in a test, which often logs other metrics than validation."""
         names = [*(self.metrics or ()), *(self.target if isinstance(self.target, dict) else ())]
         missing = [name for name in names if name not in metrics]
         if missing and stage != "test":
@@ -162,13 +165,13 @@ class AccuracyTable(Callback):
         chosen = metrics if self.metrics is None else {name: metrics[name] for name in self.metrics if name in metrics}
         if not chosen:
             rank_zero_warn(
-                f"AccuracyTable: the {stage} step logs none of the metrics asked for ({', '.join(names) or 'any'}); it "
-                f"logs: {', '.join(metrics) or 'nothing'}. The table stays as it is."
+                f"AccuracyTable: the {stage} step logs none of the metrics asked for ({', '.join(names) or 'any'}). It "
+                f"logs: {', '.join(metrics) or 'nothing'}. The table is not changed."
             )
         return chosen
 
     def _recorded(self, trainer: pl.Trainer, column: str, metrics: dict[str, float]) -> AccuracyResult:
-        """Note the values on rank zero, which alone reads and writes the file, and tell all ranks the table."""
+        """Add the values to the table and return it on all ranks. Only rank zero reads and writes the file."""
         name = self._name(trainer)
         outcome: Any = None
         if trainer.is_global_zero:
@@ -190,7 +193,7 @@ class AccuracyTable(Callback):
         if run is None:
             run = table.entry(name, column, metrics)
             if run != name:
-                rank_zero_info(f"AccuracyTable: there is a run called {name!r} already; this one is noted as {run!r}.")
+                rank_zero_info(f"AccuracyTable: there is already a run called {name!r}; this one is called {run!r}.")
         table.record(run, column, metrics)
         if leaves_files(trainer):
             write_result_table(table, self._path(trainer))

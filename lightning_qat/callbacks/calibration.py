@@ -36,14 +36,15 @@ class Calibration(ScaleSource):
     through the validation step in eval mode, in float.
 
     Args:
-        batches: number of batches over all ranks together; 32 if neither is given.
-        epochs: full passes of the loader instead.
+        batches: number of batches, over all ranks together; 32 if neither argument is given.
+        epochs: number of full passes over the loader, in place of ``batches``.
 
     Raises:
-        MisconfigurationException: both or nonsense are given; QuantizationAwareTraining is missing; there are no data.
+        MisconfigurationException: both arguments are given, or one is not a positive integer;
+            QuantizationAwareTraining is missing; there are no data.
 
     Attributes:
-        result: what the last calibration did and found.
+        result: counts and warnings of the last calibration; None before.
 
     Example of another schedule::
 
@@ -111,7 +112,7 @@ class Calibration(ScaleSource):
 
     @override
     def calibrate_if_needed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrate unless there are scales. QuantizationAwareTraining calls this if it would quantize without."""
+        """Calibrate if there are no scales. QuantizationAwareTraining calls this where it needs scales and has none."""
         if not self.should_calibrate(trainer, pl_module):
             return
         with misconfiguration():

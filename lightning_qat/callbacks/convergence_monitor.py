@@ -43,23 +43,24 @@ from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_table
 
 GRADIENT_STEPS = 4
-"""Steps per epoch at which gradients are looked at."""
+"""Number of steps per epoch at which gradients are checked."""
 
 
 class ConvergenceMonitor(Callback):
     """Flag quantization-aware training that does not converge, with the evidence and the next step.
 
-    Looks at the training loss after 32, 64, 128 ... steps and at the end of every epoch, at validation metrics against
-    those of the calibrated model, at gradients, and at scales, clipping and weight codes of every point. Says nothing
-    about a healthy run. Nothing of the training is changed, bit for bit.
+    The monitor checks the training loss after 32, 64, 128 ... steps and at the end of every epoch. It compares
+    validation metrics with those of the calibrated model. It also checks gradients, and the scales, clipping and weight
+    codes of every point. It gives no warning about a healthy run. Training stays bit-identical.
 
     Goes to: a warning per verdict; ``convergence.json|txt`` in the run's ``lightning_qat`` directory; the table to
-    TensorBoard; ``convergence/flagged`` (0 or 1) through ``self.log`` at the end of every epoch, to be monitored.
+    TensorBoard; ``convergence/flagged`` (0 or 1) through ``self.log`` at the end of every epoch, so that EarlyStopping
+    and ModelCheckpoint can monitor it.
 
     Args:
         stop: stop training, on all ranks, as soon as something is flagged.
         float_batches: training batches on which the loss of the float model is measured before the first step.
-        statistics_batches: batches per epoch on which the points are measured. Where :class:`LayerStatistics` measures
+        statistics_batches: batches per epoch on which the points are measured. If :class:`LayerStatistics` measures
             them at the end of every epoch, its measurement (and its batches) is used instead.
         seed: decides which batches are drawn from shuffled data.
 
@@ -67,8 +68,8 @@ class ConvergenceMonitor(Callback):
         MisconfigurationException: a value is not one of the choices, or QuantizationAwareTraining is missing.
 
     Attributes:
-        series: what was recorded.
-        result: the latest judgement.
+        series: the losses, metrics and points recorded so far.
+        result: the latest verdict with its evidence; None before the first.
 
     Example::
 
@@ -119,13 +120,13 @@ class ConvergenceMonitor(Callback):
         self._batch = (batch, batch_idx)
 
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure what QAT starts from: the float model's loss and metrics, the calibrated metrics, scales, codes."""
+        """Measure the start of QAT: the float model's loss and metrics, the calibrated metrics, scales, codes."""
         self._started = True
         self._bad_at_start = frozenset(non_finite_buffers(pl_module))  # masks hold infinities
         self._statistics.note_start(trainer, pl_module)
         self._codes = self._statistics.codes, {}
         if trainer.global_step > 0 and self.series.calibrated is not None:
-            return  # resumed: what QAT started from is in the checkpoint
+            return  # resumed: the checkpoint has these measurements
         self.series = replace(
             self.series,
             float_loss=self._float_loss(trainer, pl_module),
@@ -188,7 +189,7 @@ class ConvergenceMonitor(Callback):
         self.series = with_bad_values(self.series, pl_module, self._bad_at_start, batch, at)
 
     def _broke(self, trainer: pl.Trainer) -> bool:
-        """Whether a loss that is not finite has just been met; ranks agree on that now and then, as it costs a sync."""
+        """Whether a loss has just become NaN or infinite. Ranks agree on it only every few steps: it costs a sync."""
         if self.result is not None and self.result.verdict == "not finite":
             return False
         if trainer.world_size == 1:
@@ -222,7 +223,7 @@ class ConvergenceMonitor(Callback):
         pl_module.log("convergence/flagged", float(flagged), sync_dist=False)
 
     def _first_bad(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-        """Run the step again, on a copy as backward still needs this one, and look for the first bad value."""
+        """Run the step again and find the first bad value. It runs on a copy, as backward still needs this module."""
         if self._batch is None:
             return ""
         try:

@@ -16,16 +16,16 @@ from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 class FloatFinetune(PipelineCallback):
     """Train a copy of the model as QAT would, but with fake-quant off, and evaluate it.
 
-    If it collapses too, the pipeline or the hyperparameters are to blame, not quantization; which of the two, it can
-    say if :class:`ZeroLRFinetune` is listed before it. Optimizer, schedulers, clipping, accumulation and the module's
-    hooks are those of the run, on a deep copy with fresh loaders; the run is not disturbed. Hooks of callbacks do not
-    run, and ``trainer.global_step`` stands still. Needs automatic optimization. Rung 5 of
+    If the copy collapses too, the pipeline or the hyperparameters are to blame, not quantization. The verdict can tell
+    these two apart if :class:`ZeroLRFinetune` is listed before this callback. The copy trains with fresh loaders and
+    with the optimizer, schedulers, clipping, accumulation and module hooks of the run; the run is not changed. Hooks of
+    callbacks do not run, and ``trainer.global_step`` does not move. Needs automatic optimization. This is rung 5 of
     :class:`PipelineCheck`.
 
     Args:
         batches: training batches per rank.
         eval_batches: validation batches per evaluation and rank; all if not given.
-        at_epoch: before which epoch it runs.
+        at_epoch: the epoch before which the check runs.
         stop: stop training if the float model collapses.
 
     Attributes:

@@ -53,37 +53,38 @@ if TYPE_CHECKING:
 class LayerComparison(EpochEndAnalysis):
     """Compare every tensor of the quantized model with that of the float model, at the end of training, and diagnose.
 
-    Two kinds of error per tensor: *own* (the op gets the float model's inputs, only its own fake-quants are on) and
-    *accumulated* (everything is quantized). Then, per point, which kind of error it is (rounding, clipping, one step
-    for values of very different size, a scale that does not fit, a rule that is not in effect, or inherited from
-    before) and what to do, with the YAML to paste, worst first. List it behind ``SensitivityAnalysis``: then the list
-    is in the order of the sensitivities. The float model is the model with its present weights and quantization off.
-    Training is not changed, bit for bit.
+    Each tensor has two errors: its *own* (the op gets the float model's inputs, and only its own fake-quants are on)
+    and the *accumulated* one (everything is quantized). The diagnosis names, for each point, the kind of error
+    (rounding, clipping, one step for values of very different size, a scale that does not fit, a rule that is not in
+    effect, or inherited from earlier ops) and what to do, with the YAML to paste. The worst point comes first; if this
+    callback is listed after ``SensitivityAnalysis``, the most sensitive one. The float model is the model with its
+    present weights and quantization off. Training stays bit-identical.
 
     Goes to: ``layer_comparison.csv|txt|json`` and ``diagnosis.csv|txt|json`` in the run's ``lightning_qat`` directory
     (with ``every_n_epochs`` the csv files hold the rows of every epoch, txt and json the latest); to the loggers
-    ``layer_comparison.<column>/<tensor>`` and the tables; the short list to the terminal; through ``self.log``, at the
-    end of an epoch: ``layer_comparison/min_own_sqnr`` (dB) and ``layer_comparison/output_sqnr``. Columns:
-    ``lightning_qat/reporting/README.md``.
+    ``layer_comparison.<column>/<tensor>`` and the tables; to the terminal the list of what to do; through ``self.log``,
+    at the end of an epoch: ``layer_comparison/min_own_sqnr`` and ``layer_comparison/output_sqnr`` (both in dB).
+    Columns: ``lightning_qat/reporting/README.md``.
 
     Args:
-        every_n_epochs: also at the end of every n-th epoch; None for the end of training only.
-        batches: batches per rank. Errors on all ranks are put together.
+        every_n_epochs: also compare at the end of every n-th epoch; None for the end of training only.
+        batches: batches per rank. The errors cover the batches of all ranks.
         output: path into the region's output such as ``map.layer_3``; all its tensors if not given.
-        post_process: applied to that output in float, such as ``torch.sigmoid``.
-        ranges: physical ranges of points by a glob over their names: ``{"*.ref_point*": [-100, 1]}``.
+        post_process: a function applied to that output in float, such as ``torch.sigmoid``.
+        ranges: physical ranges of points, by a glob over their names: ``{"*.ref_point*": [-100, 1]}``. The diagnosis
+            reports a scale that does not fit the declared range.
         figures: at the end of training, draw SQNR along the depth, the worst point's histogram, and the sensitivities
             if ``SensitivityAnalysis`` ran, to ``figures/*.png`` and the loggers. Needs the ``plots`` extra.
         log: also send the numbers of every tensor to the loggers.
         seed: decides which batches are drawn from shuffled data.
 
     Raises:
-        MisconfigurationException: a value is not one of the choices, QuantizationAwareTraining is missing, or
-            matplotlib is, or the region has no such output.
+        MisconfigurationException: a value is not one of the choices, QuantizationAwareTraining or (for figures)
+            matplotlib is missing, or the region has no such output.
 
     Attributes:
-        result: the latest comparison.
-        diagnosis: what followed from it.
+        result: the latest comparison; None before the first.
+        diagnosis: the diagnosis made from it.
 
     Example::
 

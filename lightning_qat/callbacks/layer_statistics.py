@@ -1,4 +1,4 @@
-"""The callback that measures what flows through every quantization point."""
+"""The callback that measures the values and the quantization error of every point."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ from lightning_qat.reporting.tensorboard_tags import LAYER_STATISTICS
 
 
 class LayerStatistics(EpochEndAnalysis):
-    """Measure, at the end of an epoch, what every quantization point receives and what quantization makes of it.
+    """Measure, at the end of an epoch, the values of every quantization point and the error of quantizing them.
 
-    Runs the validation step on a few batches (the same ones each time) in eval mode with quantization on. Before the
-    scales are calibrated (``start_epoch``) only the values are described. Training is not changed, bit for bit.
+    The validation step runs on a few batches (the same ones each time) in eval mode with quantization on. Before the
+    scales are calibrated (``start_epoch``), only the statistics of the values are filled in. Training stays
+    bit-identical.
 
     Goes to: ``layer_statistics.csv`` in the run's ``lightning_qat`` directory, which holds the rows of every epoch, and
     ``layer_statistics.txt|json``, the latest table; to the loggers ``layer_statistics.<column>/<point>``; through
-    ``self.log``, to be monitored: ``layer_statistics/max_clipped_share``, ``.../min_sqnr`` (dB),
+    ``self.log``, for callbacks that monitor: ``layer_statistics/max_clipped_share``, ``.../min_sqnr`` (dB),
     ``.../max_scale_drift`` (absolute) and ``.../max_flip_rate``. Columns: ``lightning_qat/reporting/README.md``.
 
-    Flip rates are those since the last measurement (or the first quantized step); drift is that since calibration, also
-    after a resume.
+    The flip rate counts from the last measurement (at first, from the first quantized step). Scale drift counts from
+    calibration, also after a resume.
 
     Args:
-        every_n_epochs: how often.
+        every_n_epochs: number of epochs from one measurement to the next.
         batches: batches per rank. Statistics of all ranks are merged.
-        log: also send the numbers of every point to the loggers; files and aggregates are written anyway.
-        columns: which columns go to the loggers; all numbers if not given.
+        log: also send the numbers of every point to the loggers. Files and monitored numbers are written in any case.
+        columns: the columns that go to the loggers; all numeric ones if not given.
         seed: decides which batches are drawn from shuffled data.
 
     Raises:
@@ -98,7 +99,7 @@ class LayerStatistics(EpochEndAnalysis):
 
     @property
     def is_every_epoch(self) -> bool:
-        """Whether every epoch is measured, as far as that can be told."""
+        """Whether every epoch is certain to be measured: a subclass with its own schedule may leave some out."""
         return self.every_n_epochs == 1 and type(self).should_analyse is EpochEndAnalysis.should_analyse
 
     @override
@@ -136,7 +137,7 @@ class LayerStatistics(EpochEndAnalysis):
         return result
 
     def measure_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LayerStatisticsResult:
-        """Return the statistics of the present model, measured now unless they were."""
+        """Return the statistics of the present model; measure them unless that was done already."""
         model, measured = model_key(trainer, pl_module), self._measured
         known = measured is not None and measured[0] == model
         if trainer.strategy.reduce_boolean_decision(known, all=True) and measured is not None:
@@ -149,7 +150,7 @@ class LayerStatistics(EpochEndAnalysis):
         return result
 
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> LayerStatisticsResult:
-        """Measure now, on so many batches per rank; nothing is written or logged."""
+        """Measure now, on ``batches`` batches per rank; nothing is written or logged."""
         measured = measure_layers(trainer, pl_module, batches, self.seed, self._calibrated, self.codes)
         self.codes = {**self.codes, **measured.codes}  # a new one: others may keep the one before, to compare
         return measured.result

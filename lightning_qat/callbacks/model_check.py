@@ -1,4 +1,4 @@
-"""The callback that says, before anything is trained, what is wrong with the quantized model."""
+"""The callback that reports, before training, what is wrong with the quantized model."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ from lightning_qat.reporting.tensorboard_tags import MODEL_CHECK
 
 FailOn = Literal["error", "warning", "never"]
 _ROWS = 30
-"""Rows per table, and names per finding, that the loggers show."""
+"""Rows per table, and names per finding, in the report for the loggers."""
 
 
 class ModelCheck(Callback):
-    """Check the quantized model once, before training: what is not fused, not quantized, shared, or not as asked for.
+    """Check the quantized model once, before training: what is not fused, not quantized, shared, or not as configured.
 
-    Runs after calibration and before the sanity check, wherever it is listed; also ahead of ``trainer.validate``,
-    ``test`` and ``predict``. With QuantizationAwareTraining's ``start_epoch`` it runs twice: before training, without
-    the ranges that calibration will find, and again as soon as there are scales. The model is looked at, not run:
-    training is not changed, bit for bit.
+    The check runs after calibration and before the sanity check, whatever its place in the list of callbacks. It also
+    runs before ``trainer.validate``, ``test`` and ``predict``. With QuantizationAwareTraining's ``start_epoch`` it runs
+    twice: before training, when the ranges of calibration are not known, and again as soon as there are scales. The
+    check does not run the model; training stays bit-identical.
 
     Goes to: ``model_check_result.txt|json`` in the run's ``lightning_qat`` directory, a summary on the terminal, and as
     text to the loggers that show text (``model_check``). What is in them: ``lightning_qat/reporting/README.md``.
 
     Args:
-        fail_on: stop the run if there is a finding as severe as this; for continuous integration.
+        fail_on: raise an error if a finding is at least this severe, for continuous integration.
         show: print the summary.
         log: send the report to the loggers.
 
     Raises:
         MisconfigurationException: a value is not one of the choices, QuantizationAwareTraining is missing, or there is
-            a finding to fail on.
+            a finding at least as severe as ``fail_on``.
 
     Attributes:
         result: findings and tables, after it ran.

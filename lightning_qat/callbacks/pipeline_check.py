@@ -1,4 +1,7 @@
-"""The callback that climbs the whole ladder and gives one verdict: pipeline, hyperparameters or quantization."""
+"""The callback that runs all rungs of the pipeline ladder and gives one verdict.
+
+The verdict blames the pipeline, the hyperparameters or quantization, or calls the run healthy.
+"""
 
 from __future__ import annotations
 
@@ -26,24 +29,32 @@ from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 
 _FINGERPRINT_BATCHES = 8
 _LONGER = 10
-"""A check after a flag looks at most so many times longer than one before training."""
+"""A check after a flag uses at most this many times the batches of a check before training."""
 
 
 class PipelineCheck(PipelineCallback):
     """Find out whether the pipeline, the hyperparameters or quantization is to blame, before training or on demand.
 
-    Climbs a ladder; every rung changes one thing, and the first one that breaks names the culprit: 0 the
-    float model as it is; 1 fake-quant inserted and off, bit by bit; 2 learning rate 0, batch norm fixed; 3 the same,
-    batch norm moving; 4 quantized, learning rate 0; 5 trained as in QAT, without fake-quant; 6 QAT itself. Every rung
-    trains a deep copy with fresh loaders, and nothing of the run is changed, bit for bit.
+    The check is a ladder of rungs. Each rung changes one thing, and the first rung that breaks names the cause:
 
-    With a ``reference`` of the float run the verdict also says *what* is misaligned: the fingerprint that
-    :class:`PipelineFingerprint` or ``python -m lightning_qat fingerprint`` writes. Without it, wrong labels, a wrong
-    loss and a wrong checkpoint cannot be told from a right one.
+    - 0: the float model as it is;
+    - 1: fake-quant inserted but off; every value must stay the same, bit for bit;
+    - 2: learning rate 0, batch norm fixed;
+    - 3: learning rate 0, batch norm moving;
+    - 4: learning rate 0, quantized;
+    - 5: trained as in QAT, without fake-quant;
+    - 6: QAT itself.
 
-    It runs before ``at_epoch``, and once more at the next epoch boundary after :class:`ConvergenceMonitor` has flagged
-    the run, then with the weights, optimizers and schedules that the run started from (a copy of them is kept in main
-    memory), and for as many batches as it took until the flag, up to ten times ``batches``.
+    Every rung trains a deep copy with fresh loaders. The run itself stays bit-identical.
+
+    With a ``reference`` the verdict also says *what* is misaligned. The reference is the fingerprint of the float run;
+    :class:`PipelineFingerprint` and ``python -m lightning_qat fingerprint`` write it. Without a reference the check
+    cannot detect wrong labels, a wrong loss or a wrong checkpoint.
+
+    The check runs before ``at_epoch``. If :class:`ConvergenceMonitor` flags the run, it runs once more at the next
+    epoch boundary. This second check starts from the weights, optimizers and schedules that the run started from (a
+    copy is kept in main memory). It uses as many batches as the run took until the flag, but at most ten times
+    ``batches``.
 
     Goes to: ``pipeline_check.txt|json`` in the run's ``lightning_qat`` directory, TensorBoard, the terminal; a warning
     unless the verdict is healthy. Rungs 5 and 6 need automatic optimization.
@@ -52,14 +63,14 @@ class PipelineCheck(PipelineCallback):
         reference: path of the float run's fingerprint, or its metrics such as ``{val_acc: 0.98}``.
         batches: training batches per rung and rank.
         eval_batches: validation batches per evaluation and rank; all if not given.
-        at_epoch: before which epoch it runs; None for only after a flag.
-        after_flag: run after ConvergenceMonitor has flagged the run.
+        at_epoch: the epoch before which the check runs; None to run it only after a flag.
+        after_flag: also run the check after ConvergenceMonitor has flagged the run.
         stop: stop training on a bad verdict.
-        rungs: numbers of the rungs; all if not given.
+        rungs: numbers of the rungs to run, such as ``[2, 3]``; all if not given. Rung 0 always runs.
 
     Raises:
-        MisconfigurationException: a value is not one of the choices, or the reference cannot be read; before the first
-            step also if the validation step logs no metric of the reference's name.
+        MisconfigurationException: a value is not one of the choices, the reference cannot be read, or (raised before
+            the first step) the validation step does not log a metric that the reference names.
 
     Attributes:
         result: evidence and verdict, after it ran.
@@ -115,10 +126,10 @@ class PipelineCheck(PipelineCallback):
             self._start, self._flag, self._flag_done, self._steps = None, "", False, 0
 
     def read_reference(self) -> Fingerprint | dict[str, float] | None:
-        """Read what the float run has left.
+        """Read the reference of the float run from its file; metrics given as a dictionary are returned as they are.
 
         Raises:
-            MisconfigurationException: the file is missing or something else.
+            MisconfigurationException: the file is missing, or is not a fingerprint.
         """
         if not isinstance(self.reference, str):
             return self.reference
@@ -163,8 +174,8 @@ class PipelineCheck(PipelineCallback):
         known = self._known
         if started > 0 and known is not None:
             rank_zero_warn(
-                "PipelineCheck knows only weights that were trained on since the float run (resumed, or start_epoch): "
-                "they are not compared with the reference.",
+                "PipelineCheck does not compare this run with the reference: its weights have been trained since the "
+                "float run (the run was resumed, or start_epoch is set).",
                 category=PossibleUserWarning,
             )
             known = None
@@ -172,7 +183,7 @@ class PipelineCheck(PipelineCallback):
         with start.restored(trainer, pl_module) if start is not None else nullcontext():
             size = known.batches if isinstance(known, Fingerprint) else 0
             here = take_fingerprint(trainer, pl_module, size or _FINGERPRINT_BATCHES)
-            if _freezes(trainer):  # asked for, so it is nothing to be suspicious of
+            if _freezes(trainer):  # as the user asked
                 here = replace(here, modes={mode: names for mode, names in here.modes.items() if mode != "eval"})
             metrics = known if isinstance(known, dict) else ()
             ladder = self.measure_ladder(trainer, pl_module, self.rungs, batches, metrics)

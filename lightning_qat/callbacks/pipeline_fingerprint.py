@@ -48,19 +48,19 @@ FILE_NAME = "pipeline_fingerprint.json"
 
 
 class PipelineFingerprint(Callback):
-    """Write the fingerprint of a float training pipeline, to be compared with that of QAT.
+    """Write the fingerprint of a float training pipeline, for a later comparison with the QAT pipeline.
 
-    Add it to the float run: at the end of training it looks at the first batches of the training and validation data
-    with the trained weights, and writes ``pipeline_fingerprint.json`` to the run's ``lightning_qat`` directory. Hand
-    that to ``PipelineCheck(reference=...)`` in the QAT run. The run is not changed, bit for bit. For a project that has
-    been trained already: ``python -m lightning_qat fingerprint``.
+    Add this callback to the float run. At the end of training it runs the trained model on the first batches of the
+    training and validation data, and writes ``pipeline_fingerprint.json`` to the run's ``lightning_qat`` directory.
+    Give that file to ``PipelineCheck(reference=...)`` in the QAT run. The float run stays bit-identical. If the float
+    model has been trained already, use ``python -m lightning_qat fingerprint``.
 
     Args:
         batches: batches per stage and rank.
         seed: decides which batches are drawn from shuffled data.
 
     Attributes:
-        fingerprint: after training.
+        fingerprint: the fingerprint, after training; None before.
 
     Example::
 
@@ -101,13 +101,13 @@ class PipelineFingerprint(Callback):
 def take_fingerprint(
     trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int = 8, seed: int = 0
 ) -> Fingerprint:
-    """Look at a pipeline with the present weights; fake-quant is off meanwhile. Leaves no trace.
+    """Take the fingerprint of a pipeline with the present weights and fake-quant off. The run is not changed.
 
     Args:
         trainer: the running trainer, with optimizers if it trains.
         pl_module: its module.
         batches: batches per stage and rank.
-        seed: of the random state while it looks.
+        seed: seed of the random state meanwhile; each rank adds its number.
 
     Raises:
         MisconfigurationException: there is no data at all.
@@ -195,7 +195,7 @@ def _modes(pl_module: pl.LightningModule) -> dict[str, list[str]]:
 
 
 def _optimizer(optimizer: Any, pl_module: pl.LightningModule) -> dict[str, Any]:
-    """Class and settings of an optimizer; learned scales are left out, a float run has none."""
+    """Class and settings of an optimizer, without learned scales, which a float run does not have."""
     scales = {id(p) for name, p in pl_module.named_parameters() if is_in_region(name)}
     groups = []
     for group in optimizer.param_groups:
@@ -235,7 +235,7 @@ def _settings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, A
 
 
 def _datasets(trainer: pl.Trainer) -> dict[str, str]:
-    """Class or representation of the datasets, with their transforms; memory addresses say nothing and are cut off."""
+    """Representation of the datasets with their transforms, without memory addresses, which differ in every run."""
     found: dict[str, str] = {}
     for stage in _STAGES:
         dataset = getattr(_compat.attached_loader(trainer, stage), "dataset", None)

@@ -60,18 +60,19 @@ class QuantizationAwareTraining(QuantizationCallback):
         weight_scales: ``updated``: those of the present weights, at every step. ``fixed`` and ``learned`` as above. A
             run resumed with ``ckpt_path`` learns what it learned before.
         start_epoch: train in float before this epoch; :class:`Calibration` then runs at its start.
-        freeze_observers_after: from this epoch on, no scale moves, however it moved before.
+        freeze_observers_after: from this epoch on, all scales stay as they are, learned ones too.
         freeze_batch_norm_after: from this epoch on, batch norm uses and keeps its running statistics.
         profile: the hardware the plan is for: the name of a shipped profile (``generic_int8_int16``) or the path of a
-            YAML file. Types that it has not give way to the nearest one, ops that it does not compute stay float.
-        freeze: parts that stay at their quantized state while the rest trains: globs over modules, parameters and
-            points (``["backbone.*"]``), or with the epoch from which on (``{"backbone.*": 3}``); relative to the target
-            or beginning with its path. Frozen weights get no gradient, modules stay in eval mode (no dropout, batch
-            norm keeps its statistics), scales do not move. Undone at the end of the run, not part of the checkpoint.
-        trace_batches: how many batches are looked at to learn the ops of the model.
-        train_mode: learn them from training steps too, which run in train mode; evaluation steps run in eval mode, as
-            they will. False for a training step that cannot run ahead of training: ops that only training reaches then
-            stay float, each with a warning.
+            YAML file. A type that the hardware lacks is replaced by the nearest one that it has. Ops that the hardware
+            does not compute stay float.
+        freeze: parts that stay in their quantized state while the rest trains: globs over the names of modules,
+            parameters and points (``["backbone.*"]``), or a dictionary from glob to the first frozen epoch
+            (``{"backbone.*": 3}``). Names are relative to the target, or begin with its path. Frozen weights get no
+            gradient, frozen modules stay in eval mode (no dropout, batch norm keeps its statistics), frozen scales do
+            not move. The freeze ends with the run and is not stored in the checkpoint.
+        trace_batches: how many batches are traced to learn the ops of the model.
+        train_mode: trace training steps (in train mode) beside evaluation steps (in eval mode). Write False if they
+            cannot run before training; ops that only training reaches then stay float, each with a warning.
 
     Raises:
         MisconfigurationException: a value is not one of the choices.

@@ -1,8 +1,8 @@
-"""A quantized run as other callbacks see it: who quantizes, who gives scales, which regions are in the module.
+"""How callbacks find one another in a quantized run: which quantizes, which gives scales, which regions there are.
 
 :class:`~lightning_qat.callbacks.quantization_aware_training.QuantizationAwareTraining` and
-:class:`~lightning_qat.callbacks.calibration.Calibration` derive from the classes here, so that the rooms below them can
-ask them something without importing them.
+:class:`~lightning_qat.callbacks.calibration.Calibration` derive from the classes here, so that the
+folders beneath can use them without importing them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class QuantizationCallback(Callback):
     Attributes:
         init_from: the float checkpoint whose weights the run starts from, if one was given.
         profile: the hardware that the model is for, if it was given.
-        evaluations: what is known about the model as it is now.
+        evaluations: evaluations of the present model, shared by all callbacks.
     """
 
     init_from: str | None
@@ -54,7 +54,7 @@ class ScaleSource(Callback):
     """A callback that can give a model its scales, as :class:`Calibration` does."""
 
     def calibrate_if_needed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give scales to a model that has none. Called on all ranks, wherever quantization would start without."""
+        """Give scales to a model that has none. Called on all ranks, before quantization starts."""
         raise NotImplementedError
 
 
@@ -71,7 +71,7 @@ def require_quantization(trainer: pl.Trainer, who: str) -> QuantizationCallback:
         who: the callback that needs it, for the message.
 
     Raises:
-        MisconfigurationException: it is not among the callbacks.
+        MisconfigurationException: no callback quantizes the run.
     """
     found = quantization_of(trainer)
     if found is None:
@@ -95,7 +95,7 @@ def require_regions(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str
     regions = find_regions(pl_module)
     if not regions:
         require_quantization(trainer, who).require_inserted()
-        raise MisconfigurationException(f"{who} needs fake-quants in the model, and it has none.")
+        raise MisconfigurationException(f"{who} needs fake-quants in the model, but the model has none.")
     return regions
 
 
@@ -106,6 +106,6 @@ def is_calibrated(pl_module: pl.LightningModule) -> bool:
 
 
 def evaluations_of(trainer: pl.Trainer) -> SharedEvaluations:
-    """Return what is kept of the evaluations of a run. Nothing is shared in a run that does not quantize."""
+    """Return the evaluations that the callbacks of a run share; new, empty ones in a run that does not quantize."""
     found = quantization_of(trainer)
     return found.evaluations if found is not None else SharedEvaluations()

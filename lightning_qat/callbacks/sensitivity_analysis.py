@@ -28,60 +28,62 @@ from lightning_qat.quantization.modules.call import Call
 from lightning_qat.reporting.tensorboard_tags import sensitivity_tags
 
 _EPOCHS_SHARE = 40
-"""A sketch of so small a part of an epoch's samples takes 2 to 3 % of the epoch: with one probe it is a forward, a
-backward and one more product for each weight, and training steps do more."""
+"""A sketch of this fraction (1/40) of an epoch's samples takes 2 to 3 % of the epoch. With one probe it is a forward, a
+backward and one more product for each weight; a training step does more."""
 
 _FEWEST_SAMPLES = 16
 
 
 class SensitivityAnalysis(EpochEndAnalysis):
-    """Rank the quantization points, at the end of an epoch, by what each alone does to the float model's output.
+    """Rank the quantization points, at the end of an epoch, by how much each alone changes the float model's output.
 
-    On the inputs that the quantized region gets in a validation step, the same batches each time (where the step hands
-    them on unchanged, they are kept, and it runs once). A small model is
-    measured point by point (isolation); a large one is estimated from gradients, all points at once (sketch), which
-    takes the time of a few forwards whatever their number. The analysis at the end of training is more careful: more
-    probes, and the points that matter most are confirmed by isolation. See :func:`lightning_qat.sensitivity`. Nothing
-    is analysed before the scales are calibrated (``start_epoch``). Training is not changed, bit for bit.
+    The analysis uses the inputs that the quantized region gets in a validation step, from the same batches each time.
+    If the step hands a batch to the region unchanged, the batch is kept and the step runs only once.
+
+    There are two methods. *Isolation* quantizes one point at a time and measures the output; it is used for small
+    models. A *sketch* estimates all points at once from gradients; its cost is a few forwards, whatever the number of
+    points. The analysis at the end of training uses more probes, and confirms the most sensitive points by isolation.
+    See :func:`lightning_qat.sensitivity`. Nothing is analysed before the scales are calibrated (``start_epoch``).
+    Training stays bit-identical.
 
     Goes to: ``sensitivity.csv`` in the run's ``lightning_qat`` directory, which holds the rows of every epoch (those of
-    the last one are of the end of training), and ``sensitivity.txt|json``, the latest table; to the loggers
-    ``sensitivity.<metric>/<point>`` and ``sensitivity.score/<point>``; through ``self.log``, to be monitored:
-    ``sensitivity/max_score``, and where the first row was measured ``sensitivity/max`` (``sensitivity/min`` for Cosine
-    and SQNR), its metric. Columns: ``lightning_qat/reporting/README.md``.
+    the last epoch are from the end of training), and ``sensitivity.txt|json``, the latest table; to the loggers
+    ``sensitivity.<metric>/<point>`` and ``sensitivity.score/<point>``; through ``self.log``, so that EarlyStopping and
+    ModelCheckpoint can monitor it, ``sensitivity/max_score``. If the first row was measured, its metric is logged too,
+    as ``sensitivity/max`` (``sensitivity/min`` for Cosine and SQNR). Columns: ``lightning_qat/reporting/README.md``.
 
     Args:
-        every_n_epochs: how often.
-        batches: batches per rank. Changes on all ranks are added up.
-        metric: ``L1``, ``MSE``, ``Cosine``, ``SQNR`` or ``KL``, a function ``(float_output, output) -> float``, or a
-            torchmetrics Metric; of the points that are measured. Any other name is that of a metric which the
-            validation step logs, such as ``val_acc``: at the end of training the points that are measured are each
-            evaluated, alone quantized in the float model, and sorted by how bad that is; epochs have scores only.
+        every_n_epochs: number of epochs from one analysis to the next.
+        batches: batches per rank. The changes on all ranks are summed.
+        metric: the metric of the points that are measured: ``L1``, ``MSE``, ``Cosine``, ``SQNR`` or ``KL``, a function
+            ``(float_output, output) -> float``, or a torchmetrics Metric. Any other name stands for a metric that the
+            validation step logs, such as ``val_acc``. It is measured at the end of training only: each measured point
+            is quantized alone in the float model, and the worst value comes first. Epochs then have scores only.
         output: path into the region's output such as ``map.layer_3``; all its tensors if not given.
-        post_process: applied to that output in float, such as ``torch.sigmoid``.
+        post_process: a function applied to that output in float, such as ``torch.sigmoid``.
         method: ``sketch``, ``isolation``, or ``auto``: isolation for few points and where there is no gradient.
-        probes: backwards per batch of a sketch at the end of an epoch, which confirms nothing.
-        final_probes: the same at the end of training.
-        top_k: how many of the most sensitive points matter at the end of training: they are found among three times as
-            many that are measured by isolation. A tenth of all points if not given.
-        max_samples: a sketch at the end of an epoch looks at the first so many samples of each batch, where they are
-            independent of each other; None for all. With a quarter of the samples the standard errors double. ``auto``:
-            all of them, but for short epochs, where that would be felt: not more than a 40th of the samples that an
-            epoch trains on, and at least 16.
-        max_points: by isolation, points per analysis; None for all. With more, the points take turns, in a fixed random
-            order: after ``ceil(points / max_points)`` analyses all of them were measured.
+        probes: backward passes per batch in a sketch at the end of an epoch.
+        final_probes: backward passes per batch in the sketch at the end of training.
+        top_k: at the end of training, how many of the most sensitive points to find. Three times as many are measured
+            by isolation. A tenth of all points if not given.
+        max_samples: a sketch at the end of an epoch uses the first ``max_samples`` samples of each batch, if samples
+            are independent of one another; None for all. A quarter of the samples doubles the standard errors.
+            ``auto`` takes all samples, but in short epochs at most a 40th of the samples that an epoch trains on (and
+            at least 16), so that the analysis stays cheap.
+        max_points: points per analysis by isolation; None for all. If the model has more points, they take turns in a
+            fixed random order: all are measured after ``ceil(points / max_points)`` analyses.
         final_max_points: the same for the analysis at the end of training.
-        evaluation_batches: validation batches per rank for a metric of the validation step, for each point the same;
-            None for all.
-        log: also send the numbers of every point to the loggers; files and aggregates are written anyway.
+        evaluation_batches: validation batches per rank on which a metric of the validation step is measured, the same
+            ones for each point; None for all.
+        log: also send the numbers of every point to the loggers. Files and monitored numbers are written in any case.
         seed: decides which batches are drawn from shuffled data, the probes, and the order in which points take turns.
 
     Raises:
-        MisconfigurationException: a value is not one of the choices, QuantizationAwareTraining is missing, or (before
-            the first training step) the region has no such output or the step logs no such metric.
+        MisconfigurationException: a value is not one of the choices, QuantizationAwareTraining is missing, or (raised
+            before the first training step) the region has no such output or the step logs no such metric.
 
     Attributes:
-        result: the latest analysis; its ``rank_change`` is since the one before.
+        result: the latest analysis; its ``rank_change`` compares it with the analysis before.
 
     Example::
 
@@ -188,7 +190,7 @@ class SensitivityAnalysis(EpochEndAnalysis):
             return
         latest = self.result
         complete = latest is not None and latest.method == "isolation" and not latest.left_out and not latest.task
-        if complete and self.is_analysed(trainer):  # of these very weights, and it is in the files
+        if complete and self.is_analysed(trainer):  # these weights were analysed, and the files hold the result
             return
         result = self.tried(trainer, lambda: self._analyse(trainer, pl_module, final=True))
         if result is not None:
@@ -228,7 +230,7 @@ class SensitivityAnalysis(EpochEndAnalysis):
         return self.result
 
     def _samples(self, trainer: pl.Trainer, calls: list[Call]) -> int | None:
-        """How many samples of each call a sketch at the end of an epoch looks at."""
+        """How many samples of each call a sketch at the end of an epoch uses."""
         if self.max_samples != "auto":
             return self.max_samples
         share = float(trainer.num_training_batches) / (_EPOCHS_SHARE * max(1, len(calls)))

@@ -1,4 +1,4 @@
-"""What only the Trainer knows about a quantized model: how it will be trained."""
+"""Findings of the model check that only the Trainer can give: how the model will be trained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_qat.quantization.region.regions import find_regions
 
 
 def trainer_findings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Finding]:
-    """Look at the callbacks of a run; what cannot work at all was refused before.
+    """Return findings about the callbacks of a run. What cannot work at all has been refused before.
 
     Args:
         trainer: the running trainer.
@@ -29,7 +29,7 @@ def trainer_findings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list
 
 
 def training_batch_size(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int | None:
-    """Return the number of samples per training batch and rank, if batch norm makes it matter and it can be told."""
+    """Return the samples per training batch and rank; None without batch norm, or if the loader does not say."""
     targets = [region.target for region in find_regions(pl_module).values()]
     if trainer.state.fn != "fit" or not any(is_batch_norm(m) for t in targets for m in t.modules()):
         return None
@@ -79,7 +79,7 @@ def _initial_weights(trainer: pl.Trainer) -> Iterator[Finding]:
 
 
 def _calibration(trainer: pl.Trainer) -> Iterator[Finding]:
-    """What calibration saw in the data; the result is that of this run."""
+    """Findings about the data that this run was calibrated with."""
     results = [calibration.result for calibration in listed(trainer, Calibration) if calibration.result is not None]
     for kind, (what, why, action) in _CALIBRATION.items():
         found = [finding for result in results for finding in result.findings if finding.kind == kind]
@@ -98,12 +98,12 @@ _CALIBRATION = {
     "nan": (
         "NaN in calibration at {n} points, first at {first} in batch {batch}.",
         "The float model computes NaN there; no scale can help.",
-        "Look at the inputs of the op (division by zero, log of a negative number) before quantizing.",
+        "Correct the inputs of the op (division by zero, log of a negative number) before quantizing.",
     ),
     "inf": (
         "Infinite values in calibration at {n} points, first at {first} in batch {batch}.",
         "Infinities were left out of the range and will be clipped to it.",
-        "If it is a mask, keep the point in float32; else look at the inputs of the op.",
+        "If it is a mask, keep the point in float32; otherwise correct the inputs of the op.",
     ),
 }
-"""What calibration can find and the check of the regions cannot: what, why, what to do."""
+"""What only calibration can find, by kind: what, why, what to do."""

@@ -17,28 +17,28 @@ _RUNGS = (FLOAT_MODEL, *ZERO_LR_RUNGS)
 
 
 class ZeroLRFinetune(PipelineCallback):
-    """Train a copy of the model with learning rate 0 and evaluate it: weights cannot change, so nothing may collapse.
+    """Train a copy of the model with learning rate 0 and evaluate it: the weights cannot change.
 
-    If accuracy falls all the same, the training code is not aligned with the float code and quantization is innocent.
-    Three variants run, each changing one thing: fake-quant off with batch norm in eval mode; fake-quant off with batch
-    norm as in training (if any moves there); quantized as in QAT. The module's hooks run on a deep copy with fresh
-    loaders; the run is not disturbed. In manual optimization the calls that optimize do nothing, which is the same.
-    These are rungs 0 and 2 to 4 of :class:`PipelineCheck`.
+    If accuracy falls nevertheless, the training code is not aligned with the float code, and quantization is not the
+    cause. Three variants run; each changes one thing: fake-quant off with batch norm in eval mode; fake-quant off with
+    batch norm as in training (if any batch norm moves there); quantized as in QAT. The module's hooks run on a deep
+    copy with fresh loaders, and the run is not changed. In manual optimization, the calls that optimize do nothing;
+    this has the same effect as learning rate 0. The variants are rungs 0 and 2 to 4 of :class:`PipelineCheck`.
 
-    Without batch norm the accuracy cannot show that the *training data* are wrong: only the training loss can. Give
-    that of the float run as ``reference: {train_loss: ...}``.
+    In a model without batch norm, accuracy cannot show that the *training data* are wrong; only the training loss can.
+    Give the training loss of the float run as ``reference: {train_loss: ...}``.
 
     Args:
         batches: training batches per variant and rank.
         eval_batches: validation batches per evaluation and rank; all if not given.
         reference: the metrics of the float training run, such as ``{val_acc: 0.98}``. Without it the verdict cannot say
-            whether the float model itself is right in this pipeline.
-        at_epoch: before which epoch it runs.
+            whether the float model itself reaches its accuracy in this pipeline.
+        at_epoch: the epoch before which the check runs.
         stop: stop training if the pipeline turns out to be misaligned.
 
     Raises:
-        MisconfigurationException: a value is not one of the choices; before the first step also if the validation step
-            logs no metric of the reference's name (in a run that has begun, the verdict says so).
+        MisconfigurationException: a value is not one of the choices, or (raised before the first step) the validation
+            step does not log a metric that the reference names. In a run that has begun, the verdict says so instead.
 
     Attributes:
         result: evidence table and verdict, after it ran.

@@ -24,7 +24,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--fail-on",
         choices=get_args(FailOn),
         default="never",
-        help="exit with status 1 if there is a finding as severe as this (default: never)",
+        help="exit with status 1 if a finding is at least this severe (default: never)",
     )
     add_quantization_options(parser)
 
@@ -47,7 +47,7 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
 CHECK = Command(
     name="check",
     summary="what is wrong with the quantized model: unfused, unquantized, shared, not as configured",
-    description=f"""Insert fake-quant into your project's model as training would, calibrate, and say what is wrong.
+    description=f"""Insert fake-quant into your project's model as training would, calibrate, and report what is wrong.
 
 The findings are printed; {FILE_NAME}.txt and .json hold everything, with the tables.
 """,

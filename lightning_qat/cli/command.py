@@ -1,4 +1,4 @@
-"""What a command of ``python -m lightning_qat`` consists of."""
+"""The parts of a command of ``python -m lightning_qat``, and options that several commands share."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Command:
         description: what it does and where the result goes.
         example: options that an example needs.
         add_options: adds its options to a parser.
-        run: given the options, the script (None without) and the project's own arguments, does it and returns the exit
-            status.
-        usage: how it is called, if it is not about the user's project; then ``script`` is the first argument.
+        run: runs the command. It gets the options, the script (None if there is none) and the project's own arguments,
+            and returns the exit status.
+        usage: how the command is called, if it is not about the user's project. ``script`` is then its first argument.
     """
 
     name: str
@@ -37,13 +37,13 @@ def add_project_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ckpt_path",
         metavar="FILE",
-        help="checkpoint with the weights, as for trainer.fit; those that the project starts with if not given",
+        help="checkpoint with the weights, as for trainer.fit; if not given, the project's initial weights are used",
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="where the files go; <default_root_dir>/lightning_qat if not given",
+        help="directory for the files; <default_root_dir>/lightning_qat if not given",
     )
 
 
@@ -53,7 +53,7 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
         "--calibration-batches",
         type=number_of_batches,
         metavar="N",
-        help="calibrate with N batches, 0 for none; as the project's Calibration says if not given, else 8",
+        help="calibrate with N batches, 0 for none; if not given, as the project's Calibration says, or with 8",
     )
     add_project_options(parser)
 
@@ -62,5 +62,5 @@ def number_of_batches(text: str) -> int:
     """Read a number of batches from the command line."""
     number = int(text) if text.isdecimal() else -1
     if number < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of batches, such as 8")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of batches: write one such as 8")
     return number

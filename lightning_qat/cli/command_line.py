@@ -1,4 +1,4 @@
-"""``python -m lightning_qat``: what it understands, and what it does with it."""
+"""``python -m lightning_qat``: parse the command line and run a command."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line without the program's name; that of this process if not given.
 
     Returns:
-        The exit status: 0; 1 for findings to fail on; 2 for a command line or configuration that cannot work.
+        The exit status: 0 for success; 1 if a check found something; 2 for an invalid command line or configuration.
 
     Example:
         >>> main(["check", "no_such_script.py"])

@@ -35,9 +35,9 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
 COMPARE_PIPELINES = Command(
     name="compare-pipelines",
     summary="what differs between two pipelines, the most suspicious first",
-    description="""Compare two fingerprints, that of the float run first.
+    description="""Compare two fingerprints. Give the one of the float run first.
 
-Exit status 1 if there is a difference that is alone enough to ruin training.
+Exit status 1 if one of the differences alone can ruin training.
 """,
     example="",
     add_options=_add_options,

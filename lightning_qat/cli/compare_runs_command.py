@@ -14,7 +14,7 @@ from lightning_qat.reporting.files import write_result
 
 FILE_NAME = "run_comparison"
 _SHOWN = 40
-"""Rows on the terminal; all that were changed are."""
+"""Rows on the terminal, at most; changed points are shown in any case."""
 _USAGE = "python -m lightning_qat compare-runs BEFORE AFTER [--output DIR]"
 
 
@@ -42,7 +42,7 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
 
 COMPARE_RUNS = Command(
     name="compare-runs",
-    summary="two runs side by side: did what was changed become less sensitive, and what became of the accuracy",
+    summary="two runs side by side: did the changed points become less sensitive, and how did accuracy change",
     description="""Compare the files of two runs: their accuracy and, point by point, configuration and sensitivity.
 
 BEFORE and AFTER are log directories (or lightning_qat in them), or a sensitivity or layer_comparison file each.

@@ -1,7 +1,7 @@
-"""What LightningCLI says about a mistake in a configuration, in as few lines as it takes.
+"""Shorten the errors of LightningCLI about a mistake in a configuration.
 
-jsonargparse tries every type that an option may have and reports all of them, with everything that was given: dozens of
-lines, of which one says what is wrong.
+jsonargparse tries every type that an option may have, and reports each attempt with all values that were given. That
+can be dozens of lines, and only one of them says what is wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NOISE = re.compile(
 
 
 def readable(error: Exception) -> ConfigurationError | None:
-    """Return a short error for what LightningCLI raised; None if it is not about the configuration.
+    """Return a short error in place of one that LightningCLI raised; None if it is not about the configuration.
 
     Args:
         error: raised while LightningCLI reads its arguments or makes the objects they describe.
@@ -37,7 +37,7 @@ def readable(error: Exception) -> ConfigurationError | None:
 
 
 def shortened(message: str) -> str:
-    """Leave out the lines that say the same of every mistake; those that are left move to the left.
+    """Drop the lines that are the same for every mistake, and reduce the indentation of the others.
 
     Args:
         message: of jsonargparse.

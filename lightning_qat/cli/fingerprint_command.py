@@ -48,8 +48,8 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
 
 FINGERPRINT = Command(
     name="fingerprint",
-    summary="what a float pipeline looks like: data, preprocessing, loss, modes, weights; to compare QAT with",
-    description=f"""Look at the first batches of a float project with its trained weights, and write {FILE_NAME}.
+    summary="describe a float pipeline (data, preprocessing, loss, modes, weights) for a comparison with QAT",
+    description=f"""Run a float project with its trained weights on the first batches, and write {FILE_NAME}.
 
 Give the checkpoint with --ckpt_path float.ckpt, unless the script loads the trained weights itself. Nothing is
 quantized. Hand the file to pipeline-check, to PipelineCheck(reference=...), or to compare-pipelines.

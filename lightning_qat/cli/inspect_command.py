@@ -87,14 +87,14 @@ def find_point(regions: Mapping[str, Region], name: str) -> tuple[str, str]:
 def _sample_numbers(text: str) -> tuple[int, ...]:
     numbers = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} are not sample numbers, such as 0,3")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sample numbers: write one such as 0,3")
     return tuple(int(word) for word in numbers)
 
 
 INSPECT = Command(
     name="inspect",
     summary="one point of the quantized model: its tensors, their range, histogram and error, as files and figures",
-    description="""Run samples through the quantized model in evaluation mode and keep what flows through one point.
+    description="""Run samples through the quantized model in evaluation mode, and save the tensors of one point.
 
 Written to <output>/<point>/: tensors.npz (float, quantized and error of every quantization), summary.txt, histogram.csv
 and three figures. The names of the points are those of the reports, such as model_check_result.txt.

@@ -50,8 +50,8 @@ PIPELINE_CHECK = Command(
     summary="is the pipeline, the hyperparameters or quantization to blame for a QAT that collapses",
     description="""Train copies of your project's model for a few batches each, changing one thing at a time.
 
-The first rung that breaks names the culprit; pipeline_check.txt and .json hold the evidence. Exit status 1 if anything
-is to blame.
+The first rung that breaks names the cause; pipeline_check.txt and .json hold the evidence. Exit status 1 if the
+pipeline, the hyperparameters or quantization is to blame.
 """,
     example=" --reference pipeline_fingerprint.json",
     add_options=_add_options,

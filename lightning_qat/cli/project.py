@@ -30,7 +30,7 @@ class Project:
         module: the module.
         arguments: the other arguments of the call: loaders or datamodule, ``ckpt_path``.
         fit: Lightning's own method, of this trainer.
-        notes: what a command had to change, for the user.
+        notes: remarks for the user about what a command had to change.
     """
 
     trainer: pl.Trainer
@@ -56,7 +56,7 @@ class Project:
         return self._in_place_of_training(work, self._quantizing(kept, calibration_batches))
 
     def without_fake_quant(self, work: Work[T]) -> T:
-        """The same in float, for a float project: no callback of this package takes part.
+        """Do the same as :meth:`before_training` for a float project: callbacks of this package are left out.
 
         Args:
             work: is given the trainer and the module.
@@ -93,7 +93,7 @@ class Project:
 
 
 class _InPlaceOfTraining(Callback, Generic[T]):
-    """Does the work when everything is set up, and leaves nothing to train."""
+    """Does the work when everything is set up, and ends the fit before training."""
 
     def __init__(self, work: Work[T]) -> None:
         self.work = work

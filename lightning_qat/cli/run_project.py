@@ -1,9 +1,9 @@
 """Running the user's own project up to the point where training would start.
 
-A command needs exactly what ``fit`` would train: the same Trainer, module, data and callbacks. Instead of guessing them
-from a file, the project is run as usual, and ``Trainer.fit`` is taken over for that time: what it is called with is the
-project. This works for LightningCLI scripts, for scripts that call ``trainer.fit`` themselves, and for configuration
-files that name their classes.
+A command needs the same Trainer, module, data and callbacks that ``fit`` would train with. They are not guessed from a
+file. The project runs as usual while ``Trainer.fit`` is replaced; the arguments of the call are the project. This works
+for LightningCLI scripts, for scripts that call ``trainer.fit`` themselves, and for configuration files that name their
+classes.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ def run_project(
 ) -> T:
     """Run the user's project up to its call of ``trainer.fit``, and do some work in the place of that call.
 
-    The work is done inside the user's script, which is ended then: everything the script has set is still in effect.
+    The work is done inside the user's script, so everything that the script has set is in effect. The script ends after
+    the work.
 
     Args:
         script: path of the script that trains; None for a configuration that names its classes (``class_path``), which
             a LightningCLI of our own reads.
         arguments: those of the script; for LightningCLI, those that follow ``fit``.
         work: is given the project.
-        ckpt_path: checkpoint to give to ``trainer.fit``; what the project gives if None.
+        ckpt_path: checkpoint to give to ``trainer.fit``; None for the project's own.
 
     Returns:
         What ``work`` returned.
@@ -86,7 +87,7 @@ def _check_script(path: Path) -> None:
 
 
 def _run_configuration() -> None:
-    """Fit what ``sys.argv`` describes."""
+    """Fit the configuration that ``sys.argv`` describes."""
     try:
         LightningCLI(save_config_callback=None, seed_everything_default=0)
     except ConfigurationError as error:
@@ -99,7 +100,7 @@ class _ProjectDone(BaseException):
 
 
 class _Outcome(Generic[T]):
-    """What became of the work."""
+    """The result or the error of the work."""
 
     def __init__(self, work: Callable[[Project], T], ckpt_path: str | None = None) -> None:
         self.work = work
@@ -142,6 +143,6 @@ def _taken_over(original: Callable[..., Any], outcome: _Outcome[Any]) -> Callabl
 
 
 def _check_checkpoint(path: Any) -> None:
-    """Say in one line that there is no such checkpoint. Lightning reads words such as ``best`` and addresses itself."""
+    """Refuse a missing checkpoint in one line. Lightning itself reads URLs and words such as ``best``."""
     if isinstance(path, str) and Path(path).suffix == ".ckpt" and "://" not in path and not Path(path).exists():
         raise ConfigurationError(f"ckpt_path: there is no file {path!r}.")

@@ -1,4 +1,4 @@
-"""What a script meets while a command runs it: a Trainer on one device, a LightningCLI that fits, its arguments."""
+"""The environment of a script that a command runs: a Trainer on one device, a LightningCLI that fits, arguments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def on_one_device(original: Callable[..., Any]) -> Callable[..., Any]:
 def one_device(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return a Trainer's arguments for one device: other ranks would run the script again, and train.
 
-    The first device that is named stays. Strategies that shard the model stay too: they are an error of their own.
+    The first named device is kept. Strategies that shard the model are kept too: they cause an error elsewhere.
 
     Example:
         >>> one_device({"devices": [2, 3], "strategy": "ddp", "precision": "bf16-mixed"})

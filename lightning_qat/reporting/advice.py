@@ -1,6 +1,6 @@
 """Advice as plain text, as Markdown and on the terminal.
 
-All three say the same in the same order: what, where, why, what to do, and what to paste.
+All three forms have the same parts in the same order: what, where, why, what to do, and what to paste.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def advice_markdown(number: int, advice: Advice, limit: int, file: str) -> list[
     """Format advice as paragraphs of Markdown.
 
     Args:
-        number: what it is numbered with.
+        number: the number of the advice.
         advice: the advice.
         limit: how many names and how many lines of YAML, at most.
-        file: where the others are.
+        file: the file that holds the rest, for the reader.
     """
     where = f" in {file}" if file else ""
     paragraphs = [f"**{number}. {escape_markdown(_heading(advice))}**", escape_markdown(advice.text)]
@@ -76,8 +76,8 @@ class TerminalAdvice:
     Args:
         advice: the advice.
         limit: how many names and how many lines of YAML are shown of each.
-        infos: how many of level ``info`` are shown, and how many names and lines of each.
-        in_file: a file holds everything; what is left out is said to be there.
+        infos: how many entries of level ``info`` are shown, and how many names and lines of each.
+        in_file: whether a file holds everything; the text then says that the rest is in the file.
     """
 
     advice: tuple[Advice, ...]
@@ -116,7 +116,7 @@ class TerminalAdvice:
         yield Padding(fields, (0, 0, 0, 2))
 
     def _shortened(self, items: Sequence[T], limit: int) -> tuple[Sequence[T], str]:
-        """The first items, and how many more there are; a single one more is shown instead."""
+        """The first items, and how many more there are. If only one more is left, it is shown instead."""
         if len(items) <= limit + 1:
             return items, ""
         return items[:limit], f"and {len(items) - limit} more{', in the file' if self.in_file else ''}"

@@ -22,9 +22,9 @@ def show(result: Result[Any], console: Console | None = None, note: bool = True,
 
     Args:
         result: what an analysis returned, such as :func:`lightning_qat.check`.
-        console: where; a running progress bar has its own. The process-wide rich console if not given.
-        note: also print the note; if it follows as a warning, print only the verdict that it begins with.
-        file: where everything is; the last line names it.
+        console: the console to print on, such as that of a running progress bar; rich's global console if not given.
+        note: print the whole note. False prints only the verdict at its beginning: the note follows as a warning.
+        file: path of the complete report; the last line names it.
 
     Example:
         >>> from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
@@ -54,7 +54,7 @@ def console_text(result: Result[Any], width: int = 120, file: str = "") -> str:
     Args:
         result: what to show.
         width: columns of the terminal; names fold, numbers are never cut.
-        file: where everything is.
+        file: path of the complete report; the last line names it.
     """
     with StringIO() as text:
         show(result, Console(file=text, width=width, color_system=None, force_terminal=False), file=file)
@@ -71,11 +71,11 @@ def _show_note(console: Console, note: str, verdict: str, whole: bool) -> None:
 
 
 def print_advice(lines: Sequence[str], console: Console | None = None) -> None:
-    """Print sentences, wrapped at words; lines that are indented (YAML) stay whole, they will be copied.
+    """Print sentences, wrapped at words. Indented lines (YAML) are not wrapped, so that they can be copied.
 
     Args:
         lines: what to print.
-        console: where; the process-wide rich console if not given.
+        console: the console to print on; rich's global console if not given.
     """
     console = console or get_console()
     for line in lines:
@@ -85,7 +85,7 @@ def print_advice(lines: Sequence[str], console: Console | None = None) -> None:
 
 
 def print_text(text: str, console: Console | None = None) -> None:
-    """Print text as it is; a terminal that is too narrow wraps it, and what is copied from it is whole."""
+    """Print text without inserting line breaks. A narrow terminal wraps it itself, so that copies stay whole."""
     (console or get_console()).print(text, markup=False, highlight=False, soft_wrap=True)
 
 

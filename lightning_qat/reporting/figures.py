@@ -1,4 +1,4 @@
-"""Figures: one function per figure, result in, matplotlib figure out.
+"""Figures: each function takes a result and returns a matplotlib figure.
 
 matplotlib is an extra (``plots``) and imported when a figure is drawn. No global state is used or changed: no pyplot,
 no backend is chosen; a figure brings its own Agg canvas, so that it can be saved anywhere.
@@ -26,7 +26,7 @@ _MOST_DOTS = 20_000
 def value_histogram(inspection: PointInspection, bins: int = 100) -> Figure:
     """Draw how the values of a point are distributed, and which range its type represents.
 
-    The counts are logarithmic: what is clipped are a few values far out.
+    The counts are logarithmic, because usually only a few values, far from the others, are clipped.
 
     Args:
         inspection: the point.
@@ -79,7 +79,7 @@ def error_histogram(inspection: PointInspection, bins: int = 100) -> Figure:
 
 
 def quantized_against_float(inspection: PointInspection) -> Figure:
-    """Draw every value against what quantization made of it: steps, and flat ends where it clips.
+    """Draw every value against its quantized value: a staircase, with flat ends where values are clipped.
 
     Args:
         inspection: the point; of more than 20,000 values an even sample and all extremes are drawn.

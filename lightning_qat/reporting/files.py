@@ -1,4 +1,4 @@
-"""Results as files: csv and json hold everything, txt is the same for people."""
+"""Results as files: csv and json hold every row and column; txt is the same table for people."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ def write_csv(result: Result[Any], path: str | os.PathLike[str]) -> Path:
 
 
 def write_json(result: Result[Any], path: str | os.PathLike[str], epoch: int | None = None) -> Path:
-    """Write everything about a result as JSON: ``rows``, and what is known beside them.
+    """Write a whole result as JSON: its ``rows``, and its other fields beside them.
 
-    Numbers that JSON does not have are the words ``inf``, ``-inf`` and ``nan``. A file that exists is replaced at once.
+    Numbers that JSON does not have become the strings ``inf``, ``-inf`` and ``nan``. An existing file is replaced at
+    once.
 
     Args:
         result: what an analysis returned.

@@ -24,14 +24,14 @@ EPOCH = "epoch"
 class GrowingTable:
     """A csv file that holds the rows of every epoch, one epoch after the other.
 
-    Rows of an epoch that is written again are replaced, and those of later epochs are removed: so is a run that resumes
-    from an earlier epoch, or another one in the same folder, not mixed with what was there before.
+    If an epoch is written again, its rows are replaced and the rows of later epochs are removed. The rows of a run that
+    resumes from an earlier epoch, or of a second run in the same folder, thus never mix with older rows.
 
     Args:
         path: the file.
 
     Attributes:
-        path: the file that is written; another one than was asked for if several analyses write the same file.
+        path: the file that is written. It differs from the requested one if another analysis writes that file too.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -65,7 +65,7 @@ class GrowingTable:
         return moved
 
     def _is_as_left(self) -> bool:
-        """Whether the file is there, and nobody has touched it since it was last written here."""
+        """Whether the file exists and has not changed since it was last written here."""
         return self._left is not None and self._left == self._present()
 
     def _present(self) -> tuple[int, int, int] | None:
@@ -76,7 +76,7 @@ class GrowingTable:
         return status.st_ino, status.st_size, status.st_mtime_ns
 
     def _take_up(self, header: Sequence[str]) -> str:
-        """Go on with a file that is there. One that has other columns is moved aside."""
+        """Continue an existing file. A file with other columns is moved aside."""
         self._size, self._last = 0, -1
         if not self.path.exists():
             return ""
@@ -94,7 +94,7 @@ class GrowingTable:
         return ""
 
     def _make_room(self) -> str:
-        """Move a file with other columns aside; if it was written meanwhile, by another analysis, leave it alone."""
+        """Move a file with other columns aside. If another analysis has written it, use a new name instead."""
         free, path = _free_path(self.path), self.path
         if self._left is not None:
             self.path = free

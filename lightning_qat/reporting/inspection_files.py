@@ -29,7 +29,7 @@ FIGURES: dict[str, Callable[[PointInspection], Figure]] = {
 
 
 def summary(inspection: PointInspection) -> str:
-    """Describe a point and what passed it, as plain text.
+    """Describe a point and the values that passed through it, as plain text.
 
     Args:
         inspection: the point.
@@ -71,7 +71,7 @@ def write_inspection(
         ``zero_point``), ``summary.txt``, ``histogram.csv`` and the figures.
 
     Raises:
-        ConfigurationError: figures are asked for and matplotlib is not installed; the other files are written then.
+        ConfigurationError: figures are asked for and matplotlib is not installed; the other files are written before.
     """
     place = Path(directory) / directory_name(inspection)
     arrays = {"scale": inspection.scale.numpy(), "zero_point": inspection.zero_point.numpy()}

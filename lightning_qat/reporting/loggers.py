@@ -44,7 +44,7 @@ def log_table(
         tag: where the logger files it.
         result: what to show.
         step: the x-axis.
-        columns: which columns; those that the result shows at a glance if not given.
+        columns: which columns; the result's short selection if not given.
         rows: how many rows at most; the files hold all.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a run writes and logs of an analysis: one csv that grows, txt and json of the last epoch, and the loggers."""
+"""The outputs of an analysis in a run: one csv that grows, txt and json of the last epoch, and logger entries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RunOutputs:
     Args:
         name: first part of the file names: ``<name>.csv``, ``<name>.txt``, ``<name>.json``.
         tags: what goes to the loggers, and under which tags.
-        warn: what to do with a remark, such as ``warnings.warn``.
+        warn: called with each remark, such as ``warnings.warn``.
     """
 
     def __init__(self, name: str, tags: Tags, warn: Callable[[str], Any]) -> None:

@@ -1,4 +1,4 @@
-"""Figures of sensitivity and layer comparison: result in, matplotlib figure out; see :mod:`.figures`."""
+"""Figures of sensitivity and layer comparison; each function takes a result and returns a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _ACTIVATION, _WEIGHT, _GAP, _OWN = "#4c72b0", "#dd8452", "#c44e52", "#55a868"
 _HIGHEST_SQNR = 120.0
-"""Decibels that are drawn at most: what is exact has infinitely many."""
+"""The largest SQNR that is drawn, in dB: an exact tensor has an infinite one."""
 _SHORT = 48
 _LINEAR = 100.0
 """Up to this ratio an axis is linear, so that the lengths of bars can be compared."""
@@ -86,8 +86,8 @@ _ROLES = (("activation", _ACTIVATION), ("weight", _WEIGHT))
 def sqnr_by_depth(result: LayerComparisonResult) -> Figure:
     """Draw the signal to quantization noise ratio along the depth of the model: own and accumulated.
 
-    A dip of the own error is a culprit; where only the accumulated error falls, the error comes from before. Inputs and
-    results are drawn; weights have no depth of their own.
+    A dip of an op's own ratio shows that the op causes error. Where only the accumulated ratio falls, the error comes
+    from earlier ops. Inputs and results are drawn; weights have no depth of their own.
 
     Args:
         result: the layer comparison.
@@ -128,13 +128,13 @@ def _mark_lowest(axes: Axes, own: list[tuple[int, float]], names: list[str], mos
 
 
 def _plain(texts: Iterable[Text]) -> None:
-    """Names come from the user's model: "$" would start mathematics."""
+    """Escape a name of the user's model: "$" would start mathematics."""
     for text in texts:
         text.set_parse_math(False)
 
 
 def sensitivity_over_epochs(results: Mapping[int, SensitivityResult], most: int = 8) -> Figure:
-    """Draw how the scores of the most sensitive points of the last epoch developed.
+    """Draw the scores, over the epochs, of the points that are most sensitive in the last epoch.
 
     Args:
         results: by epoch; a point that an epoch did not measure has no dot there.
@@ -206,7 +206,7 @@ def _role(row: SensitivityRow) -> str:
 
 
 def _short(name: str, length: int = _SHORT) -> str:
-    """Leave out the middle of a long name: its end says more than its beginning, which tells equal ends apart."""
+    """Leave out the middle of a long name. The end says most; the beginning tells names with equal ends apart."""
     if len(name) <= length:
         return name
     head = length // 3 if length >= _SHORT else 0

@@ -93,7 +93,7 @@ def panel(columns: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def fenced(text: str, language: str = "") -> str:
-    """Make a block of code of a text, with a fence that the text does not hold.
+    """Put a text into a fenced block of code; the fence is longer than any in the text.
 
     Example:
         >>> print(fenced("a: 1", "yaml"))
@@ -128,7 +128,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Take the meaning from every character that Markdown or HTML would interpret.
+    """Escape every character that Markdown or HTML would interpret.
 
     Example:
         >>> escape_markdown("layers_0*<b>")
@@ -138,7 +138,7 @@ def escape_markdown(text: str) -> str:
 
 
 def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Table:
-    """Render a table for the terminal: numbers are short, right-aligned and whole; names fold rather than being cut.
+    """Render a table for the terminal. Numbers are short, right-aligned and never cut; long names are wrapped.
 
     Args:
         title: a line above the table.
@@ -159,7 +159,7 @@ def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> T
 
 
 def cell_text(value: Any, digits: int = 7) -> str:
-    """Format a value: floats with so many significant digits, None and an empty tuple as nothing.
+    """Format a value: floats with ``digits`` significant digits, None and an empty tuple as an empty text.
 
     Example:
         >>> [cell_text(v) for v in (0.26427540, 1e-9, float("nan"), None, True, 3)]

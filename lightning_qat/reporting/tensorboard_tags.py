@@ -1,4 +1,4 @@
-"""What goes to TensorBoard and the other loggers at the end of an epoch, and under which tags.
+"""The tags of the numbers and tables that go to TensorBoard and other loggers at the end of an epoch.
 
 ===================================  =====================================================
 ``sensitivity.score/<point>``        a number of one point, drawn as a curve
@@ -29,7 +29,7 @@ class Tags:
         name: first part of the tags.
         curves: columns with one curve per point.
         histograms: columns whose distribution over all points is shown.
-        table: columns of the table; those that the result shows at a glance if not given.
+        table: columns of the table; the result's short selection if not given.
         point: column with the name of the point.
     """
 

@@ -78,7 +78,7 @@ class EpochEndAnalysis(Callback):
     def write(self, trainer: pl.Trainer, result: Result[Any], outputs: RunOutputs | None = None) -> None:
         """Write the files of this epoch on rank zero; call it on all ranks. A ``fast_dev_run`` leaves no files.
 
-        At the end of training this is the last epoch: its rows are replaced.
+        At the end of training, the rows of the last epoch are replaced.
         """
         directory = run_directory(trainer)  # broadcasts: on all ranks
         if leaves_files(trainer):
@@ -89,7 +89,7 @@ class EpochEndAnalysis(Callback):
         self._outputs.log(result, trainer.loggers, _compat.steps_taken(trainer))
 
     def tried(self, trainer: pl.Trainer, analyse: Callable[[], T]) -> T | None:
-        """Analyse; None for a model that gives NaN by now. Others say that it diverged, or stop; this must not."""
+        """Analyse; None for a model that computes NaN. Reporting NaN or stopping the run is up to other callbacks."""
         try:
             return analyse()
         except MisconfigurationException as error:
@@ -110,7 +110,7 @@ class EpochEndAnalysis(Callback):
     def _analysed(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int, seed: int
     ) -> Iterator[tuple[dict[str, Region], Calls]]:
-        """Prepare an analysis; gives the regions, and what they are called with in the steps on some batches."""
+        """Prepare an analysis; yields the regions, and the calls that they get in the steps on some batches."""
         steps = not self._inputs.are_kept(batches)
         with undisturbed_analysis(trainer, pl_module, type(self).__name__, "off", seed, steps) as regions:
             yield regions, self._captured(trainer, pl_module, regions, batches)
@@ -127,7 +127,7 @@ class EpochEndAnalysis(Callback):
     def _captured(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, regions: Mapping[str, Region], batches: int
     ) -> Calls:
-        """What the regions are called with in the steps on some sampled batches."""
+        """The calls that the regions get in the steps on some sampled batches."""
         return self._inputs.of(trainer, pl_module, regions, batches)
 
 

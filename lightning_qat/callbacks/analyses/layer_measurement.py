@@ -1,4 +1,4 @@
-"""What flows through every quantization point, measured on a few batches."""
+"""Statistics of every quantization point, measured on a few batches."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def measure_layers(
         pl_module: its module.
         batches: how many, per rank.
         seed: decides which batches are drawn from shuffled data.
-        calibrated: the scales that calibration found, by region: what drift is measured from.
-        codes: the codes of the weights of an earlier measurement, by region: what flips are counted from.
+        calibrated: the scales that calibration found, by region; drift is measured from them.
+        codes: the codes of the weights in an earlier measurement, by region; flips are counted from them.
 
     Raises:
         MisconfigurationException: there are no regions, or no data.

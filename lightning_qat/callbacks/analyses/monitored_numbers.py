@@ -1,4 +1,4 @@
-"""Numbers that EarlyStopping and ModelCheckpoint may monitor, although the first of them come late."""
+"""Numbers that EarlyStopping and ModelCheckpoint can monitor although they are missing in the first epochs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lightning_qat.callbacks.trainer.listed_callbacks import listed
 
 
 def check_early_stopping(trainer: pl.Trainer, callback: Callback, names: Collection[str], in_first_epoch: bool) -> None:
-    """Look for an EarlyStopping that would end the run in its first epoch, for want of a number to look at.
+    """Refuse an EarlyStopping that would end the run in its first epoch because its number is still missing.
 
     Args:
         trainer: the running trainer, before the first epoch.
-        callback: who logs the numbers, at the end of epochs.
-        names: of the numbers.
-        in_first_epoch: whether it logs them at the end of the first epoch already.
+        callback: the callback that logs the numbers, at the end of epochs.
+        names: names of the numbers.
+        in_first_epoch: whether the callback logs them at the end of the first epoch already.
 
     Raises:
-        MisconfigurationException: there is one, or one that waits for a number which a ModelCheckpoint cannot wait for.
+        MisconfigurationException: there is one, or it waits for a number that a ModelCheckpoint monitors too.
     """
     who, callbacks = type(callback).__name__, listed(trainer, Callback)
     for stopping in listed(trainer, EarlyStopping):
@@ -53,14 +53,14 @@ def log_numbers(
 ) -> None:
     """Log numbers at the end of an epoch. Call it in every epoch and on all ranks.
 
-    Until there is one, a ModelCheckpoint that sorts by it, and would fail without, gets NaN: the worst of all. Not so
-    if EarlyStopping looks at it too, which ends a run on NaN.
+    A ModelCheckpoint that sorts by a number fails if it is missing. Until there is a number, NaN is logged for it and
+    counts as the worst. NaN is not logged if EarlyStopping monitors the number too, as NaN would end the run.
 
     Args:
         trainer: the running trainer.
         pl_module: its module.
-        names: of all numbers that there may be.
-        numbers: those of this epoch, the same on all ranks.
+        names: names of all numbers that the callback may log.
+        numbers: the numbers of this epoch, the same on all ranks.
     """
     awaited = _sorted_by(trainer).intersection(names).difference(numbers)
     if awaited:
@@ -70,5 +70,5 @@ def log_numbers(
 
 
 def _sorted_by(trainer: pl.Trainer) -> set[str]:
-    """What checkpoints are sorted by."""
+    """The numbers that checkpoints are sorted by."""
     return {checkpoint.monitor for checkpoint in listed(trainer, ModelCheckpoint) if checkpoint.monitor is not None}

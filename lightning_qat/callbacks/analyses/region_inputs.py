@@ -1,4 +1,4 @@
-"""What the quantized regions are called with in the module's own steps, for analyses that run their forwards again."""
+"""The inputs of the quantized regions in the module's own steps, for analyses that run the forwards again."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ Calls = dict[str, list[Call]]
 class RegionInputs:
     """The inputs of the regions in the steps on some sampled batches: the same batches in every analysis of a run.
 
-    To find them the step has to run. Where it hands the batch itself to the regions, training cannot change what they
-    are: then a copy is kept, of 64 MiB at most, and the next analysis needs neither a loader nor the step.
+    The step has to run to find the inputs. If it hands the batch itself to the regions, training cannot change the
+    inputs. A copy of them (at most 64 MiB) is then kept, and the next analysis needs neither a loader nor the step.
     """
 
     def __init__(self) -> None:
         self._kept: dict[int, Calls] = {}
 
     def are_kept(self, batches: int) -> bool:
-        """Whether no step has to run for the inputs in so many batches."""
+        """Whether the inputs in this many batches are kept, so that no step has to run."""
         return batches in self._kept
 
     def of(
@@ -76,13 +76,13 @@ class RegionInputs:
 
 
 def _depends_on_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    """Whether batches may be other ones later, as far as the hooks tell."""
+    """Whether later batches may differ: loaders are reloaded, or a hook of the module may use its weights."""
     reloaded = trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]
     return reloaded or any(_compat.is_overridden(hook, pl_module) for hook in _HOOKS)
 
 
 def _of_copies(call: Call, copies: dict[int, Tensor]) -> Call | None:
-    """Return a call with copies of a batch's tensors; None if there is anything else in it that may change."""
+    """Return a call with copies of a batch's tensors; None if the call holds anything else that may change."""
     if not _is_plain((call.args, call.kwargs)):
         return None
     tensors = leaves((call.args, call.kwargs))
@@ -92,7 +92,7 @@ def _of_copies(call: Call, copies: dict[int, Tensor]) -> Call | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is made of tensors, and of constants that no step counts up."""
+    """Whether a value consists of tensors and of constants that no step changes."""
     if isinstance(value, Mapping):
         return all(map(_is_plain, value.values()))
     if isinstance(value, (tuple, list)):

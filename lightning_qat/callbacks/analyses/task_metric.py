@@ -40,10 +40,10 @@ class TaskMetric:
         self.higher_is_better = higher_is_better(name)
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Evaluate the float model on one batch, to see what the step logs.
+        """Evaluate the float model on one batch, to check that the step logs the metric.
 
         Raises:
-            MisconfigurationException: the metric is not among it.
+            MisconfigurationException: the step does not log it.
         """
         self._evaluated(trainer, pl_module, None, 1)
 

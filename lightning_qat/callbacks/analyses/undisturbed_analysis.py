@@ -1,4 +1,4 @@
-"""What the analysing callbacks share: a pass over sampled batches between epochs that leaves no trace."""
+"""A pass over sampled batches, between epochs, that leaves no trace; all analysing callbacks use it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def undisturbed_analysis(
         who: the callback, for messages.
         state: of all regions, with no scale moving.
         seed: of the random state; each rank adds its number.
-        steps: the module's steps will run. Without them there is less to put back: the analysis functions see to modes,
+        steps: whether the module's steps will run. If not, less is put back: the analysis functions restore modes,
             buffers and random numbers themselves.
 
     Returns:

@@ -1,1 +1,1 @@
-"""What QuantizationAwareTraining does at which hook."""
+"""How QuantizationAwareTraining inserts fake-quant: targets, initial weights, hooks, checkpoints and checks."""

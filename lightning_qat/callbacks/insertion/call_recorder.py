@@ -1,4 +1,4 @@
-"""What the steps of a module give to which of its submodules."""
+"""Record the calls that the steps of a module make to its submodules."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class CallRecorder:
 
     Attributes:
         stage: which step runs, set by the user of the recorder.
-        decides: whether what runs now says something about the targets. Calibration takes what there is.
-        calls: what was kept, by path.
+        decides: whether the steps that run now count for the choice of targets; those of calibration do not.
+        calls: the calls that were kept, by path.
         outermost: paths of the outermost calls by stage.
         total: number of calls kept.
         gradient_leaves: identities of the parameters that the losses of training steps depend on.
@@ -94,9 +94,9 @@ class CallRecorder:
     def common_targets(self) -> list[str]:
         """The module itself if every step calls it, else the outermost submodules with parameters that take tensors.
 
-        A step may call ``self(x)`` where another calls ``self.net(x)``: then ``net`` is what both run through, and
-        with the module as target the other step would stay float. What only training calls is not deployed, and modules
-        that only return single numbers are losses: no targets.
+        If one step calls ``self(x)`` and another calls ``self.net(x)``, the target is ``net``, as both run it. With the
+        module as target, the second step would stay float. Modules that only training calls (they are not deployed)
+        and modules that only return single numbers (losses) are no targets.
         """
         stages = {
             stage: [path for path in paths if path in self._models] or paths for stage, paths in self.outermost.items()
@@ -117,7 +117,7 @@ class CallRecorder:
         return self.called_in_training(path) and path not in self._with_gradients
 
     def warn_about_float_stages(self, pl_module: pl.LightningModule, wanted: list[str]) -> None:
-        """Say which step does not run through a target: it stays float."""
+        """Warn about steps that do not call a target: they stay float."""
         for path in wanted:
             for stage in self.outermost:
                 if self.outermost[stage] and path not in self._called[stage]:

@@ -10,7 +10,7 @@ from lightning_qat.callbacks.insertion.float_checkpoint import load_float_weight
 
 
 class InitialWeights:
-    """Loads a float checkpoint into a module once: a second fit goes on from where the module is.
+    """Loads a float checkpoint into a module once. A second fit continues with the module's present weights.
 
     Args:
         path: the checkpoint; None leaves the module as it was created.
@@ -37,7 +37,7 @@ class InitialWeights:
             load_float_weights(pl_module, self.path)
 
     def were_loaded_into(self, pl_module: pl.LightningModule) -> bool:
-        """Whether this module has started from them."""
+        """Whether the weights were loaded into this module."""
         return self._loaded_into is not None and self._loaded_into() is pl_module
 
     def __getstate__(self) -> dict[str, object]:

@@ -87,7 +87,7 @@ class InsertionHooks:
         self._before = {}
 
     def raise_pending_error(self) -> None:
-        """Raise what went wrong before weights were loaded, if no checkpoint has made up for it since."""
+        """Raise the error that kept fake-quant from being inserted, unless a checkpoint has brought a plan since."""
         if self._pending is not None:
             raise self._pending
 
@@ -129,7 +129,7 @@ class InsertionHooks:
         self._inserted = True
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Look at a checkpoint before its weights are loaded: its plan is taken, whether or not one was traced."""
+        """Take the plan of a checkpoint before its weights are loaded, whether or not the module was traced."""
         stored = stored_regions(checkpoint["state_dict"])
         if not stored:
             raise MisconfigurationException(
@@ -170,7 +170,7 @@ class InsertionHooks:
             attach(stored_target(self.pl_module, path), *read_extra_state(state), traced=False)
 
     def _keep(self, regions: dict[str, Region]) -> None:
-        """The module was quantized by an earlier run (or insert()): that goes on."""
+        """Keep the fake-quants of a module that an earlier run (or insert()) has quantized."""
         self._inserted, initial = True, self.request.initial_weights
         if self.trainer.state.fn == "fit":
             for region in regions.values():
@@ -183,7 +183,7 @@ class InsertionHooks:
         self._warn_about_differences("the module was quantized with", next(iter(regions.values())).plan)
 
     def _warn_about_differences(self, what: str, plan: QuantPlan) -> None:
-        """Say that an older plan wins over what this run asks for."""
+        """Warn that an older plan wins over the configuration of this run."""
         lines = differences(plan, self.request)
         if lines:
             rank_zero_warn(
@@ -193,7 +193,7 @@ class InsertionHooks:
             )
 
     def _warn_about_learned_scales(self) -> None:
-        """Say that a run which is resumed learns the scales that it learned before: its optimizer state holds them."""
+        """Warn that a resumed run learns the same scales as before: they are in its optimizer state."""
         learned: dict[str, set[bool]] = {}
         for region in find_regions(self.pl_module).values():
             points = region.points
@@ -215,7 +215,7 @@ class InsertionHooks:
             hide_from_ddp(self.pl_module)
 
     def _all_ranks_ready(self) -> bool:
-        """Whether every rank has a graph: otherwise nobody inserts, and every rank waits for a checkpoint."""
+        """Whether every rank has a graph. Otherwise no rank inserts, and all wait for a checkpoint."""
         if self.trainer.world_size == 1:
             return self._pending is None
         ready = self.trainer.strategy.reduce_boolean_decision(self._pending is None, all=True)

@@ -1,4 +1,4 @@
-"""What is to be inserted, and how a plan that exists already differs from it."""
+"""The settings of an insertion, and how an existing plan differs from them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class InsertionRequest:
         profile: the hardware that the plan is for.
         is_configured: whether the user has given one of these three.
         target: ``auto``, the path of a submodule, or several.
-        trace_batches: how many batches are looked at to learn the ops of the model.
-        train_mode: whether training steps are looked at too.
+        trace_batches: how many batches are traced to learn the ops of the model.
+        train_mode: whether training steps are traced too.
         learned_scales: the scales that training finds by gradient.
         initial_weights: loaded before insertion.
         frozen_parts: frozen as soon as there are regions.
@@ -44,7 +44,7 @@ class InsertionRequest:
 
 
 def differences(plan: QuantPlan, request: InsertionRequest) -> list[str]:
-    """Say, for each setting in which an existing plan differs from what a run asks for, both values.
+    """Describe each setting in which an existing plan differs from the request of a run, with both values.
 
     Args:
         plan: of a checkpoint, or of a module that was quantized before.

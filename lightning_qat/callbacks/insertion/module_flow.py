@@ -1,4 +1,4 @@
-"""Which modules the values of a step come from, between the modules that it calls."""
+"""How values flow through a step: which module's results go into which module."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ WEIGHTS = "(weights)"
 class ModuleFlow(TorchFunctionMode):
     """Follows the results of modules through the steps that run in :meth:`watching`.
 
-    What torch functions compute of a result comes from its module too. What leaves torch (numpy, numbers) is lost.
+    The output of a torch function counts as a result of the module that its inputs come from. Values that leave torch
+    (numpy, numbers) are not followed.
 
     Args:
         modules: the modules by path. What happens inside of them is not looked at.

@@ -1,4 +1,4 @@
-"""Finding out what a step gives to which module: the targets, and the calls to trace them with."""
+"""Find the targets by running the steps, and the calls to trace them with."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _run_steps(
 
 
 class _Batches:
-    """The batches that are looked at; each loader gives them once, as a stream would be the poorer for them.
+    """The batches for tracing. Each loader gives them only once: batches taken from a stream are missing in the run.
 
     Args:
         trainer: the running trainer.

@@ -1,4 +1,4 @@
-"""Learning the ops of the targets from a few steps, before there is anything else of the run."""
+"""Learn the ops of the targets from a few steps, before the rest of the run is set up."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def traced_targets(
         pl_module: its module. It is on its training device meanwhile, as some kernels exist only there.
         target: ``auto``, a path, or several.
         batches: batches per step.
-        train_mode: look at training steps and at train mode too.
+        train_mode: trace training steps, in train mode, too.
 
     Returns:
         The ops by the path of the target; ``""`` is the module itself.

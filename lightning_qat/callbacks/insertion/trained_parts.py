@@ -1,4 +1,4 @@
-"""Which of the modules that the steps call are the model that is trained, and which only stand beside it."""
+"""Which modules that the steps call belong to the trained model, and which are only helpers of the training."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def parts_of_the_model(
     recorder: CallRecorder,
     watch: Callable[[ModuleFlow], None],
 ) -> list[str]:
-    """Leave out what is not trained and stands beside the model: a teacher, a loss network, an average of the weights.
+    """Leave out helpers that are not trained: a teacher, a loss network, an average of the weights.
 
-    Kept is what is trained, what feeds it (a frozen backbone, an embedding), and what goes on with its results alone (a
-    frozen decoder). If nothing is trained, nothing is left out.
+    Kept are trained modules, modules that feed them (a frozen backbone, an embedding), and modules that use only their
+    results (a frozen decoder). If nothing is trained, nothing is left out.
 
     Args:
         trainer: the running trainer.
@@ -56,7 +56,7 @@ def parts_of_the_model(
 
 
 def _belongs(flow: ModuleFlow, path: str, taken: set[str]) -> bool:
-    """Whether a module works together with others; one of which no call was seen gets the benefit of the doubt."""
+    """Whether a module works together with others. Assumed of a module of which no call was seen."""
     return flow.reaches(path, {*taken, WEIGHTS}) or flow.continues(path, taken) or path not in flow.inputs
 
 

@@ -1,4 +1,4 @@
-"""What cannot work together with QuantizationAwareTraining, said before anything is trained."""
+"""Refuse, before training, what cannot work together with QuantizationAwareTraining."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_trainer(trainer: pl.Trainer, stage: str) -> None:
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
-        MisconfigurationException: they cannot work.
+        MisconfigurationException: one of them cannot work with fake-quant.
     """
     if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
         raise MisconfigurationException(
@@ -56,7 +56,7 @@ def check_trainer(trainer: pl.Trainer, stage: str) -> None:
 
 
 def check_averaged_copies(trainer: pl.Trainer) -> None:
-    """Look at the copies that WeightAveraging made.
+    """Check the copies that WeightAveraging made.
 
     Raises:
         MisconfigurationException: one has no fake-quants.
@@ -70,7 +70,7 @@ def check_averaged_copies(trainer: pl.Trainer) -> None:
 
 
 def warn_about_precision(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Say that half precision has fewer digits than the wide types it is asked to carry."""
+    """Warn if half precision has fewer digits than the wide types of some points."""
     precision = str(trainer.precision)
     digits = 8 if "bf16" in precision else 11 if "16" in precision else 24
     wide = [

@@ -124,7 +124,7 @@ def _changes(before: Iterable[tuple[str, Tensor]], after: Iterable[tuple[str, Te
 
 @torch.no_grad()
 def _relative_change(one: Tensor, other: Tensor) -> float:
-    """Norm of the difference by the larger of the two norms: 0 is none, 1 as large as the tensor, 2 the opposite."""
+    """Norm of the difference / larger of both norms. 0: no change; 1: as large as the tensor; 2: its sign flips."""
     if one.shape != other.shape:
         return 1.0
     a, b = one.detach().double().cpu(), other.detach().double().cpu()

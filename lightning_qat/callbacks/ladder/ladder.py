@@ -48,7 +48,7 @@ def measure_ladder(
     who: str,
     reference: Collection[str] = (),
 ) -> Ladder:
-    """Measure some rungs; a rung that cannot be measured says why in ``missing``.
+    """Measure some rungs. The reason why a rung could not be measured is in ``missing``.
 
     Args:
         trainer: the running trainer.
@@ -60,7 +60,7 @@ def measure_ladder(
         reference: names of metrics that the evaluation has to log.
 
     Raises:
-        MisconfigurationException: it logs others; before anything is trained.
+        MisconfigurationException: the evaluation does not log one of them; raised before anything is trained.
     """
     require_regions(trainer, pl_module, who)
     calibrated, moving = is_calibrated(pl_module), moves_batch_norm(pl_module)
@@ -131,7 +131,7 @@ class _Rungs:
 
 
 def worst_points(trainer: pl.Trainer, pl_module: pl.LightningModule, count: int = 3) -> tuple[str, ...]:
-    """Return the points with the worst signal-to-noise ratio of their own, with the reason, in words."""
+    """Describe the points whose own signal-to-noise ratio is worst, with the reason for each."""
     rows = measure_layers(trainer, pl_module, batches=1).result.rows
     known = [row for row in rows if row.sqnr is not None and not math.isnan(row.sqnr)]
     fixed = {

@@ -32,7 +32,7 @@ def compare_off(
 ) -> OffComparison:
     """Run the same batches through a copy with fake-quant off and one from which it was removed.
 
-    Compared are the results of every module and of the steps and, in training, the gradients of the weights.
+    The comparison covers the results of every module and of the steps and, in training, the gradients of the weights.
 
     Args:
         trainer: the running trainer.

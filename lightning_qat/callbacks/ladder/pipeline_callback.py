@@ -1,4 +1,4 @@
-"""What the checks of the training pipeline have in common: when they run, what they write, what they say."""
+"""The base of the checks of the training pipeline: when they run, what they write, what they print."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from lightning_qat.reporting.loggers import log_table
 class PipelineCallback(Callback):
     """Base of the checks of the training pipeline; subclasses measure rungs, this class runs them once and reports.
 
-    A check that fails must not take the training run with it: the verdict is ``cannot tell`` then, with the reason.
+    A check that fails must not end the training run: its verdict is ``cannot tell``, with the reason.
 
     Args:
         batches: training batches per finetune and rank.
         eval_batches: validation batches per evaluation and rank; all if not given.
-        at_epoch: before which epoch it runs, None for none.
+        at_epoch: the epoch before which the check runs; None to leave that to the subclass.
         stop: stop training on a bad verdict (Lightning still honours ``min_epochs`` and ``min_steps``).
     """
 
@@ -51,7 +51,7 @@ class PipelineCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Several of them, at different epochs, are kept apart in the checkpoint."""
+        """The key of the state in a checkpoint; it holds the epoch, so that several checks do not share a state."""
         return self._generate_state_key(at_epoch=self.at_epoch)
 
     def should_run(self, trainer: pl.Trainer) -> bool:
@@ -70,7 +70,7 @@ class PipelineCallback(Callback):
         batches: int | None = None,
         reference: Collection[str] = (),
     ) -> Ladder:
-        """Measure some rungs of the ladder, with the batches asked for; the evaluation has to log ``reference``."""
+        """Measure some rungs of the ladder with this callback's batches. The evaluation has to log ``reference``."""
         limit = math.inf if self.eval_batches is None else self.eval_batches
         return measure_ladder(trainer, pl_module, rungs, batches or self.batches, limit, type(self).__name__, reference)
 
@@ -151,10 +151,10 @@ class PipelineCallback(Callback):
 
 
 def check_reference(who: str, reference: Mapping[str, float]) -> None:
-    """Refuse metrics of the float run that are no numbers.
+    """Refuse metrics of the float run that are not numbers.
 
     Raises:
-        MisconfigurationException: one is not.
+        MisconfigurationException: a metric is not a number.
     """
     for metric, value in reference.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):

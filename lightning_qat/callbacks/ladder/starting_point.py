@@ -1,4 +1,4 @@
-"""What a training started from, kept so that a later check can look at it again."""
+"""The state that a training started from, kept for a later check."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StartingPoint:
 
     @contextmanager
     def restored(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-        """Put the start in the place of the present in a block; the present is put back bit by bit."""
+        """Restore the start in a block; on exit, the present state is put back, bit for bit."""
         present = {name: tensor.detach().clone() for name, tensor in _tensors(pl_module)}
         states = [optimizer.state for optimizer in trainer.optimizers]
         groups = [settings_of(optimizer) for optimizer in trainer.optimizers]

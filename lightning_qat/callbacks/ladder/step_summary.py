@@ -1,4 +1,4 @@
-"""What the loaders deliver, what the steps make of it, and whether the answers of the model fit the targets."""
+"""Summaries of a pipeline: the loaders' data, the model's inputs, and how often its outputs agree with the targets."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class StageSummary:
     Args:
         data: what the loader delivers.
         inputs: what the outermost modules receive.
-        agreement: of their outputs with integer targets.
-        constant_guess: what the most frequent class alone would agree with.
-        swapped: modules whose weights were others in the step than before it.
+        agreement: share of the integer targets that the outputs hit.
+        constant_guess: share of the targets that the most frequent class alone would hit.
+        swapped: modules whose weights during the step differ from those before it.
     """
 
     data: tuple[TensorSummary, ...]
@@ -51,8 +51,8 @@ def summarize(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, 
     Args:
         trainer: the running trainer.
         pl_module: its module; call this inside ``undisturbed``.
-        stage: whose loader and step; training steps run in train mode, but for batch norm and dropout: what they do to
-            the answers is not about labels.
+        stage: whose loader and step are used. Training steps run in train mode, except batch norm and dropout, whose
+            effect on the outputs says nothing about labels.
         batches: batches on this rank.
     """
     data: dict[str, TensorSummarizer] = {}
@@ -82,8 +82,8 @@ def summarize(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, 
 def evaluates_randomly(trainer: pl.Trainer, pl_module: pl.LightningModule, seed: int) -> bool:
     """Whether the same batch, evaluated twice, has different results although the model gets the same inputs.
 
-    That is dropout which is active in evaluation, or sampling. Random preprocessing changes the inputs: it does not
-    count here.
+    Causes are dropout that is active in evaluation, and sampling. Random preprocessing does not count: it changes the
+    inputs.
     """
     stage = next((s for s in ("validate", "test") if _compat.attached_loader(trainer, s) is not None), None)
     if stage is None:
@@ -166,7 +166,7 @@ class _Agreement:
 
     @property
     def is_plausible(self) -> bool:
-        """Whether the axis is one of classes: the features of an embedding are far more than there are targets."""
+        """Whether the axis is one of classes: the features of an embedding far outnumber the classes in the targets."""
         seen = self._counts.nonzero()
         return bool(len(seen)) and self._classes <= 2 * (int(seen[-1]) + 1)
 

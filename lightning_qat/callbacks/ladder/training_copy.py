@@ -35,7 +35,7 @@ _STEPS_MEASURED = 8
 
 
 class TrainingCopy:
-    """A copy of a module, its optimizers and schedulers, which refer to each other and to nothing of the run.
+    """A copy of a module with its optimizers and schedulers. They refer to one another and to nothing of the run.
 
     Args:
         trainer: the running trainer, after its optimizers were set up.
@@ -83,7 +83,7 @@ class TrainingCopy:
             self._watch(optimizer)
 
     def train(self, batches: int, advance: Callable[[], Any]) -> int:
-        """Train for so many batches, in as many passes over the loader as it takes; returns how many there were.
+        """Train for ``batches`` batches, in as many passes over the loader as needed; returns how many there were.
 
         Args:
             batches: batches on this rank.
@@ -251,7 +251,7 @@ class TrainingCopy:
         optimizer.register_step_post_hook(post)
 
     def _share_buffers(self) -> None:
-        """Every rank goes on with the buffers of rank 0, as under DDP."""
+        """Copy the buffers of rank 0 to every rank, as DDP does."""
         if ranks.count() == 1:
             return
         with torch.no_grad():
@@ -264,7 +264,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _largest_step(optimizer: Optimizer, before: list[Tensor]) -> float:
-    """The largest change relative to the largest weight of its tensor, without what weight decay alone does."""
+    """The largest change relative to the largest weight of its tensor, without the change by weight decay."""
     steps, old_ones = [], iter(before)
     for group in optimizer.param_groups:
         decay = float(group.get("lr", 0.0)) * float(group.get("weight_decay", 0.0))

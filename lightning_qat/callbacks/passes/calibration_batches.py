@@ -1,4 +1,4 @@
-"""Which data calibration takes its batches from. Tracing, and analyses without data of their own, take the same."""
+"""The data of calibration. Tracing, and analyses without data of their own, use them too."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lightning_qat.callbacks.trainer import _compat
 
 
 def calibration_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Any, str]:
-    """Return the loaders for calibration: the first of these that there is.
+    """Return the loaders for calibration: the first of these that exists.
 
     1. ``calibration_dataloader()`` of the datamodule, then that of the module;
     2. the training data, also in a run that does not train;
     3. the data of validation, test or prediction, with a warning.
 
-    How many batches are taken from them, :class:`~lightning_qat.callbacks.calibration.Calibration` says.
+    :class:`~lightning_qat.callbacks.calibration.Calibration` decides how many batches are taken from them.
 
     Args:
         trainer: the running trainer.
@@ -28,7 +28,7 @@ def calibration_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> t
         The loaders, and the stage whose limits and samplers apply to them.
 
     Raises:
-        MisconfigurationException: there is none.
+        MisconfigurationException: none of them exists.
     """
     running = _compat.running_function(trainer)
     for owner in (trainer.datamodule, pl_module):  # type: ignore[attr-defined]
@@ -61,6 +61,6 @@ def calibration_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> t
 
 
 def has_calibration_loader(trainer: pl.Trainer) -> bool:
-    """Whether the datamodule or the module says itself what to calibrate with."""
+    """Whether the datamodule or the module defines ``calibration_dataloader()``."""
     owners = (trainer.datamodule, trainer.lightning_module)  # type: ignore[attr-defined]
     return any(callable(getattr(owner, "calibration_dataloader", None)) for owner in owners)

@@ -25,7 +25,7 @@ class Evaluation:
 
     Args:
         metrics: every value logged on epoch level, by the name it has in ``trainer.callback_metrics``.
-        standard_errors: how much each would vary with other batches of the same size (where that can be told).
+        standard_errors: standard error of each metric over the batches, where there are enough to estimate it.
         batches: number of batches on this rank.
     """
 

@@ -70,7 +70,7 @@ def transferred(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, 
 
 
 def _warn_about_one_shot_loaders(loaders: Iterable[Any], source: str) -> None:
-    """Warn about loaders that cannot start again: the run goes without the batches that an extra pass takes."""
+    """Warn about loaders that cannot start again: an extra pass takes batches away from the run."""
     for kind in {type(loader).__name__ for loader in loaders if isinstance(loader, Iterator)}:
         rank_zero_warn(
             f"the {source} data come from an iterator ({kind}), which gives every batch once: tracing, calibration and "

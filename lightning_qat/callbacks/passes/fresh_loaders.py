@@ -1,4 +1,4 @@
-"""Loaders for an extra pass over data: they share no worker, no position and no randomness with the run."""
+"""Loaders for an extra pass over data. They share no worker, no position and no random state with the run."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ _HOOKS = {  # before the first batch, before and after every batch
 
 
 def run_step(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBatch, stage: str = "validate") -> Any:
-    """Run the step of a stage on one batch; without that step, or if it cannot read the batch, another one.
+    """Run the step of a stage on one batch. Fall back to another step if this one is missing or cannot read the batch.
 
     The module's hooks around evaluation steps run too, as steps depend on what they prepare (callbacks' hooks do not).
     Autocast is as in the run; gradients are not tracked unless ``stage`` is ``train``. Calls that only manual

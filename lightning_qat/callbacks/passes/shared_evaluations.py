@@ -1,4 +1,4 @@
-"""What several callbacks want to know about the model as it is now, found out once."""
+"""Evaluations of the present model, made once and shared by all callbacks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ model."""
 def model_key(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelKey:
     """Return the key of the model as it is now; it changes with every bit of a parameter, a buffer or a scale.
 
-    What steps keep in other attributes is taken to be the same, as it is not changed by extra passes.
+    The key does not cover other attributes that steps change: extra passes put those back.
     """
     tensors = itertools.chain(pl_module.named_parameters(), pl_module.named_buffers())
     outdated = (
@@ -36,9 +36,9 @@ def model_key(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelKey:
 class SharedEvaluations:
     """The evaluations of a model in one state of its weights; QuantizationAwareTraining keeps them for a trainer.
 
-    An evaluation is handed on to who asks for the same one: same model, state of the fake-quants, stage and batches.
-    Another number of batches is another evaluation, unless both are all that there are. Where an evaluation draws
-    random numbers, everybody gets those of the first one.
+    A second request for the same model, state of the fake-quants, stage and number of batches gets the result of the
+    first. Two limits that are both larger than the loader count as the same number of batches. If an evaluation draws
+    random numbers, all callers get the result of the first draw.
     """
 
     def __init__(self) -> None:

@@ -16,12 +16,12 @@ _OF_MODULES = frozenset(nn.Module().__dict__)
 
 
 def copied_module(module: ModuleT, memo: dict[int, Any] | None = None) -> ModuleT:
-    """Return a deep copy; of results that a module keeps (``self.last_logits``), only the values are copied.
+    """Return a deep copy of a module. Results that it keeps (``self.last_logits``) are copied without gradient history.
 
     Pruning and the older ``weight_norm`` keep such a result as well: the weight that the next forward computes anew.
-    Attributes that cannot be copied (locks, connections, generators) are shared with the copy, and so are data: arrays
-    that cannot be written to, and what attributes hold that have more than 256 MiB. Functions in attributes that
-    keep the module, such as a lambda, are bound to the copy.
+    Attributes that cannot be copied (locks, connections, generators) are shared with the copy. So are data: read-only
+    arrays, and attributes that hold more than 256 MiB. A function in an attribute that refers to the module, such as a
+    lambda, is bound to the copy.
 
     Args:
         module: what to copy.

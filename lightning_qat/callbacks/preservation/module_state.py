@@ -42,7 +42,7 @@ def preserved_attributes(module: nn.Module) -> Iterator[None]:
     """Put back the plain attributes of every submodule on exit, with the contents of lists, dicts and tensors.
 
     This covers the state of torchmetrics. Parameters, buffers and hooks are not attributes in this sense, and regions
-    are left out: what an analysis changes there is its own business.
+    are left out: an analysis restores them itself.
 
     Not copied are tensors and arrays in attributes that hold more than 256 MiB of them: they are taken for data, which
     no step writes to. If one does write to such a tensor, a warning says so; writing to such an array goes unnoticed.
@@ -58,7 +58,7 @@ def preserved_attributes(module: nn.Module) -> Iterator[None]:
 def preserved_loader_state(loaders: Iterable[Any]) -> Iterator[None]:
     """Put back attributes and random generators of loaders, their samplers and their datasets on exit.
 
-    So are a datamodule's. Contents of large lists and of tensors are left alone: they are the data.
+    The attributes of a datamodule are put back too. Contents of large lists and of tensors are not: they are the data.
     """
     found: dict[int, Any] = {}
     pending = list(loaders)
@@ -73,7 +73,7 @@ def preserved_loader_state(loaders: Iterable[Any]) -> Iterator[None]:
 
 
 def shared_data(module: nn.Module) -> dict[int, Tensor | np.ndarray[Any, Any]]:
-    """Return, by ``id``, what the attributes of a module hold that nobody copies.
+    """Return, by ``id``, the values in a module's attributes that copies share with it.
 
     These are arrays that cannot be written to, and all tensors and arrays in attributes that hold more than 256 MiB;
     but no parameter or buffer, which may stand in an attribute too (``self.weights = list(self.parameters())``).
@@ -183,7 +183,7 @@ def _can_change(value: Tensor | np.ndarray[Any, Any]) -> bool:
 
 
 def _watched(name: str, held: list[Tensor | np.ndarray[Any, Any]]) -> Restore:
-    """Say that somebody has written to data that was not copied; torch counts the writes to a tensor."""
+    """Warn if data that was not copied has been written to; torch counts the writes to a tensor."""
     versions = [(t, t._version) for t in held if isinstance(t, Tensor) and not t.is_inference()]
     size = _bytes(held) / 2**20
 
@@ -263,7 +263,7 @@ def _container(value: Any, contents: bool) -> Restore | None:
 
 
 def _is_data(value: Any, depth: int = 5) -> bool:
-    """Whether an object holds nothing but data: no lock, no connection, nothing that another thread may work with."""
+    """Whether an object holds only data: no lock, no connection, nothing that another thread may use."""
     if type(value) in _FIXED or isinstance(value, (Tensor, np.ndarray, np.generic, *_RANDOM)):
         return True
     if depth == 0 or isinstance(value, (type, types.ModuleType)):

@@ -38,12 +38,12 @@ EVALUATION_HOOKS = (
 def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, *, trains: bool | None = None) -> Iterator[None]:
     """Run a block that may call the module's steps: no logging, and nothing of the run is changed by it.
 
-    Put back exactly: random state, train/eval flag of every submodule, buffers, attributes (lists a step appends to,
-    torchmetrics), ``log``, the trainer's stage, gradients and whether there are any, settings of optimizers and
-    schedulers, attributes of the trainer (``should_stop``) and of the datamodule, the metrics that the trainer shows.
-    No scale follows the data meanwhile. Not known are objects of other classes that a step changes, unless they hold
-    nothing but data, and what a step changes outside of the run: files, servers, globals. Attributes that hold very
-    much data are not copied: see :func:`~lightning_qat.callbacks.preservation.module_state.preserved_attributes`.
+    These are put back exactly: random state, train/eval flag of every submodule, buffers, attributes (lists a step
+    appends to, torchmetrics), ``log``, the trainer's stage, gradients and whether there are any, settings of
+    optimizers and schedulers, attributes of the trainer (``should_stop``) and of the datamodule, the metrics that the
+    trainer shows. No scale follows the data meanwhile. Not put back are objects of other classes, unless they hold only
+    data, and changes outside of the run: files, servers, globals. Attributes that hold very much data are not copied:
+    see :func:`~lightning_qat.callbacks.preservation.module_state.preserved_attributes`.
 
     Args:
         trainer: the running trainer.

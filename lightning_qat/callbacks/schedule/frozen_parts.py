@@ -18,7 +18,7 @@ class FrozenParts:
     """Freezes and unfreezes regions as a run goes on.
 
     Args:
-        parts: patterns, or patterns with the first epoch in which they are frozen; None leaves everything as it is.
+        parts: patterns, or a dictionary from pattern to the first epoch that is frozen; None freezes nothing.
 
     Raises:
         MisconfigurationException: an epoch is negative.
@@ -43,7 +43,7 @@ class FrozenParts:
         """Look at the strategy.
 
         Raises:
-            MisconfigurationException: it expects gradients of all parameters that had one at the start.
+            MisconfigurationException: it needs a gradient for each parameter that had one at the start.
         """
         later = [pattern for pattern, epoch in self.first_epochs.items() if epoch > 0]
         strategy = trainer.strategy
@@ -57,7 +57,7 @@ class FrozenParts:
             )
 
     def apply(self, pl_module: pl.LightningModule, epoch: int) -> None:
-        """Freeze what is to be frozen in this epoch; modes that somebody has changed since are put back.
+        """Freeze the parts of this epoch, and put back train/eval modes that have been changed since.
 
         Raises:
             MisconfigurationException: a pattern matches nothing.
@@ -85,7 +85,7 @@ class FrozenParts:
             region.freezing.release_modes(region.target)
 
     def start(self, pl_module: pl.LightningModule) -> None:
-        """Training begins: from now on frozen modules are in eval mode between forwards too.
+        """Begin training: from now on frozen modules are in eval mode between forwards too.
 
         Raises:
             MisconfigurationException: there is nothing left to train.
@@ -107,7 +107,7 @@ class FrozenParts:
             region.freezing.hold()
 
     def undo(self) -> None:
-        """Unfreeze what this froze."""
+        """Unfreeze all that was frozen here."""
         for region in self._regions:
             region.unfreeze()
         self._regions, self._applied, self._started = (), [], False

@@ -16,10 +16,10 @@ from lightning_qat.quantization.region.regions import find_regions
 
 
 def check_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Look for learned scales in the optimizers.
+    """Check that the optimizers have the learned scales.
 
     Raises:
-        MisconfigurationException: no optimizer has one of them, so that it would never be learned.
+        MisconfigurationException: a learned scale is in no optimizer and would never be learned.
     """
     group_of = {id(p): group for group in _groups(trainer) for p in group["params"]}
     decayed: dict[str, list[str]] = {}
@@ -49,7 +49,7 @@ def check_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None
 
 
 def warn_about_step_size(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Say that Adam's steps, which do not depend on the size of the gradient, are as large as the scales."""
+    """Warn if Adam's steps are as large as the scales; they do not depend on the size of the gradient."""
     lr_of = {
         id(p): float(group.get("initial_lr", group.get("lr", 0.0)))
         for group in _groups(trainer)
@@ -75,7 +75,7 @@ def warn_about_step_size(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
 
 
 def freeze_learned(regions: Iterable[Region], frozen: bool) -> None:
-    """Let learned scales stand still, or go on. Optimizers skip a parameter without gradient, momentum included."""
+    """Stop or resume learned scales. Optimizers skip a parameter without gradient, momentum included."""
     for region in regions:
         points = region.points
         for name, scale in region.learned_scales.items():

@@ -1,4 +1,4 @@
-"""Several ranks: scales that stay the same on all of them."""
+"""Keep the scales of all ranks the same."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def show_to_ddp(pl_module: pl.LightningModule) -> None:
 
 
 def average_gradients(regions: Iterable[Region]) -> None:
-    """Average the gradients of learned scales over ranks, in one reduction; what no rank has stays without.
+    """Average the gradients of learned scales over ranks, in one reduction. A scale without any gradient keeps none.
 
-    Gradients that are averaged already, as those of earlier accumulated batches, are not changed by it.
+    Gradients that were averaged before, such as those of earlier accumulated batches, do not change.
     """
     scales = [scale for _, scale in named_scales(dict(enumerate(regions)))]
     if not scales or ranks.count() == 1:

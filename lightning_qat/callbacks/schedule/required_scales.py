@@ -11,7 +11,7 @@ from lightning_qat.quantization.region.regions import find_regions
 
 
 def require_scales(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Let the callbacks that give scales do so, if a region has none. Call it on all ranks.
+    """Calibrate if a region has no scales, by the callbacks that give scales. Call it on all ranks.
 
     Raises:
         MisconfigurationException: a region still has none.

@@ -1,4 +1,4 @@
-"""What changes in which epoch of a run, in numbers."""
+"""The epochs in which quantization, scales and batch norm change."""
 
 from __future__ import annotations
 

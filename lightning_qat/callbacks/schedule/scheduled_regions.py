@@ -1,4 +1,4 @@
-"""The regions of a run, brought into the state that the schedule asks for at every stage."""
+"""Put the regions of a run into the state that the schedule asks for."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ScheduledRegions:
         frozen_parts: what stays at its quantized state, and from which epoch on.
 
     Attributes:
-        regions: those of the module when it was last looked at.
+        regions: the regions of the module at the last call of :meth:`apply`.
     """
 
     def __init__(self, schedule: Schedule, frozen_parts: FrozenParts) -> None:
@@ -38,7 +38,7 @@ class ScheduledRegions:
     def apply(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: State, updates: Collection[ScaleRole]
     ) -> None:
-        """Say again what holds now: Lightning flips modes around validation, and other callbacks may switch.
+        """Apply the state again: Lightning flips modes around validation, and other callbacks may switch regions.
 
         Args:
             trainer: the running trainer.
@@ -84,7 +84,7 @@ class ScheduledRegions:
 
 
 def expect_other_weights(module: nn.Module, updates: Collection[ScaleRole]) -> None:
-    """Prepare for weights that something else than training puts in place: scales that follow them are taken anew."""
+    """Prepare for weights that training did not make (an average): scales that follow the weights are computed anew."""
     for region in find_regions(module).values():
         if "weight" in updates:
             region.scales.expect_other_weights()

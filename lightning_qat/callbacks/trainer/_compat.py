@@ -167,7 +167,7 @@ def logged_value(pl_module: pl.LightningModule, name: str, value: Any) -> Tensor
 
 
 def convert_early(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Give the module the type that a ``*-true`` precision will give it in ``strategy.setup``: batches have it now."""
+    """Convert the module to the dtype of a ``*-true`` precision: batches have it already, Lightning does it later."""
     if isinstance(trainer.precision_plugin, (HalfPrecision, DoublePrecision)):
         trainer.precision_plugin.convert_module(pl_module)
 
@@ -186,7 +186,7 @@ def optimizer_counts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tupl
 
 
 def optimized_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> set[int] | None:
-    """Return the identities of the parameters that the module's optimizers have; None if that cannot be told yet."""
+    """Return the identities of the parameters in the module's optimizers; None if they cannot be known yet."""
     optimizers = trainer.optimizers
     if not optimizers and lacks_optimizers(trainer):
         try:
@@ -212,7 +212,7 @@ def stand_in_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> I
 def replaced_optimizers(
     trainer: pl.Trainer, optimizers: list[Optimizer], schedulers: list[LRSchedulerConfig]
 ) -> Iterator[None]:
-    """Let hooks that ask the trainer for its optimizers and schedulers find others in a block."""
+    """Replace the trainer's optimizers and schedulers in a block."""
     strategy = trainer.strategy
     names = ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs")
     before = {name: getattr(strategy, name) for name in names}
@@ -226,7 +226,7 @@ def replaced_optimizers(
 def _created_optimizers(
     trainer: pl.Trainer, pl_module: pl.LightningModule
 ) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
-    """What ``configure_optimizers`` returns. It may ask how long the training is, for which loaders are set up."""
+    """What ``configure_optimizers`` returns. Loaders are set up, as it may ask for the length of the training."""
     loop = trainer.fit_loop
     before = [(owner, dict(vars(owner))) for owner in (trainer, loop, loop.epoch_loop)]
     fetcher = loop._data_fetcher
@@ -242,7 +242,7 @@ def _created_optimizers(
 
 
 def looks_after_each_epoch(stopping: EarlyStopping) -> bool:
-    """Whether it looks at its metric at the end of training epochs, not of validation. Known after its ``setup``."""
+    """Whether an EarlyStopping checks its metric when a training epoch ends, not validation. Known after ``setup``."""
     return bool(stopping._check_on_train_epoch_end)
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 
 @contextmanager
 def muted_loggers(trainer: pl.Trainer) -> Iterator[None]:
-    """Let the trainer's loggers keep silent in a block; they still say what they are and where they write."""
+    """Mute the trainer's loggers in a block. Names and directories can still be read."""
     loggers = trainer.loggers
     trainer.loggers = [logger if isinstance(logger, _Muted) else _Muted(logger) for logger in loggers]  # type: ignore[misc]
     try:
@@ -38,7 +38,7 @@ class _Muted:
 
 
 class _Silent:
-    """Stands for what a logger writes with: everything on it does nothing."""
+    """Replaces the object that a logger writes with (``experiment``): all of its methods do nothing."""
 
     def __getattr__(self, name: str) -> _Silent:
         if name.startswith("__"):

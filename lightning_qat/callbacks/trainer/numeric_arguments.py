@@ -1,4 +1,4 @@
-"""Numbers that callbacks take: one check, one sentence."""
+"""One check, with one message, for the numeric arguments of all callbacks."""
 
 from __future__ import annotations
 
