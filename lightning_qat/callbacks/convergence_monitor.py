@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -16,15 +15,22 @@ from typing_extensions import override
 
 from lightning_qat.analysis.convergence.convergence import FIRST_LOOK, ConvergenceResult, judge_convergence
 from lightning_qat.analysis.convergence.point_history import PointHealth, PointHistory, health_of_points
-from lightning_qat.analysis.convergence.training_series import LossHistory, TrainingSeries
+from lightning_qat.analysis.convergence.training_series import (
+    LossHistory,
+    TrainingSeries,
+    measurement_of,
+    plain_measurement,
+)
 from lightning_qat.analysis.ladder.measurements import Measurement
 from lightning_qat.analysis.nan_origin import first_bad_point
 from lightning_qat.analysis.statistics.statistics import WeightCodes
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
+from lightning_qat.callbacks.non_finite import non_finite_buffers, with_bad_values
 from lightning_qat.callbacks.passes.extra_batches import ExtraBatch
 from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.preservation.module_copy import copied_module
+from lightning_qat.callbacks.preservation.rebinding import NotACopyError
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.callbacks.trainer._compat import bare, steps_taken
@@ -89,6 +95,7 @@ class ConvergenceMonitor(Callback):
         self._gradient_steps = 0
         self._next_look = FIRST_LOOK
         self._started = False
+        self._bad_at_start: frozenset[str] = frozenset()
         self._warned: set[str] = set()
         self._batch: tuple[Any, int] | None = None
 
@@ -114,6 +121,7 @@ class ConvergenceMonitor(Callback):
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure what QAT starts from: the float model's loss and metrics, the calibrated metrics, scales, codes."""
         self._started = True
+        self._bad_at_start = frozenset(non_finite_buffers(pl_module))  # masks hold infinities
         self._statistics.note_start(trainer, pl_module)
         self._codes = self._statistics.codes, {}
         if trainer.global_step > 0 and self.series.calibrated is not None:
@@ -126,9 +134,12 @@ class ConvergenceMonitor(Callback):
         )
 
     def _float_loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[float, float] | None:
-        finetune = finetune_copy(
-            trainer, pl_module, batches=self.float_batches, eval_batches=1, state="off", zero_lr=True
-        )
+        try:
+            finetune = finetune_copy(
+                trainer, pl_module, batches=self.float_batches, eval_batches=1, state="off", zero_lr=True
+            )
+        except NotACopyError:  # the checks do without this loss
+            return None
         loss, error = finetune.train_loss, finetune.train_loss_error
         return (loss, error) if loss is not None and error is not None else None
 
@@ -160,6 +171,9 @@ class ConvergenceMonitor(Callback):
     ) -> None:
         self._batch = None
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        is_skipped = loss is None and pl_module.automatic_optimization  # as scripts do with losses that are nan
+        if self._started and (is_skipped or (isinstance(loss, Tensor) and not bool(torch.isfinite(loss).all()))):
+            self._look_for_bad_values(pl_module, f"batch {batch_idx} of epoch {trainer.current_epoch}", batch)
         if not self._started or not isinstance(loss, Tensor) or loss.numel() != 1:
             return
         # Lightning divides by the number of accumulated batches
@@ -169,6 +183,9 @@ class ConvergenceMonitor(Callback):
         if self._losses.steps >= self._next_look or self._broke(trainer):
             self._next_look = 2 * self._losses.steps
             self._judge(trainer, pl_module)
+
+    def _look_for_bad_values(self, pl_module: pl.LightningModule, at: str, batch: Any = None) -> None:
+        self.series = with_bad_values(self.series, pl_module, self._bad_at_start, batch, at)
 
     def _broke(self, trainer: pl.Trainer) -> bool:
         """Whether a loss that is not finite has just been met; ranks agree on that now and then, as it costs a sync."""
@@ -192,6 +209,7 @@ class ConvergenceMonitor(Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._started:
+            self._look_for_bad_values(pl_module, f"the end of epoch {trainer.current_epoch}")
             measured = self._statistics.measure_once(trainer, pl_module)
             codes, (before, earlier) = self._statistics.codes, self._codes
             self._codes = codes, before
@@ -247,7 +265,7 @@ class ConvergenceMonitor(Callback):
             "stride": self._losses.stride,
             "float_loss": list(series.float_loss) if series.float_loss else None,
             "evaluations": series.evaluations,
-            **{name: _plain(m) for name, m in measured.items()},
+            **{name: plain_measurement(m) for name, m in measured.items()},
             "first_points": {name: list(astuple(health)) for name, health in points.first.items()},
             "point_epochs": points.epochs,
             "flip_rates": list(points.flip_rates),
@@ -263,10 +281,10 @@ class ConvergenceMonitor(Callback):
             losses=tuple(self._losses.values),
             steps=self._losses.steps,
             float_loss=(float(loss[0]), float(loss[1])) if loss else None,
-            metrics=_measurement(state_dict["metrics"]),
+            metrics=measurement_of(state_dict["metrics"]),
             evaluations=int(state_dict["evaluations"]),
-            calibrated=_measurement(state_dict["calibrated"]),
-            float_model=_measurement(state_dict["float_model"]),
+            calibrated=measurement_of(state_dict["calibrated"]),
+            float_model=measurement_of(state_dict["float_model"]),
             points=PointHistory(
                 first={name: PointHealth(*health) for name, health in state_dict["first_points"].items()},
                 epochs=int(state_dict["point_epochs"]),
@@ -278,13 +296,3 @@ class ConvergenceMonitor(Callback):
 
 def _quantizes(pl_module: pl.LightningModule) -> bool:
     return any(region.current_state == "quantize" for region in find_regions(pl_module).values())
-
-
-def _plain(measurement: Measurement | None) -> dict[str, dict[str, float]] | None:
-    if measurement is None:
-        return None
-    return {"metrics": dict(measurement.metrics), "standard_errors": dict(measurement.standard_errors)}
-
-
-def _measurement(stored: Mapping[str, Mapping[str, float]] | None) -> Measurement | None:
-    return Measurement(stored["metrics"], stored["standard_errors"]) if stored else None

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_qat.quantization.errors import ConfigurationError
+
+T = TypeVar("T")
 
 
 def count() -> int:
@@ -65,6 +68,20 @@ def gathered(tensor: Tensor) -> list[Tensor]:
     return [t.cpu() for t in received]
 
 
+def gathered_objects(value: T) -> list[T]:
+    """Return what all ranks have, in their order. Every rank must call this with something that can be pickled.
+
+    Example:
+        >>> gathered_objects({"axis": 1})
+        [{'axis': 1}]
+    """
+    if count() == 1:
+        return [value]
+    received: list[T] = [value] * count()
+    dist.all_gather_object(received, value)
+    return received
+
+
 def of_first_rank(tensor: Tensor) -> Tensor:
     """Return the tensor that rank 0 has; arguments as for :func:`summed`."""
     if count() == 1:
@@ -104,8 +121,7 @@ def failing_together(across_ranks: bool = True) -> Iterator[None]:
     except ConfigurationError as error:
         problem = error
     if across_ranks and largest(torch.tensor(float(problem is not None))) and count() > 1:
-        messages: list[str | None] = [None] * count()
-        dist.all_gather_object(messages, None if problem is None else str(problem))
+        messages = gathered_objects(None if problem is None else str(problem))
         number, message = next((number, message) for number, message in enumerate(messages) if message is not None)
         problem = problem or ConfigurationError(f"on rank {number}: {message}")
     if problem is not None:

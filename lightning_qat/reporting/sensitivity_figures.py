@@ -32,7 +32,7 @@ _NEAR = 0.12
 
 
 def sensitivity_bars(result: SensitivityResult, most: int = 30) -> Figure:
-    """Draw the most sensitive points as bars, the most sensitive on top, and mark where the leaders break away (D4).
+    """Draw the most sensitive points as bars, the most sensitive on top, and mark where the leaders break away.
 
     The bars are the scores: the root mean square change of the chosen output, in its unit.
 

@@ -9,6 +9,7 @@
 
 The part of a tag before the slash is a group of its own in TensorBoard: the hundreds of curves of a column fold into
 one line there. ``<point>`` is preceded by the path of the quantized module unless that is the model itself.
+The texts of the other callbacks have the name of their file as tag, such as ``pipeline_check`` and ``convergence``.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat.analysis.fingerprint.fingerprint import weight_digests
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
@@ -347,3 +348,29 @@ def test_learned_scales_are_no_weights(tmp_path: Path) -> None:
     assert not any("_quantization" in name for name in looking.trained.changed_parameters)
     assert not any("_quantization" in name for name in monitor.series.zero_gradients)
     assert sum(group["parameters"] for group in looking.groups) == sum(p.numel() for p in Digits().parameters())
+
+
+class Skipping(Digits):
+    """Two samples of the data are not finite, and the script skips such losses."""
+
+    def train_dataloader(self) -> Any:
+        loader = super().train_dataloader()
+        images = loader.dataset.tensors[0].clone()  # type: ignore[attr-defined]
+        images[70, 0, 3, 3], images[400, 0, 2, 2] = float("nan"), float("inf")
+        return DataLoader(TensorDataset(images, loader.dataset.tensors[1]), batch_size=64)  # type: ignore[attr-defined]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss if torch.isfinite(loss) else None
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_data_that_are_not_finite_are_named_before_what_follows(tmp_path: Path) -> None:
+    """Number nine: the loss is skipped, so the statistics and the evaluation show it; the input was first."""
+    model = Skipping()
+    model.load_state_dict(pretrained().state_dict())
+    with pytest.warns(UserWarning, match="not finite: .*First came the input that the loader delivers, batch 1 of"):
+        monitor, _ = monitored(tmp_path, model, max_epochs=1, limit_val_batches=1.0)
+    assert monitor.result is not None
+    assert "clean them" in monitor.result.note
+    assert any("running_mean" in name for name in monitor.series.bad_buffers)

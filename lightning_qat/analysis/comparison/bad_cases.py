@@ -1,4 +1,4 @@
-"""The samples of a loader that come out worst (B11), to run other analyses on: ``find_bad_cases(region, batches)``."""
+"""The samples of a loader that come out worst, to run other analyses on: ``find_bad_cases(region, batches)``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors a layer comparison is about (B3)."""
+"""Which tensors a layer comparison is about."""
 
 from __future__ import annotations
 

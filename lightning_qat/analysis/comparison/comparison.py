@@ -1,4 +1,4 @@
-"""Float model against quantized model, tensor by tensor (B3): ``compare(region, batches)``."""
+"""Float model against quantized model, tensor by tensor: ``compare(region, batches)``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from lightning_qat.analysis.comparison.comparison_result import (
 )
 from lightning_qat.analysis.comparison.comparison_round import ComparisonRound
 from lightning_qat.analysis.comparison.evidence_collector import EvidenceCollector, with_configuration
+from lightning_qat.analysis.comparison.output_parts import OutputParts
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion, CheckOptions, rules_of
-from lightning_qat.analysis.model_check.configuration_check import hardware_types, unmet_requests
+from lightning_qat.analysis.model_check.configuration_check import hardware_styles, hardware_types, unmet_requests
 from lightning_qat.analysis.nan_origin import first_nan_op
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.quantization import ranks
@@ -118,6 +119,7 @@ class _Comparison:
         self.accumulated = LayerErrors(rows, sync_on_compute=across_ranks)
         self.own = LayerErrors(rows, sync_on_compute=across_ranks)
         self.evidence = EvidenceCollector(region)
+        self.output_parts = OutputParts(region)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.diverged: dict[str, None] = {}
         self.batches = 0
@@ -163,6 +165,7 @@ class _Comparison:
                 self.accumulated.update(last, base, analy)
             else:
                 self.diverged[CHOSEN] = None
+        self.output_parts.add(reference, analysed)
         if len(reference) != len(analysed):
             self.diverged[CHOSEN] = None
 
@@ -214,13 +217,17 @@ class _Comparison:
             batches=self.batches,
             diverged=tuple(mod_names.get(name, name) for name in self.diverged),
             kept_bytes=self.most_kept,
-            evidence=with_configuration(self.evidence.evidence(), _unmet(checked), hardware_types(checked)),
+            evidence=with_configuration(
+                self.evidence.evidence(), _unmet(checked), hardware_types(checked), hardware_styles(checked)
+            ),
+            lost_output=self.output_parts.are_lost,
         )
 
     def _all_reduce(self) -> None:
         device = ranks.reduce_device()
         self.accumulated.to(device), self.own.to(device)
         self.evidence.all_reduce()
+        self.output_parts.all_reduce()
         if ranks.count() > 1:
             names = [*self.number, CHOSEN]
             counts = ranks.summed(torch.tensor([self.batches, *(name in self.diverged for name in names)]))

@@ -101,6 +101,7 @@ class LayerComparisonResult(Result[LayerComparisonRow]):
         kept_bytes: the most memory that float values took at a time.
         evidence: what a diagnosis looks at, per point; not written to files.
         what_to_do: lines of advice, worst first.
+        lost_output: whether a part of the chosen output is lost in the quantized model.
     """
 
     title: ClassVar[str] = "Layer comparison"
@@ -112,6 +113,7 @@ class LayerComparisonResult(Result[LayerComparisonRow]):
     kept_bytes: int = 0
     evidence: tuple[PointEvidence, ...] = ()
     what_to_do: tuple[str, ...] = ()
+    lost_output: bool = dataclasses.field(default=False, repr=False)
 
     def columns(self) -> tuple[str, ...]:
         """Names of all columns, also without rows."""
@@ -175,4 +177,5 @@ class LayerComparisonResult(Result[LayerComparisonRow]):
             kept_bytes=max(result.kept_bytes for result in results.values()),
             evidence=tuple(e for result in results.values() for e in result.evidence),
             what_to_do=tuple(line for result in results.values() for line in result.what_to_do),
+            lost_output=any(result.lost_output for result in results.values()),
         )

@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from lightning_qat.analysis.comparison.axis_sums import SumsByAxis
 from lightning_qat.analysis.comparison.point_evidence import AxisProfile, Octave, PointEvidence
+from lightning_qat.analysis.comparison.populations import Population, lost_populations
+from lightning_qat.analysis.comparison.tensor_makers import TensorMakers
 from lightning_qat.analysis.model_check.divided_values import constant_inputs, divisors
 from lightning_qat.analysis.model_check.long_loops import long_loops
+from lightning_qat.analysis.statistics.affine_gain import affine_gain
 from lightning_qat.analysis.statistics.point_ranges import observed_range, representable_range
 from lightning_qat.analysis.statistics.point_statistics import CHUNK, PointStatistics
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.numerics.scales import MIN_SCALE
 from lightning_qat.quantization.planning.plan import PointPlan
 from lightning_qat.quantization.region.region import Region
 
 _EXPONENTS = 128
-_LONGEST_AXIS = 4096
-"""A longer axis is not split by hand."""
+_CUTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+"""Ranges that are tried for a weight, relative to the largest magnitude: few bits gain from a shorter one."""
 
 
 class EvidenceCollector:
@@ -41,6 +46,7 @@ class EvidenceCollector:
         self._divides = divisors(region)
         self._constants = constant_inputs(region)
         self._loops = loops_by_op(region)
+        self._makers = TensorMakers(region)
         self._gathered = {
             name: _Gathered(PointStatistics.of(point))
             for name, point in self._points.items()
@@ -60,14 +66,36 @@ class EvidenceCollector:
         quantized = point.forward(value)
         gathered.statistics.update(value, quantized, point)
         gathered.add_magnitudes(value, quantized)
-        every = name in self._divides
-        # the first axis of data is that of the samples, which no scale can follow
-        axes = range(name not in self._constants, value.dim()) if every else _channel_axis(value, plan)
-        for axis in axes:
-            gathered.add_axis(value, axis)
+        if plan.is_weight:
+            self._add_weight(gathered, value, quantized, plan)
+            return
+        if plan.axis is None:
+            axes, gathered.along.profiled = self._axes(plan, value.dim())
+            gathered.along.axes.add(value, quantized, axes)
+
+    def _axes(self, plan: PointPlan, dims: int) -> tuple[list[int], tuple[int, ...]]:
+        """The axes of an activation with one scale to look along, and those of them that a split may follow."""
+        if plan.name in self._divides:
+            # the first axis of data is that of the samples, which no scale can follow
+            every = tuple(range(plan.name not in self._constants, dims))
+            return list(every), every
+        if dims < 2:
+            return [part.axis for part in self._makers.parts(plan)[:1] if part.axis < dims], ()
+        channels = 1 if dims > 3 else dims - 1
+        joined = [part.axis for part in self._makers.parts(plan)[:1] if part.axis < dims]
+        return sorted({1, channels, dims - 1, *joined}), (channels,)
+
+    def _add_weight(self, gathered: _Gathered, value: Tensor, quantized: Tensor, plan: PointPlan) -> None:
+        """Look along the inputs of a weight; if it has one scale also along its channels, and try a scale for each."""
+        axis = self.region.graph.by_name[plan.op].weight_axis
+        if axis not in (0, 1) or value.dim() < 2:
+            return
+        gathered.along.axes.add(value, quantized, [1 - axis] if plan.axis is not None else [0, 1])
+        if plan.axis is None:
+            gathered.along.per_channel = _per_channel_error(value, axis, self._points[plan.name])
 
     def all_reduce(self) -> None:
-        """Combine the evidence of all ranks (but for the profiles along axes); every rank must call this."""
+        """Combine the evidence of all ranks; every rank must call this."""
         if ranks.count() == 1:
             return
         for name, gathered in self._gathered.items():
@@ -89,6 +117,16 @@ class EvidenceCollector:
                 else:
                     merged.merge(other)
             gathered.statistics, gathered.octaves, gathered.zeroed = merged or own, octaves, zeroed
+        self._reduce_axes()
+
+    def _reduce_axes(self) -> None:
+        """Put the sums along axes together."""
+        every = ranks.gathered_objects({name: gathered.along for name, gathered in self._gathered.items()})
+        for name, gathered in self._gathered.items():
+            seen = [rank[name] for rank in every if rank[name].axes.seen]
+            gathered.along = seen[0] if seen else gathered.along
+            for other in seen[1:] if not self._plans[name].is_weight else ():
+                gathered.along.axes.merge(other.axes)
 
     def evidence(self) -> tuple[PointEvidence, ...]:
         """Return the evidence of every point that has a scale and saw a value, in execution order."""
@@ -128,10 +166,26 @@ class EvidenceCollector:
             calls=calls if len(calls) > 1 else (),
             divides=self._divides.get(plan.name, ()),
             profiles=gathered.profiles(),
+            populations=self._populations(plan, point, gathered),
+            leaves=plan.role == "output" and plan.op in self._makers.leaving,
+            given=self._makers.given(plan),
+            channel_axis=self.region.graph.by_name[plan.op].weight_axis if plan.is_weight else None,
+            affine_gain=affine_gain(point) if not plan.is_weight else None,
+            per_channel=gathered.along.per_channel,
             scales=point.scale.numel(),
             channels=self._channels(plan),
             loop=self._loops.get(plan.op, ""),
         )
+
+    def _populations(self, plan: PointPlan, point: FakeQuantize, gathered: _Gathered) -> tuple[Population, ...]:
+        sums = gathered.along.axes.known
+        if not sums or not bool(point.scale.isfinite().all()):
+            return ()
+        scale = float(point.scale.detach().max())
+        highest = max(map(abs, representable_range(point))) + scale / 2
+        parts = () if plan.is_weight else self._makers.parts(plan)
+        bound = None if plan.is_weight else self._makers.bound(plan)
+        return lost_populations(sums, point.quant_max, scale, highest, parts, bound)
 
     def _channels(self, plan: PointPlan) -> int:
         op = self.region.graph.by_name[plan.op]
@@ -144,8 +198,16 @@ def with_configuration(
     evidence: tuple[PointEvidence, ...],
     requests: Mapping[str, tuple[str, str]],
     types: Mapping[str, tuple[str, ...]],
+    styles: Mapping[str, tuple[str, ...]],
 ) -> tuple[PointEvidence, ...]:
-    """Note at every point which type was asked for and is not in effect, that in words, and what the hardware has."""
+    """Note at every point which type was asked for and is not in effect, that in words, and what the hardware has.
+
+    Args:
+        evidence: of all points.
+        requests: type and explanation, by point.
+        types: those that the hardware has, by point.
+        styles: schemes and granularities that the hardware has, by point.
+    """
     nothing = ("", "")
     return tuple(
         replace(
@@ -153,6 +215,7 @@ def with_configuration(
             requested=requests.get(e.point, nothing)[0],
             request=requests.get(e.point, nothing)[1],
             types=types.get(e.point, ()),
+            styles=styles.get(e.point, ()),
         )
         for e in evidence
     )
@@ -163,12 +226,27 @@ def loops_by_op(region: Region) -> dict[str, str]:
     return {name: str(line) for line, names in long_loops(region.graph).items() for name in names}
 
 
+@dataclass
+class _Along:
+    """What is kept along axes.
+
+    Args:
+        axes: the sums.
+        profiled: axes that a split may follow.
+        per_channel: sum of squared errors with a scale per channel, of a weight.
+    """
+
+    axes: SumsByAxis = field(default_factory=SumsByAxis)
+    profiled: tuple[int, ...] = ()
+    per_channel: float | None = None
+
+
 class _Gathered:
     def __init__(self, statistics: PointStatistics) -> None:
         self.statistics = statistics
         self.octaves = torch.zeros(_EXPONENTS, 2, dtype=torch.float64)  # count, sum of squared relative errors
         self.zeroed = torch.zeros(2, dtype=torch.float64)  # values that are not zero, and those that become zero
-        self._axes: dict[int, tuple[Tensor, Tensor] | None] = {}
+        self.along = _Along()
 
     @property
     def vanished(self) -> float:
@@ -186,21 +264,6 @@ class _Gathered:
             self.octaves += torch.stack([counts, torch.bincount(exponents, relative, _EXPONENTS)], 1).cpu()
             self.zeroed += torch.stack([counts.sum(), (q == 0).sum().double()]).cpu()
 
-    def add_axis(self, value: Tensor, axis: int) -> None:
-        if value.shape[axis] > _LONGEST_AXIS or not value.numel():
-            return
-        rows = value.detach().movedim(axis, 0).reshape(value.shape[axis], -1)
-        usable = rows.isfinite() & (rows != 0)
-        largest = torch.where(usable, rows, 0).abs().amax(1).double().cpu()
-        inverse = torch.where(usable, rows, torch.inf).double().square().reciprocal().sum(1).cpu()
-        if axis in self._axes:
-            known = self._axes[axis]
-            if known is None or len(known[0]) != len(largest):
-                self._axes[axis] = None  # its length follows the data
-                return
-            largest, inverse = torch.maximum(known[0], largest), known[1] + inverse
-        self._axes[axis] = largest, inverse
-
     def found_octaves(self) -> tuple[Octave, ...]:
         return tuple(
             Octave(index - _EXPONENTS // 2, int(count), math.sqrt(squares / count))
@@ -210,14 +273,20 @@ class _Gathered:
 
     def profiles(self) -> tuple[AxisProfile, ...]:
         return tuple(
-            AxisProfile(axis, tuple(found[0].tolist()), tuple(found[1].tolist()))
-            for axis, found in self._axes.items()
-            if found is not None
+            AxisProfile(axis, tuple(sums.largest.tolist()), tuple(sums.inverse_squares.tolist()))
+            for axis, sums in self.along.axes.known.items()
+            if axis in self.along.profiled
         )
 
 
-def _channel_axis(value: Tensor, plan: PointPlan) -> tuple[int, ...]:
-    """Where the channels of an activation with one scale are: axis 1 of pictures, else the last."""
-    if plan.is_weight or plan.axis is not None or value.dim() < 2:
-        return ()
-    return (1 if value.dim() > 3 else value.dim() - 1,)
+def _per_channel_error(weight: Tensor, axis: int, point: FakeQuantize) -> float:
+    """Quantize with a scale per channel; one that cuts the largest values off where the observer would."""
+    rows = weight.detach().movedim(axis, 0).flatten(1).double()
+    rows = torch.where(rows.isfinite(), rows, 0.0)
+    widest = rows.abs().amax(1, keepdim=True).clamp(min=MIN_SCALE) / point.quant_max
+    best = torch.full_like(widest, torch.inf)
+    for factor in _CUTS if point.observer in ("mse", "percentile", "kl") else _CUTS[:1]:
+        scale = widest * factor
+        codes = (rows / scale).round_().clamp_(point.quant_min, point.quant_max)
+        best = torch.minimum(best, (codes * scale - rows).square_().sum(1, keepdim=True))
+    return float(best.sum())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lightning_qat.analysis.comparison.populations import Population
+
 
 @dataclass(frozen=True)
 class Octave:
@@ -64,10 +66,16 @@ class PointEvidence:
         calls: range of each call of a point that several calls in a dynamic block share.
         divides: ops that divide by the values, or take their reciprocal or logarithm.
         profiles: of a point that is divided by: along its axes. Of another: along its channel axis.
-        scales: how many scales it has; ``channels``: how many it could have along the channel axis of a weight.
-        types: those that the hardware has here; empty if it is not known.
+        scales: how many scales it has; ``channels``: how many it could have along the channel axis of a weight, which
+            is ``channel_axis``.
+        types: those that the hardware has here; empty if it is not known. ``styles``: schemes of an activation,
+            granularities of a weight.
         request: what an override asks for and is not in effect; empty if all is. ``requested`` is the type.
         loop: the line whose round its op is, in words; empty unless it is in a long loop.
+        populations: parts of the tensor whose values are lost.
+        leaves: its values leave the region as they are; ``given``: they are an input of the region.
+        affine_gain: factor by which an affine scheme would make the error fall; None if that cannot be told.
+        per_channel: of a weight with one scale, sum of the squared errors that a scale per channel would make.
     """
 
     point: str
@@ -102,11 +110,23 @@ class PointEvidence:
     request: str = ""
     requested: str = ""
     loop: str = ""
+    styles: tuple[str, ...] = ()
+    populations: tuple[Population, ...] = ()
+    leaves: bool = False
+    given: bool = False
+    channel_axis: int | None = None
+    affine_gain: float | None = None
+    per_channel: float | None = None
 
     @property
     def largest(self) -> float:
         """Largest magnitude seen."""
         return max(-(self.min or 0.0), self.max or 0.0)
+
+    @property
+    def size(self) -> float:
+        """Root mean square of the values."""
+        return math.sqrt(self.signal / self.count) if self.count else 0.0
 
     @property
     def error(self) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from lightning_qat.analysis.convergence.finite_values import finite_values
 from lightning_qat.analysis.convergence.point_checks import (
     dead_gradients,
     drifting_scales,
@@ -93,31 +94,6 @@ def judge_convergence(series: TrainingSeries) -> ConvergenceResult:
     if not judged_loss and (series.metrics is None or series.calibrated is None):
         return ConvergenceResult(rows, "too early", "too early to judge: neither losses nor metrics yet.", **counted)
     return ConvergenceResult(rows, "healthy", "healthy: nothing in losses, metrics or points looks wrong.", **counted)
-
-
-def _finite_losses(series: TrainingSeries) -> ConvergenceRow:
-    check = "finite loss"
-    bad = next((i for i, loss in enumerate(series.losses) if not math.isfinite(loss)), None)
-    if bad is None:
-        return ConvergenceRow(check, "holds" if series.losses else "cannot tell")
-    where = f" The first result that is not finite: {series.first_bad}." if series.first_bad else ""
-    before = series.losses[:bad]
-    jump = f" after {before[-1]:.4g}" if before else ""
-    step = bad * max(1, series.steps // len(series.losses))  # of a long run, several steps make one value
-    return ConvergenceRow(
-        check,
-        "flagged",
-        value=float(step),
-        evidence=f"the training loss is {series.losses[bad]} at step {step}{jump}.{where}",
-        next_step=(
-            "Look at that op's inputs: give it activation: {dtype: float32} or int16 in overrides; if it is finite in "
-            "float at the same step, its scale is too small or zero, see Calibration's findings. If the float model "
-            "is not finite either, lower the learning rate."
-            if series.first_bad
-            else "See what ZeroLRFinetune() says: if the loss is finite there, lower the learning rate; if it is not, "
-            "look for bad values in the data and for points with a zero scale."
-        ),
-    )
 
 
 def _metric(series: TrainingSeries) -> ConvergenceRow:
@@ -205,7 +181,7 @@ def _not_learning(series: TrainingSeries) -> ConvergenceRow:
 
 
 _CHECKS: dict[ConvergenceVerdict, Callable[[TrainingSeries], ConvergenceRow]] = {
-    "not finite": _finite_losses,
+    "not finite": finite_values,
     "metric collapsed": _metric,
     "diverging": _diverging,
     "dead gradients": dead_gradients,

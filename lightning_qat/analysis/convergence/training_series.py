@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -72,6 +72,9 @@ class TrainingSeries:
         points: health of every point, first and last.
         zero_gradients: parameters whose gradient was exactly zero at every step looked at in the last epoch.
         first_bad: the first op whose result was not finite, as ``name (file.py:line)``, if it was looked for.
+        bad_input: the first training batch that was not finite, with what it holds, if one was met.
+        bad_buffers: buffers that have become not finite, such as statistics of a batch norm.
+        bad_since: when that was first seen.
     """
 
     losses: tuple[float, ...] = ()
@@ -84,6 +87,9 @@ class TrainingSeries:
     points: PointHistory = field(default_factory=PointHistory)
     zero_gradients: tuple[str, ...] = ()
     first_bad: str = ""
+    bad_input: str = ""
+    bad_buffers: tuple[str, ...] = ()
+    bad_since: str = ""
 
     @property
     def keeps_metric(self) -> bool:
@@ -100,6 +106,18 @@ class TrainingSeries:
             return False
         rows = judged(compare(before.metrics, self.metrics, before))
         return bool(rows) and all(row.status == "holds" for row in rows)
+
+
+def plain_measurement(measurement: Measurement | None) -> dict[str, dict[str, float]] | None:
+    """Return a measurement as plain data."""
+    if measurement is None:
+        return None
+    return {"metrics": dict(measurement.metrics), "standard_errors": dict(measurement.standard_errors)}
+
+
+def measurement_of(stored: Mapping[str, Mapping[str, float]] | None) -> Measurement | None:
+    """Return the measurement of plain data."""
+    return Measurement(stored["metrics"], stored["standard_errors"]) if stored else None
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,16 @@ class Diagnosis:
         evidence: why, in numbers.
         action: what to do.
         yaml: override to paste; empty if there is nothing to paste.
-        factor: what the error falls by, at least, if that is done; None if that cannot be told.
+        factor: what the error falls by, at least, if that is done; None if that cannot be told. Where ``evidence`` is
+            about a part of the values, the error of that part.
         relative: the factor is about the error relative to every single value.
-        severity: root mean square error relative to the values; for a divisor, that of its small values.
+        severity: root mean square error relative to the values; for a divisor, that of its small values; for a part of
+            the tensor that is lost, that of the part, relative to its spread.
         score: sensitivity, None if not known.
         region: path of the target in the model, ``""`` for the model itself.
         loop: the line whose round it is, ``<torch function> in <file.py:line>``, if it is in a long loop; else empty.
+        after: the error after what ``action`` says, in the measure of ``factor``, relative to the values; None if that
+            cannot be told.
     """
 
     point: str
@@ -62,6 +66,7 @@ class Diagnosis:
     score: float | None = None
     region: str = ""
     loop: str = ""
+    after: float | None = None
 
 
 @dataclass(frozen=True)

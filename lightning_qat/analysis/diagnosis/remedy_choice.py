@@ -1,4 +1,4 @@
-"""Which remedy fits an error, by where the scale of the point comes from (B4, B5)."""
+"""Which remedy fits an error, by where the scale of the point comes from."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from dataclasses import replace
 
 from lightning_qat.analysis.comparison.point_evidence import PointEvidence
 from lightning_qat.analysis.diagnosis.remedies import (
-    Remedy,
+    affine_scheme,
     exceeds_calibration,
     fitted_scale,
-    override,
+    scale_per_channel,
     wider_range,
     wider_type,
 )
+from lightning_qat.analysis.diagnosis.remedy import Remedy, percent
+from lightning_qat.analysis.diagnosis.split_remedy import split
 from lightning_qat.analysis.model_check.calls_check import SHARED_RANGE_RATIO
 
 UNUSED_FACTOR = 4.0
@@ -24,11 +26,16 @@ def against_clipping(e: PointEvidence, declared: tuple[float, float] | None) -> 
     if declared is not None or is_shared_unevenly(e):
         return _for_calls(e, wider_type(e, declared))
     if e.role == "weight":
-        return wider_range(e)
+        channels, wider = scale_per_channel(e), wider_range(e)
+        better = channels is not None and channels.after is not None and channels.after <= (wider.after or 0.0)
+        return channels if channels is not None and (better or not wider.yaml) else wider
     if e.fixed_scale is not None:
         fitted = fitted_scale(e, "Its fixed scale is too small: leave it out, and calibrate.")
         return fitted if fitted.factor is not None else wider_type(e)
-    return fitted_scale(e, _more_data(e)) if exceeds_calibration(e) else wider_range(e)
+    if not exceeds_calibration(e):
+        return wider_range(e)
+    fitted = fitted_scale(e, _more_data(e))
+    return fitted if fitted.outcome else Remedy(_more_data(e))  # a scale for all of them would cost more than it gains
 
 
 def against_bad_scale(e: PointEvidence) -> Remedy:
@@ -39,15 +46,33 @@ def against_bad_scale(e: PointEvidence) -> Remedy:
     return fitted_scale(e, _more_data(e) if exceeds_calibration(e) else "Calibrate with data of ordinary size.")
 
 
-def against_rounding(e: PointEvidence, declared: tuple[float, float] | None) -> Remedy:
-    """Choose what to do about a step that is too coarse."""
+def against_rounding(e: PointEvidence, declared: tuple[float, float] | None, enough: float = 0.0) -> Remedy:
+    """Choose what to do about a step that is too coarse.
+
+    Args:
+        e: the point.
+        declared: its declared range.
+        enough: relative error that is small enough: then a cheaper remedy than a wider type will do.
+    """
     if declared is None and e.role != "weight" and is_too_wide(e):
         why = "Remove its fixed scale." if e.fixed_scale is not None else "Calibrate with representative data."
         return fitted_scale(e, f"Its range is {max(map(abs, e.representable)) / e.largest:.3g} times too wide. {why}")
-    if e.role == "weight" and e.scales == 1 and e.channels > 1:
-        yaml = override(e.point, True, granularity="per_channel")
-        return Remedy("Give each channel its own scale.", yaml)
-    return _for_calls(e, wider_type(e, declared))
+    if (channels := scale_per_channel(e)) is not None:
+        return channels
+    wider = wider_type(e, declared)
+    affine = affine_scheme(e) if declared is None and not is_shared_unevenly(e) else None
+    if affine is None or affine.after is None:
+        return _for_calls(e, wider)
+    if affine.after <= enough or not wider.yaml:
+        return affine
+    return replace(
+        wider, outcome=f"{wider.outcome} With scheme: affine at {e.dtype} to {percent(affine.after)}.".strip()
+    )
+
+
+def against_vanishing(e: PointEvidence, declared: tuple[float, float] | None) -> Remedy:
+    """Choose what to do about values that become zero because a few large ones set the scale."""
+    return scale_per_channel(e) or split(e) or wider_type(e, declared)
 
 
 def is_shared_unevenly(e: PointEvidence) -> bool:

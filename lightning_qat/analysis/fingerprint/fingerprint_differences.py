@@ -16,6 +16,7 @@ from lightning_qat.analysis.fingerprint.difference import (
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.fingerprint.label_agreement import agreement_of_stages, agreement_with_reference
 from lightning_qat.analysis.fingerprint.tensor_differences import tensor_difference, tensor_differences
+from lightning_qat.analysis.metric_direction import higher_is_better
 from lightning_qat.analysis.tolerance import COLLAPSE, ROUNDING, tolerance
 
 
@@ -90,7 +91,27 @@ def _weights(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDiff
             if whole
             else f"the weights of {len(different)} of {len(common)} modules differ ({shown}): partly loaded?"
         )
-        yield PipelineDifference("strong", "weights", shown, before[different[0]], now[different[0]], what)
+        suspicion: Suspicion = "strong"
+        if whole and _reproduces(reference, here):
+            suspicion = "possible"
+            what = (
+                f"the weights of all {len(common)} modules differ, and the metrics are as good: an average of the "
+                "weights (EMA), or the checkpoint of another epoch?"
+            )
+        yield PipelineDifference(suspicion, "weights", shown, before[different[0]], now[different[0]], what)
+
+
+def _reproduces(reference: Fingerprint, here: Fingerprint) -> bool:
+    """Whether the evaluation is as good as in the reference; scores decide where there are some."""
+    common = _common(reference.metrics, here.metrics)
+    judged = [name for name in common if higher_is_better(name)] or common
+    for name in judged:
+        one, other = reference.metrics[name], here.metrics[name]
+        errors = reference.standard_errors.get(name, 0.0), here.standard_errors.get(name, 0.0)
+        fall = one - other if higher_is_better(name) else other - one
+        if not fall <= tolerance(*errors, least=ROUNDING * abs(one)):  # NaN is no reproduction
+            return False
+    return bool(judged)
 
 
 def _randomness(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:

@@ -1,4 +1,4 @@
-"""Modules and ops that are called more than once per forward, or never (A4-A6), with the range of every call."""
+"""Modules and ops that are called more than once per forward, or never, with the range of every call."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def called_times(checked: CheckedRegion) -> dict[str, int]:
 
 
 def check_calls(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
-    """List what is called several times or never (A4), and advise to split what is shared (A6)."""
+    """List what is called several times or never, and advise to split what is shared."""
     times = called_times(checked)
     repeated = {name: count for name, count in times.items() if count > 1}
     unused = _unused_modules(checked, times)
@@ -60,7 +60,7 @@ def check_calls(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
 
 
 def check_call_ranges(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
-    """Put the range of every call beside what its scale can represent (A5)."""
+    """Put the range of every call beside what its scale can represent."""
     members = _points_of_calls(checked)
     if not members and not repeating_points(checked.graph, checked.plan):
         return [], []

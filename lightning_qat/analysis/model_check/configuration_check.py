@@ -1,4 +1,4 @@
-"""What was asked for and what is in effect (A13), and what the hardware does not have."""
+"""What was asked for and what is in effect, and what the hardware does not have."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Request:
 
 
 def check_configuration(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
-    """Compare what every rule asks for with what is in effect (A13)."""
+    """Compare what every rule asks for with what is in effect."""
     requests = tuple(unmet_requests(checked))
     rows = tuple((r.point, r.requested, r.by, r.effective, r.winner) for r in requests)
     columns = ("point", "requested", "by", "effective", "winner")
@@ -108,6 +108,24 @@ def hardware_types(checked: CheckedRegion) -> dict[str, tuple[str, ...]]:
             and (point.role == "output" or (result.dtype if result is not None else FLOAT) in s.output)
         ]
         found[point.name] = tuple(dict.fromkeys(dtype for s in fitting for dtype in getattr(s, point.role)))
+    return found
+
+
+def hardware_styles(checked: CheckedRegion) -> dict[str, tuple[str, ...]]:
+    """Map each point to what the hardware has there: schemes of an activation, granularities of a weight.
+
+    Nothing without a profile.
+    """
+    profile = checked.profile
+    found: dict[str, tuple[str, ...]] = {}
+    for point in checked.plan.points if profile is not None else ():
+        op = checked.graph.by_name.get(point.op)
+        if op is None or profile is None:
+            continue
+        head = checked.head(op)
+        rule = profile.rules.get(head.kind if point.role == "output" else op.kind) or profile.rules.get(head.kind)
+        if rule is not None:
+            found[point.name] = rule.weight_granularity if point.is_weight else rule.schemes
     return found
 
 

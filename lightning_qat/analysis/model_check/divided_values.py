@@ -1,4 +1,4 @@
-"""Which points hold values that something divides by: there the error relative to each value counts (B7)."""
+"""Which points hold values that something divides by: there the error relative to each value counts."""
 
 from __future__ import annotations
 

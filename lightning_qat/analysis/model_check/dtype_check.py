@@ -1,4 +1,4 @@
-"""Which types the ops read and write (A7, A8), and the configuration of every layer (A9). Tables only."""
+"""Which types the ops read and write, and the configuration of every layer. Tables only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUANTIZE, DEQUANTIZE = "quantize", "dequantize"
 
 
 def check_dtype_statistics(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
-    """Count the types that each type of op reads and writes (A7, A8)."""
+    """Count the types that each type of op reads and writes."""
     inputs: dict[str, Counter[str]] = {}
     outputs: dict[str, Counter[str]] = {}
     for kind, read, written in _rows(checked):
@@ -30,7 +30,7 @@ def check_dtype_statistics(checked: CheckedRegion) -> tuple[list[Finding], list[
 
 
 def check_layer_configuration(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
-    """List types, channel axis and scale source of every activation and weight (A9)."""
+    """List types, channel axis and scale source of every activation and weight."""
     columns = ("Module Name", "Module Type", "Input dtype", "out dtype", "ch_axis", "observer")
     weights = ("Module Name", "Module Type", "weight dtype", "ch_axis", "observer")
     return [], [

@@ -69,7 +69,7 @@ def sorted_findings(findings: Iterable[Finding]) -> tuple[Finding, ...]:
 
 
 def shortened(names: Iterable[str], limit: int = 3) -> str:
-    """Spell a list of names for a sentence.
+    """Format a list of names for a sentence.
 
     Example:
         >>> shortened(["a", "b", "c", "d", "e"])
@@ -84,7 +84,7 @@ def shortened(names: Iterable[str], limit: int = 3) -> str:
 
 
 def overrides_yaml(rules: Iterable[str]) -> str:
-    """Spell overrides to paste.
+    """Format overrides to paste.
 
     Args:
         rules: what stands between the braces of each.

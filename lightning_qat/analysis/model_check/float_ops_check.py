@@ -1,4 +1,4 @@
-"""Ops that compute on float32 inside the region (A12), and into how many pieces they cut the deployed model."""
+"""Ops that compute on float32 inside the region, and into how many pieces they cut the deployed model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BY_DESIGN = ("mask", "computed from integer inputs alone")
 
 
 def check_float_ops(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
-    """Report ops that compute in float32 inside the region, and count the segments they make (A12)."""
+    """Report ops that compute in float32 inside the region, and count the segments they make."""
     segments = Segments(checked)
     floats = segments.float_ops
     rows = tuple(

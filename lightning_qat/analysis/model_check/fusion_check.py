@@ -1,4 +1,4 @@
-"""Ops that could be computed as one and are not (A2), and code that differs from batch to batch (A3)."""
+"""Ops that could be computed as one and are not, and code that differs from batch to batch."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _CAUSES = (
 
 
 def check_fusion(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
-    """List every group of ops that matches a pattern and is not fused, with its cause (A2)."""
+    """List every group of ops that matches a pattern and is not fused, with its cause."""
     misses = [*checked.plan.misses, *_switched_off(checked)]
     by_cause: dict[tuple[str, str], list[FusionMiss]] = {}
     for miss in misses:
@@ -81,7 +81,7 @@ def check_fusion(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
 
 
 def check_varying_code(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
-    """Report code whose ops differ between batches, and ops that were not seen while tracing (A3)."""
+    """Report code whose ops differ between batches, and ops that were not seen while tracing."""
     varying, forwards = frozenset(checked.whole_graph.varying), checked.whole_graph.forwards
     places: dict[str, list[str]] = {}
     for op in checked.graph.ops:  # a loss that only batches with labels have is none of our business

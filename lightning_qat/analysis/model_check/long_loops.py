@@ -1,4 +1,4 @@
-"""Loops in Python whose many rounds are ops of their own (A3)."""
+"""Loops in Python whose many rounds are ops of their own."""
 
 from __future__ import annotations
 

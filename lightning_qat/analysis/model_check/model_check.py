@@ -1,4 +1,4 @@
-"""What is wrong with a quantized model before it is trained (A1-A13)."""
+"""What is wrong with a quantized model before it is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outputs of the region that leave with the wrong type: wide integers (A10), or fewer bits than needed (A11)."""
+"""Outputs of the region that leave with the wrong type: wide integers, or fewer bits than needed."""
 
 from __future__ import annotations
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion
+from lightning_qat.analysis.model_check.configuration_check import hardware_styles
 from lightning_qat.analysis.model_check.findings import Finding, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.analysis.statistics.affine_gain import WORTHWHILE_GAIN, affine_gain
 from lightning_qat.analysis.statistics.point_ranges import clipped_share, observed_range, representable_range
 from lightning_qat.quantization.numerics.scales import MIN_SCALE
 from lightning_qat.quantization.planning.plan import PointPlan
@@ -187,23 +190,25 @@ def _coarse_precision(checked: CheckedRegion) -> Iterable[Finding]:
 
 
 def _one_sided(checked: CheckedRegion) -> Iterable[Finding]:
-    names = []
+    styles = hardware_styles(checked)
+    gains = {}
     for name, plan in _present(checked):
-        point = checked.points[name]
-        if plan.is_weight or point.scheme != "symmetric" or point.quant_min >= 0 or point.fixed_scale is not None:
-            continue
-        seen = observed_range(point)
-        if seen is not None and (seen[0] >= 0 or seen[1] <= 0) and seen[0] != seen[1]:
-            names.append(name)
-    if names:
+        gain = affine_gain(checked.points[name]) if not plan.is_weight else None
+        if gain is not None and gain >= WORTHWHILE_GAIN and "affine" in styles.get(name, ("affine",)):
+            gains[name] = gain
+    if gains:
+        most, least = (20 * math.log10(end(gains.values())) for end in (max, min))
+        decibels = f"{most:.2g} dB" if most - least < 0.1 else f"{least:.2g} to {most:.2g} dB"
         yield Finding(
             severity="info",
             kind="one-sided range",
-            names=tuple(names),
-            what=f"{shortened(names)}: all values have one sign, and the type is symmetric and signed.",
-            why="Half of the codes are never used, which costs one bit.",
+            names=tuple(gains),
+            what=f"{shortened(gains)}: all values, or nearly all of the range, have one sign, and the type is "
+            "symmetric and signed.",
+            why=f"Nearly half of the codes are never used: an affine scheme gains {decibels} (6 dB are one bit), "
+            "predicted from the histogram.",
             action="Where the hardware has it, use scheme: affine, or uint8 where no value is negative.",
-            yaml=overrides_yaml(f'match: "{name}", activation: {{scheme: affine}}' for name in names),
+            yaml=overrides_yaml(f'match: "{name}", activation: {{scheme: affine}}' for name in gains),
         )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion
+from lightning_qat.analysis.model_check.configuration_check import hardware_styles
 from lightning_qat.analysis.model_check.findings import Finding, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm
 from lightning_qat.quantization.planning.plan import PointPlan
 from lightning_qat.quantization.region.effective_dtypes import bits
 
@@ -34,24 +36,35 @@ def _channels(checked: CheckedRegion) -> Iterable[Finding]:
         if weight is None or axis is None or weight.dim() != len(operand.shape) or not weight.numel():
             continue
         largest = _channel_maxima(weight, axis)
+        if not bool(largest.all()):
+            dead[point.name] = int((largest == 0).sum())
+        if (folded := FoldedBatchNorm.of(checked.graph, point, checked.region.target)) is not None:
+            largest = _channel_maxima(folded.fold(weight, folded.factor(weight)), axis) * _counts(folded, len(largest))
         alive = largest[largest > 0]
-        if len(alive) < len(largest):
-            dead[point.name] = len(largest) - len(alive)
         if not len(alive):
             continue
         levels = 2.0 ** (bits(point.dtype) - 1)
         spread = float(alive.max() / alive.min())
         if spread > levels and point.axis is not None:
             apart[point.name] = spread
-        elif spread > levels and point.batch_norm is None:
+        elif spread > levels:
             lost[point.name] = int((alive < alive.max() / levels).sum())
     yield from _dead(dead)
     yield from _apart(apart)
-    yield from _lost(lost)
+    yield from _lost(lost, hardware_styles(checked))
 
 
 def _channel_maxima(weight: Tensor, axis: int) -> Tensor:
     return weight.detach().abs().movedim(axis, 0).flatten(1).amax(dim=1) if weight.dim() > 1 else weight.detach().abs()
+
+
+def _counts(folded: FoldedBatchNorm, channels: int) -> Tensor | float:
+    """1 for the channels that count; a batch norm that makes a channel small on purpose has small factors for it."""
+    gamma: Tensor | None = folded.target.get_submodule(folded.path).weight  # type: ignore[assignment]
+    if gamma is None or gamma.numel() != channels:
+        return 1.0
+    size = gamma.detach().abs()
+    return (size * _SMALL_FACTOR >= size.max()).to(size.dtype)
 
 
 def _dead(dead: dict[str, int]) -> Iterable[Finding]:
@@ -80,8 +93,10 @@ def _apart(apart: dict[str, float]) -> Iterable[Finding]:
         )
 
 
-def _lost(lost: dict[str, int]) -> Iterable[Finding]:
+def _lost(lost: dict[str, int], styles: Mapping[str, tuple[str, ...]]) -> Iterable[Finding]:
     if lost:
+        able = [name for name in lost if "per_channel" in styles.get(name, ("per_channel",))]
+        rules = (f'match: "{name}", weight: {{granularity: per_channel}}' for name in able)
         yield Finding(
             severity="warning",
             kind="lost channels",
@@ -89,9 +104,16 @@ def _lost(lost: dict[str, int]) -> Iterable[Finding]:
             what="Channels of weights with one scale that lie below its step: "
             f"{shortened(f'{n} ({k})' for n, k in lost.items())}.",
             why="These channels have no or one code left, so what they compute is lost.",
-            action="Give each channel its own scale.",
-            yaml=overrides_yaml(f'match: "{name}", weight: {{granularity: per_channel}}' for name in lost),
+            action="Give each channel its own scale." if able else _ONE_SCALE,
+            yaml=overrides_yaml(rules) if able else "",
         )
+
+
+_SMALL_FACTOR = 16.0
+_ONE_SCALE = (
+    "The hardware has one scale per weight here: even the channels out by cross-layer equalization (Nagel et al., "
+    "2019, arXiv:1906.04721)."
+)
 
 
 def _tied_weights(checked: CheckedRegion) -> Iterable[Finding]:

@@ -1,4 +1,4 @@
-"""Per-point statistics of what flows through a region, over sampled batches (B4, B10).
+"""Per-point statistics of what flows through a region, over sampled batches.
 
 The values are those of the quantized model: what a point received and what it made of it. Nothing is kept but what
 :class:`~lightning_qat.analysis.statistics.point_statistics.PointStatistics` keeps.

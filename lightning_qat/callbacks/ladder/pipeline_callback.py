@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_qat.analysis.ladder.measurements import Ladder
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult, cannot_tell
 from lightning_qat.callbacks.ladder.ladder import measure_ladder
+from lightning_qat.callbacks.preservation.rebinding import NotACopyError
 from lightning_qat.callbacks.trainer._compat import steps_taken
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
@@ -115,6 +116,8 @@ class PipelineCallback(Callback):
     def _measured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineResult:
         try:
             return self.measure_rungs(trainer, pl_module)
+        except NotACopyError as error:
+            return cannot_tell(str(error))
         except Exception as error:
             if trainer.world_size > 1 or (isinstance(error, MisconfigurationException) and trainer.global_step == 0):
                 raise  # other ranks would wait for this one forever; before the first step nothing is lost

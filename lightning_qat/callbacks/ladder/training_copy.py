@@ -11,7 +11,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batches
 from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.preservation.module_copy import copied_module
+from lightning_qat.callbacks.preservation.rebinding import only_the_copy
 from lightning_qat.callbacks.preservation.undisturbed import muted_logging
 from lightning_qat.callbacks.trainer._compat import bare, replaced_optimizers
 from lightning_qat.callbacks.trainer.muted_loggers import muted_loggers
@@ -87,6 +88,9 @@ class TrainingCopy:
         Args:
             batches: batches on this rank.
             advance: called after each batch.
+
+        Raises:
+            NotACopyError: the step of the copy calls the original.
         """
         done = 0
         self.module.zero_grad()
@@ -104,7 +108,8 @@ class TrainingCopy:
                 before = done
                 extra = None
                 for extra in extra_batches(self._trainer, self._original, batches - done, "train"):
-                    self._train_batch(extra, epoch)
+                    with only_the_copy(self.module, self._original) if done == 0 else nullcontext():
+                        self._train_batch(extra, epoch)
                     done += 1
                     advance()
                 if extra is None or done == before:

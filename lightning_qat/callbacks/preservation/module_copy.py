@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lightning_qat.callbacks.preservation.module_state import shared_data
+from lightning_qat.callbacks.preservation.rebinding import rebind
 from lightning_qat.quantization.modules.tensor_leaves import leaves
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -19,7 +20,8 @@ def copied_module(module: ModuleT, memo: dict[int, Any] | None = None) -> Module
 
     Pruning and the older ``weight_norm`` keep such a result as well: the weight that the next forward computes anew.
     Attributes that cannot be copied (locks, connections, generators) are shared with the copy, and so are data: arrays
-    that cannot be written to, and what attributes hold that have more than 256 MiB.
+    that cannot be written to, and what attributes hold that have more than 256 MiB. Functions in attributes that
+    keep the module, such as a lambda, are bound to the copy.
 
     Args:
         module: what to copy.
@@ -36,14 +38,19 @@ def copied_module(module: ModuleT, memo: dict[int, Any] | None = None) -> Module
     values = shared_data(module) | _values_only(module)
     memo.update(values)
     try:
-        return copy.deepcopy(module, memo)
+        copied = copy.deepcopy(module, memo)
     except Exception:
         shared = _not_copyable(module, values)
         if not shared:
             raise
         memo.clear()  # of half a copy
         memo.update(values | shared)
-        return copy.deepcopy(module, memo)
+        copied = copy.deepcopy(module, memo)
+        memo_of_copies = {key: value for key, value in memo.items() if key not in shared}
+    else:
+        memo_of_copies = memo
+    rebind(copied, module, memo_of_copies)
+    return copied
 
 
 def _values_only(module: nn.Module) -> dict[int, Any]:

@@ -206,3 +206,38 @@ def test_loss_history_keeps_a_nan_at_once() -> None:
     history = LossHistory([1.0] * 8, stride=4)
     history.append(math.nan)
     assert math.isnan(history.values[-1])
+
+
+def test_input_that_is_not_finite_comes_before_the_point_that_receives_it() -> None:
+    """Number nine, the input: a wider type mends no data; the loss, the buffers and the metrics follow from it."""
+    bad = {"bad_input": "batch 1 of epoch 0: 0 holds nan", "bad_buffers": ("bn.running_mean",), "bad_since": "batch 1"}
+    result = judge_convergence(series((0.5, math.nan), first_bad="conv1.input0 (nets.py:16)", **bad))
+    assert result.verdict == "not finite"
+    assert (
+        "First came the input that the loader delivers, batch 1 of epoch 0: 0 holds nan; then the buffers"
+        in result.note
+    )
+    assert "clean them" in result.note
+    assert "float32" not in result.note
+
+
+def test_statistics_and_metrics_are_looked_at_where_the_loss_stays_finite() -> None:
+    """Number nine, siblings: a script skips the loss, and the statistics of batch norm make every evaluation nan."""
+    nan = Measurement({"val_acc": 0.1, "val_loss": math.nan})
+    good = Measurement({"val_acc": 0.9, "val_loss": 0.3}, {"val_acc": 0.01})
+    bad = {"bad_buffers": ("bn.running_mean", "bn.running_var"), "bad_since": "batch 1 of epoch 0"}
+    result = judge_convergence(series((0.5,) * 8, metrics=nan, calibrated=good, **bad))
+    assert result.verdict == "not finite"
+    assert "val_loss of the evaluation is not finite" in result.note
+    assert "bn.running_mean, bn.running_var are not finite, seen first at batch 1 of epoch 0" in result.note
+    alone = judge_convergence(series((0.5,) * 8, metrics=nan, calibrated=good))
+    assert alone.verdict == "not finite"
+
+
+def test_bad_values_that_do_no_harm_are_only_noted() -> None:
+    """No healthy run is called sick: a model without batch norm loses nothing by a batch that is skipped."""
+    result = judge_convergence(series((0.3,) * 64, metrics=GOOD, bad_input="batch 1 of epoch 0: 0 holds nan"))
+    assert result.verdict == "healthy"
+    assert row(result, "finite loss").status == "noted"
+    unknown = Measurement({"val_acc": 0.9, "val_auc": math.nan}, {"val_acc": 0.01})
+    assert judge_convergence(series((0.3,) * 64, metrics=unknown, calibrated=unknown)).verdict == "healthy"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lightning_qat.analysis.comparison.comparison import compare
 from lightning_qat.analysis.diagnosis.diagnosis import diagnose
 from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis, DiagnosisResult
-from lightning_qat.analysis.diagnosis.remedies import relative_rms
+from lightning_qat.analysis.diagnosis.split_remedy import relative_rms
 from lightning_qat.analysis.model_check.long_loops import LONG_LOOP
 from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
 from lightning_qat.quantization.errors import ConfigurationError
@@ -255,16 +255,27 @@ def test_ops_after_the_fault_are_inherited() -> None:
 
 @pytest.mark.parametrize("dtype", ["int3", "int4"])
 def test_weights_with_few_bits_get_more(dtype: str) -> None:
-    """B4: rounding of weights; the printed rule is one for weights, and asks for the next usual type."""
+    """B4: rounding of weights; the printed rule is one for weights, and asks for the next usual type.
+
+    A scale per channel comes first where the channels differ, and not at all where they are alike: it was tried.
+    """
     batches = images()
     few = [{"match": "conv2", "weight": {"dtype": dtype, "granularity": "per_tensor", "observer": "mse"}}]
-    found = first_culprit(quantized(Convs, batches, few, INT8), batches)
+
+    def uneven() -> Convs:
+        model = Convs()
+        with torch.no_grad():
+            model.conv2.weight *= torch.logspace(0, -0.4, 8)[:, None, None, None]
+        return model
+
+    found = first_culprit(quantized(uneven, batches, few, INT8), batches)
     assert (found.point, found.verdict) == ("conv2.weight", "rounding")
     assert yaml.safe_load(found.yaml)["overrides"][0]["weight"] == {"granularity": "per_channel"}
     channels = [*few, {"match": "conv2", "weight": {"granularity": "per_channel"}}]
-    found = first_culprit(quantized(Convs, batches, channels, INT8), batches)
-    assert yaml.safe_load(found.yaml)["overrides"][0]["weight"] == {"dtype": "int8"}
-    assert_cured(found, Convs, batches, channels, INT8)
+    for make, rules in ((uneven, channels), (Convs, channels), (Convs, few)):
+        found = first_culprit(quantized(make, batches, rules, INT8), batches)
+        assert yaml.safe_load(found.yaml)["overrides"][0]["weight"] == {"dtype": "int8"}
+        assert_cured(found, make, batches, rules, INT8)
 
 
 def test_healthy_model_has_nothing_to_do() -> None:
@@ -369,8 +380,9 @@ def test_evidence_says_how_sensitive_a_culprit_is() -> None:
     x[:, 0] *= 0.01
     region = quantized(Amplified, [x], [], INT8)
     ranked = sensitivity(region, [x], method="isolation")
-    found = diagnose(compare(region, [x]), ranked).culprits[0]
-    assert found.severity < 1 / 32
+    comparison = compare(region, [x])
+    found = diagnose(comparison, ranked).culprits[0]
+    assert next(e for e in comparison.evidence if e.point == found.point).relative_error < 1 / 32
     share = found.score / compare(region, [x]).output_size  # type: ignore[operator]
     assert f"Alone, it changes the output by {100 * share:.2g} %" in found.evidence
 

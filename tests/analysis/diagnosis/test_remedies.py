@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lightning_qat.analysis.captured_calls import analysis_mode
 from lightning_qat.analysis.comparison.evidence_collector import EvidenceCollector
 from lightning_qat.analysis.comparison.point_evidence import AxisProfile
-from lightning_qat.analysis.diagnosis.remedies import best_split, relative_rms, rounded_up
+from lightning_qat.analysis.diagnosis.remedy import rounded_up
+from lightning_qat.analysis.diagnosis.split_remedy import best_split, relative_rms
 from lightning_qat.analysis.model_check.divided_values import constant_inputs, divisors
 from lightning_qat.quantization.config_values import positive_number
 from lightning_qat.quantization.region.insertion import insert

@@ -279,3 +279,18 @@ def test_float_model_that_a_few_batches_improve_is_not_called_healthy() -> None:
     )
     known = judged({"val_acc": 0.24}, None, **(bad | kept | better))  # the float run was no better
     assert known.verdict == "healthy"
+
+
+def test_averaged_weights_that_are_as_good_are_not_called_another_checkpoint() -> None:
+    """Number ten: the fingerprint has the weights of training, the checkpoint their average; or of another epoch."""
+    other = {"weights": {"conv": "2e"}}
+    known = dataclasses.replace(HERE, standard_errors={"val_acc": 0.001})
+    averaged, bad, unknown = (
+        dataclasses.replace(known, metrics=metrics, **other) for metrics in ({"val_acc": 0.985}, {"val_acc": 0.8}, {})
+    )
+    (row,) = (row for row in compare_fingerprints(known, averaged).rows if row.part == "weights")
+    assert (row.suspicion, "an average of the weights (EMA)" in row.what) == ("possible", True)
+    assert "suspicious difference" not in judged(known, averaged).note
+    for here in (bad, unknown):
+        (row,) = (row for row in compare_fingerprints(known, here).rows if row.part == "weights")
+        assert (row.suspicion, "another checkpoint?" in row.what) == ("strong", True)

@@ -1,0 +1,54 @@
+"""Where values that are not finite stand: in what a loader delivers, and in the buffers of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_qat.analysis.convergence.training_series import TrainingSeries
+from lightning_qat.quantization.modules.module_walk import is_in_region
+from lightning_qat.quantization.modules.tensor_leaves import is_float, named_leaves
+
+
+def non_finite_input(batch: Any) -> str:
+    """Name the first tensor of a batch that is not finite, with what it holds; empty if all are.
+
+    Example:
+        >>> import torch
+        >>> non_finite_input((torch.tensor([1.0, float("nan")]), torch.tensor(3)))
+        '0 holds nan'
+    """
+    for name, tensor in named_leaves(batch):
+        if is_float(tensor) and not bool(tensor.isfinite().all()):
+            return f"{name or 'the tensor'} holds {'nan' if bool(tensor.isnan().any()) else 'inf'}"
+    return ""
+
+
+def non_finite_buffers(module: nn.Module) -> list[str]:
+    """Return the names of the buffers that are not finite, such as statistics of a batch norm; scales are left out."""
+    return [name for name, buffer in module.named_buffers() if _is_bad(buffer) and not is_in_region(name)]
+
+
+def with_bad_values(
+    series: TrainingSeries, module: nn.Module, ignored: Collection[str], batch: Any, at: str
+) -> TrainingSeries:
+    """Note the first batch that is not finite, and the first buffers that have become so.
+
+    Args:
+        series: what is known so far.
+        module: after the step.
+        ignored: buffers that were not finite to begin with, such as masks.
+        batch: what the step received, None if it is not known.
+        at: when this is, in words.
+    """
+    if not series.bad_input and (found := non_finite_input(batch)):
+        series = replace(series, bad_input=f"{at}: {found}")
+    names = [] if series.bad_buffers else [name for name in non_finite_buffers(module) if name not in ignored]
+    return replace(series, bad_buffers=tuple(names), bad_since=at) if names else series
+
+
+def _is_bad(buffer: Tensor) -> bool:
+    return is_float(buffer) and not bool(buffer.isfinite().all())
