@@ -39,37 +39,33 @@ class QuantizationAwareTraining(QuantizationCallback):
     ``ckpt_path=`` in fit, validate and test. The plan, the scales and the statistics are part of the module's own
     ``state_dict``: nothing is lost with ``save_weights_only``. Needs :class:`Calibration` in the list of callbacks
     (anywhere in it) unless a checkpoint brings calibrated scales. A checkpoint's plan wins over ``qconfig`` and
-    ``overrides``; so does that of a module that was calibrated before. Averages of weights (``WeightAveraging``,
-    ``StochasticWeightAveraging``) may be listed before or after it; ``ModelPruning`` too.
-    The plan is the one entry of the ``state_dict`` that is no tensor: a module that averages its own writes ``{k:
-    v.clone() for k, v in self.state_dict().items() if torch.is_tensor(v)}``, and loads that with ``strict=False``.
+    ``overrides``; so does that of a module that was calibrated before. Callbacks that average weights or prune may be
+    listed before or after it. The plan is the one entry of the ``state_dict`` that is no tensor: a module that averages
+    its own writes ``{k: v.clone() for k, v in self.state_dict().items() if torch.is_tensor(v)}``, and loads that with
+    ``strict=False``.
 
     Args:
         qconfig: defaults for activations and weights; int8 if not given.
         overrides: rules for single points, from general to specific; the last match wins.
         target: the submodule(s) to quantize, ``auto`` for what a validation step calls: the module itself if the step
-            calls it, else its outermost children that were called. A child that is not trained and that no trained part
-            uses (a teacher, a loss network, an average of the weights) is left out, with a warning.
+            calls it, else its outermost children that were called. Children that are not trained and that no trained
+            part uses (a teacher, a loss network, an average of the weights) are left out, with a warning.
         init_from: a float checkpoint whose weights are loaded, strictly, before insertion. Loops and optimizer start
             fresh: the normal way in. The checkpoint is never written to. Not used when ``ckpt_path`` is given.
         activation_scales: ``fixed``: as calibrated. ``ema``: they follow a moving average of the batches' ranges.
             ``learned``: trained by gradient (LSQ, arXiv:1902.08153), from the calibrated values on. Learned scales are
-            parameters and must be in an optimizer, without weight decay: write ``lightning_qat.parameter_groups(self,
-            lr=self.lr)`` in the place of ``self.parameters()``. Whichever it is, a branch that starts at zero (a LoRA
-            adapter, ReZero) has no range to calibrate: it is float at first, and takes its scales from training.
+            parameters and must be in an optimizer, without weight decay: see ``lightning_qat.parameter_groups``. A
+            branch that starts at zero (LoRA, ReZero) is float at first, and takes its scales from training.
         weight_scales: ``updated``: those of the present weights, at every step. ``fixed`` and ``learned`` as above. A
             run resumed with ``ckpt_path`` learns what it learned before.
         start_epoch: train in float before this epoch; :class:`Calibration` then runs at its start.
         freeze_observers_after: from this epoch on, all scales stay as they are, learned ones too.
         freeze_batch_norm_after: from this epoch on, batch norm uses and keeps its running statistics.
         profile: the hardware the plan is for: the name of a shipped profile (``generic_int8_int16``) or the path of a
-            YAML file. A type that the hardware lacks is replaced by the nearest one that it has. Ops that the hardware
-            does not compute stay float.
+            YAML file. A type that the hardware lacks is replaced by the nearest one that it has.
         freeze: parts that stay in their quantized state while the rest trains: globs over the names of modules,
             parameters and points (``["backbone.*"]``), or a dictionary from glob to the first frozen epoch
-            (``{"backbone.*": 3}``). Names are relative to the target, or begin with its path. Frozen weights get no
-            gradient, frozen modules stay in eval mode (no dropout, batch norm keeps its statistics), frozen scales do
-            not move. The freeze ends with the run and is not stored in the checkpoint.
+            (``{"backbone.*": 3}``). The freeze ends with the run and is not stored in the checkpoint.
         trace_batches: how many batches are traced to learn the ops of the model.
         train_mode: trace training steps (in train mode) beside evaluation steps (in eval mode). Write False if they
             cannot run before training; ops that only training reaches then stay float, each with a warning.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader
@@ -168,13 +168,6 @@ def test_init_from_with_pickled_objects_says_how_to_convert_it(tmp_path: Path) -
 def test_init_from_that_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("weights")
     refused(qat_trainer(tmp_path, qat={"init_from": str(tmp_path / "text.ckpt")}), r"cannot be read as weights only")
-
-
-@pytest.mark.parametrize("averaging", [WeightAveraging, EMAWeightAveraging])
-def test_weight_averaging_before_quantization(tmp_path: Path, averaging: type[WeightAveraging]) -> None:
-    """lightning-facts.md: it deep-copies in setup; listed first it would copy the float model."""
-    run = trainer(tmp_path, averaging(), QuantizationAwareTraining(), Calibration())
-    refused(run, r"WeightAveraging is listed before.*List QuantizationAwareTraining first")
 
 
 def test_accuracy_table_before_weight_averaging(tmp_path: Path) -> None:

@@ -96,9 +96,8 @@ def hook_loader(owner: Any, name: str) -> Any | None:
     """Return a fresh loader from the hook ``name`` of a datamodule or module, or None if it has no such hook."""
     if owner is None or not callable(getattr(owner, name, None)):
         return None
-    if name in ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader") and not is_overridden(
-        name, owner
-    ):
+    hooks = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
+    if name in hooks and not is_overridden(name, owner):
         return None
     if name.startswith(("train", "val", "test", "predict")):
         return _requested(_DataLoaderSource(owner, name))
@@ -283,8 +282,7 @@ def running_hook(pl_module: pl.LightningModule) -> str:
 
 def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:
     """Return the modules in which WeightAveraging callbacks keep their averages."""
-    averages = (callback._average_model for callback in listed(trainer, WeightAveraging))
-    return [average.module for average in averages if average is not None]
+    return [kept.module for each in listed(trainer, WeightAveraging) if (kept := each._average_model) is not None]
 
 
 def callbacks_with_model_copies(trainer: pl.Trainer) -> list[WeightAveraging | StochasticWeightAveraging]:

@@ -11,6 +11,13 @@ from lightning_qat.quantization.functions.op_spec import OpSpec
 from lightning_qat.quantization.planning.plan import PLAN_VERSION, QuantPlan
 from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
 
+LOADING_NOTE = (
+    "quantized by lightning_qat: load it with lightning_qat.load_quantized(YourModule, path), or with "
+    "QuantizationAwareTraining in the Trainer's callbacks"
+)
+"""The first key of a region in a ``state_dict``. Who loads that without fake-quants, and perhaps without this package,
+gets torch's list of unexpected keys, which begins with this one."""
+
 
 def read_extra_state(state: dict[str, Any]) -> tuple[OpGraph, QuantPlan]:
     """Read graph and plan from a region's extra state in a checkpoint.

@@ -18,20 +18,13 @@ from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.interception.interception import Intercepted
 from lightning_qat.quantization.modules.module_walk import REGION_NAME
 from lightning_qat.quantization.planning.plan import PLAN_VERSION, QuantPlan, ScaleRole
-from lightning_qat.quantization.planning.plan_compatibility import read_extra_state, rebound
+from lightning_qat.quantization.planning.plan_compatibility import LOADING_NOTE, read_extra_state, rebound
 from lightning_qat.quantization.region.bound_points import bind
 from lightning_qat.quantization.region.freezing import Freezable, Freezing, patterns_by_target
 from lightning_qat.quantization.region.region_runner import RegionRunner
 from lightning_qat.quantization.region.region_scales import RegionScales
 from lightning_qat.quantization.region.switches import State, Switches, Tap, only
 from lightning_qat.quantization.tracing.op_graph import OpGraph
-
-LOADING_NOTE = (
-    "quantized by lightning_qat: load it with lightning_qat.load_quantized(YourModule, path), or with "
-    "QuantizationAwareTraining in the Trainer's callbacks"
-)
-"""The first key of a region in a ``state_dict``. Who loads that without fake-quants, and perhaps without this package,
-gets torch's list of unexpected keys, which begins with this one."""
 
 
 class Region(nn.Module):
@@ -209,11 +202,8 @@ class Region(nn.Module):
     def freeze(self, patterns: str | Iterable[str]) -> None:
         """Keep parts of the target at their quantized state while the rest trains.
 
-        The parameters of a frozen sub-tree get no gradient, so that optimizers skip them, weight decay and momentum
-        included; its modules stay in eval mode whatever ``train()`` is called above them (batch norm keeps its
-        statistics, dropout does nothing: as when deployed); its scales do not move, nor does a new calibration change
-        them. A parameter that is used outside the sub-tree too is frozen there as well. Checkpoints do not store what
-        is frozen. Under ``DistributedDataParallel``, freeze before the module is wrapped.
+        Frozen parameters get no gradient, frozen modules stay in eval mode, frozen scales do not move. Checkpoints do
+        not store what is frozen. Freeze before DDP wraps the module.
 
         Args:
             patterns: globs over names of modules (their whole sub-tree), parameters and points, relative to the target.
@@ -229,8 +219,6 @@ class Region(nn.Module):
             >>> [name for name, p in model.named_parameters() if p.requires_grad], model[1].training
             (['3.weight', '3.bias'], False)
             >>> region.unfreeze()
-            >>> model[1].training
-            True
         """
         (chosen,) = patterns_by_target({"": self.freezable}, patterns).values()
         if chosen:

@@ -46,6 +46,7 @@ class Prepared(Classifier):
         return F.cross_entropy(self.net(batch[0]), batch[1], weight=self.weights)
 
 
+@pytest.mark.filterwarnings("ignore:PipelineCheck. cannot tell. the float model is no better")
 @pytest.mark.parametrize("checks", [False, True])
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
 def test_steps_that_fail_without_a_hook_are_traced_and_calibrated_with_it(
@@ -59,7 +60,7 @@ def test_steps_that_fail_without_a_hook_are_traced_and_calibrated_with_it(
     assert not only_region(module).unplanned
     assert module.runs == 1  # the others were undone
     if checks:
-        assert callbacks[1].result.verdict != "cannot tell" or "failed" not in callbacks[1].result.note
+        assert "failed" not in callbacks[1].result.note
 
 
 class Normalized(Classifier):

@@ -115,10 +115,10 @@ def test_products_of_activations(kind: str, function: Callable[[Tensor, Tensor],
 @pytest.mark.parametrize(
     ("axis", "function"),
     [
-        (1, lambda x, w: x @ w), (0, lambda x, w: w.T.contiguous().T.t() @ x.mT), (1, torch.matmul), (None, None),
+        (1, lambda x, w: x @ w), (0, lambda x, w: w.T.contiguous().T.t() @ x.mT), (1, torch.matmul), (1, None),
     ],
 )  # fmt: skip
-def test_product_with_a_parameter_has_a_weight(axis: int | None, function: Any) -> None:
+def test_product_with_a_parameter_has_a_weight(axis: int, function: Any) -> None:
     weight = nn.Parameter(torch.randn(4, 5))
     if function is None:
         function, weight = (lambda x, w: torch.einsum("bij,jk->bik", x, w)), nn.Parameter(torch.randn(4, 5))
@@ -145,11 +145,11 @@ def test_layers_have_a_per_channel_weight(kind: str, layer: nn.Module, x: Tensor
     assert {p.rpartition(".")[2] for p in region.points if p.startswith("layer.")} >= {"input0", "weight", "output"}
 
 
-def test_grouped_transposed_convolution_has_one_scale_for_all_groups() -> None:
-    """Output channel c of every group reads column c of the weight: one scale per column is right for all groups."""
+def test_grouped_transposed_convolution_has_one_scale_for_each_output_channel() -> None:
+    """Output channel c of every group reads column c of the rows of its group: one scale for each."""
     layer = nn.ConvTranspose2d(6, 4, 2, groups=2)
     region = calibrated(Calls(lambda self, x: self.layer(x), layer=layer), IMAGE)
-    assert region.plan.by_name["layer.weight"].channels == 2
+    assert region.plan.by_name["layer.weight"].channels == 4
 
 
 @pytest.mark.parametrize(
