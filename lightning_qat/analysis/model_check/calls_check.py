@@ -100,10 +100,11 @@ class _Calls:
 
     @property
     def ratio(self) -> float:
-        """How many times wider the widest call is than the narrowest."""
+        """How many times wider the widest call is than the narrowest; one that sees only zeros fits any scale."""
         affine = self.points[0].scheme == "affine"
         widths = [max(high, 0.0) - min(low, 0.0) if affine else max(-low, high, 0.0) for low, high in self.ranges]
-        return math.inf if min(widths) <= 0 < max(widths) else max(widths) / min(widths) if max(widths) else 1.0
+        known = [width for width in widths if width > 0]  # the first state of a recurrent net is zero
+        return max(known) / min(known) if known else 1.0
 
 
 def _points_of_calls(checked: CheckedRegion) -> dict[str, list[str]]:
