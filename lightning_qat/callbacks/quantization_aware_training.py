@@ -47,7 +47,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         overrides: rules for single points, from general to specific; the last match wins.
         target: the path of the submodule to quantize, or several paths. ``auto`` takes what a validation step calls:
             the module itself if the step calls it, otherwise its outermost children that were called. A child that is
-            not trained and that no trained part uses (a teacher, an average of the weights) is left out, with a warning.
+            not trained and that no trained part uses (a teacher, an average of the weights) is left out with a warning.
         init_from: path of a float checkpoint, the normal way to start QAT. Its weights are loaded before insertion,
             with ``strict=True``; loops and optimizer start fresh. Ignored when ``ckpt_path`` is given.
         activation_scales: ``fixed``: they stay as calibrated. ``ema``: they follow a moving average of the batches'
