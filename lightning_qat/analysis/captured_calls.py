@@ -1,4 +1,4 @@
-"""Forwards of a region's target as analyses need them: captured from somebody else's step, and repeatable.
+"""Capture the forwards of a region's target from a user's step, and run one forward repeatably.
 
 An analysis compares forwards that differ in one thing. Everything else (inputs, random numbers, buffers) must be the
 same each time, and nothing may be left changed at the end.
@@ -30,8 +30,8 @@ def capture_calls(regions: Mapping[str, Region], run: Callable[[], Any]) -> dict
     into them, their contents are put back at its end.
 
     Args:
-        regions: whose targets to watch, by any name.
-        run: calls the targets, somewhere (a validation step).
+        regions: the regions whose targets are watched, by any name.
+        run: a function that calls the targets, such as a validation step.
 
     Returns:
         For each region one Call per forward, in order; empty if its target was not called.
@@ -47,14 +47,14 @@ def capture_calls(regions: Mapping[str, Region], run: Callable[[], Any]) -> dict
     with ExitStack() as stack:
         calls = {name: stack.enter_context(_recorded(region, contents)) for name, region in regions.items()}
         run()
-    for content in reversed(contents):  # the first call saw a tensor that several calls share as it was first
+    for content in reversed(contents):  # a tensor that several calls share gets the contents that the first call saw
         content.restore()
     return calls
 
 
 @contextmanager
 def _recorded(region: Region, contents: list[TensorContents]) -> Iterator[list[Call]]:
-    """Record the forwards of a region's target in a block, and what was in their tensors."""
+    """Record the forwards of a region's target inside the block, and the contents of their tensors."""
     target = region.target
     forward = target.forward
     calls: list[Call] = []
@@ -80,11 +80,11 @@ def _recorded(region: Region, contents: list[TensorContents]) -> Iterator[list[C
 
 @contextmanager
 def analysis_mode(region: Region, buffers: bool = True) -> Iterator[None]:
-    """Evaluation mode without gradients, with the region quantizing and no scale moving; all put back on exit.
+    """Switch to evaluation mode without gradients; the region quantizes and no scale moves. Exit restores everything.
 
     Args:
-        region: what to analyse.
-        buffers: those of the target too; not needed where all forwards are repeatable ones.
+        region: the region to analyse.
+        buffers: also restore the target's buffers; not needed if every forward is a :class:`RepeatableForward`.
     """
     with (
         preserved(region.target, buffers),
@@ -98,7 +98,7 @@ def analysis_mode(region: Region, buffers: bool = True) -> Iterator[None]:
 
 
 class RepeatableForward:
-    """Runs one forward again and again from the same inputs, buffers and random numbers.
+    """Runs one forward repeatedly with the same inputs, buffers and random numbers.
 
     A context manager: inputs and buffers are as before at its end. Use it inside :func:`analysis_mode`, which puts the
     random state back.
@@ -106,8 +106,8 @@ class RepeatableForward:
     Args:
         target: the module.
         call: its arguments.
-        seed: of the random numbers that the forward draws.
-        copies: give each run copies of the inputs and buffers, which may then become part of an autograd graph.
+        seed: seed of the random numbers that the forward draws.
+        copies: give each run its own copies of inputs and buffers, so that they can become part of an autograd graph.
 
     Example:
         >>> with RepeatableForward(torch.nn.Dropout(), Call.of(torch.ones(100))) as forward:
@@ -135,7 +135,7 @@ class RepeatableForward:
         self._restore()
 
     def __call__(self) -> Any:
-        """Run the forward. What it returns may change when the next one runs: copy what is kept."""
+        """Run the forward. The next run may change the returned tensors: copy those that you keep."""
         self._restore()
         seed_generators(self.seed)
         if not self.copies:
@@ -159,8 +159,8 @@ class RepeatableForward:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed Python's, numpy's and torch's generators in use; ``torch.manual_seed`` also takes a millisecond to note it
-    for devices that are not."""
+    """Seed the generators of Python, numpy and torch that are in use. ``torch.manual_seed`` is slower: it also stores
+    the seed for devices that are not in use."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)

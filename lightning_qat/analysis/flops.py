@@ -23,7 +23,8 @@ def op_flops(op: Op) -> int:
     """Count the operations of one op, for the batch it was traced with.
 
     Convolutions, matrix products, attention and recurrent layers are exact, biases and elementwise parts left out.
-    ``einsum`` of more than two operands is taken from left to right, which its own path may undercut; ``chain_matmul``
+    ``einsum`` of more than two operands is counted from left to right, although torch may find a cheaper order;
+    ``chain_matmul``
     is a rough estimate.
 
     Args:
@@ -48,7 +49,7 @@ def einsum_flops(equation: str, shapes: Sequence[Sequence[int]]) -> int:
 
     Args:
         equation: as given to ``torch.einsum``; the result may be left out, and ``...`` may occur.
-        shapes: of the operands.
+        shapes: shapes of the operands.
 
     Example:
         >>> einsum_flops("bij,bjk->bik", [(2, 3, 4), (2, 4, 5)]) == 2 * 2 * 3 * 4 * 5

@@ -1,4 +1,4 @@
-"""What can reach a chosen output, by the traced graph alone."""
+"""Which ops can act on a chosen output, found from the traced graph alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STEPS = frozenset({
     "bernoulli", "histc",
 })
 # fmt: on
-"""Kinds of ops with a floating-point result that jumps."""
+"""Kinds of ops whose floating-point result jumps."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Influence:
 
     Args:
         ops: names of the ops whose result reaches it, in any way.
-        known: False if tensors with an unknown producer reach it: then any op may.
-        picking: ``name at file:line`` of ops among them whose result jumps: indices, comparisons, whole numbers.
+        known: False if a tensor with an unknown producer reaches the output; then any op may act on it.
+        picking: ``name at file:line`` of those ops whose result jumps: indices, comparisons, whole numbers.
     """
 
     ops: frozenset[str]
@@ -70,7 +70,7 @@ def influence_on(graph: OpGraph, output: str | None = None) -> Influence:
 
 
 def _jumps(op: Op, read: Container[tuple[str, int]]) -> bool:
-    """Whether an op makes of floating-point data something that jumps, and somebody reads it."""
+    """Whether an op turns floating-point data into a result that jumps, and another op reads it."""
     if not op.data_dependent or not any(operand.is_float for operand in op.operands):
         return False
     if op.kind in _STEPS or "rounding_mode" in op.options:

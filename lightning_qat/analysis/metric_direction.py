@@ -1,4 +1,4 @@
-"""Which way is up for a metric: one answer for logged metrics, for our own error metrics and for functions."""
+"""Whether a larger value of a metric is better: for logged metrics, our own error metrics and functions."""
 
 from __future__ import annotations
 

@@ -21,21 +21,20 @@ from lightning_qat.quantization.tracing.op_graph import OpGraph
 
 
 def refuse_nan(tensors: list[Tensor], what: str, region: Region, forward: Callable[[], Any]) -> None:
-    """Refuse a float output with NaN, of which no change can be measured.
+    """Raise an error if the float output holds NaN: no change of it can be measured.
 
     Args:
-        tensors: the output.
-        what: its description.
-        region: a region.
-        forward: runs its target again.
+        tensors: tensors of the output.
+        what: description of the output, for the message.
+        region: the region that computed the output.
+        forward: a function that runs the region's target again.
 
     Raises:
-        ConfigurationError: there is a NaN; names the op that made it.
+        ConfigurationError: a tensor holds NaN. The message names the op that made the first one.
     """
     if _any_nan(tensors):
         raise ConfigurationError(
-            f"{what} of the float model holds NaN, so that no change of it can be measured. "
-            f"{first_nan_op(region, forward)}"
+            f"{what} of the float model holds NaN, so no change of it can be measured. {first_nan_op(region, forward)}"
         )
 
 
@@ -43,7 +42,7 @@ def first_nan_op(region: Region, forward: Callable[[], Any]) -> str:
     """Run a forward of a region in float and say which op first returned NaN without having received any.
 
     Args:
-        region: whose target it is.
+        region: the region whose target runs.
         forward: runs it.
     """
     found = _FirstNaN(region.graph)
@@ -55,10 +54,10 @@ def first_nan_op(region: Region, forward: Callable[[], Any]) -> str:
 def first_bad_point(regions: Mapping[str, Region], forward: Callable[[], Any]) -> str | None:
     """Run a forward of a quantized model and name the first point that receives NaN or an infinity.
 
-    Ops that run in float are passed over: masks, for example, are infinite on purpose.
+    Ops that run in float are skipped: masks, for example, are infinite on purpose.
 
     Args:
-        regions: by the path of their target, in state ``quantize``.
+        regions: the regions by the path of their target, in state ``quantize``.
         forward: runs them.
 
     Returns:
@@ -85,7 +84,7 @@ class _FirstNaN(TorchFunctionMode):
     def __init__(self, graph: OpGraph) -> None:
         super().__init__()
         self._graph = graph
-        self.message = "No op of the region made it: it is in the inputs or parameters, or a post-processing made it."
+        self.message = "No op of the region made it. It is in the inputs or parameters, or the post-processing made it."
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -106,7 +105,7 @@ class _FirstNaN(TorchFunctionMode):
 _UNINITIALIZED = frozenset(
     ["empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided", "empty_permuted", "new"]
 )
-"""Hold whatever was in memory, and NaN under deterministic algorithms, until they are written."""
+"""Functions whose results hold arbitrary memory (NaN under deterministic algorithms) until they are written."""
 
 
 def _any_nan(tensors: list[Tensor]) -> bool:

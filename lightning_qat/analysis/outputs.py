@@ -1,4 +1,4 @@
-"""Choosing what an analysis looks at: one output of the region, with float post-processing after it (B1)."""
+"""Select the output of the region that an analysis looks at, and apply float post-processing to it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class OutputSelector:
     Args:
         output: path into the output such as ``map.layer_3`` or ``0.logits`` (keys, indices and fields, joined by dots),
             or a callable on the whole output. None: the whole output.
-        post_process: applied to what was picked, in float, such as ``torch.sigmoid``: a metric of the model sees the
-            values after it.
+        post_process: function applied to the chosen output in float, such as ``torch.sigmoid``, if the metric of the
+            model sees the values after it.
 
     Example:
         >>> import torch
@@ -56,7 +56,7 @@ class OutputSelector:
         return [t for t in tensors if is_float(t)] or tensors
 
     def chosen(self, region_output: Any) -> Any:
-        """Return what was chosen as it is: a tensor, or what holds several.
+        """Return the chosen part unchanged: a tensor, or a container of several.
 
         Raises:
             ConfigurationError: there is no such path.

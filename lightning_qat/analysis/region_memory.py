@@ -1,4 +1,4 @@
-"""What the analyses of a region need not find out again each epoch."""
+"""Results that the analyses of a region keep, so that they are not searched again in each epoch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _REMEMBERED = 64
-"""So many things are remembered: inputs may have a new shape in every batch."""
+"""Number of results that are kept: inputs may have a new shape in every batch."""
 
 
 class RegionMemory:
-    """Remembers what follows from the code of a region's target, such as where in a tensor the samples are.
+    """Remembers facts that follow from the code of a region's target, such as the sample axis of a tensor.
 
-    It holds for all weights, as long as the region's plan is the same object and the analyses look at the same output.
+    The facts hold for all weights, as long as the region's plan is the same object and the analyses look at the same
+    output.
 
     Example:
         >>> memory = RegionMemory()
@@ -27,14 +28,14 @@ class RegionMemory:
         self._found: dict[Hashable, Any] = {}
 
     def find(self, plan: object, what: Hashable, search: Callable[[], T]) -> T:
-        """Return what is known, or what ``search`` finds."""
+        """Return the remembered result; if there is none, call ``search`` and remember its result."""
         if plan is not self._plan or what not in self._found:
             self.note(plan, what, search())
         found: T = self._found[what]
         return found
 
     def note(self, plan: object, what: Hashable, found: object) -> None:
-        """Remember what was found out in another way."""
+        """Remember a result that was found in another way."""
         if plan is not self._plan or len(self._found) >= _REMEMBERED:
             self._plan, self._found = plan, {}
         self._found[what] = found

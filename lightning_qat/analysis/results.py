@@ -1,4 +1,4 @@
-"""Base of all results: frozen rows that say what they hold. How that looks is decided in ``reporting``."""
+"""Base of all results: frozen rows without any formatting. ``reporting`` decides how they look."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ RowT = TypeVar("RowT")
 
 @dataclass(frozen=True)
 class Advice:
-    """One thing to do something about.
+    """One problem, and what to do about it.
 
     Args:
-        heading: what it is, in a few words.
-        level: how much it matters: ``error``, ``warning`` or ``info``.
-        text: what is the case, in a sentence.
-        names: ops, points or modules concerned.
-        facts: more about it: labels and what they say.
+        heading: the problem in a few words.
+        level: severity: ``error``, ``warning`` or ``info``.
+        text: the problem in a sentence.
+        names: the ops, points or modules with this problem.
+        facts: further facts, as pairs of label and text.
         yaml: configuration to paste.
     """
 
@@ -51,11 +51,11 @@ class Block:
 
     @classmethod
     def of(cls, title: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], note: str = "") -> Block:
-        """Take some columns of rows that are given by column."""
+        """Build a block from some columns of rows that are dictionaries."""
         return cls(title, tuple(columns), tuple(tuple(row[column] for column in columns) for row in rows), note)
 
     def only(self, columns: Sequence[str]) -> Block:
-        """The same block with some of its columns."""
+        """Return the same block with some of its columns."""
         places = [self.columns.index(column) for column in columns]
         return replace(self, columns=tuple(columns), rows=tuple(tuple(row[i] for i in places) for row in self.rows))
 
@@ -73,12 +73,12 @@ class Result(Generic[RowT]):
 
     @property
     def note(self) -> str:
-        """What the table is about, or what follows from it, in a sentence."""
+        """Say in a sentence what the table is about, or what follows from it."""
         return ""
 
     @property
     def verdict(self) -> str:
-        """The word or two that the note begins with, if it gives a verdict."""
+        """The verdict: the one or two words at the start of the note; empty without a verdict."""
         return ""
 
     def columns(self) -> tuple[str, ...]:
@@ -90,13 +90,13 @@ class Result(Generic[RowT]):
         return [dataclasses.asdict(row) for row in self.rows]  # type: ignore[call-overload]
 
     def about(self) -> dict[str, Any]:
-        """What is known beside the rows; a JSON file holds it."""
+        """Return the facts beside the rows, for the JSON file."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rows"}
 
     def blocks(self) -> tuple[Block, ...]:
-        """What a person reads at a glance, on the terminal and in the loggers: the ``shown`` columns."""
+        """Return the short form for the terminal and the loggers: the ``shown`` columns."""
         return (Block.of(self.title, self.shown or self.columns(), self.to_dicts(), self.note),)
 
     def full_blocks(self) -> tuple[Block, ...]:
-        """The same with everything there is, for a text file: all columns."""
+        """Return the full form for a text file: all columns."""
         return (Block.of(self.title, self.columns(), self.to_dicts(), self.note),)

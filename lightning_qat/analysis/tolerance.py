@@ -1,7 +1,7 @@
 """How far two measurements may lie apart before a difference counts, and when a fall is a collapse.
 
 Every check asks :func:`tolerance`: the rungs of the pipeline check, the convergence monitor and the comparison of
-fingerprints. They differ only in the least difference that they tolerate, which each of them states where it asks.
+fingerprints. Only ``least``, the difference that is tolerated in any case, differs between them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROUNDING = 0.01
 
 
 def tolerance(*errors: float, least: float = 0.0) -> float:
-    """Return the largest difference of two measurements that chance explains: three standard errors of it.
+    """Return the largest difference of two measurements that chance explains: three of its standard errors.
 
     Args:
         errors: standard errors of the independent measurements that are subtracted; one if the other is exact.

@@ -36,7 +36,7 @@ def mann_kendall(values: Sequence[float], block: int = 1) -> Trend:
 
     Args:
         values: the series, finite.
-        block: so many neighbours are averaged to one; a rest at the start is left out.
+        block: number of neighbours that are averaged to one value; a rest at the start is left out.
 
     Returns:
         The trend. With fewer than 4 blocks not even a level of 5 % can be reached, and both probabilities are 1.

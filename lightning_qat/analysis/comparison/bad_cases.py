@@ -33,7 +33,7 @@ class BadCase:
     """One sample.
 
     Args:
-        output: path of the output, or what was chosen in words.
+        output: path of the output, or a description of the chosen output.
         rank: 1 is the worst.
         position: number of the sample in the loader, from 0.
         batch: number of its batch.
@@ -55,7 +55,7 @@ class BadCasesResult(Result[BadCase]):
 
     Args:
         metric: its name.
-        samples: how many samples were looked at.
+        samples: number of samples that were evaluated.
         batches: the samples themselves, one call each, in the order of ``positions``: pass them to ``sensitivity``,
             ``compare`` or ``layer_statistics``. Not written to files.
         positions: which samples these are; one that is bad in several outputs is there once.
@@ -74,11 +74,11 @@ class BadCasesResult(Result[BadCase]):
 
     @property
     def note(self) -> str:
-        """Say what was looked at."""
+        """Say which metric was used, and how many samples were evaluated."""
         return f"{self.metric}, {len(self.positions)} of {self.samples} samples"
 
     def about(self) -> dict[str, Any]:
-        """What is known beside the rows, but for the samples."""
+        """Return the facts beside the rows, without the samples themselves."""
         return {**super().about(), "batches": ()}
 
 
@@ -95,20 +95,19 @@ def find_bad_cases(
 ) -> BadCasesResult:
     """Find the samples whose outputs change most by quantization, or are worst by a metric of your own.
 
-    In evaluation mode; nothing is changed. Each output (tensor) has a list of its own: what is bad for one task may be
-    fine for another. Memory: only the samples that are among the worst so far are kept.
+    The model runs in evaluation mode; nothing is changed. Each output (tensor) has its own list: a sample that is bad
+    for one task may be fine for another. Memory: only the samples that are among the worst so far are kept.
 
     Args:
-        model: a calibrated region, or a module: one with a region, or for a metric of your own any.
+        model: a calibrated region, or a module that contains one. With a metric of your own, any module.
         batches: of the loader; see :meth:`~lightning_qat.quantization.modules.call.Call.of`.
         metric: ``L1``, ``MSE``, ``Cosine``, ``SQNR`` or ``KL`` of each sample's output against that of the float model;
-            or a function ``(output, batch) -> (samples,)`` of what is chosen of the model's output, as the model
-            returns it, a loss for instance, larger for worse samples (smaller, if its attribute ``higher_is_better`` is
-            true).
+            or a function ``(output, batch) -> (samples,)``, such as a loss, of the chosen output as the model returns
+            it. A larger value means a worse sample, unless its attribute ``higher_is_better`` is true.
         k: how many samples per output.
         output: path into the output such as ``map.layer_3``, or a callable on it; None: every tensor of it.
         post_process: applied to the chosen output in float.
-        inputs: what of a batch the model is called with, such as ``lambda batch: batch[0]``; the whole batch if not
+        inputs: function from a batch to the model's input, such as ``lambda batch: batch[0]``; the whole batch if not
             given.
         seed: of the random numbers that the forward draws.
 
@@ -147,7 +146,7 @@ def find_bad_cases(
         for number, batch in enumerate(batches):
             search.add(number, batch, Call.of(inputs(batch) if inputs is not None else batch))
     if not search.samples:
-        raise ConfigurationError("there was no sample to look at.")
+        raise ConfigurationError("there was no sample to evaluate: the batches are empty.")
     return search.result(metric if by_name else getattr(metric, "__name__", type(metric).__name__))  # type: ignore[arg-type]
 
 
@@ -230,7 +229,7 @@ class _Search:
         return {name if len(chosen) == 1 else f"{name} [{i}]": tensor for i, tensor in enumerate(chosen)}
 
     def _keep(self, call: Call, count: int) -> None:
-        """Hold the samples that are among the worst now, and let go of those that are not any more."""
+        """Keep the samples that are among the worst now, and drop the others."""
         places = {-entry[1]: entry[3] for heap in self.worst.values() for entry in heap}
         self.kept = {position: sample for position, sample in self.kept.items() if position in places}
         for position, sample in places.items():

@@ -1,4 +1,4 @@
-"""Forwards of a region's target in which every tensor that a layer comparison is about is shown to a listener.
+"""Forwards of a region's target that show every tensor of a layer comparison to a listener.
 
 Two kinds. In the *float* forward every op runs as in the float model, and a second time on the same inputs with only
 its own fake-quants on (a fused group as a whole): the difference is the op's own error. In the *quantized* forward
@@ -23,15 +23,16 @@ from lightning_qat.quantization.region.replaced_forward import InspectingMode, R
 
 
 class Listener(Protocol):
-    """Who is shown the tensors. ``name`` is that of a point, or ``<op>.output`` for a result without one."""
+    """Interface of an object that is shown the tensors. ``name`` is that of a point, or ``<op>.output`` for a result
+    without one."""
 
     def on_value(self, name: str, value: Tensor) -> None:
         """Take the tensor of this model: of the float model, or of the quantized one (after fake-quantization)."""
 
     def on_own(self, name: str, base: Tensor, analy: Tensor, direct: Tensor | None) -> None:
-        """Take a float tensor and what the op alone makes of it.
+        """Take a float tensor (``base``) and the same tensor with only the op's own fake-quants on (``analy``).
 
-        ``direct`` is, at a point of the plan, what arrived at its fake-quant.
+        At a point of the plan, ``direct`` is the tensor that arrived at its fake-quant.
         """
 
 
@@ -42,7 +43,7 @@ class ComparedForward(ReplacedForward):
 
     Args:
         region: a calibrated region, in the state that quantizes.
-        listener: who is shown the tensors.
+        listener: the object that is shown the tensors.
         quantized: run the quantized model, not the float one.
         own: in the float forward, also run every op with its own fake-quants.
     """

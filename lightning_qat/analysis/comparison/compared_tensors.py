@@ -1,4 +1,4 @@
-"""Which tensors a layer comparison is about."""
+"""The tensors that a layer comparison compares."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_qat.quantization.region.region import Region
 
 @dataclass(frozen=True)
 class ComparedTensor:
-    """What a row of the comparison is about, known before anything runs.
+    """The tensor of one row of the comparison, known before anything runs.
 
     Args:
         name: of the point, or ``<op>.output`` for a result without one.
@@ -20,7 +20,7 @@ class ComparedTensor:
         base_op_type: torch function; ``input`` and ``weight`` for what goes into one.
         analy_op_type: the same in the quantized model.
         point: name of the quantization point; empty for a tensor without one.
-        loop: the line whose round its op is, in words; empty unless it is in a long loop.
+        loop: description of the line of which its op is one round; empty unless it is in a long loop.
     """
 
     name: str

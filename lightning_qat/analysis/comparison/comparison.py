@@ -36,7 +36,7 @@ from lightning_qat.quantization.planning.hardware_profile_files import hardware_
 from lightning_qat.quantization.region.region import Region
 
 KEPT_BYTES = 2**28
-"""So much memory may hold float values that wait for those of the quantized model."""
+"""Bytes of float values that may wait for the values of the quantized model."""
 
 _OWN = ("Cosine", "MSE", "L1", "KL", "SQNR", "Atol", "Rtol")
 
@@ -70,9 +70,9 @@ def compare(
             ops that act on it are compared. None: all outputs.
         post_process: applied to the chosen output in float, such as ``torch.sigmoid``.
         seed: of the random numbers that the forward draws.
-        keep_bytes: see above.
+        keep_bytes: largest memory for waiting values, in bytes.
         across_ranks: every rank calls this with its own batches; the result is that of all batches, on all ranks.
-        rules: the overrides as they are for this region, if the model has several regions and some name their paths.
+        rules: the overrides, made relative to this region; needed if the model has several regions.
         profile: the hardware that a diagnosis has to respect; that of the plan if it is a shipped one.
 
     Raises:
@@ -105,7 +105,7 @@ def compare(
 
 
 class _Comparison:
-    """The listener of both forwards, and all that is summed up."""
+    """The listener of both forwards, and the sums of the errors."""
 
     def __init__(self, region: Region, select: OutputSelector, seed: int, keep_bytes: int, across_ranks: bool) -> None:
         self.region = region
@@ -152,7 +152,7 @@ class _Comparison:
             reference = [tensor.clone() for tensor in self.select(forward())]
         if any(bool(t.isnan().any()) for t in reference if t.is_floating_point()):
             raise ConfigurationError(
-                f"{self.select.description} of the float model holds NaN, so that nothing can be compared with it. "
+                f"{self.select.description} of the float model holds NaN, so nothing can be compared with it. "
                 f"{first_nan_op(self.region, forward)}"
             )
         return reference
@@ -190,7 +190,7 @@ class _Comparison:
             self.diverged[name] = None
 
     def on_own(self, name: str, base: Tensor, analy: Tensor, direct: Tensor | None) -> None:
-        """Compare what an op alone makes of a float value with it."""
+        """Compare a float value with the result of only the op's own fake-quants."""
         if direct is not None:
             self.evidence.add(name, direct)
         number = self.number.get(name)
@@ -270,7 +270,7 @@ _COLUMNS = (
 
 
 def _origin(errors: TensorErrors | None, own: TensorErrors | None) -> Origin | None:
-    """More than half of the error's energy from before makes it inherited."""
+    """Call an error inherited if more than half of its energy comes from before the op."""
     if errors is None or own is None:
         return None
     if errors.MSE == 0:

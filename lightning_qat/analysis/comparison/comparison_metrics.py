@@ -19,7 +19,7 @@ from lightning_qat.quantization.errors import ConfigurationError
 
 _FROM_SUMS: tuple[MetricName, ...] = ("Cosine", "MSE", "L1", "KL", "SQNR")
 PIECE = 1 << 20
-"""Values compared in one go: they are copied in float64, and a tensor may be of any size."""
+"""Values compared at a time: they are copied in float64, and a tensor may be of any size."""
 
 
 @dataclass(frozen=True)

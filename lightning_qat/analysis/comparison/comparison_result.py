@@ -31,10 +31,11 @@ class LayerComparisonRow:
         index: position in execution order.
         mod_name: name of the op for its result, of the point for its inputs and weights.
         base_op_type: torch function; ``input`` and ``weight`` for what goes into one.
-        analy_op_type: the same in the quantized model: what is fused is one, ``fake_quantize`` of an input or weight.
+        analy_op_type: the same in the quantized model: one type for a fused group, ``fake_quantize`` for an input or
+            weight.
         shape: of the last batch.
         quant_dtype: quantized type, ``float32`` if the tensor is not quantized.
-        qscale: scale; the largest (coarsest) of a tensor with several. None without.
+        qscale: scale; the largest (coarsest) of a tensor with several; None if it has none.
         Cosine, MSE, L1, KL, SQNR, Atol, Rtol: accumulated error. None where the two models cannot be compared,
             because a tensor has other shapes or another number of them.
         base_model_min, analy_model_min, base_model_max, analy_model_max, base_model_mean, analy_model_mean,
@@ -95,11 +96,11 @@ class LayerComparisonResult(Result[LayerComparisonRow]):
     the terminal, in txt and in TensorBoard); csv and json hold all.
 
     Args:
-        output: what was chosen, in words.
+        output: description of the chosen output.
         batches: number of batches, on all ranks that took part.
         diverged: rows whose tensors cannot be compared: they have other shapes, or there is another number of them.
         kept_bytes: the most memory that float values took at a time.
-        evidence: what a diagnosis looks at, per point; not written to files.
+        evidence: the numbers that a diagnosis needs, per point; not written to files.
         what_to_do: lines of advice, worst first.
         lost_output: whether a part of the chosen output is lost in the quantized model.
     """
@@ -128,11 +129,11 @@ class LayerComparisonResult(Result[LayerComparisonRow]):
         return (Block.of(self.title, self.columns(), self._shortened().to_dicts(), self.note),)
 
     def about(self) -> dict[str, Any]:
-        """What is known beside the rows, but for the evidence."""
+        """Return the facts beside the rows, without the evidence."""
         return {**super().about(), "evidence": ()}
 
     def _shortened(self) -> LayerComparisonResult:
-        """Of the rounds of a loop the one with the lowest own SQNR."""
+        """Keep one round per line of a loop: the one with the lowest own SQNR."""
 
         def badness(row: LayerComparisonRow) -> float:
             return -math.inf if row.own_SQNR is None else math.inf if math.isnan(row.own_SQNR) else -row.own_SQNR

@@ -10,7 +10,8 @@ from torch import Tensor
 class ComparisonRound:
     """One float forward and the quantized forward after it.
 
-    It keeps the float values until the quantized model shows theirs. What exceeds the memory waits for the next round.
+    It keeps the float values until the quantized model shows its values. Values that exceed the memory are left to the
+    next round.
 
     Args:
         start: position of the first value to keep, in execution order.

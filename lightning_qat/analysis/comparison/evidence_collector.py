@@ -1,6 +1,6 @@
 """Gathering the evidence of every point while batches stream through.
 
-What is kept of a point does not depend on how many values it has.
+The memory for a point does not depend on how many values it has.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def with_configuration(
     types: Mapping[str, tuple[str, ...]],
     styles: Mapping[str, tuple[str, ...]],
 ) -> tuple[PointEvidence, ...]:
-    """Note at every point which type was asked for and is not in effect, that in words, and what the hardware has.
+    """Add to the evidence: a requested type that is not in effect, an explanation, and the types of the hardware.
 
     Args:
         evidence: of all points.
@@ -222,7 +222,7 @@ def with_configuration(
 
 
 def loops_by_op(region: Region) -> dict[str, str]:
-    """Return the line of every op that is a round of a long loop, in words."""
+    """Map every op that is a round of a long loop to a description of its line."""
     return {name: str(line) for line, names in long_loops(region.graph).items() for name in names}
 
 

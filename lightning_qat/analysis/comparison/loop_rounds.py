@@ -1,4 +1,4 @@
-"""The rounds of a long loop, of which a person wants to see the worst and how many there are."""
+"""Show the rounds of a long loop as one row: the worst round, and the number of rounds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ RowT = TypeVar("RowT")
 def worst_rounds(
     rows: Iterable[RowT], loop: Callable[[RowT], Hashable], badness: Callable[[RowT], float]
 ) -> list[tuple[RowT, int]]:
-    """Keep the worst of the rows that are rounds of one loop, where the first of them stood; the others as they are.
+    """Keep only the worst row of each loop, at the place of the loop's first row; keep all other rows.
 
     Args:
         rows: in any order.
-        loop: what the rounds of one loop have in common; None or empty for a row that is in no loop.
+        loop: key that the rounds of one loop share; None or empty for a row that is in no loop.
         badness: larger is worse.
 
     Returns:

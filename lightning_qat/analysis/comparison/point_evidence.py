@@ -1,4 +1,4 @@
-"""What a diagnosis looks at: how the values of a point are distributed, and what quantization does to which of them."""
+"""The numbers that a diagnosis needs: the distribution of a point's values, and their quantization errors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Octave:
     """The values with a magnitude in ``[2**exponent, 2**(exponent + 1))``.
 
     Args:
-        exponent: of two.
-        count: how many values.
+        exponent: exponent of two.
+        count: number of values.
         relative_error: root mean square of ``error / value``.
     """
 
@@ -65,13 +65,13 @@ class PointEvidence:
         calibrated: range that calibration saw, None if it saw nothing or has several scales.
         calls: range of each call of a point that several calls in a dynamic block share.
         divides: ops that divide by the values, or take their reciprocal or logarithm.
-        profiles: of a point that is divided by: along its axes. Of another: along its channel axis.
+        profiles: for a divisor, along all of its axes; for other points, along the channel axis.
         scales: how many scales it has; ``channels``: how many it could have along the channel axis of a weight, which
             is ``channel_axis``.
-        types: those that the hardware has here; empty if it is not known. ``styles``: schemes of an activation,
-            granularities of a weight.
-        request: what an override asks for and is not in effect; empty if all is. ``requested`` is the type.
-        loop: the line whose round its op is, in words; empty unless it is in a long loop.
+        types: types that the hardware supports here; empty if the hardware is not known. ``styles``: schemes of an
+            activation, granularities of a weight.
+        request: explanation why a requested type is not in effect; empty if it is. ``requested`` is that type.
+        loop: description of the line of which its op is one round; empty unless it is in a long loop.
         populations: parts of the tensor whose values are lost.
         leaves: its values leave the region as they are; ``given``: they are an input of the region.
         affine_gain: factor by which an affine scheme would make the error fall; None if that cannot be told.

@@ -1,4 +1,4 @@
-"""One point under the microscope: the tensors that pass it, before and after quantization, and what they say."""
+"""Inspect one point: the tensors that reach it, before and after quantization, and their statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_qat.quantization.region.region import Region
 
 @dataclass(frozen=True, repr=False)
 class PointInspection:
-    """What passed one quantization point while some samples ran through the quantized model in evaluation mode.
+    """The tensors at one quantization point while some samples ran through the quantized model in evaluation mode.
 
     Args:
         point: name of the point.
@@ -38,7 +38,7 @@ class PointInspection:
         highest: largest value that the type represents; of the widest channel.
         values: what arrived, one tensor per quantization; the tensor itself, on the CPU.
         quantized: what fake-quantization made of it, of the same shapes.
-        statistics: all of it together.
+        statistics: statistics of all these tensors together.
     """
 
     point: str
@@ -60,7 +60,7 @@ class PointInspection:
 
     @property
     def errors(self) -> tuple[Tensor, ...]:
-        """What quantization changed: ``quantized - value``."""
+        """Return the quantization errors, ``quantized - value``."""
         return tuple(q - v for q, v in zip(self.quantized, self.values, strict=True))
 
     @property
@@ -79,7 +79,7 @@ class PointInspection:
         """Count values and quantized values in bins that cover both.
 
         Args:
-            bins: how many.
+            bins: number of bins.
 
         Returns:
             Counts of the values, counts of the quantized values (both int64 ``(bins,)``), and the edges, float64
@@ -97,7 +97,7 @@ class PointInspection:
 
 
 def inspect_point(region: Region, point: str, run: Callable[[], Any], path: str = "") -> PointInspection:
-    """Run something through a quantized region and keep what passes one of its points.
+    """Run a function that calls a quantized region, and keep the tensors at one of its points.
 
     The model is in evaluation mode and quantized everywhere, no scale moves, and everything is as before afterwards.
 

@@ -1,7 +1,7 @@
 """Whether quantization-aware training converges, judged by its losses, metrics and points.
 
-Every limit is a significance level, a bit (a factor of two in a scale, 6 dB) or the collapse the pipeline checks use; a
-flag says which, and what to do next.
+Every limit is a significance level, a bit (a factor of two in a scale, 6 dB), or the same collapse as in the pipeline
+check. A flag names its limit and the next step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is kept of the quantization points over the epochs of a training."""
+"""The health of the quantization points over the epochs of a training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PointHealth:
 
 @dataclass(frozen=True)
 class PointHistory:
-    """What is kept of the points over any number of epochs.
+    """The health of the points over any number of epochs, in bounded memory.
 
     Args:
         first: health of every point at the end of the first epoch.

@@ -1,4 +1,4 @@
-"""What the convergence monitor looks at, and the rows of its evidence."""
+"""The input of the convergence monitor, and the rows of its evidence."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def diagnose(
     sensitivity: SensitivityResult | None = None,
     ranges: Mapping[str, Sequence[float]] | None = None,
 ) -> DiagnosisResult:
-    """Say of every point which kind of error it makes, with the evidence and an action.
+    """Say which kind of error every point makes, with the evidence and an action.
 
     Args:
         comparison: of the quantized model with the float model.
@@ -44,7 +44,7 @@ def diagnose(
             ``{"*.ref_point*": [-100, 1]}``.
 
     Raises:
-        ConfigurationError: a declared range is not one, or its pattern matches no point.
+        ConfigurationError: a declared range is not two ascending numbers, or its pattern matches no point.
 
     Example:
         >>> import torch
@@ -91,10 +91,10 @@ def diagnose(
 
 
 def check_declared_range(pattern: str, ends: Sequence[float], points: Sequence[str]) -> list[str]:
-    """Return the points that a declared range is about.
+    """Return the points that a declared range applies to.
 
     Raises:
-        ConfigurationError: it is not a range, or is about no point.
+        ConfigurationError: the ends are not two ascending numbers, or the pattern matches no point.
 
     Example:
         >>> check_declared_range("*.ref_point*", [-100, 1], ["conv.weight", "decoder.ref_point.input0"])
@@ -112,7 +112,7 @@ def check_declared_range(pattern: str, ends: Sequence[float], points: Sequence[s
 
 
 def _effect(e: PointEvidence, score: float, usual: float, size: float | None) -> str:
-    """What makes a point sensitive, in words; nothing if it is not.
+    """Say what makes a point sensitive; empty if it is not.
 
     Some points always lead the list: they are culprits only if each, alone, does something to the output.
     """

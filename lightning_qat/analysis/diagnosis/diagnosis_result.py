@@ -25,7 +25,7 @@ _OTHER_DATA = (
     "the pipeline is healthy, activation_scales: ema or learned lets the scales follow."
 )
 _NOTHING_STANDS_OUT = (
-    "No point stands out. Where the target is missed all the same, the types are too coarse as a whole: give the first "
+    "No point stands out. If the target is missed nevertheless, the types are too coarse as a whole: give the first "
     "points of SensitivityAnalysis() a wider type, or let training find the scales (activation_scales: learned)."
 )
 
@@ -43,8 +43,8 @@ class Diagnosis:
         evidence: why, in numbers.
         action: what to do.
         yaml: override to paste; empty if there is nothing to paste.
-        factor: what the error falls by, at least, if that is done; None if that cannot be told. Where ``evidence`` is
-            about a part of the values, the error of that part.
+        factor: the error falls at least by this factor if the action is taken; None if it cannot be predicted. Where
+            ``evidence`` is about a part of the values, the error of that part.
         relative: the factor is about the error relative to every single value.
         severity: root mean square error relative to the values; for a divisor, that of its small values; for a part of
             the tensor that is lost, that of the part, relative to its spread.
@@ -71,7 +71,7 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class DiagnosisResult(Result[Diagnosis]):
-    """The verdict on every point with a scale; those to do something about first, the worst of them first."""
+    """The verdict on every point with a scale: points that need an action first, the worst of them first."""
 
     title: ClassVar[str] = "What to do"
     shown: ClassVar[tuple[str, ...]] = ("point", "verdict", "evidence", "action")
@@ -103,12 +103,12 @@ class DiagnosisResult(Result[Diagnosis]):
 
     @property
     def culprits(self) -> tuple[Diagnosis, ...]:
-        """What to do something about, worst first."""
+        """Return the points that need an action, worst first."""
         return tuple(row for row in self.rows if row.verdict not in ("fine", "inherited"))
 
     @property
     def note(self) -> str:
-        """Count the others."""
+        """Count the points by verdict."""
         counts = {v: sum(row.verdict == v for row in self.rows) for v in ("fine", "inherited")}
         return f"{len(self.culprits)} points to look at, {counts['fine']} fine, {counts['inherited']} inherited"
 
@@ -152,7 +152,7 @@ def _worst_rounds(rows: Sequence[Diagnosis]) -> list[tuple[Diagnosis, int]]:
 
 
 def severest_first(row: Diagnosis) -> tuple[bool, bool, float]:
-    """Sort by this: those to do something about first, by the sensitivity where it is known."""
+    """Return a sort key: points that need an action first, by their sensitivity where it is known."""
     done = row.verdict in ("fine", "inherited")
     size = row.severity if row.score is None else row.score
     return done, row.score is None, -math.inf if math.isnan(size) else -size  # nan: it breaks the output

@@ -25,7 +25,7 @@ class PipelineDifference:
         name: what in it.
         reference: its value in the reference.
         value: its value here.
-        what: the difference in words, with a guess at the cause.
+        what: description of the difference, with a guess at the cause.
     """
 
     suspicion: Suspicion

@@ -44,7 +44,7 @@ class Fingerprint:
             mode for it, so that it is about the labels alone.
         constant_guess: the same for the best answer that does not look at the input: the most frequent class.
         random_evaluation: the same batch, evaluated twice, gave different results from the same model inputs.
-        swapped: modules whose weights are others while validation runs (averages that are swapped in).
+        swapped: modules whose weights are replaced while validation runs, such as by averages that are swapped in.
         batches: batches per stage and rank that were looked at.
         version: of this format.
     """
@@ -84,13 +84,13 @@ class Fingerprint:
                 "fingerprint train.py --config float.yaml --ckpt_path float.ckpt`."
             ) from None
         except (UnicodeDecodeError, json.JSONDecodeError):
-            raise ConfigurationError(f"{str(path)!r} is no fingerprint: it is not JSON.") from None
+            raise ConfigurationError(f"{str(path)!r} is not a fingerprint: it is not JSON.") from None
         if not isinstance(data, dict) or "weights" not in data:
-            raise ConfigurationError(f"{str(path)!r} is no fingerprint: it has no weights.")
+            raise ConfigurationError(f"{str(path)!r} is not a fingerprint: it has no weights.")
         if data.get("version") != FINGERPRINT_VERSION:
             raise ConfigurationError(
                 f"{str(path)!r} is a fingerprint of version {data.get('version')!r}, this release reads version "
-                f"{FINGERPRINT_VERSION}: make it anew."
+                f"{FINGERPRINT_VERSION}: make a new one."
             )
         try:
             for stages in (data["data"], data["model_inputs"]):
@@ -101,14 +101,14 @@ class Fingerprint:
             return cls(**data)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigurationError(
-                f"{str(path)!r} is no whole fingerprint ({type(error).__name__}: {error}): make it anew."
+                f"{str(path)!r} is an incomplete fingerprint ({type(error).__name__}: {error}): make a new one."
             ) from None
 
 
 def weight_digests(module: nn.Module) -> dict[str, str]:
     """Return a digest of the own parameters and buffers of every submodule that has some; fake-quants are left out.
 
-    Counters of batches are left out too: they say how long, not what was learned.
+    Counters of batches are left out too: they count steps and hold nothing that was learned.
 
     Example:
         >>> one, other = nn.Linear(2, 2), nn.Linear(2, 2)

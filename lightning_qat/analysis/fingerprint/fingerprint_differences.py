@@ -1,4 +1,4 @@
-"""What differs between two training pipelines, the most suspicious first, in words."""
+"""List the differences between two training pipelines, the most suspicious first."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def compare_fingerprints(reference: Fingerprint, here: Fingerprint) -> PipelineD
 def compare_stages(here: Fingerprint) -> StageDifferences:
     """List how the training data differ from the validation data of the same pipeline, as the model sees them.
 
-    Needs no reference: preprocessing that only one of the two has shows here, and labels that fit only in one. An
-    augmentation shows as well, so nothing is convicted by this alone.
+    This needs no reference. It shows preprocessing that only one of the two has, and labels that fit in only one. An
+    augmentation shows as well, so this alone proves no fault.
 
     Args:
         here: of one pipeline.
@@ -127,8 +127,8 @@ def _swapped(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDiff
     names = sorted(set(here.swapped) - set(reference.swapped))
     if names:
         what = (
-            f"the weights of {_names(names)} are others while validation runs, only here: an average that is swapped "
-            "in at the wrong place, or was made before the checkpoint was loaded?"
+            f"the weights of {_names(names)} are replaced while validation runs, only here: an average that is "
+            "swapped in at the wrong place, or that was made before the checkpoint was loaded?"
         )
         yield PipelineDifference("strong", "evaluation", _names(names), "", "", what)
 
@@ -161,7 +161,7 @@ def _is_kept(reference: Fingerprint, here: Fingerprint, name: str, value: float)
 
 _OTHER_LOSS = "a term missing or added, or labels that belong to other inputs?"
 _WHOLE = 0.02
-"""How near to a whole number a ratio of losses has to be for a factor that somebody wrote."""
+"""How near a ratio of losses must be to a whole number to count as a factor in the code."""
 
 
 def _guess_at_loss(ratio: float) -> str:
@@ -201,7 +201,8 @@ def _batch_norm(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineD
 
 
 def _optimizers(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
-    """QAT has a learning rate of its own, a tenth to a twentieth; other differences are suspicious."""
+    """Compare optimizers. QAT has its own learning rate (1/10 to 1/20 of the float one); other differences are
+    suspicious."""
     if len(reference.optimizers) != len(here.optimizers):
         yield _other_count("optimizers", len(reference.optimizers), len(here.optimizers))
     for one, other in zip(reference.optimizers, here.optimizers, strict=False):

@@ -1,4 +1,4 @@
-"""Whether the labels of a pipeline are what the model answers: labels that belong to other inputs are not."""
+"""Whether the labels agree with the model's answers: labels that belong to other inputs do not."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ LABELS = "labels"
 
 
 def is_a_guess(share: float, guess: float, error: float = 0.0) -> bool:
-    """Whether a share of right answers is hardly better than that of a constant guess.
+    """Whether a share of right answers is hardly better than the share of a constant guess.
 
     Args:
-        share: of the model's answers.
-        guess: of the most frequent label.
+        share: share of the model's answers that are right.
+        guess: share of the most frequent label.
         error: standard error of the share.
 
     Example:
@@ -37,7 +37,7 @@ def agreement_error(fingerprint: Fingerprint, stage: str, name: str) -> float:
 
 
 def agreement_with_reference(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
-    """Compare the agreement with that in the float run; more of it is no fault."""
+    """Compare the agreement with that in the float run; a higher agreement is no fault."""
     if reference.weights != here.weights:
         return  # it says as much about the weights
     for stage in (stage for stage in reference.agreement if stage in here.agreement):
@@ -51,8 +51,8 @@ def agreement_with_reference(reference: Fingerprint, here: Fingerprint) -> Itera
 def agreement_of_stages(here: Fingerprint) -> Iterator[PipelineDifference]:
     """Compare the agreement in training with that in validation.
 
-    An augmentation, or labels that are mixed, cost some of it in a healthy run as well: less than half of what the
-    model knows is strong.
+    An augmentation or mixed labels lower it in a healthy run as well, so only less than half of the model's agreement
+    is strong evidence.
     """
     before, now = here.agreement.get("validate", {}), here.agreement.get("train", {})
     for name in (name for name in before if name in now):

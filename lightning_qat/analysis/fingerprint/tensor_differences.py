@@ -1,4 +1,4 @@
-"""How the tensors of two pipelines differ, beyond what other samples of the same data would change."""
+"""How the tensors of two pipelines differ, by more than other samples of the same data would."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummary
 from lightning_qat.analysis.tolerance import STANDARD_ERRORS
 
 LEAST_SHARE = 0.02
-"""Labels or empty samples that are distributed differently by less are not what ruins a training."""
+"""A smaller difference in the distribution of labels or empty samples does not ruin a training."""
 LARGE_SHARE = 0.2
 """A fifth of the samples with other labels, or empty, is enough to ruin one."""
 
@@ -22,8 +22,8 @@ def tensor_differences(
     """Compare summaries of the same name, stage by stage.
 
     Args:
-        part: what they are of, such as ``data``.
-        before: by stage, of the reference.
+        part: the part of the pipeline, such as ``data``.
+        before: summaries of the reference, by stage.
         now: the same here.
     """
     for stage in (stage for stage in before if stage in now):
@@ -44,7 +44,7 @@ def tensor_difference(part: str, before: TensorSummary, now: TensorSummary) -> I
     """Compare two summaries.
 
     Args:
-        part: what they are of, such as ``data (train)``.
+        part: the part of the pipeline, such as ``data (train)``.
         before: of the reference.
         now: here.
     """

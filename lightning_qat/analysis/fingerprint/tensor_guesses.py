@@ -1,4 +1,4 @@
-"""Why a tensor of a pipeline is not what it was in the float run: the usual mistakes, by their traces."""
+"""Guess why a tensor differs from that of the float run: the usual mistakes, recognised by their traces."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummary
 from lightning_qat.analysis.tolerance import tolerance
 
 LEAST_SHIFT = 0.1
-"""Means of shuffled or augmented batches vary; a tenth of the spread is nothing that ruins a network."""
+"""Means of shuffled or augmented batches vary; a tenth of the spread does not ruin a network."""
 OTHER_SPREAD = 1.5
-"""A spread that differs by less is what an augmentation changes."""
+"""An augmentation may change the spread by up to this factor."""
 CLOSE = 0.25
 """How exactly a trace has to fit, relatively: the samples are not the same."""
 _FULL_SCALES = (255.0, 256.0, 65535.0)
@@ -21,7 +21,7 @@ _MOST_ORDERED = 4
 
 
 def has_moved(before: TensorSummary, channel: int, now: TensorSummary, other: int) -> bool:
-    """Whether mean or spread differ by more than other samples of the same data would make them.
+    """Whether mean or spread differ by more than those of other samples of the same data.
 
     Args:
         before: of the reference.
@@ -43,7 +43,7 @@ def guessed_cause(before: TensorSummary, now: TensorSummary, moved: Sequence[int
     Args:
         before: of the reference.
         now: here, with as many channels.
-        moved: numbers of the channels that have, at least one.
+        moved: numbers of the channels that have moved, at least one.
 
     Example:
         >>> clean = TensorSummary("0", "float32", (), 64, (0.0,), (1.0,), (0.01,), (-2.0,), (2.5,))
@@ -85,7 +85,7 @@ def guessed_cause(before: TensorSummary, now: TensorSummary, moved: Sequence[int
 
 
 def guessed_shape(before: tuple[int, ...], now: tuple[int, ...]) -> str:
-    """Guess why a shape is another one.
+    """Guess why two shapes differ.
 
     Example:
         >>> guessed_shape((3, 32, 32), (32, 32, 3)), guessed_shape((3, 32, 32), (3, 28, 28))
@@ -152,13 +152,13 @@ def _standardized_ends(summary: TensorSummary, channel: int) -> tuple[float, flo
 
 
 def _fill_value(before: TensorSummary, now: TensorSummary, channel: int) -> tuple[float, float] | None:
-    """One value, outside the range of the reference, that stands in the place of a share of the values.
+    """Find a fill value: one value outside the reference's range that replaces a share of the values.
 
     A share ``p`` of values ``f`` in the place of others moves the mean by ``p (f - mean)`` and makes the variance
     ``(1 - p) std**2 + p (1 - p) (f - mean)**2``: the first gives ``p``, and the second has to agree.
 
     Returns:
-        Share and value; None if that is not it.
+        Share and value; None if the two do not agree.
     """
     mean, std = before.mean[channel], before.std[channel]
     for value, outside in (

@@ -1,4 +1,4 @@
-"""What a stream of batches looks like: a few numbers per channel, enough to see that two streams differ."""
+"""Summarize a stream of batches: a few numbers per channel, enough to see that two streams differ."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TensorSummary:
         mean_error: standard error of the mean per channel, by the variation of samples.
         min: smallest value per channel.
         max: largest value per channel.
-        labels: how often each value occurs, for integer tensors with few of them that are no pictures.
+        labels: how often each value occurs; only for integer tensors with few values that are not images.
         constant: share of the samples in which every channel is one value all over; None without several values.
     """
 

@@ -1,4 +1,4 @@
-"""Why a ladder on which no rung breaks is not called healthy all the same."""
+"""Reasons not to call a ladder healthy although no rung breaks."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Doubt:
 
     Args:
         text: the reason, with the next step.
-        verdict: what it is instead.
+        verdict: the verdict instead of ``healthy``.
         rung: the rung that shows it, if one does.
-        cause: the difference that convicts, in words; empty if none does.
+        cause: the difference that explains it, in words; empty if there is none.
     """
 
     text: str
@@ -97,7 +97,7 @@ def _guessed_labels(labels: Sequence[PipelineDifference], here: Fingerprint | No
     for row in labels:
         guess, share = (shares.get("train", {}).get(row.name) for shares in (here.constant_guess, here.agreement))
         if guess is not None and share is not None and is_a_guess(share, guess):
-            text = f"no rung breaks so soon, but the answers of the model convict the training data. {_ended(row.what)}"
+            text = f"no rung breaks so soon, but the model's answers do not fit the training labels. {_ended(row.what)}"
             yield Doubt(text, "pipeline misaligned", cause=row.what)
 
 

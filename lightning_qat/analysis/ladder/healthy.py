@@ -1,4 +1,4 @@
-"""What is said where no rung of the pipeline check breaks: what holds, what falls a little, and what to run next."""
+"""The note of a pipeline check on which no rung breaks: what holds, what falls a little, and what to run next."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _what_falls(ladder: Ladder, rows: Sequence[PipelineRow]) -> Iterator[str]:
         falls = format_falls([row for row in small if row.rung == rung])
         yield f"Rung {rung} falls a little ({falls}), which is no collapse.{_SMALL_FALL[rung]}"
     if risen := _risen_costs(rows):
-        yield (f"A cost rises on rung {risen[0].rung} ({format_falls(risen[:1])}), and the scores hold all the same.")
+        yield (f"A cost rises on rung {risen[0].rung} ({format_falls(risen[:1])}), but the scores hold.")
 
 
 def _next_steps(ladder: Ladder, rungs: Collection[int]) -> Iterator[str]:

@@ -24,8 +24,8 @@ class PipelineResult(Result[PipelineRow]):
         note: the verdict as a sentence, with the next step.
         rung: number of the rung that breaks first, None if none does.
         cause: the difference that explains it, in words; empty if none does.
-        differences: to the reference, the most suspicious first.
-        stages: of the model's inputs in training to those in validation.
+        differences: differences from the reference, the most suspicious first.
+        stages: differences between the model's inputs in training and in validation.
     """
 
     verdict: Verdict = "cannot tell"

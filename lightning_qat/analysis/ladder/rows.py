@@ -36,7 +36,7 @@ class PipelineRow:
         value: what it is.
         tolerance: how much worse it may be.
         status: ``falls``: by more than the tolerance, but it is no collapse. ``noted``: evidence without judgement.
-        note: what there is to say about it.
+        note: an explanation.
     """
 
     rung: int
@@ -70,9 +70,9 @@ def compare(
         after: the evaluation after.
         noise: the evaluation whose standard errors give the tolerance.
         rung: number of the rung.
-        what: what the rows are of, if not of the rung as a whole.
+        what: name of the rows, if it is not that of the rung.
         strict: nothing may have moved, so every fall beyond the tolerance breaks, however small.
-        same_samples: both are of the same samples, so only rounding is tolerated.
+        same_samples: both were measured on the same samples, so only rounding is tolerated.
     """
     return [
         _row(rung, what or RUNG_NAMES[rung], name, value, after, None if same_samples else noise, strict)

@@ -61,7 +61,7 @@ def batch_norm(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
 
 
 def scales(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
-    """Say that what moves in the quantized model destroys its accuracy (rung 4)."""
+    """Say that values that move in the quantized model destroy its accuracy (rung 4)."""
     moved = finetune.moved_scales
     what = f"scales moved most: {_format_moved(moved)}" if moved else "no scale moved, batch norm did"
     remedy = (
@@ -72,7 +72,7 @@ def scales(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
     )
     return (
         f"the calibrated model collapses at learning rate 0 ({format_falls(judged(rung))}; {what}) while the float "
-        f"model holds: what moves without training destroys it, not the learning rate. {remedy}."
+        f"model holds: values that move without training destroy it, not the learning rate. {remedy}."
     )
 
 

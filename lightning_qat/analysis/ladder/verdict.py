@@ -1,6 +1,6 @@
 """The judge of the pipeline check: is the pipeline, the hyperparameters or quantization to blame?
 
-Pure: numbers measured by somebody else in, evidence and one verdict out.
+Pure functions: they take measured numbers and return evidence and one verdict.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def judge(
         reference: the float run: its fingerprint, or its metrics; ``train_loss`` among them is its last training loss.
         here: the fingerprint of this pipeline with the weights it starts from.
         rungs: those asked for.
-        pipeline_only: ask only whether the pipeline is to blame. What quantization loses is said then, but it is no
-            verdict, and a quantized model that collapses at learning rate 0 is called ``scales drift``.
+        pipeline_only: judge only the pipeline. The note then says what quantization loses without judging it, and a
+            quantized model that collapses at learning rate 0 is called ``scales drift``.
         zero_lr: the verdict of a finetune with learning rate 0 that ran before, if this one has no such rung.
         flag: what ConvergenceMonitor has flagged, if that is why the check runs.
 

@@ -47,7 +47,7 @@ def float_model_evidence(float_model: Measurement, reference: Mapping[str, float
     """Rung 0: does the float model have its own accuracy here?
 
     Args:
-        float_model: fake-quant off, before.
+        float_model: evaluation with fake-quant off, before any training.
         reference: metrics of the float run; ``train_loss`` is left for rung 2.
     """
     logged = float_model.metrics
@@ -120,7 +120,7 @@ def zero_lr_evidence(ladder: Ladder, rungs: Collection[int], train_loss: float |
     Args:
         ladder: what was measured.
         rungs: those asked for.
-        train_loss: that of the float run, if known.
+        train_loss: training loss of the float run, if known.
     """
     rows: list[PipelineRow] = []
     broken: list[BrokenRung] = []

@@ -18,7 +18,7 @@ from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.modules.module_walk import REGION_NAME
 
 SHARED_RANGE_RATIO = 2.0
-"""Ranges that differ by more cost the narrower call a whole bit of its resolution."""
+"""If ranges differ by more than this factor, the narrower call loses a whole bit of its resolution."""
 
 _NOT_CALIBRATED = "not calibrated: run Calibration() or lightning_qat.calibrate, then check again for the ranges."
 
@@ -100,10 +100,11 @@ class _Calls:
 
     @property
     def ratio(self) -> float:
-        """How many times wider the widest call is than the narrowest."""
+        """How many times wider the widest call is than the narrowest; one that sees only zeros fits any scale."""
         affine = self.points[0].scheme == "affine"
         widths = [max(high, 0.0) - min(low, 0.0) if affine else max(-low, high, 0.0) for low, high in self.ranges]
-        return math.inf if min(widths) <= 0 < max(widths) else max(widths) / min(widths) if max(widths) else 1.0
+        known = [width for width in widths if width > 0]  # the first state of a recurrent net is zero
+        return max(known) / min(known) if known else 1.0
 
 
 def _points_of_calls(checked: CheckedRegion) -> dict[str, list[str]]:
@@ -220,7 +221,7 @@ def _unused_modules(checked: CheckedRegion, times: Mapping[str, int]) -> tuple[s
 
 
 def _registered_twice(checked: CheckedRegion, times: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """Modules that are called and registered at several places; not what is inside another one of them."""
+    """Modules that are called and registered at several places, without those inside another such module."""
     places: dict[int, list[str]] = {}
     inside: set[str] = set()
     for name, module in checked.region.target.named_modules(remove_duplicate=False):
@@ -233,7 +234,7 @@ def _registered_twice(checked: CheckedRegion, times: Mapping[str, int]) -> dict[
 
 
 def _outermost(checked: CheckedRegion, repeated: Mapping[str, int], besides: Collection[str]) -> tuple[str, ...]:
-    """Modules called several times outside dynamic blocks, without what is inside another one of them."""
+    """Modules called several times outside dynamic blocks, without those inside another such module."""
     numbered = {without_call_numbers(name) for op in checked.graph.ops for name in _enclosing(op.scope) if "@" in name}
     names = (name for name in repeated if name in numbered)
     above = {*repeated, *besides}
@@ -245,6 +246,6 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _enclosing(scope: str) -> list[str]:
-    """The scope and all that it is in, outermost first; the target itself is not listed."""
+    """The scope and its parents, outermost first, without the target itself."""
     parts = scope.split(".") if scope else []
     return [".".join(parts[: i + 1]) for i in range(len(parts))]

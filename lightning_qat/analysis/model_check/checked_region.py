@@ -1,4 +1,4 @@
-"""What the checks of a region share: its graph and plan, the types in effect, and the circumstances of training."""
+"""Data that the checks of a region share: its graph and plan, the types in effect, and the training options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from lightning_qat.quantization.tracing.tensor_origins import TensorOrigins
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What is known beside the regions; see :func:`~lightning_qat.analysis.model_check.model_check.check`."""
+    """The options of a check that are not about one region; see
+    :func:`~lightning_qat.analysis.model_check.model_check.check`."""
 
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     precision: str = "32-true"
@@ -39,12 +40,12 @@ class CheckedRegion:
 
     Args:
         region: the region.
-        options: what is known beside it.
-        rules: the overrides as they are for this region.
+        options: the options of the check.
+        rules: the overrides, made relative to this region.
 
     Attributes:
-        graph: what the device runs: without what only serves training.
-        whole_graph: all that was traced.
+        graph: the ops that the device runs, without those that only serve training.
+        whole_graph: all traced ops.
     """
 
     def __init__(self, region: Region, options: CheckOptions, rules: Sequence[Override] = ()) -> None:
@@ -73,7 +74,7 @@ class CheckedRegion:
 
     @cached_property
     def is_calibrated(self) -> bool:
-        """Whether there are ranges to look at."""
+        """Whether the region has calibrated ranges."""
         return self.region.is_calibrated
 
     def head(self, op: Op) -> Op:
@@ -133,7 +134,8 @@ class CheckedRegion:
         return tuple((m, operand) for m in members for operand in m.operands if self._is_data(m, operand, inside))
 
     def inputs(self, op: Op) -> tuple[tuple[Op, Operand], ...]:
-        """Return :meth:`data` without biases, masks and what is folded into the op: what has to be quantized."""
+        """Return the operands that have to be quantized: :meth:`data` without biases, masks and operands folded into
+        the op."""
         return tuple((m, operand) for m, operand in self.data(op) if self._is_input(m, operand))
 
     def _is_data(self, op: Op, operand: Operand, inside: frozenset[str]) -> bool:
@@ -177,7 +179,7 @@ Check = Callable[[CheckedRegion], tuple[Iterable[Finding], Iterable[Section]]]
 
 
 def module_type(op: Op) -> str:
-    """Return what a person calls an op: the class of the module that it is, else its torch function."""
+    """Return the readable type of an op: the class of its module if it is one, else its torch function."""
     return op.module_type if op.name == op.scope else op.kind
 
 

@@ -1,4 +1,4 @@
-"""What was asked for and what is in effect, and what the hardware does not have."""
+"""Compare requested types with the types in effect, and the plan with the hardware."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_qat.quantization.region.effective_dtypes import FLOAT, bits
 
 @dataclass(frozen=True)
 class Request:
-    """A point with a type that a rule asks for and that is not in effect.
+    """A point whose requested type is not in effect.
 
     Args:
         point: name of the point.
@@ -38,7 +38,7 @@ class Request:
 
 
 def check_configuration(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
-    """Compare what every rule asks for with what is in effect."""
+    """Compare the type that every rule requests with the type in effect."""
     requests = tuple(unmet_requests(checked))
     rows = tuple((r.point, r.requested, r.by, r.effective, r.winner) for r in requests)
     columns = ("point", "requested", "by", "effective", "winner")
@@ -66,7 +66,7 @@ def check_profile(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]
 
 
 def unmet_requests(checked: CheckedRegion) -> Iterable[Request]:
-    """Yield what the default and each override ask of a point and do not get.
+    """Yield every type that the default or an override requests for a point and that is not in effect.
 
     Points that stay float for a reason of their own (masks, constants, high-precision outputs) count only where an
     override selects them.
@@ -87,7 +87,7 @@ def unmet_requests(checked: CheckedRegion) -> Iterable[Request]:
 
 
 def hardware_types(checked: CheckedRegion) -> dict[str, tuple[str, ...]]:
-    """The types that the hardware has for each point, beside the present ones of its op; nothing without a profile."""
+    """Map each point to the types that the hardware supports if the op's other types stay; empty without a profile."""
     profile, plan = checked.profile, checked.plan
     found: dict[str, tuple[str, ...]] = {}
     for point in plan.points if profile is not None else ():
@@ -130,7 +130,7 @@ def hardware_styles(checked: CheckedRegion) -> dict[str, tuple[str, ...]]:
 
 
 def _asked(checked: CheckedRegion, point: str, op_type: str) -> Iterable[tuple[str, str]]:
-    """What each rule asks for, with the rule in words, from general to specific."""
+    """Yield the type that each rule requests and a description of the rule, from general to specific."""
     role = role_of(point)
     yield str(checked.plan.qconfig[role]["dtype"]), "default"
     for index, rule in enumerate(checked.rules):

@@ -1,4 +1,4 @@
-"""Which points hold values that something divides by: there the error relative to each value counts."""
+"""Which points hold divisors: for a divisor, the error relative to each value counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DIVISIONS = {"div": 1, "rdiv": 0, "floor_divide": 1, "remainder": 1, "fmod": 1,
 
 
 def divisors(region: Region) -> dict[str, tuple[str, ...]]:
-    """Points whose values something divides by, with the names of the ops that do."""
+    """Map each point that holds a divisor to the names of the ops that divide by it."""
     graph, plan = region.graph, region.plan
     passing = {o.name for o in plan.ops if o.status == "passes" and graph.by_name[o.name].role == "join"}
     origins = TensorOrigins(graph, passing)

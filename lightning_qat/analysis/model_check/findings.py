@@ -21,9 +21,9 @@ class Finding:
         severity: ``error``: the result will be wrong. ``warning``: it is likely to cost accuracy or speed. ``info``:
             worth knowing.
         kind: what it is about, in a few words, such as ``unfused``; stable, to be filtered by.
-        requirement: the requirement whose check found it, such as ``A2``.
+        requirement: code of the requirement whose check found it, as in the README's table.
         names: ops, points or modules concerned, in execution order.
-        what: one sentence that says what is the case, with numbers.
+        what: one sentence that says what was found, with numbers.
         why: one sentence that says why it matters.
         action: one sentence that says what to do.
         location: ``file.py:line`` if it is about code.
@@ -69,7 +69,7 @@ def sorted_findings(findings: Iterable[Finding]) -> tuple[Finding, ...]:
 
 
 def shortened(names: Iterable[str], limit: int = 3) -> str:
-    """Format a list of names for a sentence.
+    """Format a list of names for a sentence: the first ones, and the number of the others.
 
     Example:
         >>> shortened(["a", "b", "c", "d", "e"])
@@ -84,10 +84,10 @@ def shortened(names: Iterable[str], limit: int = 3) -> str:
 
 
 def overrides_yaml(rules: Iterable[str]) -> str:
-    """Format overrides to paste.
+    """Format overrides as YAML to paste.
 
     Args:
-        rules: what stands between the braces of each.
+        rules: the content of each rule, without its braces.
 
     Example:
         >>> print(overrides_yaml(['match: "fc.output", activation: {dtype: int16}']), end="")
@@ -103,6 +103,6 @@ def in_region(findings: Iterable[Finding], region: str, alone: bool) -> list[Fin
     Args:
         findings: of one region.
         region: its path.
-        alone: it is the only one; otherwise the overrides to paste have to name it.
+        alone: whether it is the only region; otherwise the overrides to paste have to name it.
     """
     return [replace(f, region=region, yaml=f.yaml if alone else with_target_path(f.yaml, region)) for f in findings]

@@ -23,8 +23,8 @@ class FloatOp:
     Args:
         op: the op (of a fused group the last one).
         inputs: the float32 inputs, as point names.
-        producers: where these come from.
-        reason: why it is so.
+        producers: the ops or inputs that they come from.
+        reason: why it computes in float32.
         place: ``head``: nothing before it is quantized. ``tail``: nothing behind it is. ``middle``: the rest.
     """
 
@@ -53,7 +53,7 @@ class Segments:
         self.casts: set[tuple[str, Domain]] = set()
         for op in checked.computing:
             if checked.plan.float_points.get(f"{op.name}.output") == _JOINED_OUTPUT:
-                continue  # puts float32 results beside each other in memory
+                continue  # it only places float32 results side by side in memory
             self._add(op)
 
     @property

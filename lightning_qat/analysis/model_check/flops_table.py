@@ -1,4 +1,4 @@
-"""How much of the work is done in which type: ops and FLOPs per dtype."""
+"""The share of ops and FLOPs that each dtype computes."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ _TITLE = "Fusable modules are listed below:"
 
 @dataclass(frozen=True)
 class _Cause:
-    """A cause of misses: how it is recognised, how bad it is, and what helps."""
+    """A cause of missed fusions: how it is recognised, how severe it is, and the remedy."""
 
     mark: str
     severity: Severity
@@ -46,7 +46,7 @@ _CAUSES = (
     _Cause(
         "written in place",
         "info",
-        "A value that is overwritten is stored and rounded before it is.",
+        "The value is stored and rounded before it is overwritten.",
         "Use the operation that returns a new tensor, such as `y = y * 2` for `y.mul_(2)`.",
     ),
     _Cause(
@@ -84,7 +84,7 @@ def check_varying_code(checked: CheckedRegion) -> tuple[list[Finding], list[Sect
     """Report code whose ops differ between batches, and ops that were not seen while tracing."""
     varying, forwards = frozenset(checked.whole_graph.varying), checked.whole_graph.forwards
     places: dict[str, list[str]] = {}
-    for op in checked.graph.ops:  # a loss that only batches with labels have is none of our business
+    for op in checked.graph.ops:  # the graph leaves out losses, which only batches with labels compute
         computes = op.data_dependent and op.role in ("quantize", "join")
         if computes and op.location in varying and op.forwards < forwards:
             places.setdefault(op.location, []).append(op.name)

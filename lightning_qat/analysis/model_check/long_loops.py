@@ -8,12 +8,12 @@ from lightning_qat.analysis.model_check.checked_region import without_call_numbe
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
 LONG_LOOP = 64
-"""Rounds of a loop that are unlikely to be cameras, levels or heads: they are boxes, time steps or samples."""
+"""From this many rounds on, a loop probably runs over boxes, time steps or samples, not cameras, levels or heads."""
 ANNOTATION = 'with dynamic_block(self, "name"):'
 
 
 class LoopLine(NamedTuple):
-    """What a loop does again and again.
+    """One op in the body of a loop.
 
     Args:
         scope: path of the module that runs it, without call numbers.

@@ -1,4 +1,4 @@
-"""The result of a model check: findings, and the tables they rest on."""
+"""The result of a model check: the findings, and the tables behind them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Section:
             before it.
         columns: headings.
         rows: one tuple of cells per row, each as long as ``columns``.
-        requirement: the requirement it answers, such as ``A7``.
+        requirement: code of the requirement that the table answers, as in the README's table.
         note: a line about the table: a cause, or why there is none.
         region: path of the quantized module in the model, ``""`` for the model itself.
     """
@@ -57,16 +57,16 @@ class ModelCheckResult(Result[Finding]):
         return {severity: found[severity] for severity in SEVERITIES}
 
     def blocks(self) -> tuple[Block, ...]:
-        """How many findings there are, and each as advice."""
+        """Return the number of findings, and each finding as advice."""
         counts = ", ".join(f"{n} {severity}{'' if n == 1 else 's'}" for severity, n in self.counts.items())
         return (Block(f"{self.title}: {counts}", advice=tuple(map(_advice, self.rows))),)
 
     def full_blocks(self) -> tuple[Block, ...]:
-        """The same, and the tables."""
+        """Return the findings and the tables."""
         return (*self.blocks(), *map(_block, self.sections))
 
     def at_least(self, threshold: Severity) -> tuple[Finding, ...]:
-        """Findings as severe as a threshold."""
+        """Return the findings that are at least as severe as a threshold."""
         return tuple(finding for finding in self.rows if is_at_least(finding.severity, threshold))
 
 

@@ -89,10 +89,10 @@ def _names(outputs: dict[str, tuple[Op, str]]) -> tuple[str, ...]:
 
 
 def _outputs(outputs: dict[str, tuple[Op, str]]) -> str:
-    spelled = shortened(
+    formatted = shortened(
         f"{f'{path!r} ' if path else ''}({op.name}) as {dtype}" for path, (op, dtype) in outputs.items()
     )
-    return f"{'Outputs leave' if len(outputs) > 1 else 'The output leaves'} the region quantized: {spelled}"
+    return f"{'Outputs leave' if len(outputs) > 1 else 'The output leaves'} the region quantized: {formatted}"
 
 
 def _rules(checked: CheckedRegion, outputs: dict[str, tuple[Op, str]]) -> str:

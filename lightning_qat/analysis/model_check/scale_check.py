@@ -1,4 +1,4 @@
-"""Scales and ranges that will hurt: degenerate, beyond the type, unevenly used, or not trained."""
+"""Scales and ranges that cost accuracy: degenerate, beyond the type, unevenly used, or not trained."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def _clipping_scales(checked: CheckedRegion) -> Iterable[Finding]:
             names=tuple(shares),
             what=f"The fixed scale of {shortened(tuple(shares))} clips what calibration saw: {shares[worst]:.0%} of "
             f"the values at {worst}.",
-            why="Clipping is for a few outliers; this much of it is what the layers behind get to see.",
+            why="Clipping is meant for a few outliers. Clipping this much changes the input of the layers behind.",
             action="Leave the scale to calibration, or fix one that covers the range.",
             yaml=overrides_yaml(larger),
         )

@@ -1,4 +1,4 @@
-"""What training does that quantization will not forgive: batch statistics of tiny batches, noise in evaluation."""
+"""Training settings that harm a quantized model: batch statistics of tiny batches, dropout in evaluation."""
 
 from __future__ import annotations
 

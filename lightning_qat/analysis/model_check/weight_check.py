@@ -81,13 +81,13 @@ def _dead(dead: dict[str, int]) -> Iterable[Finding]:
 
 def _apart(apart: dict[str, float]) -> Iterable[Finding]:
     if apart:
-        spelled = shortened(f"{name} ({spread:.3g})" for name, spread in apart.items())
+        formatted = shortened(f"{name} ({spread:.3g})" for name, spread in apart.items())
         yield Finding(
             severity="info",
             kind="channel spread",
             names=tuple(apart),
-            what=f"The channels of a weight differ by more than its type has levels (largest / smallest): {spelled}.",
-            why="Each channel has its own scale, but the results share one, whose step the smallest do not reach.",
+            what=f"The channels of a weight differ by more than its type has levels (largest / smallest): {formatted}.",
+            why="Each channel has its own scale, but the results share one, and the smallest lie below its step.",
             action="Look at the op's output with SensitivityAnalysis(); cross-layer equalization (Nagel et al., 2019, "
             "arXiv:1906.04721) evens the channels out.",
         )
@@ -103,7 +103,7 @@ def _lost(lost: dict[str, int], styles: Mapping[str, tuple[str, ...]]) -> Iterab
             names=tuple(lost),
             what="Channels of weights with one scale that lie below its step: "
             f"{shortened(f'{n} ({k})' for n, k in lost.items())}.",
-            why="These channels have no or one code left, so what they compute is lost.",
+            why="These channels have no or one code left, so their results are lost.",
             action="Give each channel its own scale." if able else _ONE_SCALE,
             yaml=overrides_yaml(rules) if able else "",
         )
@@ -132,14 +132,14 @@ def _tied_weights(checked: CheckedRegion) -> Iterable[Finding]:
         names = tuple(p.name for p in points)
         differs = len(dtypes) > 1
         widest = max(dtypes, key=bits)
-        spelled = ", ".join(
+        formatted = ", ".join(
             f"{p.name} ({p.dtype}, {'per tensor' if p.axis is None else 'per channel'})" for p in points
         )
         yield Finding(
             severity="warning" if differs else "info",
             kind="tied weight",
             names=names,
-            what=f"The parameter {parameter} is quantized in {len(styles)} different ways: {spelled}.",
+            what=f"The parameter {parameter} is quantized in {len(styles)} different ways: {formatted}.",
             why="It is one tensor in training and several when deployed, each rounded in its own way.",
             action="Give them one type, such as the widest."
             if differs

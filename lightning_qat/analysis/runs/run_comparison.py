@@ -1,7 +1,7 @@
-"""Two runs side by side: did what was changed become less sensitive, and what became of the accuracy.
+"""Compare two runs: did the changed points become less sensitive, and how did the accuracy change?
 
-A fix often does not move the accuracy yet: something else still breaks it. But the sensitivity of what was changed
-falls, and that is how to see that it was right.
+A fix often does not move the accuracy yet: something else still breaks it. But the sensitivity of the changed points
+    falls, which shows that the fix was right.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightning_qat.quantization.errors import ConfigurationError
 Outcome = Literal["fell", "same", "rose", "new", "gone"]
 
 LEAST_CHANGE = 0.05
-"""Other batches change a score by a few percent: less than this is the same."""
+"""Other batches change a score by a few percent: a smaller change counts as the same."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class RunComparison(Result[RunChange]):
     Args:
         before, after: the runs.
         accuracy: by metric and stage; empty if there is no result table.
-        warnings: why scores cannot be compared without care.
+        warnings: reasons why the scores are only roughly comparable.
     """
 
     title: ClassVar[str] = "Sensitivity of two runs"
@@ -103,7 +103,7 @@ class RunComparison(Result[RunChange]):
 
     @property
     def note(self) -> str:
-        """Say in a sentence whether the changes did what they should."""
+        """Say in a sentence whether the changed points became less sensitive."""
         both = [row for row in self.changed if row.outcome in ("fell", "same", "rose")]
         fell = sum(row.outcome == "fell" for row in both)
         if not self.changed:

@@ -1,4 +1,4 @@
-"""What the files of one run say: its sensitivities, errors, configuration and accuracy.
+"""Read the files of one run: its sensitivities, errors, configuration and accuracy.
 
 Two layouts are read: one csv with an ``epoch`` column, whose last epoch counts; and that of earlier versions, one file
 without this column for the end of training (``sensitivity.csv``), and one per epoch (``sensitivity_epoch3.csv``).
@@ -24,7 +24,7 @@ _DIRECTORY = "lightning_qat"
 
 
 class RunFiles:
-    """What the files of one run say.
+    """The contents of the files of one run.
 
     Args:
         path: directory of the run, or one file of it.

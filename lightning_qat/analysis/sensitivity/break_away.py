@@ -1,4 +1,4 @@
-"""The leaders of a sorted list that have broken away from the rest (D4)."""
+"""The leaders of a sorted list that have broken away from the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done with the points of a watched forward: error times gradient, and where their samples are."""
+"""Watchers of a float forward: they multiply each point's error with its gradient, or find the sample axes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_qat.quantization.modules.tensor_leaves import call_leaves
 from lightning_qat.quantization.region.bound_points import BoundPoint
 
 _KEPT_BYTES = 2**29
-"""So much memory may hold errors from one probe to the next; the others are computed again."""
+"""Bytes of errors that are kept from one probe to the next; the others are computed again."""
 
 
 class ErrorProducts:
-    """Remembers what is needed to compute each point's error, and multiplies it with the gradient when that arrives.
+    """Multiplies each point's error with the gradient of its tensor, when the gradient arrives.
 
     Args:
-        owner: for every point the one that owns its quantizer.
+        owner: maps every point to the point that owns its quantizer.
         names: the points to watch.
         probes: how many backward passes there will be.
         overwritten: points whose tensor is written later in the forward: their values are copied.
@@ -31,7 +31,7 @@ class ErrorProducts:
     Attributes:
         leaves: the tensors at which gradients start.
         values: the watched tensors.
-        axes: where their samples are; elsewhere a product is summed over the batch.
+        axes: the sample axis of a tensor; without one, a product is summed over the batch.
         seen: points that were run.
         arrived: points that a gradient reached.
         failed: points whose error could not be computed any more.
@@ -91,7 +91,7 @@ class ErrorProducts:
         return tensor
 
     def differentiable(self, tensor: Tensor) -> Tensor:
-        """Return a tensor with a gradient."""
+        """Return a tensor that takes part in the autograd graph."""
         if tensor.requires_grad:
             return tensor
         leaf = tensor.detach().requires_grad_()
@@ -118,7 +118,7 @@ class ErrorProducts:
             self._watch((op.point.name, use, index), name, result, value, error, needs_value=False)
 
     def close(self) -> None:
-        """Let go of everything: a hook that knows its own tensor is a cycle that the garbage collector cannot see."""
+        """Drop all references: a hook that holds its own tensor is a cycle that the garbage collector cannot see."""
         for hook in self._hooks:
             hook.remove()
         for held in (self._hooks, self.leaves, self.values, self._kept, self._errors, self._products):
@@ -177,11 +177,11 @@ class SampleComparison:
 
     Args:
         whole: the run with all samples.
-        samples: how many.
-        fewer: how many this run has.
+        samples: number of samples of that run.
+        fewer: number of samples of this run.
 
     Attributes:
-        axes: where the samples are.
+        axes: the sample axis of each tensor.
     """
 
     transparent = False
@@ -217,7 +217,7 @@ class SampleComparison:
 
 
 class WatchedTensor:
-    """A tensor as it was when it was met."""
+    """A tensor, and its version when the forward reached it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -225,7 +225,7 @@ class WatchedTensor:
 
     @property
     def written(self) -> bool:
-        """Whether somebody wrote into it since."""
+        """Whether it was written since."""
         return self.tensor._version != self._version
 
 

@@ -1,4 +1,4 @@
-"""Sensitivity by isolation: quantize one point in the float model, run it, compare (B2)."""
+"""Sensitivity by isolation: quantize one point in the float model, run it, compare."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from lightning_qat.quantization.region.region import Region
 class Isolation:
     """Measures what each chosen point does to the output, batch by batch.
 
-    Use it inside :func:`~lightning_qat.analysis.captured_calls.analysis_mode`. What happens is what a deployed model
-    with this one quantized tensor would do: indices that change (``topk``, ``argmax``) change the output. Where they
+    Use it inside :func:`~lightning_qat.analysis.captured_calls.analysis_mode`. The result is that of a deployed model
+    with this one quantized tensor: indices that change (``topk``, ``argmax``) change the output. Where they
     change its shape (boxes that a score selects), elements that only one of the two outputs has count as zero in the
     other.
 
     Args:
         region: a calibrated region.
-        names: the points to measure; of those that share a quantizer the one that owns it.
+        names: the points to measure; of points that share a quantizer, only the owner.
         select: the chosen output.
-        metric: what to measure, beside the sums behind the mean squared change.
-        seed: of the random numbers that the forward draws.
+        metric: the metric to measure, in addition to the mean squared change.
+        seed: seed of the random numbers that the forward draws.
 
     Attributes:
-        sums: per point, see :func:`~lightning_qat.analysis.metrics.error_sums`.
+        sums: the sums per point, see :func:`~lightning_qat.analysis.metrics.error_sums`.
         reached: points that a batch ran.
         reshaped: points that change the shape of the output in some batch.
         batches: number of batches.
@@ -110,10 +110,10 @@ class Isolation:
     def _update_reshaped(self, name: str, reference: list[Tensor], analysed: list[Tensor]) -> None:
         try:
             self.custom[name].update(reference, analysed)
-        except Exception as error:  # whatever somebody else's metric raises
+        except Exception as error:  # a user's metric may raise anything
             raise ConfigurationError(
                 f"quantizing {name} changes the shape of {self.select.description}, and the metric {self.metric.name} "
-                f"does not take that ({type(error).__name__}: {error}). Choose an output before the selection, or a "
+                f"does not accept this ({type(error).__name__}: {error}). Choose an output before the selection, or a "
                 "metric that compares outputs of different shapes."
             ) from error
 
@@ -137,13 +137,13 @@ def choose_points(names: list[str], max_points: int | None, seed: int = 0, turn:
     """Choose which points are measured: all, or the next ``max_points`` of a fixed random order.
 
     The order depends on the seed only, and a turn continues where the one before ended, from the end on at the start.
-    So every point is measured equally often, and no part of the model (and no order in it) is preferred.
+    So every point is measured equally often, and no part of the model is preferred.
 
     Args:
         names: all points.
         max_points: how many to choose; None for all.
-        seed: of the order.
-        turn: counts the choices.
+        seed: seed of the order.
+        turn: number of this choice, from 0.
 
     Returns:
         The chosen names, in the order of ``names``.
@@ -164,7 +164,7 @@ def _shapes(tensors: list[Tensor]) -> list[torch.Size]:
 
 
 def _padded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Fill up two tensors of as many dimensions with zeros, at the end of each axis, to one shape."""
+    """Pad two tensors with as many dimensions to one shape, with zeros at the end of each axis."""
     if a.shape == b.shape:
         return a, b
     lengths = [max(pair) for pair in zip(a.shape, b.shape, strict=True)]

@@ -23,17 +23,17 @@ Key = tuple[str, int, int]
 _TOLERANCE = 1e-3
 """Other batch sizes take other kernels: results differ in the last digits."""
 _COMPARED = 1024
-"""So many values of each entry are compared."""
+"""Number of values of each entry that are compared."""
 
 
 @dataclass(frozen=True)
 class SampleAxis:
-    """Where the samples are in a tensor.
+    """The place of the samples in a tensor.
 
     Args:
         axis: the axis.
         samples: how many there are; a divisor of the axis' length.
-        inner: of a folded axis: the samples are its fast index (``cameras * batch``).
+        inner: only for a folded axis: the samples are its fast index (``cameras * batch``).
 
     Example:
         >>> SampleAxis(axis=0, samples=2).sums(torch.tensor([[1.0], [2.0], [30.0], [40.0]]))
@@ -75,7 +75,7 @@ def number_of_samples(call: Call) -> int | None:
 def fewer_samples(call: Call, at_most: int = 2) -> tuple[Call, int, int] | None:
     """Return a call with the first samples only, the number of samples of ``call``, and that of the new one.
 
-    None if there are none to leave out. Of as many as ``at_most`` one is left out.
+    None if no sample can be left out. If the call has ``at_most`` samples or fewer, one of them is left out.
 
     Example:
         >>> part, samples, fewer = fewer_samples(Call.of(torch.zeros(8, 3)))

@@ -1,4 +1,4 @@
-"""Which point, quantized alone, changes the chosen output most (B1, B2): ``sensitivity(region, batches)``."""
+"""Which point, quantized alone, changes the chosen output most: ``sensitivity(region, batches)``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOP_SHARE = 0.1
 """Share of the points that are reported as the most sensitive, if ``top_k`` does not say how many."""
 
 CANDIDATES = 3
-"""So many times the points that matter are confirmed. Twice as many were enough for convolutional networks; int4
+"""A sketch confirms this many times ``top_k`` points. Twice as many were enough for convolutional networks; int4
 estimates of attention logits are a third too low (the exponential is not linear there) and need more room."""
 
 
@@ -58,10 +58,10 @@ def sensitivity(
 
     ``sketch``: all points are estimated from one float forward and ``probes`` backward passes per batch (see
     :mod:`~lightning_qat.analysis.sensitivity.sensitivity_sketch`), whatever their number; then the most sensitive are
-    measured. ``isolation``: every point is measured, one forward per point and batch. In evaluation mode, with the same
-    inputs, buffers and random numbers each time. Several batches, and several tensors of the output, are one long
-    vector to the metric. Elements that are infinite in the float output are left out. Nothing of the region or its
-    target is changed.
+    measured. ``isolation``: every point is measured, one forward per point and batch. All forwards run in evaluation
+    mode with the same inputs, buffers and random numbers. The metric sees several batches, and several tensors of the
+    output, as one long vector. Elements that are infinite in the float output are left out. Nothing of the region or
+    its target is changed.
 
     The estimate is the first-order change. ``detach``, ``.data`` and ``no_grad`` inside the model do not stop it.
     Points that act on the output without a gradient (only through indices, rounding, opaque code) are measured by
@@ -88,15 +88,15 @@ def sensitivity(
             three times ``top_k`` if not given, but at most ``max_points``; 0 for none.
         max_points: by isolation, measure at most this many points, after a sketch of those without an estimate; see
             :func:`~lightning_qat.analysis.sensitivity.isolation.choose_points`.
-        turn: which points, if not all can be measured: after ``ceil(points / max_points)`` turns in a row all were.
+        turn: number of this turn; ``ceil(points / max_points)`` turns in a row measure all points.
         seed: of the probes, of the order in which points take turns, and of the random numbers that the forward draws.
         previous: an earlier table to compare the ranks with.
         across_ranks: every rank calls this with its own batches; the result is that of all batches, on all ranks.
-        max_samples: estimate on the first so many samples of each batch, where they are independent of each other;
-            None for all. The standard error of an estimate grows with the root of what is left out. What is measured is
-            measured on all.
-        memory: keep one object for several analyses of the same region and output: what follows from the code is found
-            out only once.
+        max_samples: make the estimates from this many samples of each batch (the first ones), if samples are
+            independent of each other; None for all. Fewer samples give a larger standard error. Measurements always use
+            all samples.
+        memory: give the same object to several analyses of the same region and output: facts that follow from the code
+            are then searched only once.
 
     Raises:
         ConfigurationError: nothing is calibrated, there is no batch or it is empty, the output does not exist, it holds
@@ -148,7 +148,7 @@ def sensitivity(
 
 
 class _Analysis:
-    """One call of :func:`sensitivity`: what both methods need, and how they make a table."""
+    """One call of :func:`sensitivity`: the settings that both methods share, and the two methods."""
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class _Analysis:
     def isolation(
         self, batches: Iterable[object], max_points: int | None, turn: int, reason: str = ""
     ) -> SensitivityResult:
-        """Measure the points whose turn it is."""
+        """Measure the points of this turn."""
         chosen = choose_points(self.calibrated, max_points, self.seed, turn)
         measured = self._measure(batches, chosen)
         rows = [self._exact(name, measured) for name in chosen if name in measured.reached]
@@ -189,7 +189,7 @@ class _Analysis:
         )
 
     def sketch(self, calls: list[Call], probes: int, max_samples: int | None) -> tuple[Sketch | None, str]:
-        """Estimate all points; None, and why, if that is impossible."""
+        """Estimate all points; return None and the reason if that is impossible."""
         sketch = Sketch(self.region, self.calibrated, self.select, probes, self.seed, max_samples, self.memory)
         problem = "a rank could not compute gradients"
         with ranks.failing_together(self.across_ranks), analysis_mode(self.region, buffers=False):
@@ -216,7 +216,7 @@ class _Analysis:
     def confirmed(
         self, sketch: Sketch, influence: Influence, calls: list[Call], confirm: int, max_points: int | None, turn: int
     ) -> SensitivityResult:
-        """Make the table of a sketch: measure what has no estimate, and the candidates."""
+        """Make the table of a sketch: measure the candidates and the points without an estimate."""
         scores = {name: math.sqrt(sketch.mse(name)[0]) for name in self.calibrated if sketch.estimates[name].reached}
         op_of = {point.name: point.op for point in self.region.plan.points}
         without = [

@@ -48,7 +48,7 @@ class SensitivityMetric:
         self._metric = metric
 
     def accumulator(self) -> MetricAccumulator:
-        """Return what collects the metric of one point."""
+        """Return an accumulator for the metric of one point."""
         if isinstance(self._metric, str):
             return MetricAccumulator(name=self._metric)
         if isinstance(self._metric, Metric):
@@ -62,7 +62,7 @@ class MetricAccumulator:
     """Collects the metric of one point over batches.
 
     Attributes:
-        sums: of a function: sum of its values, and how many.
+        sums: for a function: the sum of its values, and their number.
     """
 
     def __init__(

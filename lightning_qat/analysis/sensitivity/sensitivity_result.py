@@ -1,4 +1,4 @@
-"""The sensitivity table: its rows, their order, and what is said about it."""
+"""The sensitivity table: its rows, their order, and its note."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class SensitivityResult(Result[SensitivityRow]):
     Args:
         metric: what the measured rows are sorted by; the estimated ones are sorted by their score.
         ascending: a small value of the metric means a sensitive point (Cosine, SQNR).
-        output: what was looked at, in words.
+        output: description of the chosen output.
         method: ``isolation``: each point quantized alone in the float model. ``sketch``: estimated from gradients, the
             exact rows by isolation.
-        reason: why this method, where it was not asked for.
+        reason: why this method was used, if the user did not choose it.
         probes: backward passes per batch of the sketch.
         batches: number of batches, on all ranks that took part.
         points: number of calibrated points there are; a weight that several ops share counts once.
@@ -65,9 +65,9 @@ class SensitivityResult(Result[SensitivityRow]):
         uncalibrated: points without a scale.
         without_gradient: points that act on the output without a gradient (through indices, rounding, opaque code):
             they were measured by isolation.
-        task: the metric is one that the validation step logs; only the score is about the output.
-        float_value: such a metric of the float model.
-        evaluated_batches: on how many batches per rank it was measured.
+        task: True if the metric is one that the validation step logs; then only the score is about the output.
+        float_value: value of such a metric for the float model.
+        evaluated_batches: number of batches per rank on which such a metric was measured.
         held: ops whose result jumps (indices, comparisons, rounding): an estimate holds it at its float value.
         custom_backward: custom ``autograd.Function`` classes on the way to the output: an estimate takes their backward
             for the derivative, which that of a straight-through estimator or a gradient reversal is not.
@@ -117,7 +117,7 @@ class SensitivityResult(Result[SensitivityRow]):
 
     @property
     def note(self) -> str:
-        """Say what was looked at, and what was not."""
+        """Say what was measured, how, and what was left out."""
         text = f"{self.metric} of {self.output}"
         if self.task and self.float_value is None:
             text = f"score of {self.output} ({self.metric} at the end of training)"
@@ -145,7 +145,7 @@ class SensitivityResult(Result[SensitivityRow]):
         return f"{text}; {self.reason}" if self.reason else text
 
     def blocks(self) -> tuple[Block, ...]:
-        """The columns that there is room for."""
+        """Return the columns that fit on a terminal."""
         return (Block.of(self.title, self.short_columns, self.to_dicts(), self.note),)
 
     def compared_with(self, previous: SensitivityResult | None) -> SensitivityResult:
@@ -198,7 +198,7 @@ def most_sensitive_first(
     Args:
         rows: in execution order, which decides about ties.
         metric: name of the metric.
-        ascending: small values are sensitive; by default those of a metric of which a larger value is better.
+        ascending: whether a small value means a sensitive point; by default, if a larger value of the metric is better.
     """
     sign = 1.0 if (higher_is_better(metric) if ascending is None else ascending) else -1.0
 

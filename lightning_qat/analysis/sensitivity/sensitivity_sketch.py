@@ -38,13 +38,13 @@ from lightning_qat.quantization.region.region import Region
 
 @dataclass
 class Estimate:
-    """What is known of one point.
+    """The sums from which the score of one point is estimated.
 
     Args:
         squared: sum over batches, samples and probes of the squared products.
-        fourth: sum of their squares.
-        products: how many there were.
-        reached: a batch ran the point.
+        fourth: sum of the squares of these squared products.
+        products: number of products.
+        reached: whether a batch ran the point.
         failed: how often no gradient arrived, or one that is not finite, or zero in spite of an error (rounding), or
             the tensor was written meanwhile.
     """
@@ -61,12 +61,12 @@ class Sketch:
 
     Args:
         region: a calibrated region; use it inside :func:`~lightning_qat.analysis.captured_calls.analysis_mode`.
-        names: the points; of those that share a quantizer the one that owns it.
+        names: the points; of points that share a quantizer, only the owner.
         select: the chosen output.
         probes: backward passes per batch.
-        seed: of the probes, and of the random numbers that the forward draws.
-        max_samples: look at so many samples of each batch, where they are independent of each other; None for all.
-        memory: what earlier analyses of this region and output found out.
+        seed: seed of the probes, and of the random numbers that the forward draws.
+        max_samples: use this many samples of each batch, if they are independent of each other; None for all.
+        memory: results of earlier analyses of this region and output.
 
     Attributes:
         estimates: by name of the point.
@@ -267,7 +267,7 @@ def _shapes(call: Call) -> tuple[tuple[int, ...], ...]:
 
 @contextmanager
 def _no_parameter_gradients(module: nn.Module) -> Iterator[None]:
-    """Gradients of parameters are not needed, and cost as much as everything else."""
+    """Switch off the gradients of parameters: they are not needed, and double the cost."""
     parameters = (p for m in modules_outside_regions(module) for p in m._parameters.values() if p is not None)
     tracked = [p for p in parameters if p.requires_grad]
     try:
@@ -286,5 +286,5 @@ def _signs(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def forwards_of_sketch(probes: int) -> int:
-    """About how many forwards a sketch takes: with so few points, measuring them is as quick, and exact."""
+    """Return about how many forwards a sketch costs. With fewer points than that, isolation is as quick, and exact."""
     return 3 + 3 * probes

@@ -1,4 +1,4 @@
-"""A float forward in which something looks at every quantization point: at its tensor, not through its fake-quant."""
+"""A float forward that shows a watcher the tensor at every quantization point, without fake-quantization."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from lightning_qat.quantization.region.replaced_forward import InspectingMode, R
 
 
 class Watcher(Protocol):
-    """Who looks at the points. A point is met again under the next ``use`` if its op runs more than once."""
+    """Interface of an object that is shown every point. A point is met again under the next ``use`` if its op runs more
+    than once."""
 
     transparent: bool
     """Whether gradients go through ``detach`` and ``no_grad``."""
@@ -28,7 +29,7 @@ class Watcher(Protocol):
     """Whether a tensor became Python numbers."""
 
     def on_tensor(self, point: BoundPoint, use: int, tensor: Tensor) -> Tensor:
-        """Look at an activation, and return what the forward goes on with."""
+        """Look at an activation, and return the tensor with which the forward continues."""
 
     def differentiable(self, tensor: Tensor) -> Tensor:
         """Return a tensor, from which a gradient starts if it has none."""
@@ -89,7 +90,7 @@ class WeightUse:
             self.kwargs.pop("bias", None)
 
     def errors(self) -> list[Tensor]:
-        """What quantizing the weight adds to each result: one more product, with ``fq(W) - W`` in place of ``W``.
+        """Return the error that quantizing the weight adds to each result: the op with ``fq(W) - W`` in place of ``W``.
 
         No operand has a gradient.
         """
@@ -187,7 +188,7 @@ class WatchedForward(ReplacedForward):
 
     Args:
         region: a calibrated region, in the state that quantizes.
-        watcher: who looks.
+        watcher: the object that is shown the points.
     """
 
     def __init__(self, region: Region, watcher: Watcher) -> None:

@@ -1,4 +1,4 @@
-"""What is kept about one point while batches stream through: a few numbers and one bit per code, never the values."""
+"""Streaming statistics of one point: a few numbers and one bit per code are kept, never the values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.fake_quant.primitives import codes_before_clipping
 
 CHUNK = 1 << 20
-"""Values that are looked at in one go: temporary memory is a few dozen MB, whatever the size of the tensor."""
+"""Values processed at a time: temporary memory is a few dozen MB, whatever the size of the tensor."""
 
 
 @dataclass
@@ -106,7 +106,7 @@ class PointStatistics:
                 self._add(x, q, fake_quant if active else None)
 
     def merge(self, other: PointStatistics) -> None:
-        """Add what another one has seen at the same point."""
+        """Add the statistics of another object for the same point."""
         self._merge_moments(other.count, other.mean, other.m2)
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         for name in ("non_finite", "quantized", "clipped", "rounding", "clipping", "flipped", "compared"):

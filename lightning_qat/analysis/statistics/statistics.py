@@ -1,6 +1,7 @@
 """Per-point statistics of what flows through a region, over sampled batches.
 
-The values are those of the quantized model: what a point received and what it made of it. Nothing is kept but what
+The values are those of the quantized model: the input of a point and its fake-quantized output. Nothing is kept but
+    what
 :class:`~lightning_qat.analysis.statistics.point_statistics.PointStatistics` keeps.
 """
 
@@ -89,7 +90,7 @@ class LayerStatisticsResult(Result[LayerStatisticsRow]):
         return tuple(LayerStatisticsRow.__dataclass_fields__)
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Return the rows as dictionaries: there is nothing inside a row that would have to be copied."""
+        """Return the rows as dictionaries; a row holds only primitives, so no deep copy is needed."""
         return [dict(vars(row)) for row in self.rows]
 
     @classmethod
@@ -149,12 +150,12 @@ def scale_snapshot(region: Region) -> ScaleSnapshot:
 class StatisticsCollector:
     """Context manager that gathers statistics of every quantization that happens inside it.
 
-    The region has to be in state ``quantize``; who runs the forwards, and in which mode, is up to the user of the
-    collector. A weight is measured once, when it is first met: it does not change between the batches of one pass.
+    The region has to be in state ``quantize``. The user of the collector runs the forwards, in train or eval mode. A
+    weight is measured once, when it is first met: it does not change between the batches of one pass.
 
     Args:
         region: the region to watch.
-        calibrated: scales to measure the drift from.
+        calibrated: the scales from which the drift is measured.
         previous: codes of the weights at the last snapshot (``codes`` of an earlier collector).
 
     Attributes:

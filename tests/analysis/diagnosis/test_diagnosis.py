@@ -284,7 +284,7 @@ def test_healthy_model_has_nothing_to_do() -> None:
     assert result.culprits == ()
     head, advice = result.lines()
     assert head == f"What to do: 0 points to look at, {result.note.split(', ', 1)[1]}."
-    assert advice.startswith("No point stands out. Where the target is missed all the same")
+    assert advice.startswith("No point stands out. If the target is missed nevertheless")
 
 
 @pytest.mark.parametrize(("clipped", "is_said"), [(1, False), (2, True), (3, True)])

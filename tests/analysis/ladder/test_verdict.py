@@ -63,7 +63,7 @@ def test_cost_that_breaks_while_the_scores_hold_is_said_in_the_healthy_verdict()
     result = judged(qat=overconfident)
     assert [(row.rung, row.metric) for row in result.rows if row.status == "breaks"] == [(6, "val_loss")]
     assert result.verdict == "healthy"
-    assert "A cost rises on rung 6 (val_loss 0.06 -> 0.6), and the scores hold" in result.note
+    assert "A cost rises on rung 6 (val_loss 0.06 -> 0.6), but the scores hold" in result.note
     assert "A cost rises" not in judged().note
 
 
@@ -196,7 +196,7 @@ def test_same_samples_must_give_the_same_metric() -> None:
     [
         ({"agreement": {"train": {"model=1": 0.1}}}, "labels (train, 1): 10% are what the model answers (model)"),
         ({"random_evaluation": True}, "another random layer, active in evaluation?"),
-        ({"swapped": ["conv"]}, "the weights of conv are others while validation runs"),
+        ({"swapped": ["conv"]}, "the weights of conv are replaced while validation runs"),
         ({"modes": {"train in evaluation": ["drop"]}}, "in train mode while evaluating, only here: drop"),
         ({"settings": {"gradient_clip_val": 1e-6}}, "gradients are clipped to less than a tenth"),
         ({"modes": {"eval": ["bn"]}}, "in eval mode while training, only here: bn"),
