@@ -181,7 +181,7 @@ def test_test_that_logs_other_metrics_than_validation_is_not_an_error(tmp_path: 
     """One YAML file serves fit and test."""
     table = AccuracyTable(name="a", metrics=["val_acc"])
     trainer = fit(tmp_path, table)
-    with pytest.warns(UserWarning, match=r"test step logs none of the metrics asked for .val_acc.; it logs: test_acc"):
+    with pytest.warns(UserWarning, match=r"test step logs none of the metrics asked for .val_acc.. It logs: test_acc"):
         trainer.test(trainer.lightning_module, verbose=False)
     assert list(runs(tmp_path)["a"]["QAT"]) == ["val_acc"]
 
