@@ -29,7 +29,7 @@ LEAST_RATIO = 2.0**-20
 """What is a millionth of the others is taken for zero."""
 _FEW_CODES = 8
 """Values with a range of their own, such as probabilities, may vanish below one part in eight of that range."""
-_KEPT = 4.0
+KEPT = 4.0
 """A scale of its own has to bring the error of a part to a quarter of its variation, else the step is not to blame."""
 
 
@@ -142,12 +142,12 @@ class _Indices:
         self.count, self.largest, self.left, signal, variation = numpy
         self.quant_max = quant_max
         own = self.count * (self.largest / quant_max) ** 2 / 12  # error with a scale of its own
-        constant = variation <= _KEPT * own  # as far as such a scale can tell: then the value itself counts
+        constant = variation <= KEPT * own  # as far as such a scale can tell: then the value itself counts
         self.variation = np.where(constant, signal, variation)
         self.error = np.where(constant, sums.error.numpy(), sums.error_variation.numpy())
         self.own = own
         something = self.largest > LEAST_RATIO * self.largest.max(initial=0.0)
-        self.used = something & (self.largest <= highest) & (_KEPT * own <= self.variation)
+        self.used = something & (self.largest <= highest) & (KEPT * own <= self.variation)
 
     def is_lost(self, chosen: _Chosen) -> bool:
         """Whether the chosen indices together are lost, and a scale of their own would have kept them."""

@@ -17,7 +17,8 @@ from lightning_qat.callbacks.pipeline_check import PipelineCheck
 from lightning_qat.callbacks.preservation.module_copy import copied_module
 from lightning_qat.callbacks.preservation.rebinding import references_to
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
-from tests.harness.small_digits import Digits, pretrained, qat_trainer
+from tests.harness.small_digits import Digits, pretrained
+from tests.harness.trainers import qat_trainer
 
 Net = Any
 
