@@ -322,7 +322,7 @@ def test_resumed_run_is_not_compared_with_the_reference(tmp_path: Path) -> None:
     _, trainer = run(tmp_path, max_epochs=1)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     check = PipelineCheck(batches=2, at_epoch=1, reference={"val_accuracy": 1.0}, rungs=[2])
-    with pytest.warns(UserWarning, match="not compared with the reference"):
+    with pytest.warns(UserWarning, match="does not compare this run with the reference"):
         trainer_of(tmp_path, check, max_epochs=2).fit(Classifier(), ckpt_path=tmp_path / "one.ckpt")
     assert check.result is not None
     assert all(row.status in ("holds", "noted") for row in check.result.rows)

@@ -19,4 +19,4 @@ def test_readme_names_the_rungs_as_the_results_do() -> None:
 
 def test_docstring_of_the_callback_lists_every_rung() -> None:
     text = " ".join((PipelineCheck.__doc__ or "").split())
-    assert re.findall(r"[:;] (\d) [a-zA-Z]", text) == [str(number) for number in RUNG_NAMES]
+    assert re.findall(r"- (\d): [a-zA-Z]", text) == [str(number) for number in RUNG_NAMES]
