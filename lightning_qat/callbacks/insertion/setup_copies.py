@@ -50,7 +50,7 @@ def load_weights_for_copies(
 
 def renew_model_copies(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Let callbacks that average weights copy the module again, if they did so before fake-quant was inserted."""
-    if not find_regions(pl_module):
+    if trainer.state.fn != "fit" or not find_regions(pl_module):
         return
     for callback in _compat.callbacks_with_model_copies(trainer):
         copy = _compat.model_copy(callback)

@@ -45,10 +45,8 @@ def parts_of_the_model(
     taken = {path for path in candidates if path not in idle}
     trained = set(taken)
     while True:
-        found = {
-            p for p in idle if flow.reaches(p, {*taken, WEIGHTS}) or flow.continues(p, taken) or not flow.inputs.get(p)
-        }
-        if found <= taken:
+        found = {path for path in idle if path not in taken and _belongs(flow, path, taken)}
+        if not found:
             break
         taken |= found
     _tell(candidates, taken, trained, idle)
