@@ -12,9 +12,6 @@ from lightning_qat.analysis.statistics.point_statistics import CHUNK
 LONGEST_AXIS = 4096
 """Nothing is kept of a longer axis: nobody treats its indices apart by hand."""
 
-_SUMS = ("count", "x", "xx", "e", "ee", "inverse")
-_MAXIMA = ("largest", "left")
-
 
 class AxisSums:
     """Sums over the values at every index of one axis; mergeable, in float64.
@@ -134,22 +131,25 @@ def sums_along(value: Tensor, quantized: Tensor, axes: Sequence[int]) -> dict[in
     chosen = [axis for axis in axes if value.shape[axis] <= LONGEST_AXIS]
     if not chosen or not value.numel():
         return {}
-    value, quantized = value.detach(), quantized.detach()
-    if 0 in chosen or value.dim() == 1:
-        return _along(value[None], quantized[None], chosen)
-    found: dict[int, AxisSums] = {}
-    step = max(1, CHUNK // max(1, value[0].numel()))
-    for x, q in zip(value.split(step), quantized.split(step), strict=True):
-        for axis, sums in _along(x, q, [axis - 1 for axis in chosen]).items():
-            if axis + 1 in found:
-                found[axis + 1].merge(sums)
-            else:
-                found[axis + 1] = sums
-    return found
+    if len(chosen) == value.dim() > 1:  # no axis is left to sum over first: one at a time
+        return {axis: sums_along(value, quantized, [axis])[axis] for axis in chosen}
+    values, codes = _rows(value, chosen), _rows(quantized, chosen)
+    step = max(1, CHUNK // values[0].numel())
+    first, *others = (_along(x, q) for x, q in zip(values.split(step), codes.split(step), strict=True))
+    for other in others:
+        for sums, more in zip(first, other, strict=True):
+            sums.merge(more)
+    return dict(zip(chosen, first, strict=True))
 
 
-def _along(value: Tensor, quantized: Tensor, axes: Sequence[int]) -> dict[int, AxisSums]:
-    """Reduce ``(samples, ...)`` over the samples first, then what is left over all axes but one of the rest."""
+def _rows(tensor: Tensor, axes: Sequence[int]) -> Tensor:
+    """The chosen axes behind one that holds all others."""
+    moved = tensor.detach().movedim(tuple(axes), tuple(range(-len(axes), 0)))
+    return moved.flatten(0, -len(axes) - 1) if moved.dim() > len(axes) else moved[None]
+
+
+def _along(value: Tensor, quantized: Tensor) -> list[AxisSums]:
+    """Reduce ``(rows, ...)`` over the rows first, then what is left over all axes but one; for each of them."""
     x, q = value.double(), quantized.double()
     finite = x.isfinite() & q.isfinite()
     if not bool(finite.all()):
@@ -160,10 +160,10 @@ def _along(value: Tensor, quantized: Tensor, axes: Sequence[int]) -> dict[int, A
     sums = [finite.sum(0).double(), x.sum(0), squares.sum(0), error.sum(0), error.square_().sum(0)]
     sums.append(squares.reciprocal_().masked_fill_(x == 0, 0.0).sum(0))
     every = torch.stack(sums)
-    found = {}
-    for axis in axes:
-        others = [d for d in range(1, every.dim()) if d != axis + 1]
+    found = []
+    for axis in range(1, every.dim()):
+        others = [d for d in range(1, every.dim()) if d != axis]
         summed = every.sum(others) if others else every
         largest = maxima.amax(others) if others else maxima
-        found[axis] = AxisSums(summed.cpu(), largest.cpu())
+        found.append(AxisSums(summed.cpu(), largest.cpu()))
     return found

@@ -119,7 +119,7 @@ class _Comparison:
         self.accumulated = LayerErrors(rows, sync_on_compute=across_ranks)
         self.own = LayerErrors(rows, sync_on_compute=across_ranks)
         self.evidence = EvidenceCollector(region)
-        self.output_parts = OutputParts(region)
+        self.output_parts = OutputParts()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.diverged: dict[str, None] = {}
         self.batches = 0
@@ -220,7 +220,7 @@ class _Comparison:
             evidence=with_configuration(
                 self.evidence.evidence(), _unmet(checked), hardware_types(checked), hardware_styles(checked)
             ),
-            lost_output=self.output_parts.are_lost,
+            lost_output=self.output_parts.are_lost(self.evidence.makers.output_bound),
         )
 
     def _all_reduce(self) -> None:

@@ -38,6 +38,9 @@ class EvidenceCollector:
 
     Args:
         region: a calibrated region.
+
+    Attributes:
+        makers: which op made the values of a tensor.
     """
 
     def __init__(self, region: Region) -> None:
@@ -47,7 +50,7 @@ class EvidenceCollector:
         self._divides = divisors(region)
         self._constants = constant_inputs(region)
         self._loops = loops_by_op(region)
-        self._makers = TensorMakers(region)
+        self.makers = TensorMakers(region)
         self._gathered = {
             name: _Gathered(PointStatistics.of(point))
             for name, point in self._points.items()
@@ -81,9 +84,9 @@ class EvidenceCollector:
             every = tuple(range(plan.name not in self._constants, dims))
             return list(every), every
         if dims < 2:
-            return [part.axis for part in self._makers.parts(plan)[:1] if part.axis < dims], ()
+            return [part.axis for part in self.makers.parts(plan)[:1] if part.axis < dims], ()
         channels = 1 if dims > 3 else dims - 1
-        joined = [part.axis for part in self._makers.parts(plan)[:1] if part.axis < dims]
+        joined = [part.axis for part in self.makers.parts(plan)[:1] if part.axis < dims]
         return sorted({1, channels, dims - 1, *joined}), (channels,)
 
     def _add_weight(self, gathered: _Gathered, value: Tensor, quantized: Tensor, plan: PointPlan) -> None:
@@ -168,8 +171,8 @@ class EvidenceCollector:
             divides=self._divides.get(plan.name, ()),
             profiles=gathered.profiles(),
             populations=self._populations(plan, point, gathered),
-            leaves=plan.role == "output" and plan.op in self._makers.leaving,
-            given=self._makers.given(plan),
+            leaves=plan.role == "output" and plan.op in self.makers.leaving,
+            given=self.makers.given(plan),
             channel_axis=self.region.graph.by_name[plan.op].weight_axis if plan.is_weight else None,
             affine_gain=affine_gain(point) if not plan.is_weight else None,
             per_channel=gathered.along.per_channel,
@@ -184,8 +187,8 @@ class EvidenceCollector:
             return ()
         scale = float(point.scale.detach().max())
         highest = max(map(abs, representable_range(point))) + scale / 2
-        parts = () if plan.is_weight else self._makers.parts(plan)
-        bound = None if plan.is_weight else self._makers.bound(plan)
+        parts = () if plan.is_weight else self.makers.parts(plan)
+        bound = None if plan.is_weight else self.makers.bound(plan)
         return lost_populations(sums, point.quant_max, scale, highest, parts, bound)
 
     def _channels(self, plan: PointPlan) -> int:

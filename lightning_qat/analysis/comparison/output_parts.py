@@ -9,23 +9,16 @@ from torch import Tensor
 
 from lightning_qat.analysis.comparison.axis_sums import AxisSums, SumsByAxis
 from lightning_qat.analysis.comparison.populations import lost_populations
-from lightning_qat.analysis.comparison.tensor_makers import TensorMakers
 from lightning_qat.quantization import ranks
-from lightning_qat.quantization.region.region import Region
 
 _QUANT_MAX = 127
 """A part counts if eight bits of its own would keep it."""
 
 
 class OutputParts:
-    """Sums along the axes of every tensor of the chosen output.
+    """Sums along the axes of every tensor of the chosen output."""
 
-    Args:
-        region: whose output it is.
-    """
-
-    def __init__(self, region: Region) -> None:
-        self._region = region
+    def __init__(self) -> None:
         self._sums: dict[int, SumsByAxis] = {}
 
     def add(self, base: Sequence[Tensor], analysed: Sequence[Tensor]) -> None:
@@ -45,10 +38,12 @@ class OutputParts:
             else:
                 self._sums[number] = sums
 
-    @property
-    def are_lost(self) -> bool:
-        """Whether a part of one of the tensors is lost."""
-        bound = TensorMakers(self._region).output_bound
+    def are_lost(self, bound: float | None) -> bool:
+        """Whether a part of one of the tensors is lost.
+
+        Args:
+            bound: the largest magnitude that the values can have by what made them; None without a limit.
+        """
         return any(_are_lost(sums.known, bound) for sums in self._sums.values())
 
 

@@ -22,8 +22,11 @@ class TensorMakers:
         self._graph = region.graph
         joins = [op.name for op in region.graph.ops if op.role == "join"]
         self._origins = TensorOrigins(region.graph, frozenset())
-        self._bounds: dict[str, float | None] = {}
         self._behind_joins = TensorOrigins(region.graph, frozenset(joins))
+        self._bounds: dict[str, float] = {}
+        for op in region.graph.ops:  # in execution order: a value that comes back in a loop has no limit yet
+            if (limit := self._bound(op)) is not None:
+                self._bounds[op.name] = limit
 
     @cached_property
     def leaving(self) -> frozenset[str]:
@@ -47,10 +50,9 @@ class TensorMakers:
 
     def bound(self, plan: PointPlan) -> float | None:
         """Return the largest magnitude that the values of a point can have by what made them; None without a limit."""
-        op = self._graph.by_name[plan.op]
         if plan.role == "output":
-            return self._bound(op)
-        return self._bound_of(next(o for o in op.operands if o.index == plan.operand).sources)
+            return self._bounds.get(plan.op)
+        return self._bound_of(self._graph.by_name[plan.op].operand(plan.operand).sources)
 
     def _maker(self, operand: Operand) -> tuple[str, float | None]:
         origins = self._origins.of(operand.sources)
@@ -58,9 +60,10 @@ class TensorMakers:
 
     def given(self, plan: PointPlan) -> bool:
         """Whether a point quantizes an input of the region."""
-        op = self._graph.by_name[plan.op]
-        sources = next((o.sources for o in op.operands if o.index == plan.operand), ())
-        return plan.role == "input" and any(s.kind == "input" for s in self._origins.of(sources))
+        if plan.role != "input":
+            return False
+        sources = self._graph.by_name[plan.op].operand(plan.operand).sources
+        return any(s.kind == "input" for s in self._origins.of(sources))
 
     def _bound(self, op: Op) -> float | None:
         if op.kind in _BOUNDED or op.role == "float":
@@ -73,8 +76,7 @@ class TensorMakers:
         """The limit of all origins; None if one of them has none."""
         limits = []
         for origin in self._behind_joins.of(sources):
-            op = self._graph.by_name.get(origin.name) if origin.kind == "op" else None
-            limit = self._bounds.setdefault(op.name, self._bound(op)) if op is not None else None
+            limit = self._bounds.get(origin.name) if origin.kind == "op" else None
             if limit is None:
                 return None
             limits.append(limit)
