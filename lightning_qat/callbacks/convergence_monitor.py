@@ -173,12 +173,19 @@ class ConvergenceMonitor(Callback):
         self._batch = None
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         is_skipped = loss is None and pl_module.automatic_optimization  # as scripts do with losses that are nan
-        if self._started and (is_skipped or (isinstance(loss, Tensor) and not bool(torch.isfinite(loss).all()))):
+        if not self._started:
+            return
+        number = float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else None  # one read of the device
+        if number is not None:
+            is_bad = not math.isfinite(number)
+        else:
+            is_bad = isinstance(loss, Tensor) and not bool(torch.isfinite(loss).all())
+        if is_skipped or is_bad:
             self._look_for_bad_values(pl_module, f"batch {batch_idx} of epoch {trainer.current_epoch}", batch)
-        if not self._started or not isinstance(loss, Tensor) or loss.numel() != 1:
+        if number is None:
             return
         # Lightning divides by the number of accumulated batches
-        value = float(loss) * max(1, trainer.accumulate_grad_batches)
+        value = number * max(1, trainer.accumulate_grad_batches)
         self._losses.append(value)
         self._is_finite = self._is_finite and math.isfinite(value)
         if self._losses.steps >= self._next_look or self._broke(trainer):

@@ -242,7 +242,7 @@ class LayerComparison(EpochEndAnalysis):
             return
         for name, figure in figures.items():
             write_figure(figure, directory / f"{name}.png")
-            log_figure(trainer.loggers, f"layer_comparison/{name}", figure, _compat.steps_taken(trainer))
+            log_figure(trainer.loggers, f"{LAYER_COMPARISON.name}/{name}", figure, _compat.steps_taken(trainer))
 
 
 def _sensitivity(trainer: pl.Trainer) -> SensitivityResult | None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import re
-import statistics
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import metadata
@@ -26,11 +24,10 @@ from lightning_qat.analysis.fingerprint.fingerprint import (
     weight_digests,
 )
 from lightning_qat.callbacks.ladder.step_summary import StageSummary, evaluates_randomly, summarize
-from lightning_qat.callbacks.ladder.training_copy import loss_of
 from lightning_qat.callbacks.passes.evaluation import evaluate
 from lightning_qat.callbacks.passes.extra_batches import extra_batches
 from lightning_qat.callbacks.passes.fresh_loaders import Stage
-from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.passes.run_step import loss_of, mean_loss, run_step
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
@@ -175,12 +172,8 @@ def _training_loss(
             loss = loss_of(run_step(trainer, pl_module, extra, "train"))
         if loss is not None and loss.numel() == 1:
             losses.append(float(loss.detach()))
-    if not losses:
-        return None
-    mean = torch.tensor(statistics.fmean(losses), device=trainer.strategy.root_device)
-    spread = len(losses) > 1 and all(map(math.isfinite, losses))
-    error = statistics.stdev(losses) / math.sqrt(len(losses) * trainer.world_size) if spread else None
-    return float(trainer.strategy.reduce(mean, reduce_op="mean")), error
+    mean, error = mean_loss(trainer, losses)
+    return None if mean is None else (mean, error)
 
 
 def _modes(pl_module: pl.LightningModule) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.callbacks.trainer.listed_callbacks import listed
 
 T = TypeVar("T")
 Work = Callable[[pl.Trainer, pl.LightningModule], T]
@@ -52,7 +53,7 @@ class Project:
         Returns:
             What ``work`` returned.
         """
-        kept = [c for c in _callbacks(self.trainer) if not _is_left_out(c)]
+        kept = [c for c in listed(self.trainer, Callback) if not _is_left_out(c)]
         return self._in_place_of_training(work, self._quantizing(kept, calibration_batches))
 
     def without_fake_quant(self, work: Work[T]) -> T:
@@ -62,7 +63,7 @@ class Project:
             work: is given the trainer and the module.
         """
         ours = (QuantizationAwareTraining, Calibration)
-        kept = [c for c in _callbacks(self.trainer) if not _is_left_out(c) and not isinstance(c, ours)]
+        kept = [c for c in listed(self.trainer, Callback) if not _is_left_out(c) and not isinstance(c, ours)]
         return self._in_place_of_training(work, kept)
 
     def _in_place_of_training(self, work: Work[T], callbacks: list[Callback]) -> T:
@@ -101,9 +102,8 @@ class _InPlaceOfTraining(Callback, Generic[T]):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for callback in _callbacks(trainer):
-            if isinstance(callback, Calibration):  # from the module's configure_callbacks: these come last
-                callback.calibrate_if_needed(trainer, pl_module)
+        for calibration in listed(trainer, Calibration):  # from the module's configure_callbacks: these come last
+            calibration.calibrate_if_needed(trainer, pl_module)
         self.results.append(self.work(trainer, pl_module))
         trainer.num_sanity_val_steps = 0
         trainer.fit_loop.epoch_loop.max_steps = 0
@@ -115,8 +115,3 @@ def _is_left_out(callback: Callback) -> bool:
         return False
     ours = any(base.__module__.startswith("lightning_qat.") for base in type(callback).__mro__)
     return ours or isinstance(callback, _WRITES_OR_TRAINS)
-
-
-def _callbacks(trainer: pl.Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks

@@ -21,7 +21,6 @@ from lightning_qat.callbacks.insertion.target_discovery import AUTO
 from lightning_qat.callbacks.insertion.traced_targets import (
     format_targets,
     graphs_of_rank_zero,
-    submodule,
     traced_targets,
 )
 from lightning_qat.callbacks.schedule.rank_averaging import hide_from_ddp, show_to_ddp
@@ -123,7 +122,7 @@ class InsertionHooks:
         with misconfiguration():
             plans = make_plans(graphs, self.request.qconfig, self.request.overrides, self.request.profile)
             for path, graph in graphs.items():
-                attach(submodule(self.pl_module, path), graph, plans[path])
+                attach(self.pl_module.get_submodule(path), graph, plans[path])
         for region in find_regions(self.pl_module).values():
             region.learn_scales(self.request.learned_scales)
         self._inserted = True

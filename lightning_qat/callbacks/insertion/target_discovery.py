@@ -54,20 +54,21 @@ def captured_calls(
             raise MisconfigurationException(f"target: {type(pl_module).__name__} has no submodule {path!r}.{hint}")
     _check_disjoint(wanted or [])
     stages = _stages(trainer, train_mode)
+    data = _Batches(trainer, pl_module, batches)
     for stage in stages:  # evaluation first, which leaves the statistics of a new batch norm alone
         if any(map(has_lazy_tensors, modules.values())):
-            _run_all_steps(trainer, pl_module, 1, (stage,), CallRecorder({}, []))
-    seen = _run_all_steps(trainer, pl_module, batches, stages, CallRecorder(modules, wanted))
+            _run_all_steps(trainer, pl_module, data, (stage,), CallRecorder({}, []), most=1)
+    seen = _run_all_steps(trainer, pl_module, data, stages, CallRecorder(modules, wanted))
     if wanted is None:
         found = seen.recorder.common_targets()
 
         def watch(flow: ModuleFlow) -> None:
             with flow.watching():
-                _run_all_steps(trainer, pl_module, batches, stages, CallRecorder(modules, []))
+                _run_all_steps(trainer, pl_module, data, stages, CallRecorder(modules, found))
 
         wanted = parts_of_the_model(trainer, pl_module, found, seen.recorder, watch)
         if set(seen.recorder.calls) - set(found):  # some were called inside of others
-            seen = _run_all_steps(trainer, pl_module, batches, stages, CallRecorder(modules, wanted))
+            seen = _run_all_steps(trainer, pl_module, data, stages, CallRecorder(modules, wanted))
     recorder = seen.recorder
     calls = {path: recorder.calls[path] for path in wanted if path in recorder.calls}
     missing = [path for path in wanted if path not in calls]
@@ -110,20 +111,24 @@ def _stages(trainer: pl.Trainer, train_mode: bool) -> tuple[str, ...]:
 
 
 def _run_all_steps(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int, stages: tuple[str, ...], recorder: CallRecorder
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    data: _Batches,
+    stages: tuple[str, ...],
+    recorder: CallRecorder,
+    most: int | None = None,
 ) -> _Seen:
-    """Run some batches of each stage, and of those that calibration will run: their batches may be larger."""
+    """Run batches of each stage, at most so many, and of those that calibration will run: they may be larger."""
     seen = _Seen(recorder)
-    data = _Batches(trainer, pl_module, batches)
     with undisturbed(trainer, pl_module, trains=True), recorder.recording():
         for stage in stages:
             recorder.stage = stage
-            count, problems = _run_steps(trainer, pl_module, stage, data, recorder)
+            count, problems = _run_steps(trainer, pl_module, stage, data, recorder, most)
             seen.batches += count
             seen.problems += problems
-        if listed(trainer, ScaleSource) and "calibration" not in data.taken:
+        if listed(trainer, ScaleSource) and "calibration" not in map(data.source, stages):
             recorder.decides = False
-            _run_steps(trainer, pl_module, "calibration", data, recorder)
+            _run_steps(trainer, pl_module, "calibration", data, recorder, most)
             recorder.decides = True
     if not recorder.calls and pl_module.example_input_array is not None:
         recorder.stage = "example"
@@ -135,7 +140,12 @@ def _run_all_steps(
 
 
 def _run_steps(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, data: _Batches, recorder: CallRecorder
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    stage: str,
+    data: _Batches,
+    recorder: CallRecorder,
+    most: int | None,
 ) -> tuple[int, list[str]]:
     """Run one kind of step; it may fail once the targets were called (losses may need what is not there yet).
 
@@ -147,7 +157,7 @@ def _run_steps(
     before = recorder.total
     taken = 0
     try:
-        for extra in data.of(stage):
+        for extra in data.of(stage)[:most]:
             taken += 1
             pl_module.train(stage == "train")
             with torch.no_grad():
@@ -159,7 +169,7 @@ def _run_steps(
     except Exception as error:
         if recorder.total == before and _compat.lacks_optimizers(trainer):  # it may have looked at them
             with suppress(Exception), _compat.stand_in_optimizers(trainer, pl_module):
-                return _run_steps(trainer, pl_module, stage, data, recorder)
+                return _run_steps(trainer, pl_module, stage, data, recorder, most)
         if recorder.total > before:
             rank_zero_debug(f"{stage} step stopped after its forward while tracing: {error!r}")
             return taken, []
@@ -187,13 +197,17 @@ class _Batches:
         self.limit = limit
         self.taken: dict[str, list[ExtraBatch]] = {}
 
-    def of(self, stage: str) -> list[ExtraBatch]:
-        """Return the batches of a stage; a run that has no loader for it uses what it calibrates with."""
+    def source(self, stage: str) -> Stage:
+        """Return whose loader gives the batches of a stage."""
         try:
             attached = stage != "calibration" and _compat.attached_loader(self.trainer, stage) is not None
         except Exception:  # a hook that needs a setup() of another stage
             attached = False
-        source = cast(Stage, stage) if attached else "calibration"
+        return cast(Stage, stage) if attached else "calibration"
+
+    def of(self, stage: str) -> list[ExtraBatch]:
+        """Return the batches of a stage; a run that has no loader for it uses what it calibrates with."""
+        source = self.source(stage)
         if source == "calibration" and "train" in self.taken and not has_calibration_loader(self.trainer):
             return self.taken["train"]
         if source not in self.taken:

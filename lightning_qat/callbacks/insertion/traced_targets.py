@@ -39,7 +39,7 @@ def traced_targets(
     with _on_device(pl_module, trainer.strategy.root_device), _quiet():
         calls = captured_calls(trainer, pl_module, target, batches, train_mode)
         with undisturbed(trainer, pl_module):  # a forward may count its calls
-            return {path: trace(submodule(pl_module, path), c, train_mode) for path, c in calls.items()}
+            return {path: trace(pl_module.get_submodule(path), c, train_mode) for path, c in calls.items()}
 
 
 def graphs_of_rank_zero(trainer: pl.Trainer, graphs: dict[str, OpGraph]) -> dict[str, OpGraph]:
@@ -57,11 +57,6 @@ def graphs_of_rank_zero(trainer: pl.Trainer, graphs: dict[str, OpGraph]) -> dict
             f"{trainer.global_rank}. Name them: target: [...]."
         )
     return {path: OpGraph.from_dict(graph) for path, graph in first.items()}
-
-
-def submodule(pl_module: pl.LightningModule, path: str) -> nn.Module:
-    """Return the target at a path; ``""`` is the module itself."""
-    return pl_module.get_submodule(path) if path else pl_module
 
 
 def format_targets(paths: Iterable[str]) -> str:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import lightning.pytorch as pl
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_qat.callbacks.insertion.call_recorder import CallRecorder
 from lightning_qat.callbacks.insertion.module_flow import WEIGHTS, ModuleFlow
+from lightning_qat.callbacks.passes.run_step import loss_of
 from lightning_qat.callbacks.trainer import _compat
 
 
@@ -60,8 +61,8 @@ def _belongs(flow: ModuleFlow, path: str, taken: set[str]) -> bool:
 
 def gradient_leaves(output: object) -> set[int]:
     """Return the identities of the parameters that the loss which a training step returned would have gradients for."""
-    loss = output.get("loss") if isinstance(output, dict) else output
-    if not isinstance(loss, Tensor) or loss.grad_fn is None:
+    loss = loss_of(output)
+    if loss is None or loss.grad_fn is None:
         return set()
     found: set[int] = set()
     seen, pending = {loss.grad_fn}, [loss.grad_fn]

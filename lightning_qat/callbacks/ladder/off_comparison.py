@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from lightning_qat.analysis.ladder.measurements import OffComparison
 from lightning_qat.callbacks.ladder.same_values import same_values
-from lightning_qat.callbacks.ladder.training_copy import loss_of
 from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batches
 from lightning_qat.callbacks.passes.fresh_loaders import Stage
-from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.passes.run_step import loss_of, run_step
 from lightning_qat.callbacks.preservation.module_copy import copied_module
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.trainer import _compat

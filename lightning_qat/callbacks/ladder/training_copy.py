@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -20,10 +19,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batches
-from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.passes.run_step import loss_of, mean_loss, run_step
 from lightning_qat.callbacks.preservation.module_copy import copied_module
 from lightning_qat.callbacks.preservation.rebinding import only_the_copy
 from lightning_qat.callbacks.preservation.undisturbed import muted_logging
+from lightning_qat.callbacks.schedule.rank_averaging import average_scales
 from lightning_qat.callbacks.trainer._compat import bare, replaced_optimizers
 from lightning_qat.callbacks.trainer.muted_loggers import muted_loggers
 from lightning_qat.quantization import ranks
@@ -123,13 +123,7 @@ class TrainingCopy:
 
     def train_loss(self) -> tuple[float | None, float | None]:
         """Return the mean training loss over batches and ranks, and its standard error."""
-        if not self.losses:
-            return None, None
-        mean = torch.tensor(statistics.fmean(self.losses), device=self._trainer.strategy.root_device)
-        over_ranks = float(self._trainer.strategy.reduce(mean, reduce_op="mean"))
-        if len(self.losses) < 2 or not all(map(math.isfinite, self.losses)):
-            return over_ranks, None
-        return over_ranks, statistics.stdev(self.losses) / math.sqrt(len(self.losses) * self._trainer.world_size)
+        return mean_loss(self._trainer, self.losses)
 
     def _train_batch(self, extra: ExtraBatch, epoch: int) -> None:
         if self.module.on_train_batch_start(extra.batch, extra.batch_idx) == -1:
@@ -150,8 +144,7 @@ class TrainingCopy:
             self._accumulated += 1
         if self._trainer.world_size > 1:
             for region in find_regions(self.module).values():
-                if "activation" in region.updates:
-                    region.scales.synchronize()
+                average_scales([region], region.updates)
         loss = loss_of(outputs[0]) if outputs else None
         if loss is not None:
             self.losses.append(float(loss.detach()))
@@ -285,12 +278,6 @@ def _copied_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
 
 def _one_or_all(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
-
-
-def loss_of(output: Any) -> Tensor | None:
-    """Return the loss in what a training step returned."""
-    loss = output.get("loss") if isinstance(output, dict) else output
-    return loss if isinstance(loss, Tensor) else None
 
 
 def _loss_scale(trainer: pl.Trainer) -> float:

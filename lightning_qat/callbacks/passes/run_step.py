@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_debug  # type: ignore[attr-defined]
+from torch import Tensor
 
 from lightning_qat.callbacks.passes.extra_batches import ExtraBatch
 from lightning_qat.callbacks.passes.manual_optimization import inert_optimization
@@ -63,6 +66,28 @@ def run_step(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBat
         except Exception as error:
             rank_zero_debug(f"running {' and '.join(hooks)} ahead of the {stage} step did not help: {error!r}")
         raise
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """Return the loss in what a training step returned."""
+    loss = output.get("loss") if isinstance(output, dict) else output
+    return loss if isinstance(loss, Tensor) else None
+
+
+def mean_loss(trainer: pl.Trainer, losses: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the mean of the losses of some batches over all ranks, and its standard error, where these are known.
+
+    Args:
+        trainer: the running trainer; all ranks call this.
+        losses: those of this rank, one per batch.
+    """
+    if not losses:
+        return None, None
+    mean = torch.tensor(statistics.fmean(losses), device=trainer.strategy.root_device)
+    over_ranks = float(trainer.strategy.reduce(mean, reduce_op="mean"))
+    if len(losses) < 2 or not all(map(math.isfinite, losses)):
+        return over_ranks, None
+    return over_ranks, statistics.stdev(losses) / math.sqrt(len(losses) * trainer.world_size)
 
 
 def _run_fitting_step(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBatch, stage: str) -> Any:

@@ -9,7 +9,6 @@ import torch
 
 from lightning_qat.callbacks.schedule.learned_scales import named_scales
 from lightning_qat.quantization import ranks
-from lightning_qat.quantization.planning.plan import ScaleRole
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.regions import find_regions
 
@@ -55,7 +54,7 @@ def average_gradients(regions: Iterable[Region]) -> None:
             scale.grad = gradient.reshape(scale.shape).clone()
 
 
-def average_scales(regions: Iterable[Region], updates: Collection[ScaleRole]) -> None:
+def average_scales(regions: Iterable[Region], updates: Collection[str]) -> None:
     """Average the scales of activations that have followed this rank's batch over ranks."""
     for region in regions:
         region.scales.agree_on_first()
