@@ -32,7 +32,7 @@ def _channels(checked: CheckedRegion) -> Iterable[Finding]:
         if not point.is_weight or point.same_as is not None:
             continue
         op = checked.graph.by_name[point.op]
-        operand = next(o for o in op.operands if o.index == point.operand)
+        operand = op.operand(point.operand)
         weight = next((parameters[s.name] for s in operand.sources if s.name in parameters), None)
         held = WeightChannels(point.axis, point.groups) if point.axis is not None else weight_channels(op, operand)
         if weight is None or held.axis is None or weight.dim() != len(operand.shape) or not weight.numel():
@@ -119,7 +119,7 @@ def _tied_weights(checked: CheckedRegion) -> Iterable[Finding]:
     readers: dict[str, list[PointPlan]] = {}
     for point in checked.plan.points:
         if point.is_weight:
-            operand = next(o for o in checked.graph.by_name[point.op].operands if o.index == point.operand)
+            operand = checked.graph.by_name[point.op].operand(point.operand)
             for source in operand.sources:
                 if source.kind == "parameter":
                     readers.setdefault(source.name, []).append(point)

@@ -168,7 +168,7 @@ class FakeQuantize(QuantizationParameters):
             self.set_dtype(dtype)
         if self.starts_at_zero:  # what calibration saw says nothing
             if self.batches_from_zero:
-                self._write_range(*self.statistics.ema_range)
+                self.write_range(*self.statistics.ema_range)
             return
         if source == "fixed":
             self.scale.fill_(self.fixed_scale or 1.0)
@@ -180,7 +180,7 @@ class FakeQuantize(QuantizationParameters):
             signed = None if self.scheme == "affine" else self.quant_min < 0
             self._ratio = relative_range((low, high), statistics.range, signed)
             self._ema_ratio = relative_range((low, high), statistics.ema_range, signed)
-            self._write_range(low, high)
+            self.write_range(low, high)
         self.scale_source = source
 
     def change_dtype(self, dtype: str) -> None:
@@ -233,7 +233,7 @@ class FakeQuantize(QuantizationParameters):
         else:
             low, high = self.statistics.extremes(x)
             ratio = self._ratio.to(low.device)
-            self._write_range(low * ratio[0], high * ratio[1])
+            self.write_range(low * ratio[0], high * ratio[1])
 
     @torch.no_grad()
     @torch.inference_mode(False)
@@ -289,7 +289,7 @@ class FakeQuantize(QuantizationParameters):
 
     def _write_ema_range(self, low: Tensor, high: Tensor) -> None:
         ratio = self._ema_ratio.to(low.device)
-        self._write_range(low * ratio[0], high * ratio[1])
+        self.write_range(low * ratio[0], high * ratio[1])
 
 
 def _check_observer(observer: str, fixed_scale: float | None) -> None:

@@ -17,7 +17,6 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.numerics.channel_groups import swap_within_groups
-from lightning_qat.quantization.numerics.scales import scale_from_range
 from lightning_qat.quantization.numerics.split_statistics import SplitStatistics
 
 YOUTH = 100
@@ -63,7 +62,7 @@ def follow(fake_quant: FakeQuantize, x: Tensor, is_weight: bool) -> None:
     x = x.detach()
     low, high = fake_quant.statistics.extremes(swap_within_groups(x, fake_quant.groups) if fake_quant.groups > 1 else x)
     batch = torch.stack([low, high])
-    if not bool(batch.isfinite().all()) or not bool(batch.any()):
+    if not bool(batch.isfinite().all() & batch.any()):
         return
     if not is_weight and fake_quant.batches_from_zero:
         before = fake_quant.statistics.averages.to(batch.device)
@@ -107,12 +106,9 @@ def agree_over_ranks(fake_quants: Iterable[FakeQuantize]) -> None:
 
 
 def _take_scale(fake_quant: FakeQuantize) -> None:
-    low, high = fake_quant.statistics.averages
-    scale, zero_point = scale_from_range(low, high, fake_quant.quant_min, fake_quant.quant_max, fake_quant.scheme)
     present = fake_quant.scale.detach()  # in place also where it is a parameter
-    scale = scale.reshape(present.shape).to(present.device)
-    if fake_quant.learned and fake_quant.scale_source is not None:
-        scale = torch.maximum(scale, present)
-    present.copy_(scale)
-    fake_quant.zero_point.copy_(zero_point.reshape(present.shape))
+    before = present.clone() if fake_quant.learned and fake_quant.scale_source is not None else None
+    fake_quant.write_range(*fake_quant.statistics.averages)
+    if before is not None:
+        torch.maximum(present, before, out=present)
     fake_quant.scale_source = "minmax"

@@ -116,19 +116,25 @@ class QuantizationParameters(torch.nn.Module):
         self.quant_min = -found.quant_max if self.narrow_range and found.signed else found.quant_min
 
     def _write_number(self, low: float, high: float) -> None:
-        """One range, without the many small tensors that :meth:`_write_range` makes. The result is the same."""
+        """One range, without the many small tensors that :meth:`write_range` makes. The result is the same."""
         if math.isfinite(low) and math.isfinite(high):
             scale, zero_point = scale_from_numbers(low, high, self.quant_min, self.quant_max, self.scheme)
             self.scale.fill_(scale)
             self.zero_point.fill_(zero_point)
 
     def _write_bounds(self, bounds: Tensor) -> None:
-        """Symmetric signed ranges by their largest magnitudes; the result is that of :meth:`_write_range`."""
+        """Symmetric signed ranges by their largest magnitudes; the result is that of :meth:`write_range`."""
         usable = bounds.isfinite()
         scale = scale_from_bounds(bounds, self.quant_min, self.quant_max)
         torch.where(usable, scale, self.scale, out=self.scale)
 
-    def _write_range(self, low: Tensor, high: Tensor) -> None:
+    def write_range(self, low: Tensor, high: Tensor) -> None:
+        """Take scale and zero point from a range, in place. What is not finite changes nothing.
+
+        Args:
+            low: smallest values, float64 ``(channels,)``.
+            high: largest values, of the same shape.
+        """
         scale, zero_point = scale_from_range(low, high, self.quant_min, self.quant_max, self.scheme)
         usable = (low.isfinite() & high.isfinite()).reshape(self.scale.shape).to(self.scale.device)
         present = self.scale.detach()  # in place also where it is a parameter

@@ -101,7 +101,7 @@ def bind(
             written_again = op.inplace and op.name in written
             bound[op.key].output = BoundPoint(point.name, fake_quant, written=written_again, repeats=op.calls > 1)
         else:
-            operand = next(o for o in op.operands if o.index == point.operand)
+            operand = op.operand(point.operand)
             norm = FoldedBatchNorm.of(graph, point, target)
             bound[op.key].inputs[point.operand] = BoundPoint(
                 point.name,

@@ -124,12 +124,12 @@ class CalibrationPass:
             findings += spread_findings(path, region, "nan", nan)
             findings += spread_findings(path, region, "inf", inf)
             findings += [finding("no data", path, name) for name in without_data]
-            starts = zero_starts(region)
-            for name, parameter in starts.items():
-                await_values(region.points[name])
+            points = region.points
+            for name, parameter in zero_starts(region).items():
+                await_values(points[name])
                 if not region.plan.by_name[name].is_weight:
                     findings.append(starting(path, name, parameter))
-            for name, fake_quant in region.points.items():
+            for name, fake_quant in points.items():
                 calibrated += fake_quant.scale_source is not None
                 if not fake_quant.keeps_scale:
                     fake_quant.outdated = False

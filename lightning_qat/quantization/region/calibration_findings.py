@@ -10,7 +10,7 @@ from typing import Literal
 from lightning_qat.quantization.interception.call_path import is_installed
 from lightning_qat.quantization.planning.plan import PointPlan
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.tracing.op_graph import Operand, OpGraph
+from lightning_qat.quantization.tracing.op_graph import OpGraph
 from lightning_qat.quantization.tracing.tensor_origins import TensorOrigins
 
 FindingKind = Literal["nan", "inf", "constant", "starts at zero", "no data", "unplanned"]
@@ -94,7 +94,7 @@ def depends_on_data(region: Region, name: str) -> bool:
     point = region.plan.by_name[name]
     if point.role != "input":
         return not point.is_weight
-    return not TensorOrigins(region.graph, ()).is_constant(_operand(region.graph, point))
+    return not TensorOrigins(region.graph, ()).is_constant(region.graph.by_name[point.op].operand(point.operand))
 
 
 _NOT_FINITE = {
@@ -138,7 +138,7 @@ def _behind(graph: OpGraph, point: PointPlan) -> set[str]:
     """Names of the ops that read the tensor at a point, or a tensor that is computed from it."""
     found = {point.op}
     if point.role != "output":
-        sources = set(_operand(graph, point).sources)
+        sources = set(graph.by_name[point.op].operand(point.operand).sources)
         found |= {op.name for op in graph.ops if any(sources & set(operand.sources) for operand in op.operands)}
     pending = list(found)
     while pending:
@@ -152,12 +152,8 @@ def _maker(graph: OpGraph, point: PointPlan) -> str:
     """Say where the values at a point come from."""
     if point.role == "output":
         return "the float model computes it here"
-    makers = TensorOrigins(graph, ()).of(_operand(graph, point).sources)
+    makers = TensorOrigins(graph, ()).of(graph.by_name[point.op].operand(point.operand).sources)
     return f"it comes from {', '.join(s.name if s.kind == 'op' else f'{s.kind} {s.name}' for s in makers)}"
-
-
-def _operand(graph: OpGraph, point: PointPlan) -> Operand:
-    return next(operand for operand in graph.by_name[point.op].operands if operand.index == point.operand)
 
 
 def _qualified(path: str, name: str) -> str:

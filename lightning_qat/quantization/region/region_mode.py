@@ -60,6 +60,7 @@ class RegionMode(InterceptionMode):
         self._first_scales = runner.switches.first_scales and repeats is None
         self._taps = runner.switches.taps if repeats is None else ()
         self._calls_of_points: dict[str, int] = {}
+        self._buffers: dict[int, Tensor] | None = None  # those of the target, once an unplanned op asks
         self._of_weights: dict[int, Tensor] = {}  # what unplanned ops computed from parameters and buffers alone
         # by point: the running variance moves between a forward and its repetition
         self._factors: dict[str, Tensor] = {} if repeats is None else repeats._factors
@@ -95,8 +96,9 @@ class RegionMode(InterceptionMode):
         """Whether all of some tensors are parameters or buffers, or computed from these alone."""
         unknown = [t for t in operands if not isinstance(t, nn.Parameter) and id(t) not in self._of_weights]
         if unknown:
-            buffers = {id(buffer) for buffer in self.runner.target.buffers()}
-            unknown = [tensor for tensor in unknown if id(tensor) not in buffers]
+            if self._buffers is None:
+                self._buffers = {id(buffer): buffer for buffer in self.runner.target.buffers()}
+            unknown = [tensor for tensor in unknown if id(tensor) not in self._buffers]
         return bool(operands) and not unknown
 
     def run_op(

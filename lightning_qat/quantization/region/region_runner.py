@@ -123,7 +123,7 @@ class RegionRunner:
             PlanMismatchError: the plan comes from a checkpoint whose code ran the same ops in every forward, and this
                 op is not among them.
         """
-        if torch._C._get_tracing_state() is not None or is_weight_hook(frame) or (of_weights and not self._is_restored):
+        if torch._C._get_tracing_state() is not None or (of_weights and not self._is_restored) or is_weight_hook(frame):
             return
         location = f"{kind} at {user_location(frame)}"
         count = self.unplanned.get(location, 0)

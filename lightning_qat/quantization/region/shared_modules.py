@@ -16,9 +16,9 @@ from types import CodeType, FunctionType
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.modules.module_walk import has_lazy_tensors
 from lightning_qat.quantization.region.regions import find_regions
 
 _TIED = frozenset({"_parameters", "_buffers", "_non_persistent_buffers_set"})
@@ -140,7 +140,7 @@ def _obstacle(module: nn.Module) -> str:
         where = f"{path} ({type(part).__name__})" if path else type(part).__name__
         if isinstance(part, torch.jit.ScriptModule):
             return f"{where} is a script module, which cannot be copied without its tensors"
-        if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():  # type: ignore[misc]
+        if has_lazy_tensors(part):
             return f"{where} has no parameters before its first batch: run one first"
         written = _written_attributes(part)
         if written:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.planning.plan import PointPlan
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.tracing.op_graph import Op, Operand, Source
@@ -36,40 +37,41 @@ def zero_starts(region: Region) -> dict[str, str]:
         >>> zero_starts(region)
         {'0.weight': '0.weight', '0.output': '0.weight', '1.output': '0.weight'}
     """
-    empty = {name for name in region.points if _is_constant(region, name)}
+    points = region.points
+    empty = {plan.name for plan in region.plan.points if _is_constant(plan, points[plan.name])}
     if not empty:
         return {}
     parameters = region.target.named_parameters(remove_duplicate=False)
     zero = {name for name, p in parameters if p.requires_grad and p.numel() and not bool(p.detach().any())}
-    return _Search(region, zero).found(empty) if zero else {}
+    return _Search(region, points, zero).found(empty) if zero else {}
 
 
-def _is_constant(region: Region, name: str) -> bool:
-    fake_quant = region.points[name]
+def _is_constant(plan: PointPlan, fake_quant: FakeQuantize) -> bool:
     if fake_quant.fixed_scale is not None or fake_quant.keeps_scale or not fake_quant.statistics.count:
         return False
     low, high = fake_quant.statistics.range
-    return bool((low == high).all()) and not (region.plan.by_name[name].is_weight and bool(low.any()))
+    return bool((low == high).all()) and not (plan.is_weight and bool(low.any()))
 
 
 class _Search:
     """Walks from a point back to the parameters that its values are products of, as far as these are zero."""
 
-    def __init__(self, region: Region, zero: set[str]) -> None:
+    def __init__(self, region: Region, points: Mapping[str, FakeQuantize], zero: set[str]) -> None:
         self.region = region
         self.graph = region.graph.by_name
+        self.points = points
         self.zero = zero
+        self._varying: dict[str, bool] = {}
 
-    def found(self, points: Iterable[str]) -> dict[str, str]:
-        plans = self.region.plan.by_name
-        makers = ((name, self._maker(plans[name])) for name in plans if name in set(points))
+    def found(self, names: Collection[str]) -> dict[str, str]:
+        makers = ((plan.name, self._maker(plan)) for plan in self.region.plan.points if plan.name in names)
         return {name: maker for name, maker in makers if maker is not None}
 
     def _maker(self, point: PointPlan) -> str | None:
         op = self.graph[point.op]
         if point.role == "output":
             return self._behind([Source("op", op.name)])
-        operand = next(o for o in op.operands if o.index == point.operand)
+        operand = op.operand(point.operand)
         own = self._parameter(operand)
         if own is None and point.batch_norm is not None:  # the folded weight is zero where its factor is
             own = self._factor(self.graph[point.batch_norm])
@@ -93,11 +95,14 @@ class _Search:
 
     def _has_values(self, op: Op) -> bool:
         """Whether an op's result was seen to vary: what is behind it does not matter."""
-        fake_quant = self.region.points.get(f"{op.name}.output")
-        if fake_quant is None or not fake_quant.statistics.count:
-            return False
-        low, high = fake_quant.statistics.range
-        return bool((low != high).any())
+        if op.name not in self._varying:
+            fake_quant = self.points.get(f"{op.name}.output")
+            if fake_quant is None or not fake_quant.statistics.count:
+                self._varying[op.name] = False
+            else:
+                low, high = fake_quant.statistics.range
+                self._varying[op.name] = bool((low != high).any())
+        return self._varying[op.name]
 
     def _factor(self, op: Op) -> str | None:
         """A zero parameter that the op multiplies by."""

@@ -118,6 +118,17 @@ class Op:
         """Whether the first result is a floating-point tensor."""
         return bool(self.outputs) and is_float_name(self.outputs[0][0])
 
+    def operand(self, index: int) -> Operand:
+        """Return the operand with a number among the tensor leaves of the call.
+
+        Raises:
+            KeyError: the op was not seen with such an operand.
+        """
+        for operand in self.operands:
+            if operand.index == index:
+                return operand
+        raise KeyError(f"{self.name} has no operand {index}")
+
 
 @dataclass(frozen=True)
 class RegionOutput:
