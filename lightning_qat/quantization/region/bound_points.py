@@ -55,6 +55,12 @@ class BoundPoint:
         self.repeats = repeats and not is_weight
         self.trained: ParameterView | None = None
 
+    def quantized_by(self, fake_quant: FakeQuantize) -> BoundPoint:
+        """Return the same point with another fake-quant."""
+        return BoundPoint(
+            self.name, fake_quant, self.is_weight, self.written, self.rewritten, self.batch_norm, self.repeats
+        )
+
     @torch.no_grad()
     def refresh(self, parameters: Container[int]) -> None:
         """Compute the scale of a weight again, as the next evaluation would, if an optimizer step made it outdated.
