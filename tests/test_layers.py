@@ -37,6 +37,7 @@ PARTS = {  # folders, and files beside them; "" are the other files
         "",
         "statistics",
         "sensitivity",
+        "mixed_precision",
         "model_check",
         "fingerprint",
         "ladder",

@@ -19,6 +19,7 @@ from lightning_qat.quantization.functions.function_lookup import known_kinds
 from lightning_qat.quantization.numerics.dtypes import DtypeName
 from lightning_qat.quantization.planning.fusion_patterns import DEFAULT_PATTERNS, GEMM_LAYERS, FusionPatterns
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile, OpRule, Signature
+from lightning_qat.quantization.planning.plan import QuantPlan
 
 _PROFILE_KEYS = ("name", "version", "description", "source", "groups", "ops", "unsupported", "fusions")
 _RULE_KEYS = ("kinds", "signatures", "schemes", "weight_granularity")
@@ -55,6 +56,15 @@ def hardware_profile(
     if value is None or isinstance(value, HardwareProfile):
         return value
     return parse_profile(value, "profile") if isinstance(value, Mapping) else read_profile(value)
+
+
+def planned_profile(plan: QuantPlan) -> HardwareProfile | None:
+    """Return the profile that a plan was made under, if it is a shipped one that still allows the same."""
+    planned = plan.profile
+    if planned is None or planned["name"] not in shipped_profiles():
+        return None
+    shipped = read_profile(planned["name"])
+    return shipped if shipped.digest == planned["sha256"] else None
 
 
 def shipped_profiles() -> tuple[str, ...]:
@@ -150,7 +160,9 @@ def parse_profile(data: Any, where: str) -> HardwareProfile:
         patterns = FusionPatterns.of(
             [list(_steps(text, groups, f"{where}: fusions[{i}]")) for i, text in enumerate(fusions)]
         )
-    texts = {key: str(data[key]).strip() for key in ("version", "description", "source") if data.get(key) is not None}
+    texts: dict[str, Any] = {
+        key: str(data[key]).strip() for key in ("version", "description", "source") if data.get(key) is not None
+    }
     return HardwareProfile(str(data["name"]), rules, patterns, unsupported=unsupported, **texts)
 
 
