@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.quantization.errors import PlanMismatchError
-from lightning_qat.quantization.planning.plan import PLAN_VERSION
-from lightning_qat.quantization.planning.plan_compatibility import plan_differences, read_extra_state, rebound
+from lightning_qat.quantization.planning.plan_compatibility import (
+    STATE_VERSION,
+    plan_differences,
+    read_extra_state,
+    rebound,
+)
 from lightning_qat.quantization.region.insertion import attach, insert
 from lightning_qat.quantization.tracing.tracer import trace
 from tests.quantization.models import MINMAX, ZOO, ResNet, calibrated
@@ -199,10 +203,10 @@ def test_checkpoint_of_another_release_is_refused() -> None:
     module = model()
     calibrated(module, X)
     state = module.state_dict()
-    state[KEY] = {**state[KEY], "version": PLAN_VERSION + 1}
+    state[KEY] = {**state[KEY], "version": STATE_VERSION + 1}
     fresh = model()
     insert(fresh, (X,))
-    with pytest.raises(PlanMismatchError, match="this release reads version"):
+    with pytest.raises(PlanMismatchError, match="this release reads versions up to 2"):
         fresh.load_state_dict(state)
 
 
