@@ -21,6 +21,8 @@ from lightning_qat.quantization.numerics.histogram_counts import grown, packed, 
 # The smallest normal float32: the inverse of a width below 2**-127 would overflow float32.
 MIN_EXPONENT = -126
 
+_TENSORS = ("counts", "exponent", "low", "high", "zeros")
+
 TENSOR_BINS = 2048
 """Bins per side of one histogram for a whole tensor: the largest value lies in the upper half, so one step of an 8-bit
 type is 8 to 16 bins wide. A checkpoint has room for fewer: see :meth:`Histogram.packed_state`."""
@@ -202,8 +204,8 @@ class Histogram:
             )
         self._packed.clear()
         with torch.inference_mode(False):
-            self.counts = state["counts"].to("cpu", torch.int64, copy=True)
-            for name, dtype in (("exponent", torch.int64), ("zeros", torch.int64), ("low", torch.float64), ("high", torch.float64)):
+            for name in _TENSORS:
+                dtype = torch.float64 if name in ("low", "high") else torch.int64
                 setattr(self, name, torch.as_tensor(state[name], dtype=dtype, device="cpu").clone())
         self.nan_count, self.inf_count = state["nan_count"], state["inf_count"]
 
@@ -232,7 +234,7 @@ class Histogram:
     def _to(self, device: torch.device) -> None:
         """Move to the device of the data when the first data arrive."""
         if self.counts.device != device:
-            for name in ("counts", "exponent", "low", "high", "zeros"):
+            for name in _TENSORS:
                 setattr(self, name, getattr(self, name).to(device))
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import math
-import zlib
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.packed_text import pack_text, unpack_text
 
 _COUNT = np.dtype("<i8")
 
@@ -19,7 +18,7 @@ def grown(counts: Tensor, doublings: Tensor) -> Tensor:
     """Return the counts after every row's bin width was doubled ``doublings`` times, as exact as before.
 
     Args:
-        counts: int64 ``(channels, 2 * bins)``, as in a :class:`~lightning_qat.quantization.numerics.histogram.Histogram`.
+        counts: int64 ``(channels, 2 * bins)``, as a histogram has them.
         doublings: int64 ``(channels,)``.
     """
     result = counts.clone()
@@ -45,11 +44,10 @@ def packed(counts: Tensor, limit: int) -> tuple[str, int]:
     """Return counts as a compressed text, in bins so wide that it fits.
 
     The histogram itself could have come to these wider bins, by one more value that is larger: the counts stay exact.
-    It is a text because a tensor costs more bytes for its place in a checkpoint than the counts do.
 
     Args:
         counts: int64 ``(channels, 2 * bins)``.
-        limit: characters at most. A text is longer only if even two bins per side need more.
+        limit: characters at most. A text is longer only if even four bins per side need more.
 
     Returns:
         The text, and how often the width of all bins was doubled.
@@ -62,9 +60,14 @@ def packed(counts: Tensor, limit: int) -> tuple[str, int]:
         True
     """
     text, doublings = _text(counts), 0
-    while len(text) > limit and doublings < (counts.shape[1] // 2).bit_length() - 2:
-        counts = grown(counts, torch.ones(len(counts), dtype=torch.int64))
-        text, doublings = _text(counts), doublings + 1
+    bins = counts.shape[1] // 2
+    farthest = int((counts.any(dim=0).nonzero() - bins).abs().max()) if bool(counts.any()) else 0
+    most = max(0, farthest.bit_length() - 2)
+    while len(text) > limit and doublings < most:
+        # half the bins have more than half the text
+        step = min(max(1, int(math.log2(len(text) / limit))), most - doublings)
+        counts = grown(counts, torch.full((len(counts),), step))
+        text, doublings = _text(counts), doublings + step
     return text, doublings
 
 
@@ -74,17 +77,14 @@ def unpacked(text: str, shape: tuple[int, int]) -> Tensor:
     Raises:
         ConfigurationError: the text is damaged.
     """
-    size = math.prod(shape) * _COUNT.itemsize
-    try:
-        planes = zlib.decompressobj().decompress(base64.b85decode(text), size)  # never more than the bins need
-        rows = np.frombuffer(planes, np.uint8).reshape(_COUNT.itemsize, -1).T
-        counts = np.ascontiguousarray(rows).reshape(-1).view(_COUNT).reshape(shape)
-    except (ValueError, zlib.error) as error:
-        raise ConfigurationError(f"the stored histogram is damaged ({error}): use another checkpoint.") from error
-    return torch.from_numpy(counts.astype(np.int64))
+    planes = unpack_text(text, math.prod(shape) * _COUNT.itemsize)
+    if len(planes) != math.prod(shape) * _COUNT.itemsize:
+        raise ConfigurationError(f"the stored histogram has not {shape[0]} x {shape[1]} bins: use another checkpoint.")
+    rows = np.frombuffer(planes, np.uint8).reshape(_COUNT.itemsize, -1).T
+    return torch.from_numpy(np.ascontiguousarray(rows).reshape(-1).view(_COUNT).reshape(shape).astype(np.int64))
 
 
 def _text(counts: Tensor) -> str:
     """All lowest bytes of the counts come first, then the next ones: the higher ones are nearly all zero."""
     planes = counts.numpy().astype(_COUNT).reshape(-1).view(np.uint8).reshape(-1, _COUNT.itemsize).T
-    return base64.b85encode(zlib.compress(planes.tobytes(), 9)).decode()
+    return pack_text(planes.tobytes())

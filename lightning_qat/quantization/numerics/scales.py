@@ -159,4 +159,4 @@ def ratios_of(state: Mapping[str, Any], shape: torch.Size) -> tuple[Tensor, Tens
 
 
 def _rows(ratio: Tensor) -> list[list[float]]:
-    return ratio.unique_consecutive(dim=0).tolist()  # type: ignore[no-any-return, no-untyped-call]
+    return ratio.unique_consecutive(dim=0).tolist()  # type: ignore[no-any-return]

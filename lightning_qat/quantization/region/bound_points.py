@@ -92,7 +92,7 @@ class BoundPoint:
         Args:
             parameters: the parameters of the target by name.
         """
-        if self.fake_quant.forgotten and self.parameter in parameters:
+        if self.fake_quant.forgotten and self.parameter is not None and self.parameter in parameters:
             weight, norm = parameters[self.parameter].detach(), self.batch_norm
             self.fake_quant.observe(weight if norm is None else norm.fold(weight, norm.factor(weight)))
 

@@ -18,7 +18,7 @@ from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.interception.interception import Intercepted
 from lightning_qat.quantization.modules.module_walk import REGION_NAME
 from lightning_qat.quantization.planning.plan import QuantPlan, ScaleRole
-from lightning_qat.quantization.planning.plan_compatibility import LOADING_NOTE, STATE_VERSION, read_extra_state, rebound
+from lightning_qat.quantization.planning.plan_compatibility import LOADING_NOTE, extra_state, read_extra_state, rebound
 from lightning_qat.quantization.region.bound_points import bind
 from lightning_qat.quantization.region.freezing import Freezable, Freezing, patterns_by_target
 from lightning_qat.quantization.region.region_runner import RegionRunner
@@ -249,7 +249,7 @@ class Region(nn.Module):
         """
         self.scales.refresh_weights()  # the scales themselves are collected afterwards
         if self._stored is None:
-            self._stored = {"version": STATE_VERSION, "graph": self.graph.to_dict(), "plan": self.plan.to_dict()}
+            self._stored = extra_state(self.graph, self.plan)
         return {
             **self._stored,
             "statistics": self.scales.packed_statistics(),

@@ -14,7 +14,7 @@ from lightning_qat.quantization.fake_quant.scale_synchronization import average_
 from lightning_qat.quantization.planning.plan import QuantPlan, ScaleRole
 from lightning_qat.quantization.region.bound_points import BoundPoint, OpQuantizers
 
-PACKED_CHARACTERS = 512
+PACKED_CHARACTERS = 384
 """For the counts of one point in a checkpoint. With its scale and its place in plan and graph, it takes below 2 kB."""
 
 
