@@ -37,12 +37,21 @@ REPLACEMENTS: dict[str, Any] = {
 
 
 def leaves(data: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the place of every value in plain data, also of lists and mappings. Of a long list the first two."""
+    """Yield the place of every value in plain data, also of lists and mappings.
+
+    Of a list, and of a mapping whose values are all alike, only the first two.
+    """
     if place:
         yield place
-    items = data.items() if isinstance(data, dict) else list(enumerate(data))[:2] if isinstance(data, list) else ()
-    for key, value in items:
+    items = list(data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ())
+    for key, value in items[:2] if isinstance(data, list) or _is_uniform(data) else items:
         yield from leaves(value, (*place, key))
+
+
+def _is_uniform(data: Any) -> bool:
+    return (
+        isinstance(data, dict) and len({str(sorted(v)) if isinstance(v, dict) else id(v) for v in data.values()}) == 1
+    )
 
 
 def nested(levels: int = DEEP) -> list[Any]:

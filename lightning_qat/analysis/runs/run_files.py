@@ -114,10 +114,10 @@ def _table(path: Path) -> tuple[_Rows, dict[str, Any]]:
         rows = [_with_numbers(row) for row in table.csv(growing="epoch")]
         rows = [row for row in rows if row.get("epoch") == rows[-1].get("epoch")]  # those of the last epoch
     else:
-        with table.checked():
-            about = read_as(dict[str, Any], table.json())
-        rows = about.pop("rows", [])
+        about = table.json()
+        rows = about.pop("rows", []) if isinstance(about, dict) else None
     with table.checked():
+        about = read_as(dict[str, Any], about)
         found = [_row(row, index) for index, row in enumerate(read_as(list[Any], rows))]
     return {(row.get("region") or "", row["point"]): row for row in found if row["point"]}, about
 

@@ -29,7 +29,16 @@ _UNSAFE_CLASS = re.compile(r"GLOBAL (\S+) was not an allowed global")
 
 
 class OtherObjectsError(DamagedFileError):
-    """A file of tensors that holds objects of other classes, which only pickle could read."""
+    """A file of tensors that holds objects of other classes, which only pickle could read.
+
+    Args:
+        message: the whole sentence.
+        class_name: the first of these classes.
+    """
+
+    def __init__(self, message: str, class_name: str) -> None:
+        super().__init__(message)
+        self.class_name = class_name
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,7 @@ class Document:
             found = _UNSAFE_CLASS.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
             if found and weights_only:
                 problem = f"it holds an object of {found[1]}, and more than tensors and plain data is not read"
-                raise OtherObjectsError(self._sentence(problem)) from error
+                raise OtherObjectsError(self._sentence(problem), found[1]) from error
             raise self.error(_about_tensors(self.path, error)) from error
 
     def as_json(self, kind: type[T], ignore_unknown: bool = False) -> T:

@@ -13,7 +13,7 @@ _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 """Numbers that are not finite are words in JSON."""
 _LARGEST = 2**64
 _MOST_LEVELS = 64
-_MOST_VALUES = 1_000_000
+_MOST_VALUES = 10_000_000
 
 
 class UnreadableValueError(ConfigurationError):
