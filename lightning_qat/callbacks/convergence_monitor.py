@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, replace
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,13 +14,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_qat.analysis.convergence.convergence import FIRST_LOOK, ConvergenceResult, judge_convergence
-from lightning_qat.analysis.convergence.point_history import PointHealth, PointHistory, health_of_points
-from lightning_qat.analysis.convergence.training_series import (
-    LossHistory,
-    TrainingSeries,
-    measurement_of,
-    plain_measurement,
-)
+from lightning_qat.analysis.convergence.point_history import health_of_points
+from lightning_qat.analysis.convergence.training_series import LossHistory, TrainingSeries
 from lightning_qat.analysis.ladder.measurements import Measurement
 from lightning_qat.analysis.nan_origin import first_bad_point
 from lightning_qat.analysis.statistics.statistics import WeightCodes
@@ -176,10 +171,10 @@ class ConvergenceMonitor(Callback):
         if not self._started:
             return
         number = float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else None  # one read of the device
-        if number is not None:
-            is_bad = not math.isfinite(number)
-        else:
+        if number is None:
             is_bad = isinstance(loss, Tensor) and not bool(torch.isfinite(loss).all())
+        else:
+            is_bad = not math.isfinite(number)
         if is_skipped or is_bad:
             self._look_for_bad_values(pl_module, f"batch {batch_idx} of epoch {trainer.current_epoch}", batch)
         if number is None:
@@ -266,17 +261,10 @@ class ConvergenceMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        series, points = self.series, self.series.points
-        measured = {"metrics": series.metrics, "calibrated": series.calibrated, "float_model": series.float_model}
         return {
+            **self.series.state_dict(),
             "losses": list(self._losses.values),
             "stride": self._losses.stride,
-            "float_loss": list(series.float_loss) if series.float_loss else None,
-            "evaluations": series.evaluations,
-            **{name: plain_measurement(m) for name, m in measured.items()},
-            "first_points": {name: list(astuple(health)) for name, health in points.first.items()},
-            "point_epochs": points.epochs,
-            "flip_rates": list(points.flip_rates),
             "statistics": self._own_statistics.state_dict(),
         }
 
@@ -284,21 +272,7 @@ class ConvergenceMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._losses = LossHistory(map(float, state_dict["losses"]), int(state_dict["stride"]))
         self._next_look = max(FIRST_LOOK, 2 * self._losses.steps)
-        loss = state_dict["float_loss"]
-        self.series = TrainingSeries(
-            losses=tuple(self._losses.values),
-            steps=self._losses.steps,
-            float_loss=(float(loss[0]), float(loss[1])) if loss else None,
-            metrics=measurement_of(state_dict["metrics"]),
-            evaluations=int(state_dict["evaluations"]),
-            calibrated=measurement_of(state_dict["calibrated"]),
-            float_model=measurement_of(state_dict["float_model"]),
-            points=PointHistory(
-                first={name: PointHealth(*health) for name, health in state_dict["first_points"].items()},
-                epochs=int(state_dict["point_epochs"]),
-                flip_rates=tuple(state_dict["flip_rates"]),
-            ),
-        )
+        self.series = TrainingSeries.of_state(state_dict, self._losses)
         self._own_statistics.load_state_dict(state_dict["statistics"])
 
 

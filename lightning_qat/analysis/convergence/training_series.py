@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import astuple, dataclass, field
+from typing import Any, Literal
 
-from lightning_qat.analysis.convergence.point_history import PointHistory
+from lightning_qat.analysis.convergence.point_history import PointHealth, PointHistory
 from lightning_qat.analysis.ladder.measurements import Measurement
 from lightning_qat.analysis.ladder.rows import compare, judged
 
@@ -91,6 +91,42 @@ class TrainingSeries:
     bad_buffers: tuple[str, ...] = ()
     bad_since: str = ""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs of the series, as primitives; the losses are stored with their history."""
+        measured = {"metrics": self.metrics, "calibrated": self.calibrated, "float_model": self.float_model}
+        return {
+            "float_loss": list(self.float_loss) if self.float_loss else None,
+            "evaluations": self.evaluations,
+            **{name: _plain_measurement(m) for name, m in measured.items()},
+            "first_points": {name: list(astuple(health)) for name, health in self.points.first.items()},
+            "point_epochs": self.points.epochs,
+            "flip_rates": list(self.points.flip_rates),
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], losses: LossHistory) -> TrainingSeries:
+        """Return the series of a :meth:`state_dict`.
+
+        Args:
+            state: what was stored.
+            losses: the losses that were stored beside it.
+        """
+        loss = state["float_loss"]
+        return cls(
+            losses=tuple(losses.values),
+            steps=losses.steps,
+            float_loss=(float(loss[0]), float(loss[1])) if loss else None,
+            metrics=_measurement_of(state["metrics"]),
+            evaluations=int(state["evaluations"]),
+            calibrated=_measurement_of(state["calibrated"]),
+            float_model=_measurement_of(state["float_model"]),
+            points=PointHistory(
+                first={name: PointHealth(*health) for name, health in state["first_points"].items()},
+                epochs=int(state["point_epochs"]),
+                flip_rates=tuple(state["flip_rates"]),
+            ),
+        )
+
     @property
     def keeps_metric(self) -> bool:
         """Whether an evaluation says that the calibrated metric is held: then nothing else can be very wrong."""
@@ -106,18 +142,6 @@ class TrainingSeries:
             return False
         rows = judged(compare(before.metrics, self.metrics, before))
         return bool(rows) and all(row.status == "holds" for row in rows)
-
-
-def plain_measurement(measurement: Measurement | None) -> dict[str, dict[str, float]] | None:
-    """Return a measurement as plain data."""
-    if measurement is None:
-        return None
-    return {"metrics": dict(measurement.metrics), "standard_errors": dict(measurement.standard_errors)}
-
-
-def measurement_of(stored: Mapping[str, Mapping[str, float]] | None) -> Measurement | None:
-    """Return the measurement of plain data."""
-    return Measurement(stored["metrics"], stored["standard_errors"]) if stored else None
 
 
 @dataclass(frozen=True)
@@ -141,3 +165,15 @@ class ConvergenceRow:
     evidence: str = ""
     next_step: str = ""
     names: tuple[str, ...] = field(default=())
+
+
+def _plain_measurement(measurement: Measurement | None) -> dict[str, dict[str, float]] | None:
+    """Return a measurement as plain data."""
+    if measurement is None:
+        return None
+    return {"metrics": dict(measurement.metrics), "standard_errors": dict(measurement.standard_errors)}
+
+
+def _measurement_of(stored: Mapping[str, Mapping[str, float]] | None) -> Measurement | None:
+    """Return the measurement of plain data."""
+    return Measurement(stored["metrics"], stored["standard_errors"]) if stored else None

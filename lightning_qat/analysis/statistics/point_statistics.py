@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
-from lightning_qat.quantization.fake_quant.primitives import codes_before_clipping
+from lightning_qat.quantization.fake_quant.fake_quantize_function import codes_before_clipping
 from lightning_qat.quantization.numerics.channel_groups import channel_rows
 
 CHUNK = 1 << 20

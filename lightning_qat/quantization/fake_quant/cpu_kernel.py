@@ -1,4 +1,4 @@
-"""Fake-quantization with one scale on the CPU: the values and gradients of ``primitives.py``, in less time.
+"""Fake-quantization with one scale on the CPU: the values and gradients of ``fake_quantize_primitives``, in less time.
 
 The forward makes four vectorized passes over one new tensor. The backward makes one pass over the saved input: division
 and rounding are monotone, so the values with a code in range lie between two bounds, which are searched once.
@@ -16,7 +16,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from lightning_qat.quantization.fake_quant.primitives import NATIVE
+NATIVE = (torch.float32, torch.float64)
+"""Types that are computed as they are; all others are computed in float32."""
 
 
 def fake_quantize_cpu(x: Tensor, scale: float, low: int, high: int) -> Tensor:

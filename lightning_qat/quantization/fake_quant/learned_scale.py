@@ -19,8 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_qat.quantization.fake_quant.primitives import (
-    NATIVE,
+from lightning_qat.quantization.fake_quant.cpu_kernel import NATIVE
+from lightning_qat.quantization.fake_quant.fake_quantize_function import (
     broadcast_to_axis,
     check_floating_point,
     quantize_dequantize,

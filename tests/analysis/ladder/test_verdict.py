@@ -67,6 +67,58 @@ def test_cost_that_breaks_while_the_scores_hold_is_said_in_the_healthy_verdict()
     assert "A cost rises" not in judged().note
 
 
+def two_tasks(mae: float, name: str = "val_mae") -> Measurement:
+    return Measurement({"val_acc": 0.98, "val_loss": 0.06, name: mae}, {"val_acc": 0.004, name: 0.01 * mae})
+
+
+def measured(metrics: Measurement) -> Finetune:
+    return Finetune(metrics, 50, changed_parameters=("w",), learning_rates=(0.1, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("rung", "verdict"),
+    [("calibrated", "quantization error"), ("qat", "quantization error"), ("float_finetune", "hyperparameters")],
+)
+@pytest.mark.parametrize(
+    ("metric", "before", "after", "holds"),
+    [
+        ("val_mae", 3.6, 7.2, False),
+        ("val_angle_error", 3.6, 7.2, False),
+        ("test/wer", 0.3, 0.6, False),
+        ("val_mae", 3.6, 3.7, True),
+        ("val_error", 0.02, 0.025, True),
+        ("val_depth_loss", 3.6, 7.2, True),
+        ("val_mae", 0.0, 0.001, True),
+    ],
+)
+def test_every_task_holds_its_own_tolerance(
+    rung: str, verdict: str, metric: str, before: float, after: float, holds: bool
+) -> None:
+    """A map of -99 for what is missing doubles the error of one task, and the accuracy of the other holds.
+
+    Siblings: errors in units, angles, error rates of another task; on every rung that is compared with the float model.
+    Not meant: the loss of an overconfident classifier, and a rate that is one minus a score.
+    """
+    good, bad = two_tasks(before, metric), two_tasks(after, metric)
+    stages: dict[str, Any] = {"float_model": good, "calibrated": good}
+    stages |= {name: Finetune(good, 50) for name in ("batch_norm_fixed", "batch_norm_moving", "quantized")}
+    stages |= {name: measured(good) for name in ("float_finetune", "qat")}
+    stages[rung] = bad if rung == "calibrated" else measured(bad)
+    if rung == "calibrated":
+        stages["qat"] = measured(bad)  # training does not mend it
+    result = judged(**stages)
+    assert result.verdict == ("healthy" if holds else verdict), result.note
+    assert holds or f"{metric} {before:.4g} -> {after:.4g}" in result.note
+
+
+def test_error_that_training_improves_is_no_sign_of_a_bad_float_model() -> None:
+    """Without a reference, the accuracy decides whether a few batches make the float model far better."""
+    good = two_tasks(3.6)
+    stages: dict[str, Any] = {"float_model": good, "calibrated": good, "qat": measured(good)}
+    stages |= {name: Finetune(good, 50) for name in ("batch_norm_fixed", "batch_norm_moving", "quantized")}
+    assert judged(None, None, **stages, float_finetune=measured(two_tasks(1.8))).verdict == "healthy"
+
+
 @pytest.mark.parametrize(
     ("broken", "verdict", "rung"),
     [

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from lightning_qat.analysis.statistics.point_statistics import weight_codes
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
-from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_quantize
+from lightning_qat.quantization.fake_quant.fake_quantize_function import codes_before_clipping, fake_quantize
 from lightning_qat.quantization.fake_quant.learned_scale import fake_quantize_learned
-from lightning_qat.quantization.fake_quant.primitives import codes_before_clipping
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
 from lightning_qat.quantization.numerics.scales import greatest_scale
 from tests.quantization.fake_quant.onnx_quantize import TYPES, onnx_dequantize, onnx_quantize
