@@ -134,7 +134,7 @@ def _attached(module: pl.LightningModule, path: str, state: dict[str, Any], stat
     return region
 
 
-def stored_regions(state_dict: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def stored_regions(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the extra state of every region in a state_dict, by target path (``""`` for the module itself)."""
     ending = f"{REGION_NAME}.{_EXTRA_STATE}"
     return {

@@ -21,7 +21,8 @@ import torch
 import yaml
 
 from lightning_qat.quantization.errors import DamagedFileError
-from lightning_qat.quantization.reading.schema import UnreadableValueError, read_as
+from lightning_qat.quantization.reading.plain_values import UnreadableValueError
+from lightning_qat.quantization.reading.schema import read_as
 
 T = TypeVar("T")
 _ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}

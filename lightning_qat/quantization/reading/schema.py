@@ -48,7 +48,8 @@ def read_as(kind: type[T], value: Any, ignore_unknown: bool = False) -> T:
         ...     print(error)
         [0].scale must be a positive number, not -1
     """
-    reader = _fields_reader(kind, True) if ignore_unknown else _reader(kind)
+    of: Any = kind
+    reader = _fields_reader(of, True) if ignore_unknown else _reader(of)
     return cast(T, reader(value))
 
 
@@ -71,7 +72,7 @@ def _reader(kind: Any) -> _Reader:
     if origin in (dict, Mapping):
         return _values(_reader(arguments[1]))
     if dataclasses.is_dataclass(kind):
-        return _fields_reader(kind, False)
+        return _fields_reader(cast(Any, kind), False)
     if isinstance(kind, type):
         return _instance(kind)
     raise TypeError(f"no reader for {kind}")  # a mistake in a dataclass, not in a file
