@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lightning_qat.analysis.captured_calls import analysis_mode
 from lightning_qat.analysis.influence import influence_on
 from lightning_qat.analysis.mixed_precision.measured_forwards import Pair, measure_forwards
+from lightning_qat.analysis.mixed_precision.model_hashes import hash_of_tensors, hashes_of
 from lightning_qat.analysis.mixed_precision.op_costs import op_costs
 from lightning_qat.analysis.mixed_precision.point_quantizers import (
     Quantizers,
@@ -123,8 +120,7 @@ def measure_errors(
         latency=dict(hardware.cost) if hardware is not None else {},
         not_reached=tuple(not_reached),
         hashes={
-            "plan": hashlib.sha256(region.plan.to_json(None).encode()).hexdigest(),
-            "weights": hash_of_tensors(region.target.parameters()),
+            **hashes_of(region),
             "data": hash_of_tensors(t for call in calls for t in call_leaves(call.args, call.kwargs)),
         },
     )
@@ -199,8 +195,12 @@ def _rows(
             exact = (point, dtype) in measured
             mse, standard_error = (measured[point, dtype], 0.0) if exact else sketch.mse(_name(point, dtype))
             error = None if math.isnan(standard_error) else standard_error
-            rows.append(PointError(*names, dtype, mse, error, exact))
+            rows.append(PointError(*names, dtype, mse if mse < _INFINITE else _INFINITE, error, exact))
     return rows, not_reached
+
+
+_INFINITE = 1e100
+"""Stands for an error that is no finite number: sums and differences of it are still numbers."""
 
 
 def _predicted(rows: list[PointError], dtype: str) -> float:
@@ -209,16 +209,6 @@ def _predicted(rows: list[PointError], dtype: str) -> float:
     for row in rows:
         by_point.setdefault(row.point, {})[row.dtype] = row.mse
     return math.fsum(own.get(dtype, list(own.values())[-1]) for own in by_point.values())
-
-
-def hash_of_tensors(tensors: Iterable[Tensor]) -> str:
-    """Return the SHA-256 of the values of tensors, in order, with their types and shapes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _name(point: str, dtype: str) -> str:

@@ -66,10 +66,11 @@ def quantizers_by_dtype(region: Region, plans: Mapping[str, QuantPlan]) -> Quant
     hardware give it another one there.
 
     Args:
-        region: a calibrated region; it is not changed.
+        region: a calibrated region. Only statistics of weights that a checkpoint left out are taken again.
         plans: the plans of :func:`plans_by_dtype`.
     """
     region.scales.refresh_weights()
+    region.scales.observe_weights_again()
     points = region.points
     found: Quantizers = {}
     for own in region.plan.points:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from typing_extensions import override
 
+from lightning_qat.analysis.mixed_precision.model_hashes import hashes_of
 from lightning_qat.analysis.mixed_precision.op_costs import CostName, CostOfTypes, LatencyRatios, OpCost
 from lightning_qat.analysis.mixed_precision.precision_choice import (
     OUT_OF_RANGE,
@@ -23,6 +25,11 @@ from lightning_qat.analysis.mixed_precision.shares import count_of
 from lightning_qat.analysis.results import Result
 from lightning_qat.analysis.sensitivity.break_away import break_away
 from lightning_qat.quantization.errors import ConfigurationError, near_names
+from lightning_qat.quantization.numerics.dtypes import QuantizedDtypeName
+from lightning_qat.quantization.planning.plan import ScaleRole
+from lightning_qat.quantization.reading.checks import AT_LEAST_ZERO, FINITE, one_of
+from lightning_qat.quantization.reading.files import Document
+from lightning_qat.quantization.region.region import Region
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,9 @@ class PointError:
     point: str
     op_name: str
     op_type: str
-    role: str
-    dtype: str
-    mse: float
+    role: ScaleRole
+    dtype: Annotated[str, one_of(QuantizedDtypeName)]
+    mse: Annotated[float, FINITE, AT_LEAST_ZERO]
     standard_error: float | None
     exact: bool
 
@@ -83,6 +90,7 @@ class PrecisionErrors(Result[PointError]):
         hashes: SHA-256 of the ``plan``, the ``weights`` and the ``data`` they were measured with.
     """
 
+    rows: tuple[PointError, ...]
     dtypes: tuple[str, ...] = ()
     output: str = ""
     batches: int = 0
@@ -95,6 +103,32 @@ class PrecisionErrors(Result[PointError]):
     hashes: Mapping[str, str] = field(default_factory=dict)
     title: ClassVar[str] = "Output error of each point at each type"
     shown: ClassVar[tuple[str, ...]] = ("point", "op_type", "dtype", "mse", "standard_error", "exact")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], region: Region | None = None) -> PrecisionErrors:
+        """Read the file that :func:`lightning_qat.write_json` wrote.
+
+        Args:
+            path: the file.
+            region: refuse errors that were measured with another plan or other weights than this region has.
+
+        Raises:
+            ConfigurationError: the file is damaged, or belongs to another model; the message says what differs.
+        """
+        document = Document(path, "a file of errors by point and type", "measure them again with measure_errors")
+        errors = document.as_json(cls)
+        for point, others in errors.together.items():
+            for name in (point, *others):
+                if name not in errors.by_point:
+                    raise document.error(f"'together' names {name!r}, which has no errors")
+        if region is not None:
+            differing = [name for name, value in hashes_of(region).items() if errors.hashes.get(name) != value]
+            if differing:
+                raise ConfigurationError(
+                    f"{os.fspath(path)} was measured with another model: {' and '.join(differing)} of this one differ. "
+                    "Measure again with measure_errors."
+                )
+        return errors
 
     @cached_property
     def by_point(self) -> dict[str, dict[str, PointError]]:

@@ -40,10 +40,10 @@ class PrecisionSearch:
         self.errors = errors
         self.together = together
         self.cost = cost
-        self._touching: dict[str, list[str]] = {point: [] for point in errors}
+        self._touching: dict[str, set[str]] = {point: {point} & together.keys() for point in errors}
         for point, others in together.items():
             for other in others:
-                self._touching[other].append(point)
+                self._touching[other].add(point)
 
     def start(self, raised: Iterable[str] = ()) -> Assignment:
         """Return the narrowest types, but for some points that have their widest (and those raised with them)."""

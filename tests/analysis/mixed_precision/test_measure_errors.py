@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 import random
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +19,16 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional import spearman_corrcoef
 
-from lightning_qat.analysis.mixed_precision.measure_errors import hash_of_tensors, measure_errors
+from lightning_qat.analysis.mixed_precision.measure_errors import measure_errors
+from lightning_qat.analysis.mixed_precision.model_hashes import hash_of_tensors
+from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
+from lightning_qat.reporting.files import write_json
+from tests.harness.damage import damaged_values, read_or_refused
 from tests.harness.state import assert_same
 from tests.quantization.models import ResNet, ViT, Wired
 
@@ -221,6 +227,59 @@ def test_hashes_tell_what_the_errors_belong_to() -> None:
         "weights": False,
         "data": False,
     }
+
+
+def test_a_file_answers_without_data_or_model(tmp_path: Path) -> None:
+    model, batches = uneven(8, 16, 4)
+    region = region_at(model, batches)
+    errors = measure_errors(region, batches)
+    path = write_json(errors, tmp_path / "errors.json")
+    loaded = PrecisionErrors.load(path, region)
+    assert loaded == errors
+    for rule in ({"share": 0.5}, {"budget": 1.4, "cost": "bops"}, {"max_error": errors.choose(top=1).predicted}):
+        assert loaded.choose(**rule) == errors.choose(**rule)  # type: ignore[arg-type]
+    assert loaded.front().rows == errors.front().rows
+
+
+def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
+    model, batches = uneven(8, 16, 4)
+    path = write_json(measure_errors(region_at(model, batches), batches), tmp_path / "errors.json")
+    model[0].weight.data.mul_(2)  # type: ignore[operator, union-attr]
+    with pytest.raises(ConfigurationError, match="another model: weights of this one differ"):
+        PrecisionErrors.load(path, region_at(model, batches))
+    with pytest.raises(ConfigurationError, match="plan and weights of this one differ"):
+        PrecisionErrors.load(path, region_at(uneven(8, 16, 16, 4)[0], batches))
+
+
+def test_a_damaged_file_is_one_error(tmp_path: Path) -> None:
+    """Every value replaced by one of another kind, every key dropped: it reads, or ends in one sentence."""
+    model, batches = uneven(8, 16, 4)
+    path = write_json(measure_errors(region_at(model, batches), batches), tmp_path / "errors.json")
+    refused = 0
+    for what, damaged in damaged_values(json.loads(path.read_text())):
+        if "huge" in what or what == "nested":  # json cannot write them; test_damaged_files.py does
+            continue
+        path.write_text(json.dumps(damaged))
+        found = read_or_refused(lambda: PrecisionErrors.load(path), what)
+        refused += isinstance(found, ConfigurationError)
+        if isinstance(found, PrecisionErrors):
+            read_or_refused(found.front, what)
+    assert refused > 100
+
+
+def test_errors_are_measured_from_a_checkpoint_too() -> None:
+    """Checkpoints keep no statistics of weights: they are taken again from the weights."""
+    model, batches = uneven(8, 16, 4)
+    region = region_at(model, batches)
+    state = copy.deepcopy(region.target.state_dict())
+    expected = measure_errors(region, batches)
+    other = region_at(model, [x * 0.5 for x in batches])
+    other.target.load_state_dict(state)
+    found = measure_errors(other, batches)
+    for point, own in expected.by_point.items():
+        assert found.by_point[point].keys() == own.keys()
+        assert found.by_point[point]["int8"].mse == pytest.approx(own["int8"].mse, rel=1e-6)
+        assert found.by_point[point]["int16"].mse == pytest.approx(own["int16"].mse, rel=0.1)  # wider bins
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,11 @@ def test_tied_points_are_raised_together_and_cost_together() -> None:
     assert set(table.choose(max_error=4.5).raised) == names(0, 1)
 
 
+def test_a_point_that_is_not_listed_with_itself_is_still_raised_once() -> None:
+    table = errors_from({"a.output": {"int8": 1.0, "int16": 0.0}}, {"a.output": ()})
+    assert table.front().rows[-1].raised == 1
+
+
 def test_several_types_are_climbed_one_by_one() -> None:
     levels = {"int4": 100.0, "int8": 1.0, "int16": 0.0}
     table = errors_from({"a.output": levels, "b.output": {k: v / 10 for k, v in levels.items()}})
