@@ -6,14 +6,12 @@ import platform
 import re
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
@@ -30,8 +28,10 @@ from lightning_qat.callbacks.passes.fresh_loaders import Stage
 from lightning_qat.callbacks.passes.run_step import loss_of, mean_loss, run_step
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.messages import rank_zero_info
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
+from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.modules.module_walk import is_in_region
@@ -44,7 +44,7 @@ _STAGES: tuple[Stage, ...] = ("train", "validate")
 FILE_NAME = "pipeline_fingerprint.json"
 
 
-class PipelineFingerprint(Callback):
+class PipelineFingerprint(ReportingCallback):
     """Write the fingerprint of a float training pipeline, for a later comparison with the QAT pipeline.
 
     Add this callback to the float run. At the end of training it runs the trained model on the first batches of the
@@ -65,6 +65,7 @@ class PipelineFingerprint(Callback):
     """
 
     def __init__(self, batches: int = 8, seed: int = 0) -> None:
+        super().__init__()
         require_at_least("PipelineFingerprint", batches=batches)
         self.batches = batches
         self.seed = seed
@@ -91,7 +92,8 @@ class PipelineFingerprint(Callback):
         self.fingerprint = replace(fingerprint, optimizers=at_start or fingerprint.optimizers)
         directory = run_directory(trainer)  # broadcasts: on all ranks
         if leaves_files(trainer):
-            path = write_fingerprint(self.fingerprint, Path(directory) / FILE_NAME)
+            path = directory / FILE_NAME
+            self._reports.write(path, partial(write_fingerprint, self.fingerprint, path))
             rank_zero_info(f"Fingerprint of this pipeline: {path}. In QAT: PipelineCheck(reference={str(path)!r}).")
 
 
