@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,16 +12,15 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_qat.analysis.captured_calls import RepeatableForward
-from lightning_qat.analysis.comparison.comparison import compare
 from lightning_qat.analysis.comparison.comparison_result import CHOSEN, LayerComparisonResult
 from lightning_qat.analysis.comparison.point_inspection import inspect_point
-from lightning_qat.analysis.diagnosis.diagnosis import check_declared_range, diagnose
+from lightning_qat.analysis.diagnosis.diagnosis import check_declared_range
 from lightning_qat.analysis.diagnosis.diagnosis_result import DiagnosisResult
-from lightning_qat.analysis.model_check.checked_region import rules_of
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
+from lightning_qat.callbacks.analyses.diagnosed_regions import diagnosed_regions
 from lightning_qat.callbacks.analyses.epoch_end_analysis import EpochEndAnalysis
-from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
+from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
@@ -29,9 +28,7 @@ from lightning_qat.callbacks.trainer.messages import rank_zero_warn
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
-from lightning_qat.callbacks.trainer.progress import progress
 from lightning_qat.quantization.modules.call import Call
-from lightning_qat.quantization.overrides import glob_covers
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.reporting.console import print_advice
@@ -180,35 +177,23 @@ class LayerComparison(EpochEndAnalysis):
     def _analyse(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, final: bool = False
     ) -> LayerComparisonResult:
-        results, diagnoses = {}, {}
-        sensitivity = _sensitivity(trainer)
         with self._analysed(trainer, pl_module, self.batches, self.seed) as (regions, calls):
-            total = sum(map(len, calls.values()))
-            rules = rules_of(regions)
-            profile = require_quantization(trainer, "LayerComparison").profile
-            with trainer.precision_plugin.forward_context(), progress(trainer, "layer comparison", total) as advance:
-                for path, region in regions.items():
-                    results[path] = compare(
-                        region,
-                        _advancing(calls[path], advance),
-                        self.output,
-                        self.post_process,
-                        seed=self.seed,
-                        across_ranks=trainer.world_size > 1,
-                        rules=rules[path],
-                        profile=profile,
-                    )
-                    diagnoses[path] = diagnose(results[path], _of_region(sensitivity, path), self._ranges(region))
-                diagnosis = DiagnosisResult.merged(diagnoses)
-                if final and self.figures:
-                    self._draw(trainer, regions, calls, LayerComparisonResult.merged(results), diagnosis)
-        self.diagnosis = diagnosis
-        self.result = replace(LayerComparisonResult.merged(results), what_to_do=diagnosis.lines())
-        return self.result
-
-    def _ranges(self, region: Region) -> dict[str, list[float]]:
-        """The declared ranges that are about points of this region."""
-        return {g: ends for g, ends in self.ranges.items() if any(glob_covers(g, name) for name in region.points)}
+            result, diagnosis = diagnosed_regions(
+                trainer,
+                regions,
+                calls,
+                "LayerComparison",
+                output=self.output,
+                post_process=self.post_process,
+                ranges=self.ranges,
+                sensitivity=_sensitivity(trainer),
+                seed=self.seed,
+            )
+            if final and self.figures:
+                with trainer.precision_plugin.forward_context():
+                    self._draw(trainer, regions, calls, result, diagnosis)
+        self.result, self.diagnosis = result, diagnosis
+        return result
 
     def _report(self, trainer: pl.Trainer, result: LayerComparisonResult) -> None:
         self.write(trainer, result)
@@ -254,16 +239,6 @@ def _sensitivity(trainer: pl.Trainer) -> SensitivityResult | None:
     """The latest result of a SensitivityAnalysis among the callbacks."""
     results = [analysis.result for analysis in listed(trainer, SensitivityAnalysis) if analysis.result is not None]
     return results[-1] if results else None
-
-
-def _of_region(result: SensitivityResult | None, path: str) -> SensitivityResult | None:
-    return None if result is None else replace(result, rows=tuple(row for row in result.rows if row.region == path))
-
-
-def _advancing(calls: list[Call], advance: Callable[[], None]) -> Iterator[Call]:
-    for call in calls:
-        yield call
-        advance()
 
 
 def _aggregates(result: LayerComparisonResult) -> dict[str, float]:
