@@ -19,7 +19,7 @@ from lightning_qat.analysis.diagnosis.diagnosis_result import DiagnosisResult
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
 from lightning_qat.callbacks.analyses.diagnosed_regions import diagnosed_regions
-from lightning_qat.callbacks.analyses.epoch_end_analysis import EpochEndAnalysis
+from lightning_qat.callbacks.early_analysis import EarlyAnalysis
 from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.callbacks.trainer import _compat
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class LayerComparison(EpochEndAnalysis):
+class LayerComparison(EarlyAnalysis):
     """Compare every tensor of the quantized model with that of the float model, at the end of training, and diagnose.
 
     Each tensor has two errors: its *own* (the op gets the float model's inputs, and only its own fake-quants are on)
@@ -59,8 +59,12 @@ class LayerComparison(EpochEndAnalysis):
     callback is listed after ``SensitivityAnalysis``, the most sensitive one. The float model is the model with its
     present weights and quantization off. Training stays bit-identical.
 
+    If calibration has made a metric worse, the calibrated model is diagnosed too, before its first step: training
+    often destroys such a model, and then the list at the end describes the wreck.
+
     Goes to: ``layer_comparison.csv|txt|json`` and ``diagnosis.csv|txt|json`` in the run's ``lightning_qat`` directory
-    (with ``every_n_epochs`` the csv files hold the rows of every epoch, txt and json the latest); to the loggers
+    (with ``every_n_epochs`` the csv files hold the rows of every epoch, txt and json the latest); the same with
+    ``calibrated_`` before the name, about a calibrated model that has lost accuracy; to the loggers
     ``layer_comparison.<column>/<tensor>`` and the tables; to the terminal the list of what to do; through ``self.log``,
     at the end of an epoch: ``layer_comparison/min_own_sqnr`` and ``layer_comparison/output_sqnr`` (both in dB).
     Columns: ``lightning_qat/reporting/README.md``.
@@ -170,9 +174,7 @@ class LayerComparison(EpochEndAnalysis):
             return
         if not again:
             self._report(trainer, result)
-        if trainer.is_global_zero and self.diagnosis is not None:
-            lines = self.diagnosis.lines()
-            self._reports.attempt(lambda: print_advice(lines, console_of(trainer)), "What to do was not printed")
+        self._print(trainer)
 
     def _analyse(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, final: bool = False
@@ -192,8 +194,26 @@ class LayerComparison(EpochEndAnalysis):
             if final and self.figures:
                 with trainer.precision_plugin.forward_context():
                     self._draw(trainer, regions, calls, result, diagnosis)
-        self.result, self.diagnosis = result, diagnosis
-        return result
+        return self._noted(result, diagnosis, self.remark(trainer, pl_module))
+
+    def _noted(self, result: LayerComparisonResult, diagnosis: DiagnosisResult, remark: str) -> LayerComparisonResult:
+        self.diagnosis = replace(diagnosis, remark=remark)
+        self.result = replace(result, what_to_do=self.diagnosis.lines())
+        return self.result
+
+    @override
+    def analyse_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        result = self._analyse(trainer, pl_module)
+        assert self.diagnosis is not None
+        result = self._noted(result, self.diagnosis, self.start_remark)
+        self.write_start(trainer, result, "layer_comparison", LAYER_COMPARISON)
+        self.write_start(trainer, self.diagnosis, "diagnosis", WHAT_TO_DO)
+        self._print(trainer)
+
+    def _print(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero and self.diagnosis is not None:
+            lines = self.diagnosis.lines()
+            self._reports.attempt(lambda: print_advice(lines, console_of(trainer)), "What to do was not printed")
 
     def _report(self, trainer: pl.Trainer, result: LayerComparisonResult) -> None:
         self.write(trainer, result)

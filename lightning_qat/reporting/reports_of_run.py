@@ -50,7 +50,11 @@ class RunReports:
         return self._tried(place, write)
 
     def write_result(
-        self, result: Result[Any], directory: str | os.PathLike[str], name: str, formats: Sequence[Format]
+        self,
+        result: Result[Any],
+        directory: str | os.PathLike[str],
+        name: str,
+        formats: Sequence[Format] = ("csv", "txt", "json"),
     ) -> str:
         """Write a result as ``<name>.<format>`` in every format.
 

@@ -37,7 +37,7 @@ class Planted(LightningModule):
 
     @classmethod
     def plant(cls, module: Planted) -> None:
-        """Plant what calibration destroys; the float model computes as before."""
+        """Plant what calibration destroys, and nothing that the float model notices."""
 
     @classmethod
     def pretrained(cls, **kwargs: Any) -> Any:
@@ -120,7 +120,7 @@ class SmallDivisor(Planted):
 
 
 class DominatingChannel(Planted):
-    """One channel of a weight with one scale is far larger than the others, at a pixel that is always black."""
+    """One channel of a weight with one scale is far larger than the others; the relu behind it is never open."""
 
     def build(self) -> None:
         self.hidden, self.head = nn.Linear(64, 32), nn.Linear(32, 10)
@@ -132,7 +132,7 @@ class DominatingChannel(Planted):
     @classmethod
     def plant(cls, module: Planted) -> None:
         assert isinstance(module, DominatingChannel)
-        module.hidden.weight[0, 0] = 400.0
+        module.hidden.weight[0], module.hidden.bias[0] = torch.linspace(-150, 150, 64), -1e5
 
     @classmethod
     def samples(cls) -> tuple[Tensor, Tensor]:

@@ -66,8 +66,7 @@ def diagnosed_regions(
             )
             own = {g: e for g, e in (ranges or {}).items() if any(glob_covers(g, name) for name in region.points)}
             diagnoses[path] = diagnose(results[path], _of_region(sensitivity, path), own)
-    diagnosis = DiagnosisResult.merged(diagnoses)
-    return replace(LayerComparisonResult.merged(results), what_to_do=diagnosis.lines()), diagnosis
+    return LayerComparisonResult.merged(results), DiagnosisResult.merged(diagnoses)
 
 
 def diagnosed_module(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str) -> DiagnosisResult:
