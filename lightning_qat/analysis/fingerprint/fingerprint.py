@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.analysis.fingerprint.layer_calls import LayerCall, Sketch
+from lightning_qat.analysis.fingerprint.module_settings import ModuleSettings, plain_modules
 from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummary
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
-from lightning_qat.quantization.modules.module_walk import is_in_region
 
-FINGERPRINT_VERSION = 1
+FINGERPRINT_VERSION = 2
+_READABLE = (1, 2)
+"""Version 1 has no ``modules``, ``layers`` and ``untrained``."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Fingerprint:
         constant_guess: the same for the best answer that does not look at the input: the most frequent class.
         random_evaluation: the same batch, evaluated twice, gave different results from the same model inputs.
         swapped: modules whose weights are replaced while validation runs, such as by averages that are swapped in.
+        modules: what every module is beside its weights; None in files of earlier releases.
+        layers: by stage what the modules compute in the first step, in the order in which their calls begin. Batch norm
+            and dropout are in eval mode for it, and modules whose results are random are left out. None in files of
+            earlier releases.
+        untrained: parameters that training does not update: frozen, or in no optimizer. None if that is not known.
         batches: batches per stage and rank that were looked at.
         version: of this format.
     """
@@ -66,6 +74,9 @@ class Fingerprint:
     constant_guess: dict[str, dict[str, float]] = field(default_factory=dict)
     random_evaluation: bool = False
     swapped: list[str] = field(default_factory=list)
+    modules: dict[str, ModuleSettings] | None = None
+    layers: dict[str, tuple[LayerCall, ...]] | None = None
+    untrained: list[str] | None = None
     batches: int = 0
     version: int = FINGERPRINT_VERSION
 
@@ -87,9 +98,9 @@ class Fingerprint:
             raise ConfigurationError(f"{str(path)!r} is not a fingerprint: it is not JSON.") from None
         if not isinstance(data, dict) or "weights" not in data:
             raise ConfigurationError(f"{str(path)!r} is not a fingerprint: it has no weights.")
-        if data.get("version") != FINGERPRINT_VERSION:
+        if data.get("version") not in _READABLE:
             raise ConfigurationError(
-                f"{str(path)!r} is a fingerprint of version {data.get('version')!r}, this release reads version "
+                f"{str(path)!r} is a fingerprint of version {data.get('version')!r}, this release reads versions up to "
                 f"{FINGERPRINT_VERSION}: make a new one."
             )
         try:
@@ -98,6 +109,10 @@ class Fingerprint:
                     stages[stage] = tuple(_summary(summary) for summary in summaries)
             for name in ("losses", "metrics", "standard_errors"):
                 data[name] = {key: float(value) for key, value in data[name].items()}
+            if data.get("modules") is not None:
+                data["modules"] = {name: ModuleSettings(**found) for name, found in data["modules"].items()}
+            if data.get("layers") is not None:
+                data["layers"] = {stage: tuple(map(_layer_call, calls)) for stage, calls in data["layers"].items()}
             return cls(**data)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigurationError(
@@ -116,9 +131,7 @@ def weight_digests(module: nn.Module) -> dict[str, str]:
         False
     """
     digests = {}
-    for name, child in module.named_modules():
-        if is_in_region(name):
-            continue
+    for name, child in plain_modules(module):
         own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
         own = [(key, tensor) for key, tensor in own if key != "num_batches_tracked"]
         if own:
@@ -150,7 +163,7 @@ def batch_norm_summary(module: nn.Module) -> dict[str, dict[str, float]]:
             "running_mean": float(norm.running_mean.double().mean()),
             "running_var": float(norm.running_var.double().mean()),
         }
-        for name, norm in module.named_modules()
+        for name, norm in plain_modules(module)
         if is_batch_norm(norm) and norm.running_mean is not None and norm.running_var is not None
     }
 
@@ -158,8 +171,8 @@ def batch_norm_summary(module: nn.Module) -> dict[str, dict[str, float]]:
 def deviating_modes(module: nn.Module) -> dict[str, list[str]]:
     """Return the submodules whose train/eval flag differs from that of the module itself."""
     found: dict[str, list[str]] = {}
-    for name, child in module.named_modules():
-        if child.training != module.training and not is_in_region(name):
+    for name, child in plain_modules(module):
+        if child.training != module.training:
             found.setdefault("train" if child.training else "eval", []).append(name)
     return found
 
@@ -169,3 +182,14 @@ def _summary(data: Mapping[str, Any]) -> TensorSummary:
     return TensorSummary(
         **{**data, "shape": tuple(data["shape"]), **{key: tuple(map(float, data[key])) for key in lists}}
     )
+
+
+def _layer_call(data: Mapping[str, Any]) -> LayerCall:
+    inputs, outputs = (
+        {
+            path: Sketch(tuple(map(int, s["shape"])), float(s["norm"]), tuple(map(float, s["sums"])))
+            for path, s in data[name].items()
+        }
+        for name in ("inputs", "outputs")
+    )
+    return LayerCall(str(data["name"]), inputs, outputs)
