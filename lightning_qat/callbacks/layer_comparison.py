@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,25 +13,23 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from typing_extensions import override
 
 from lightning_qat.analysis.captured_calls import RepeatableForward
-from lightning_qat.analysis.comparison.comparison import compare
 from lightning_qat.analysis.comparison.comparison_result import CHOSEN, LayerComparisonResult
 from lightning_qat.analysis.comparison.point_inspection import inspect_point
-from lightning_qat.analysis.diagnosis.diagnosis import check_declared_range, diagnose
+from lightning_qat.analysis.diagnosis.diagnosis import check_declared_range
 from lightning_qat.analysis.diagnosis.diagnosis_result import DiagnosisResult
-from lightning_qat.analysis.model_check.checked_region import rules_of
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
-from lightning_qat.callbacks.analyses.epoch_end_analysis import EpochEndAnalysis, outputs_of_run
-from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
+from lightning_qat.callbacks.analyses.diagnosed_regions import diagnosed_regions
+from lightning_qat.callbacks.analyses.epoch_end_analysis import outputs_of_run
+from lightning_qat.callbacks.early_analysis import EarlyAnalysis
+from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
-from lightning_qat.callbacks.trainer.progress import progress
 from lightning_qat.quantization.modules.call import Call
-from lightning_qat.quantization.overrides import glob_covers
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.reporting.console import print_advice
@@ -50,7 +48,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class LayerComparison(EpochEndAnalysis):
+class LayerComparison(EarlyAnalysis):
     """Compare every tensor of the quantized model with that of the float model, at the end of training, and diagnose.
 
     Each tensor has two errors: its *own* (the op gets the float model's inputs, and only its own fake-quants are on)
@@ -60,8 +58,12 @@ class LayerComparison(EpochEndAnalysis):
     callback is listed after ``SensitivityAnalysis``, the most sensitive one. The float model is the model with its
     present weights and quantization off. Training stays bit-identical.
 
+    If calibration has made a metric worse, the calibrated model is diagnosed too, before its first step: training
+    often destroys such a model, and then the list at the end describes the wreck.
+
     Goes to: ``layer_comparison.csv|txt|json`` and ``diagnosis.csv|txt|json`` in the run's ``lightning_qat`` directory
-    (with ``every_n_epochs`` the csv files hold the rows of every epoch, txt and json the latest); to the loggers
+    (with ``every_n_epochs`` the csv files hold the rows of every epoch, txt and json the latest); the same with
+    ``calibrated_`` before the name, about a calibrated model that has lost accuracy; to the loggers
     ``layer_comparison.<column>/<tensor>`` and the tables; to the terminal the list of what to do; through ``self.log``,
     at the end of an epoch: ``layer_comparison/min_own_sqnr`` and ``layer_comparison/output_sqnr`` (both in dB).
     Columns: ``lightning_qat/reporting/README.md``.
@@ -177,35 +179,37 @@ class LayerComparison(EpochEndAnalysis):
     def _analyse(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, final: bool = False
     ) -> LayerComparisonResult:
-        results, diagnoses = {}, {}
-        sensitivity = _sensitivity(trainer)
         with self._analysed(trainer, pl_module, self.batches, self.seed) as (regions, calls):
-            total = sum(map(len, calls.values()))
-            rules = rules_of(regions)
-            profile = require_quantization(trainer, "LayerComparison").profile
-            with trainer.precision_plugin.forward_context(), progress(trainer, "layer comparison", total) as advance:
-                for path, region in regions.items():
-                    results[path] = compare(
-                        region,
-                        _advancing(calls[path], advance),
-                        self.output,
-                        self.post_process,
-                        seed=self.seed,
-                        across_ranks=trainer.world_size > 1,
-                        rules=rules[path],
-                        profile=profile,
-                    )
-                    diagnoses[path] = diagnose(results[path], _of_region(sensitivity, path), self._ranges(region))
-                diagnosis = DiagnosisResult.merged(diagnoses)
-                if final and self.figures:
-                    self._draw(trainer, regions, calls, LayerComparisonResult.merged(results), diagnosis)
-        self.diagnosis = diagnosis
-        self.result = replace(LayerComparisonResult.merged(results), what_to_do=diagnosis.lines())
+            result, diagnosis = diagnosed_regions(
+                trainer,
+                regions,
+                calls,
+                "LayerComparison",
+                output=self.output,
+                post_process=self.post_process,
+                ranges=self.ranges,
+                sensitivity=_sensitivity(trainer),
+                seed=self.seed,
+            )
+            if final and self.figures:
+                with trainer.precision_plugin.forward_context():
+                    self._draw(trainer, regions, calls, result, diagnosis)
+        return self._noted(result, diagnosis, self.remark(trainer, pl_module))
+
+    def _noted(self, result: LayerComparisonResult, diagnosis: DiagnosisResult, remark: str) -> LayerComparisonResult:
+        self.diagnosis = replace(diagnosis, remark=remark)
+        self.result = replace(result, what_to_do=self.diagnosis.lines())
         return self.result
 
-    def _ranges(self, region: Region) -> dict[str, list[float]]:
-        """The declared ranges that are about points of this region."""
-        return {g: ends for g, ends in self.ranges.items() if any(glob_covers(g, name) for name in region.points)}
+    @override
+    def analyse_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        result = self._analyse(trainer, pl_module)
+        assert self.diagnosis is not None
+        result = self._noted(result, self.diagnosis, self.start_remark)
+        self.write_start(trainer, result, "layer_comparison", LAYER_COMPARISON)
+        self.write_start(trainer, self.diagnosis, "diagnosis", WHAT_TO_DO)
+        if trainer.is_global_zero:
+            print_advice(self.diagnosis.lines(), console_of(trainer))
 
     def _report(self, trainer: pl.Trainer, result: LayerComparisonResult) -> None:
         self.write(trainer, result)
@@ -249,16 +253,6 @@ def _sensitivity(trainer: pl.Trainer) -> SensitivityResult | None:
     """The latest result of a SensitivityAnalysis among the callbacks."""
     results = [analysis.result for analysis in listed(trainer, SensitivityAnalysis) if analysis.result is not None]
     return results[-1] if results else None
-
-
-def _of_region(result: SensitivityResult | None, path: str) -> SensitivityResult | None:
-    return None if result is None else replace(result, rows=tuple(row for row in result.rows if row.region == path))
-
-
-def _advancing(calls: list[Call], advance: Callable[[], None]) -> Iterator[Call]:
-    for call in calls:
-        yield call
-        advance()
 
 
 def _aggregates(result: LayerComparisonResult) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
@@ -18,13 +19,15 @@ from lightning_qat.analysis.sensitivity.sample_axes import number_of_samples
 from lightning_qat.analysis.sensitivity.sensitivity import Method, sensitivity
 from lightning_qat.analysis.sensitivity.sensitivity_metric import MetricLike, SensitivityMetric
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
-from lightning_qat.callbacks.analyses.epoch_end_analysis import EpochEndAnalysis
 from lightning_qat.callbacks.analyses.task_metric import TaskMetric
+from lightning_qat.callbacks.early_analysis import EarlyAnalysis
 from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
+from lightning_qat.callbacks.trainer.output_directory import console_of
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.modules.call import Call
+from lightning_qat.reporting.console import show
 from lightning_qat.reporting.tensorboard_tags import sensitivity_tags
 
 _EPOCHS_SHARE = 40
@@ -32,9 +35,11 @@ _EPOCHS_SHARE = 40
 backward and one more product for each weight; a training step does more."""
 
 _FEWEST_SAMPLES = 16
+_SHOWN = 10
+"""Rows on the terminal."""
 
 
-class SensitivityAnalysis(EpochEndAnalysis):
+class SensitivityAnalysis(EarlyAnalysis):
     """Rank the quantization points, at the end of an epoch, by how much each alone changes the float model's output.
 
     The analysis uses the inputs that the quantized region gets in a validation step, from the same batches each time.
@@ -44,10 +49,12 @@ class SensitivityAnalysis(EpochEndAnalysis):
     models. A *sketch* estimates all points at once from gradients; its cost is a few forwards, whatever the number of
     points. The analysis at the end of training uses more probes, and confirms the most sensitive points by isolation.
     See :func:`lightning_qat.sensitivity`. Nothing is analysed before the scales are calibrated (``start_epoch``).
-    Training stays bit-identical.
+    If calibration has made a metric worse, the calibrated model is analysed too, before its first step, with the
+    settings of the end of training. Training stays bit-identical.
 
     Goes to: ``sensitivity.csv`` in the run's ``lightning_qat`` directory, which holds the rows of every epoch (those of
-    the last epoch are from the end of training), and ``sensitivity.txt|json``, the latest table; to the loggers
+    the last epoch are from the end of training), and ``sensitivity.txt|json``, the latest table;
+    ``calibrated_sensitivity.csv|txt|json``, the table of a calibrated model that has lost accuracy; to the loggers
     ``sensitivity.<metric>/<point>`` and ``sensitivity.score/<point>``; through ``self.log``, so that EarlyStopping and
     ModelCheckpoint can monitor it, ``sensitivity/max_score``. If the first row was measured, its metric is logged too,
     as ``sensitivity/max`` (``sensitivity/min`` for Cosine and SQNR). Columns: ``lightning_qat/reporting/README.md``.
@@ -196,6 +203,13 @@ class SensitivityAnalysis(EpochEndAnalysis):
         if result is not None:
             self._report(trainer, result)
 
+    @override
+    def analyse_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        result = replace(self._analyse(trainer, pl_module, final=True), remark=self.start_remark)
+        self.write_start(trainer, result, "sensitivity", self._outputs.tags)
+        if trainer.is_global_zero:
+            show(replace(result, rows=result.rows[:_SHOWN]), console_of(trainer))
+
     def _analyse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, final: bool = False) -> SensitivityResult:
         with (
             self._analysed(trainer, pl_module, self.batches, self.seed) as (regions, calls),
@@ -221,7 +235,7 @@ class SensitivityAnalysis(EpochEndAnalysis):
                 )
                 for path, region in regions.items()
             }
-        result = SensitivityResult.merged(results)
+        result = replace(SensitivityResult.merged(results), remark=self.remark(trainer, pl_module))
         if self._task is not None and final:
             result = self._task.measured(trainer, pl_module, result)
         elif self._task is not None:

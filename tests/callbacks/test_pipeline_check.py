@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_qat.callbacks.quantization_aware_training import QuantizationAwar
 from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.reporting.console import console_text
 from tests.harness.noisy_run import Classifier, run, trainer_of
+from tests.harness.planted import DominatingChannel, Planted, SinePlaces, SmallDivisor
 from tests.harness.small_digits import Digits, digits, pretrained
 from tests.harness.state import assert_same
 from tests.harness.trainers import qat_trainer, quiet
@@ -109,6 +111,20 @@ def test_quantization_error_names_points_and_next_step(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="quantization error.*Worst points: .*SensitivityAnalysis"):
         result = checked(tmp_path, pretrained(lr=1e-6), trainer={"quantization": quantization})
     assert result.rung == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "point"),
+    [(SinePlaces, "div_0.input1"), (SmallDivisor, "div_0.input1"), (DominatingChannel, "hidden.weight")],
+)
+def test_worst_points_are_causes(model: type[Planted], point: str, tmp_path: Path) -> None:
+    """The divisor is named, and not the quotient, which is off because of it.
+
+    Siblings: a divisor of other values; a weight whose results are off.
+    """
+    quantization = QuantizationAwareTraining(qconfig=QConfig.of({"weight": {"granularity": "per_tensor"}}))
+    with pytest.warns(UserWarning, match=rf"quantization error.*Worst points: {re.escape(point)} \(non-uniform: "):
+        checked(tmp_path, model.pretrained(lr=1e-6), batches=5, trainer={"quantization": quantization})
 
 
 def test_fake_quant_that_changes_the_module_while_off_is_found(tmp_path: Path) -> None:

@@ -114,7 +114,8 @@ def _metric(series: TrainingSeries) -> ConvergenceRow:
         evidence=f"the metric has collapsed against the calibrated model's ({format_falls(judged(rows))}); a fall of a "
         f"tenth or of {STANDARD_ERRORS:g} standard errors is tolerated.",
         next_step=(
-            f"Calibration alone had lost much already ({format_falls(judged(lost))}): first {RAISE_POINTS}."
+            f"Calibration alone had lost much already ({format_falls(judged(lost))}): first {RAISE_POINTS}. "
+            "calibrated_diagnosis.txt says what is wrong, if LayerComparison() is listed."
             if breaks(lost)
             else "Calibration was right, so do not sweep learning rate and weight decay yet: see what PipelineCheck() "
             "(or ZeroLRFinetune() and FloatFinetune()) says, whether quantization is to blame at all."

@@ -71,8 +71,13 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class DiagnosisResult(Result[Diagnosis]):
-    """The verdict on every point with a scale: points that need an action first, the worst of them first."""
+    """The verdict on every point with a scale: points that need an action first, the worst of them first.
 
+    Args:
+        remark: which model it is about, if that is not what is expected; begins the note.
+    """
+
+    remark: str = ""
     title: ClassVar[str] = "What to do"
     shown: ClassVar[tuple[str, ...]] = ("point", "verdict", "evidence", "action")
 
@@ -109,6 +114,10 @@ class DiagnosisResult(Result[Diagnosis]):
     @property
     def note(self) -> str:
         """Count the points by verdict."""
+        return f"{self.remark} {self._counts}".lstrip()
+
+    @property
+    def _counts(self) -> str:
         counts = {v: sum(row.verdict == v for row in self.rows) for v in ("fine", "inherited")}
         return f"{len(self.culprits)} points to look at, {counts['fine']} fine, {counts['inherited']} inherited"
 
@@ -126,7 +135,8 @@ class DiagnosisResult(Result[Diagnosis]):
     def lines(self, limit: int = _SHOWN) -> tuple[str, ...]:
         """Return the short list "what to do", worst first, with the YAML to paste."""
         found = self.culprits
-        lines = [f"What to do: {self.note}."]
+        lines = [self.remark] if self.remark else []
+        lines.append(f"What to do: {self._counts}.")
         clipped = sum(row.verdict == "clipping" for row in found)
         if not found:
             lines.append(_NOTHING_STANDS_OUT)

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.analysis.fingerprint.layer_calls import LayerCall, Sketch
+from lightning_qat.analysis.fingerprint.layer_calls import LayerCall
 from lightning_qat.analysis.fingerprint.module_settings import ModuleSettings, plain_modules
 from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummary
-from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.errors import shown
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
+from lightning_qat.quantization.reading.checks import AT_LEAST_ZERO, SHARE, Check
+from lightning_qat.quantization.reading.files import Document
+from lightning_qat.quantization.reading.plain_values import UnreadableValueError
+from lightning_qat.quantization.reading.schema import read_as
 
 FINGERPRINT_VERSION = 2
 _READABLE = (1, 2)
 """Version 1 has no ``modules``, ``layers`` and ``untrained``."""
+_ALWAYS_WRITTEN = ("data", "model_inputs", "losses", "metrics", "standard_errors")
+"""Without these there would be nothing to compare."""
+
+
+def _has_groups(optimizer: dict[str, Any]) -> bool:
+    groups = optimizer.get("groups", [])
+    return isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
+
+
+_WITH_GROUPS = Check(_has_groups, "a mapping with a list of groups, each a mapping")
 
 
 @dataclass(frozen=True)
@@ -61,16 +73,16 @@ class Fingerprint:
     model_inputs: dict[str, tuple[TensorSummary, ...]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    standard_errors: dict[str, float] = field(default_factory=dict)
+    standard_errors: dict[str, Annotated[float, AT_LEAST_ZERO]] = field(default_factory=dict)
     modes: dict[str, list[str]] = field(default_factory=dict)
     batch_norm: dict[str, dict[str, float]] = field(default_factory=dict)
-    optimizers: list[dict[str, Any]] = field(default_factory=list)
+    optimizers: list[Annotated[dict[str, Any], _WITH_GROUPS]] = field(default_factory=list)
     schedulers: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     datasets: dict[str, str] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    agreement: dict[str, dict[str, float]] = field(default_factory=dict)
+    agreement: dict[str, dict[str, Annotated[float, SHARE]]] = field(default_factory=dict)
     constant_guess: dict[str, dict[str, float]] = field(default_factory=dict)
     random_evaluation: bool = False
     swapped: list[str] = field(default_factory=list)
@@ -85,39 +97,27 @@ class Fingerprint:
         """Read a fingerprint.
 
         Raises:
-            ConfigurationError: there is no such file, or it is something else.
+            DamagedFileError: there is no such file, or it is something else.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigurationError(
-                f"there is no fingerprint {str(path)!r}: make it in the float project with `python -m lightning_qat "
-                "fingerprint train.py --config float.yaml --ckpt_path float.ckpt`."
-            ) from None
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            raise ConfigurationError(f"{str(path)!r} is not a fingerprint: it is not JSON.") from None
+        document = Document(
+            path,
+            "a fingerprint",
+            "make it in the float project with `python -m lightning_qat fingerprint train.py --config float.yaml "
+            "--ckpt_path float.ckpt`",
+        )
+        data = document.json()
         if not isinstance(data, dict) or "weights" not in data:
-            raise ConfigurationError(f"{str(path)!r} is not a fingerprint: it has no weights.")
+            raise document.error("it has no weights")
         if data.get("version") not in _READABLE:
-            raise ConfigurationError(
-                f"{str(path)!r} is a fingerprint of version {data.get('version')!r}, this release reads versions up to "
-                f"{FINGERPRINT_VERSION}: make a new one."
+            raise document.error(
+                f"it is one of version {shown(data.get('version'))}, and this release reads versions up to "
+                f"{FINGERPRINT_VERSION}"
             )
-        try:
-            for stages in (data["data"], data["model_inputs"]):
-                for stage, summaries in stages.items():
-                    stages[stage] = tuple(_summary(summary) for summary in summaries)
-            for name in ("losses", "metrics", "standard_errors"):
-                data[name] = {key: float(value) for key, value in data[name].items()}
-            if data.get("modules") is not None:
-                data["modules"] = {name: ModuleSettings(**found) for name, found in data["modules"].items()}
-            if data.get("layers") is not None:
-                data["layers"] = {stage: tuple(map(_layer_call, calls)) for stage, calls in data["layers"].items()}
-            return cls(**data)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigurationError(
-                f"{str(path)!r} is an incomplete fingerprint ({type(error).__name__}: {error}): make a new one."
-            ) from None
+        with document.checked():
+            for name in _ALWAYS_WRITTEN:
+                if name not in data:
+                    raise UnreadableValueError("is missing", name)
+            return read_as(cls, data)
 
 
 def weight_digests(module: nn.Module) -> dict[str, str]:
@@ -175,21 +175,3 @@ def deviating_modes(module: nn.Module) -> dict[str, list[str]]:
         if child.training != module.training:
             found.setdefault("train" if child.training else "eval", []).append(name)
     return found
-
-
-def _summary(data: Mapping[str, Any]) -> TensorSummary:
-    lists = ("mean", "std", "mean_error", "min", "max")
-    return TensorSummary(
-        **{**data, "shape": tuple(data["shape"]), **{key: tuple(map(float, data[key])) for key in lists}}
-    )
-
-
-def _layer_call(data: Mapping[str, Any]) -> LayerCall:
-    inputs, outputs = (
-        {
-            path: Sketch(tuple(map(int, s["shape"])), float(s["norm"]), tuple(map(float, s["sums"])))
-            for path, s in data[name].items()
-        }
-        for name in ("inputs", "outputs")
-    )
-    return LayerCall(str(data["name"]), inputs, outputs)

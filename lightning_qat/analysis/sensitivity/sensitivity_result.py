@@ -73,6 +73,7 @@ class SensitivityResult(Result[SensitivityRow]):
             for the derivative, which that of a straight-through estimator or a gradient reversal is not.
         reshaped: measured points that change the shape of the output: elements that only one of the two outputs has
             count as zero in the other.
+        remark: which model the table is about, if that is not what is expected; begins the note.
     """
 
     title: ClassVar[str] = "Sensitivity"
@@ -95,6 +96,7 @@ class SensitivityResult(Result[SensitivityRow]):
     task: bool = False
     float_value: float | None = None
     evaluated_batches: int = 0
+    remark: str = ""
 
     def columns(self) -> tuple[str, ...]:
         """Names of all columns; the fourth is the name of the metric."""
@@ -119,6 +121,7 @@ class SensitivityResult(Result[SensitivityRow]):
     def note(self) -> str:
         """Say what was measured, how, and what was left out."""
         text = f"{self.metric} of {self.output}"
+        lead = f"{self.remark} " if self.remark else ""
         if self.task and self.float_value is None:
             text = f"score of {self.output} ({self.metric} at the end of training)"
         elif self.task:
@@ -142,7 +145,7 @@ class SensitivityResult(Result[SensitivityRow]):
         if self.reshaped:
             text += f"; with {_first_three(self.reshaped)} quantized the output has another shape, and missing "
             text += "elements count as zero: choose an output before the selection"
-        return f"{text}; {self.reason}" if self.reason else text
+        return f"{lead}{text}; {self.reason}" if self.reason else f"{lead}{text}"
 
     def blocks(self) -> tuple[Block, ...]:
         """Return the columns that fit on a terminal."""

@@ -95,8 +95,13 @@ class EpochEndAnalysis(Callback):
         except MisconfigurationException as error:
             if trainer.global_step == 0:
                 raise
-            rank_zero_warn(f"{type(self).__name__}, epoch {trainer.current_epoch}: {error}")
+            remark = self.remark(trainer, trainer.lightning_module)
+            rank_zero_warn(f"{type(self).__name__}, epoch {trainer.current_epoch}: {error} {remark}".rstrip())
             return None
+
+    def remark(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+        """What there is to know about the model before a report is read; empty if nothing. Call it on all ranks."""
+        return ""
 
     def note_analysed(self, trainer: pl.Trainer) -> None:
         """Remember that the weights of this step were analysed."""

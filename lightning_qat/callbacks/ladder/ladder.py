@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis
 from lightning_qat.analysis.ladder.measurements import Finetune, Ladder, Measurement
 from lightning_qat.analysis.ladder.rows import TRAIN_LOSS
 from lightning_qat.analysis.ladder.rungs import (
@@ -20,15 +21,13 @@ from lightning_qat.analysis.ladder.rungs import (
     QUANTIZED,
     TRAINING_RUNGS,
 )
-from lightning_qat.analysis.statistics.statistics import LayerStatisticsRow
-from lightning_qat.callbacks.analyses.layer_measurement import measure_layers
+from lightning_qat.callbacks.analyses.diagnosed_regions import diagnosed_module
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state, moves_batch_norm
 from lightning_qat.callbacks.ladder.off_comparison import compare_off
 from lightning_qat.callbacks.quantized_run import is_calibrated, quantization_of, require_regions
 from lightning_qat.callbacks.trainer.progress import progress
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.planning.plan import ScaleRole
-from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.quantization.region.switches import State
 
 _OFF_BATCHES = 2
@@ -93,7 +92,7 @@ def measure_ladder(
             float_finetune=run.trained("off") if FLOAT_FINETUNE in wanted else None,
             qat=run.trained("quantize") if QAT in wanted else None,
             missing=missing,
-            points=worst_points(trainer, pl_module) if needs_calibrated and QAT in rungs else (),
+            points=worst_points(trainer, pl_module, who) if needs_calibrated and QAT in rungs else (),
             total_steps=_total_steps(trainer),
         )
 
@@ -130,31 +129,21 @@ class _Rungs:
         return finetune_copy(self._trainer, self._module, state=state, updates=updates, **self._settings, **kwargs)
 
 
-def worst_points(trainer: pl.Trainer, pl_module: pl.LightningModule, count: int = 3) -> tuple[str, ...]:
-    """Describe the points whose own signal-to-noise ratio is worst, with the reason for each."""
-    rows = measure_layers(trainer, pl_module, batches=1).result.rows
-    known = [row for row in rows if row.sqnr is not None and not math.isnan(row.sqnr)]
-    fixed = {
-        (path, point.name)
-        for path, region in find_regions(pl_module).items()
-        for point in region.plan.points
-        if point.fixed_scale is not None
-    }
-    ordered = sorted(known, key=lambda row: row.sqnr or 0.0)[:count]
-    return tuple(_format_point(row, (row.region, row.point) in fixed) for row in ordered)
+def worst_points(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str, count: int = 3) -> tuple[str, ...]:
+    """Describe the points that lose most on the float model's own values, with the reason for each.
+
+    These are causes: what an op makes of inputs that are off already counts for none of its own points.
+    """
+    try:
+        diagnosis = diagnosed_module(trainer, pl_module, who)
+    except MisconfigurationException:  # a float model that computes NaN has a verdict of its own
+        return ()
+    return tuple(_format_point(row) for row in (diagnosis.culprits or diagnosis.rows)[:count])
 
 
-def _format_point(row: LayerStatisticsRow, is_fixed: bool) -> str:
+def _format_point(row: Diagnosis) -> str:
     name = f"{row.region}:{row.point}" if row.region else row.point
-    words = [row.dtype, f"{row.sqnr:.3g} dB"]
-    largest = max(abs(row.min or 0.0), abs(row.max or 0.0))
-    if row.scale is not None:
-        words.append(f"scale {row.scale:.3g}{' fixed in the configuration' if is_fixed else ''}")
-    if row.error_source == "clipping":
-        words.append(f"{row.clipped_share or 0.0:.0%} of its values, up to {largest:.3g}, are clipped: too small")
-    elif row.used_share is not None:
-        words.append(f"its values, up to {largest:.3g}, use {row.used_share:.1%} of the codes: too coarse")
-    return f"{name} ({', '.join(words)})"
+    return f"{name} ({row.verdict}: {row.evidence.rstrip('.')})"
 
 
 def _scale_updates(trainer: pl.Trainer) -> tuple[ScaleRole, ...]:

@@ -15,7 +15,9 @@ from tests.analysis.ladder.test_verdict import HERE, finetune, judged, trained
 
 def layer(name: str, value: float, given: float = 1.0) -> LayerCall:
     """A call whose output, or input, is one number."""
-    return LayerCall(name, {"0": Sketch((1,), given, (given,))}, {"0": Sketch((1,), value, (value,))})
+    return LayerCall(
+        name, {"0": Sketch((1,), given, (given, *7 * (0.0,)))}, {"0": Sketch((1,), value, (value, *7 * (0.0,)))}
+    )
 
 
 def with_layers(*calls: LayerCall, **kwargs: Any) -> Fingerprint:

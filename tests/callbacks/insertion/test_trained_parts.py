@@ -200,6 +200,14 @@ def test_what_belongs_to_the_model_is_taken_whether_or_not_it_is_trained(tmp_pat
     assert list(find_regions(module)) == ["first", "second"]
 
 
+def test_a_frozen_decoder_is_taken_where_the_module_has_an_example_input_too(tmp_path: Path) -> None:
+    """The example's forward runs only where the steps called nothing: it says nothing of what trains."""
+    module = Chain("decoder")
+    module.example_input_array = torch.randn(2, 1, 6, 6)
+    qat_trainer(tmp_path, fast_dev_run=True).fit(module)
+    assert list(find_regions(module)) == ["first", "second"]
+
+
 def test_configure_optimizers_is_not_called_ahead_of_time_where_the_loss_tells_what_is_trained(tmp_path: Path) -> None:
     calls = []
 

@@ -1,0 +1,145 @@
+"""The base of the analyses that say what to do: they also look at a calibrated model that is not good, in time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from typing_extensions import override
+
+from lightning_qat.analysis.ladder.measurements import Measurement
+from lightning_qat.analysis.ladder.rows import breaks, compare, format_falls, judged
+from lightning_qat.analysis.results import Result
+from lightning_qat.callbacks.analyses.epoch_end_analysis import EpochEndAnalysis
+from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
+from lightning_qat.callbacks.ladder.finetune_copy import measure_in_state
+from lightning_qat.callbacks.quantized_run import is_calibrated
+from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
+from lightning_qat.quantization.modules.module_walk import is_in_region
+from lightning_qat.reporting.files import write_result
+from lightning_qat.reporting.loggers import log_table
+from lightning_qat.reporting.tensorboard_tags import Tags
+
+CALIBRATED = "calibrated_"
+"""Begins the names of the files about the calibrated model."""
+_DIVERGED = ("not finite", "metric collapsed", "diverging")
+"""Verdicts of the ConvergenceMonitor that leave nothing of the model to analyse."""
+_BATCHES_WITHOUT_VALIDATION = 32
+
+
+class EarlyAnalysis(EpochEndAnalysis):
+    """Also analyses the calibrated model before its first step, if calibration has lost accuracy.
+
+    Training often destroys a model that calibration has harmed. An analysis at the end then describes the wreck, and
+    not what harmed it.
+
+    Attributes:
+        calibration_loss: the metrics that calibration made worse, in words; empty if it made none worse.
+    """
+
+    calibration_loss: str = ""
+    _awaits_start: bool = False
+    _float: Measurement | None = None
+    _calibrated: Measurement | None = None
+
+    def should_analyse_start(self, trainer: pl.Trainer) -> bool:
+        """Whether to look at the calibrated model at all. Override to leave that out."""
+        return True
+
+    def analyse_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Analyse and report the calibrated model, which has lost accuracy."""
+        raise NotImplementedError
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.calibration_loss, self._awaits_start = "", False
+        self._float = self._calibrated = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # a run that is resumed, and a second fit, have trained these weights with these scales
+        self._awaits_start = trainer.global_step == 0 or not is_calibrated(pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        if not self._awaits_start or not is_calibrated(pl_module):  # start_epoch
+            return
+        self._awaits_start = False
+        if not self.should_analyse_start(trainer):
+            return
+        try:
+            self.calibration_loss = trainer.strategy.broadcast(self._measure_loss(trainer, pl_module))
+            if self.calibration_loss:
+                rank_zero_info(f"{type(self).__name__}: {self.start_remark}")
+                self.analyse_start(trainer, pl_module)
+        except Exception as error:
+            if trainer.world_size > 1 and not isinstance(error, MisconfigurationException):
+                raise  # other ranks would wait for this one forever
+            rank_zero_warn(
+                f"{type(self).__name__} could not look at the calibrated model: {error} Training goes on without it."
+            )
+
+    def _measure_loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+        """Evaluate the float and the calibrated model, and say what is worse; callbacks share these evaluations."""
+        has_validation = _compat.attached_loader(trainer, "validate") is not None
+        limit = math.inf if has_validation else _BATCHES_WITHOUT_VALIDATION
+        self._float = before = measure_in_state(trainer, pl_module, "off", limit)
+        self._calibrated = measure_in_state(trainer, pl_module, "quantize", limit)
+        return format_falls(judged(compare(before.metrics, self._calibrated, before)))
+
+    @property
+    def start_remark(self) -> str:
+        """What a report about the calibrated model begins with."""
+        return f"Calibration alone loses accuracy ({self.calibration_loss}). This is about the calibrated model."
+
+    def write_start(self, trainer: pl.Trainer, result: Result[Any], name: str, tags: Tags) -> None:
+        """Keep a report about the calibrated model: files that nothing replaces later, and a table in the loggers.
+
+        Args:
+            trainer: the running trainer.
+            result: what was found.
+            name: of the files, behind ``calibrated_``.
+            tags: with the columns of the table.
+        """
+        directory = run_directory(trainer)  # broadcasts: on all ranks
+        if leaves_files(trainer):
+            write_result(result, directory, f"{CALIBRATED}{name}")
+        log_table(trainer.loggers, f"{CALIBRATED}{name}", result, _compat.steps_taken(trainer), tags.table or None)
+
+    @override
+    def remark(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+        """Say that the model is no longer one that shows the cause, if so, and where to look. Call it on all ranks."""
+        file = run_directory(trainer) / f"{CALIBRATED}diagnosis.txt"  # broadcasts
+        first = f"Look at {file} first: it is about the model that training started from." if file.exists() else ""
+        why = trainer.strategy.broadcast(self._why_diverged(trainer, pl_module))
+        if why:
+            first = first or "Ask PipelineCheck() first whether quantization is to blame at all."
+            return f"This is about a model that has diverged ({why}), and does not show the cause. {first}"
+        if self.calibration_loss and trainer.strategy.broadcast(self._falls_from(self._float, trainer)):
+            return f"Training has not won back what calibration lost ({self.calibration_loss}). {first}".rstrip()
+        return ""
+
+    def _why_diverged(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+        bad = [n for n, p in pl_module.named_parameters() if not is_in_region(n) and not bool(p.isfinite().all())]
+        if bad:
+            return f"{bad[0]} is not finite"
+        for monitor in listed(trainer, ConvergenceMonitor):
+            if monitor.result is not None and monitor.result.verdict in _DIVERGED:
+                return f"ConvergenceMonitor: {monitor.result.verdict}"
+        return self._falls_from(self._calibrated, trainer)
+
+    def _falls_from(self, before: Measurement | None, trainer: pl.Trainer) -> str:
+        """The metrics that have collapsed since a measurement at the start, in words."""
+        if before is None:
+            return ""
+        latest = {name: float(value) for name, value in trainer.callback_metrics.items() if name in before.metrics}
+        rows = compare(before.metrics, Measurement(latest), before)
+        return format_falls(judged(rows)) if breaks(rows) else ""
