@@ -183,8 +183,8 @@ class PipelineCheck(PipelineCallback):
         with start.restored(trainer, pl_module) if start is not None else nullcontext():
             size = known.batches if isinstance(known, Fingerprint) else 0
             here = take_fingerprint(trainer, pl_module, size or _FINGERPRINT_BATCHES)
-            if _freezes(trainer):  # as the user asked
-                here = replace(here, modes={mode: names for mode, names in here.modes.items() if mode != "eval"})
+            if _freezes(trainer) and isinstance(known, Fingerprint):  # as the user asked
+                here = _as_if_not_frozen(here, known)
             metrics = known if isinstance(known, dict) else ()
             ladder = self.measure_ladder(trainer, pl_module, self.rungs, batches, metrics)
         return judge(ladder, known, here, self.rungs, flag=self._flag)
@@ -212,6 +212,14 @@ class PipelineCheck(PipelineCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_start": None}
+
+
+def _as_if_not_frozen(here: Fingerprint, known: Fingerprint) -> Fingerprint:
+    """Leave out what is frozen only here."""
+    frozen = [name for name in here.modes.get("eval", ()) if name in known.modes.get("eval", ())]
+    modes = {mode: names for mode, names in here.modes.items() if mode != "eval"} | ({"eval": frozen} if frozen else {})
+    untrained = [name for name in here.untrained or () if name in (known.untrained or ())]
+    return replace(here, modes=modes, untrained=None if here.untrained is None else untrained)
 
 
 def _freezes(trainer: pl.Trainer) -> bool:

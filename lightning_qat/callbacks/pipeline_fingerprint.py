@@ -21,7 +21,15 @@ from lightning_qat.analysis.fingerprint.fingerprint import (
     deviating_modes,
     weight_digests,
 )
-from lightning_qat.callbacks.ladder.step_summary import StageSummary, evaluates_randomly, summarize
+from lightning_qat.analysis.fingerprint.layer_calls import LayerCall
+from lightning_qat.analysis.fingerprint.module_settings import (
+    ModuleSettings,
+    module_settings,
+    plain_path,
+    steady_settings,
+)
+from lightning_qat.callbacks.ladder.layer_recorder import layers_of_first_step
+from lightning_qat.callbacks.ladder.step_summary import StageSummary, evaluates_randomly, set_modes, summarize
 from lightning_qat.callbacks.passes.evaluation import evaluate
 from lightning_qat.callbacks.passes.extra_batches import extra_batches
 from lightning_qat.callbacks.passes.fresh_loaders import Stage
@@ -71,6 +79,7 @@ class PipelineFingerprint(ReportingCallback):
         self.seed = seed
         self.fingerprint: Fingerprint | None = None
         self._optimizers: list[dict[str, Any]] = []
+        self._settings: dict[str, ModuleSettings] = {}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -82,6 +91,7 @@ class PipelineFingerprint(ReportingCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settings = module_settings(pl_module)
         if trainer.global_step == 0:  # at the end the schedule has brought the learning rate down
             self._optimizers = [_optimizer(optimizer, pl_module) for optimizer in trainer.optimizers]
 
@@ -89,7 +99,11 @@ class PipelineFingerprint(ReportingCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         fingerprint = take_fingerprint(trainer, pl_module, self.batches, self.seed)
         at_start = _counted(self._optimizers, fingerprint.optimizers)
-        self.fingerprint = replace(fingerprint, optimizers=at_start or fingerprint.optimizers)
+        self.fingerprint = replace(
+            fingerprint,
+            optimizers=at_start or fingerprint.optimizers,
+            modules=steady_settings(fingerprint.modules or {}, self._settings),
+        )
         directory = run_directory(trainer)  # broadcasts: on all ranks
         if leaves_files(trainer):
             path = directory / FILE_NAME
@@ -114,15 +128,21 @@ def take_fingerprint(
     stages: dict[str, StageSummary] = {}
     losses: dict[str, float] = {}
     errors: dict[str, float] = {}
+    layers: dict[str, tuple[LayerCall, ...]] = {}
     with ExitStack() as stack:
         stack.enter_context(undisturbed(trainer, pl_module))  # asking for loaders may change the datamodule
         for region in find_regions(pl_module).values():
             stack.enter_context(region.state("off", updates=()))
+        modules = module_settings(pl_module)
         for stage in _STAGES:
             if _compat.attached_loader(trainer, stage) is None:
                 continue
             with undisturbed(trainer, pl_module, trains=True), seeded(seed + trainer.global_rank):
                 stages[stage] = summarize(trainer, pl_module, stage, batches)
+                modules = steady_settings(modules, module_settings(pl_module))  # a step may count its calls
+            with undisturbed(trainer, pl_module, trains=True):
+                first = seed + trainer.global_rank
+                layers[stage] = layers_of_first_step(trainer, pl_module, stage, first, set_modes)
         if _compat.attached_loader(trainer, "train") is not None:
             for mode in ("eval", "train"):
                 with undisturbed(trainer, pl_module, trains=True), seeded(seed + trainer.global_rank):
@@ -141,7 +161,7 @@ def take_fingerprint(
             losses=losses,
             metrics=evaluation.metrics,
             standard_errors={**evaluation.standard_errors, **errors},
-            modes=_modes(pl_module),
+            modes=_modes(trainer, pl_module),
             batch_norm=batch_norm_summary(pl_module),
             optimizers=[_optimizer(optimizer, pl_module) for optimizer in trainer.optimizers],
             schedulers=[
@@ -156,6 +176,9 @@ def take_fingerprint(
             constant_guess={stage: summary.constant_guess for stage, summary in stages.items()},
             random_evaluation=is_random,
             swapped=stages["validate"].swapped if "validate" in stages else [],
+            modules=modules,
+            layers=layers,
+            untrained=_untrained(trainer, pl_module),
             batches=batches,
         )
 
@@ -178,15 +201,31 @@ def _training_loss(
     return None if mean is None else (mean, error)
 
 
-def _modes(pl_module: pl.LightningModule) -> dict[str, list[str]]:
+def _modes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, list[str]]:
     """Submodules that are not in the mode of the module, in training and while it is evaluated."""
-    modes = deviating_modes(pl_module)
     with preserved_modes(pl_module):
+        trains = _compat.attached_loader(trainer, "train") is not None
+        if trains and _compat.is_overridden("on_train_epoch_start", pl_module):  # it may freeze parts
+            with _compat.running_stage(trainer, "train"):
+                _compat.call_hook(pl_module, "on_train_epoch_start")
+        modes = deviating_modes(pl_module)
         pl_module.eval()
         if _compat.is_overridden("on_validation_model_eval", pl_module):
             _compat.call_hook(pl_module, "on_validation_model_eval")
         training = deviating_modes(pl_module).get("train")
     return {**modes, "train in evaluation": training} if training else modes
+
+
+def _untrained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str] | None:
+    """Parameters that training does not update; None without optimizers."""
+    if not trainer.optimizers:
+        return None
+    stepped = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    return [
+        plain_path(name)
+        for name, p in pl_module.named_parameters()
+        if not is_in_region(name) and not (p.requires_grad and id(p) in stepped)
+    ]
 
 
 def _optimizer(optimizer: Any, pl_module: pl.LightningModule) -> dict[str, Any]:
