@@ -17,6 +17,7 @@ from lightning_qat.analysis.runs.accuracy import AccuracyResult, ResultTable, ta
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.quantized_run import evaluations_of, is_calibrated, require_regions
 from lightning_qat.callbacks.trainer._compat import steps_taken
+from lightning_qat.callbacks.trainer.final_report import FinalReport
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
@@ -29,7 +30,7 @@ from lightning_qat.reporting.loggers import log_table
 from lightning_qat.reporting.tensorboard_tags import RESULT_TABLE
 
 
-class AccuracyTable(Callback):
+class AccuracyTable(FinalReport):
     """Evaluate the float, the calibrated and the trained model, and keep the values of all runs in one table.
 
     The float model is the module before training, with fake-quant off. If the weights are already trained, only

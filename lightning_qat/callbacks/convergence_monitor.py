@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
 from typing_extensions import override
@@ -29,6 +28,7 @@ from lightning_qat.callbacks.preservation.rebinding import NotACopyError
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.callbacks.trainer._compat import bare, steps_taken
+from lightning_qat.callbacks.trainer.final_report import FinalReport
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
@@ -41,7 +41,7 @@ GRADIENT_STEPS = 4
 """Number of steps per epoch at which gradients are checked."""
 
 
-class ConvergenceMonitor(Callback):
+class ConvergenceMonitor(FinalReport):
     """Flag quantization-aware training that does not converge, with the evidence and the next step.
 
     The monitor checks the training loss after 32, 64, 128 ... steps and at the end of every epoch. It compares
@@ -213,6 +213,7 @@ class ConvergenceMonitor(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._started:
             self._look_for_bad_values(pl_module, f"the end of epoch {trainer.current_epoch}")
+        if self._started or self.series.steps:  # a run that resumes at the end of an epoch has no batch before this
             measured = self._statistics.measure_once(trainer, pl_module)
             codes, (before, earlier) = self._statistics.codes, self._codes
             self._codes = codes, before
@@ -257,6 +258,11 @@ class ConvergenceMonitor(Callback):
         if result.is_bad and self.stop:
             trainer.should_stop = True
 
+    @override
+    def report_without_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.series.steps:
+            self._judge(trainer, pl_module)
+
     # -- checkpoints
 
     @override
@@ -273,6 +279,7 @@ class ConvergenceMonitor(Callback):
         self._losses = LossHistory(map(float, state_dict["losses"]), int(state_dict["stride"]))
         self._next_look = max(FIRST_LOOK, 2 * self._losses.steps)
         self.series = TrainingSeries.of_state(state_dict, self._losses)
+        self.result = judge_convergence(self.series) if self.series.steps else None
         self._own_statistics.load_state_dict(state_dict["statistics"])
 
 

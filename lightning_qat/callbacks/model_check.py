@@ -8,7 +8,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
@@ -22,6 +21,7 @@ from lightning_qat.callbacks.quantized_run import (
     require_regions,
 )
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.final_report import FinalReport
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
@@ -39,7 +39,7 @@ _ROWS = 30
 """Rows per table, and names per finding, in the report for the loggers."""
 
 
-class ModelCheck(Callback):
+class ModelCheck(FinalReport):
     """Check the quantized model once, before training: what is not fused, not quantized, shared, or not as configured.
 
     The check runs after calibration and before the sanity check, whatever its place in the list of callbacks. It also
@@ -109,6 +109,10 @@ class ModelCheck(Callback):
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_before_evaluation(trainer, pl_module)
+
+    @override
+    def report_without_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_once(trainer, pl_module)
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelCheckResult:
         """Check the model as it is now; nothing is written or printed. All ranks get the result of rank zero."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
@@ -30,6 +29,7 @@ from lightning_qat.callbacks.passes.fresh_loaders import Stage
 from lightning_qat.callbacks.passes.run_step import loss_of, mean_loss, run_step
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.final_report import FinalReport
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.trainer.seeding import seeded
@@ -44,7 +44,7 @@ _STAGES: tuple[Stage, ...] = ("train", "validate")
 FILE_NAME = "pipeline_fingerprint.json"
 
 
-class PipelineFingerprint(Callback):
+class PipelineFingerprint(FinalReport):
     """Write the fingerprint of a float training pipeline, for a later comparison with the QAT pipeline.
 
     Add this callback to the float run. At the end of training it runs the trained model on the first batches of the

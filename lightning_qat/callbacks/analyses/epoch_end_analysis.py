@@ -9,7 +9,6 @@ from typing import Any, ClassVar, TypeVar
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
@@ -21,6 +20,7 @@ from lightning_qat.callbacks.analyses.region_inputs import Calls, RegionInputs
 from lightning_qat.callbacks.analyses.undisturbed_analysis import undisturbed_analysis
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.final_report import FinalReport, last_epoch
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.reporting.run_outputs import RunOutputs
@@ -29,7 +29,7 @@ from lightning_qat.reporting.tensorboard_tags import Tags
 T = TypeVar("T")
 
 
-class EpochEndAnalysis(Callback):
+class EpochEndAnalysis(FinalReport):
     """Analyses at the end of every n-th epoch, and at the end of training unless these weights were analysed already.
 
     Args:
@@ -66,6 +66,11 @@ class EpochEndAnalysis(Callback):
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch = trainer.current_epoch  # which is one more when training ends
+
+    @override
+    def report_without_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch = last_epoch(trainer)
+        super().report_without_training(trainer, pl_module)
 
     def _names(self) -> list[str]:
         return [f"{self._outputs.name}/{name}" for name in self.monitored]

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
@@ -17,6 +16,7 @@ from lightning_qat.analysis.ladder.pipeline_result import PipelineResult, cannot
 from lightning_qat.callbacks.ladder.ladder import measure_ladder
 from lightning_qat.callbacks.preservation.rebinding import NotACopyError
 from lightning_qat.callbacks.trainer._compat import steps_taken
+from lightning_qat.callbacks.trainer.final_report import FinalReport
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
 from lightning_qat.reporting.console import show
@@ -24,7 +24,7 @@ from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_table
 
 
-class PipelineCallback(Callback):
+class PipelineCallback(FinalReport):
     """Base of the checks of the training pipeline; subclasses measure rungs, this class runs them once and reports.
 
     A check that fails must not end the training run: its verdict is ``cannot tell``, with the reason.
