@@ -50,7 +50,7 @@ def last_epoch(trainer: pl.Trainer) -> int:
 
 
 def _behind_skipped_training(trainer: pl.Trainer, then: Callable[[], None]) -> None:
-    """Call a function behind the fit loop, if the loop has restored a trained model and finds nothing to train."""
+    """Call a function behind the fit loop, if the loop finds nothing to train."""
     loop = trainer.fit_loop
     inner = loop.run
     started: list[bool] = []
@@ -60,7 +60,7 @@ def _behind_skipped_training(trainer: pl.Trainer, then: Callable[[], None]) -> N
         start = AfterHook(loop, "on_run_start", partial(started.append, True))
         inner()
         start.cancel()
-        if not started and trainer.global_step > 0:
+        if not started:
             then()
 
     vars(loop)["run"] = run
