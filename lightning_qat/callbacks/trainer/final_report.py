@@ -12,11 +12,11 @@ from functools import partial
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, WeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.callbacks.trainer.after_hook import AfterHook
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.messages import rank_zero_info
 from lightning_qat.quantization.region.regions import find_regions
 
 
