@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_qat.cli.checkpoint_errors import blamed_on_checkpoint
 from lightning_qat.cli.project import Project
 from lightning_qat.cli.script_surroundings import command_line, fitting, on_one_device, replaced
 from lightning_qat.quantization.errors import ConfigurationError
@@ -118,7 +119,7 @@ class _Outcome(Generic[T]):
             _check_checkpoint(project.arguments.get("ckpt_path"))
             self.results.append(self.work(project))
         except BaseException as error:  # raised outside of the script, which may catch anything
-            self.error = error
+            self.error = blamed_on_checkpoint(error, project.arguments.get("ckpt_path"))
 
     def result(self, script: str | None) -> T:
         """Return what the work returned, or raise what it raised."""

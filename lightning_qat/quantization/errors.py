@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
 class ConfigurationError(ValueError):
     """A configuration that cannot work. The callbacks turn it into Lightning's ``MisconfigurationException``."""
+
+
+class DamagedFileError(ConfigurationError):
+    """A file that does not hold what it should: it is damaged, or it is another one."""
 
 
 class PlanMismatchError(ConfigurationError):
@@ -23,7 +28,8 @@ def near_names(value: object, choices: Iterable[str], limit: int = 3) -> list[st
     by_key: dict[str, str] = {}
     for choice in choices:
         by_key.setdefault(choice.lower(), choice)
-    near = difflib.get_close_matches(str(value).lower(), list(by_key), n=limit, cutoff=0.5)
+    text = value if isinstance(value, str) else shown(value)
+    near = difflib.get_close_matches(text[:200].lower(), list(by_key), n=limit, cutoff=0.5)
     return [by_key[key] for key in near]
 
 
@@ -37,4 +43,18 @@ def unknown_choice(what: str, value: object, choices: Iterable[str]) -> Configur
     names = list(choices)
     near = near_names(value, names)
     hint = f" did you mean {', '.join(repr(n) for n in near)}?" if near else ""
-    return ConfigurationError(f"unknown {what} {value!r}:{hint} Choices: {', '.join(names)}.")
+    return ConfigurationError(f"unknown {what} {shown(value)}:{hint} Choices: {', '.join(names)}.")
+
+
+def shown(value: object) -> str:
+    """Write a value for a message, in one line and at most some dozens of characters, however large or nested it is.
+
+    Example:
+        >>> shown(-1.5), shown([[[[[[1]]]]]]), len(shown("x" * 1000)) < 80
+        ('-1.5', '[[[[...]]]]', True)
+    """
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"a number of {value.bit_length()} bits"  # Python refuses to write very long ones
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 4, 60, 60, 40
+    return " ".join(short.repr(value).split())

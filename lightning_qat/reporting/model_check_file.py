@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_qat.analysis.model_check.finding import Finding
 from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult, Section
-from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.reading.files import Document
 
 FILE_NAME = "model_check_result"
 """Without the ending; there are a txt and a json file."""
@@ -22,19 +21,22 @@ def read_model_check(path: str | os.PathLike[str]) -> ModelCheckResult:
         path: the file.
 
     Raises:
-        ConfigurationError: it is no such file.
+        DamagedFileError: it is no such file, or a value in it does not fit.
     """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        findings = tuple(Finding(**{**item, "names": tuple(item["names"])}) for item in data["rows"])
-        sections = tuple(
-            Section(**{**item, "columns": tuple(item["columns"]), "rows": tuple(map(_cells, item["rows"]))})
-            for item in data["sections"]
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(f"{path} is not the JSON file of a model check: {error}.") from error
-    return ModelCheckResult(findings, sections)
+    remedy = "give the one that ModelCheck() or the command check wrote"
+    document = Document(path, "the JSON file of a model check", remedy)
+    found = document.as_json(_Stored, ignore_unknown=True)
+    sections = (replace(section, rows=tuple(map(_cells, section.rows))) for section in found.sections)
+    return ModelCheckResult(found.rows, tuple(sections))
 
 
-def _cells(row: list[Any]) -> tuple[Any, ...]:
+@dataclass(frozen=True)
+class _Stored:
+    """What the file holds of a result; it holds more, which follows from this."""
+
+    rows: tuple[Finding, ...]
+    sections: tuple[Section, ...]
+
+
+def _cells(row: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(tuple(cell) if isinstance(cell, list) else cell for cell in row)

@@ -167,7 +167,13 @@ def test_init_from_with_pickled_objects_says_how_to_convert_it(tmp_path: Path) -
 
 def test_init_from_that_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("weights")
-    refused(qat_trainer(tmp_path, qat={"init_from": str(tmp_path / "text.ckpt")}), r"cannot be read as weights only")
+    message = (
+        r"text.ckpt is not a float checkpoint: its 7 bytes are damaged or of another kind of file \(.*Error\); write"
+    )
+    refused(qat_trainer(tmp_path, qat={"init_from": str(tmp_path / "text.ckpt")}), message)
+    (tmp_path / "empty.ckpt").touch()
+    message = "empty.ckpt is not a float checkpoint: it is empty; write the path of one that is whole"
+    refused(qat_trainer(tmp_path, qat={"init_from": str(tmp_path / "empty.ckpt")}), message)
 
 
 def test_accuracy_table_before_weight_averaging(tmp_path: Path) -> None:

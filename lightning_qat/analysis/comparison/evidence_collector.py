@@ -45,6 +45,7 @@ class EvidenceCollector:
 
     def __init__(self, region: Region) -> None:
         self.region = region
+        region.scales.observe_weights_again()  # the range of a weight is part of its evidence
         self._points = region.points
         self._plans = region.plan.by_name
         self._divides = divisors(region)

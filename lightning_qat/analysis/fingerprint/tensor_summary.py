@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
+
+from lightning_qat.quantization.errors import ConfigurationError, shown
+from lightning_qat.quantization.reading.checks import AT_LEAST_ZERO, SHARE
 
 MOST_CHANNELS = 16
 MOST_LABELS = 1000
@@ -30,19 +34,30 @@ class TensorSummary:
         max: largest value per channel.
         labels: how often each value occurs; only for integer tensors with few values that are not images.
         constant: share of the samples in which every channel is one value all over; None without several values.
+
+    Raises:
+        ConfigurationError: the statistics are not of one number of channels, or a label is not a whole number.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    samples: int
+    samples: Annotated[int, AT_LEAST_ZERO]
     mean: tuple[float, ...]
-    std: tuple[float, ...]
-    mean_error: tuple[float, ...]
+    std: tuple[Annotated[float, AT_LEAST_ZERO], ...]
+    mean_error: tuple[Annotated[float, AT_LEAST_ZERO], ...]
     min: tuple[float, ...]
     max: tuple[float, ...]
-    labels: dict[str, int] | None = None
-    constant: float | None = None
+    labels: dict[str, Annotated[int, AT_LEAST_ZERO]] | None = None
+    constant: Annotated[float, SHARE] | None = None
+
+    def __post_init__(self) -> None:
+        lengths = [len(values) for values in (self.mean, self.std, self.mean_error, self.min, self.max)]
+        if len(set(lengths)) > 1:
+            raise ConfigurationError(f"mean, std, mean_error, min and max are of {lengths} channels.")
+        for label in self.labels or ():
+            if not label.removeprefix("-").isdecimal() or len(label) > 20:
+                raise ConfigurationError(f"the label {shown(label)} is not a whole number.")
 
 
 class TensorSummarizer:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from lightning_qat.analysis.metric_direction import higher_is_better
 from lightning_qat.analysis.results import Block, Result
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.reading.checks import one_of
+from lightning_qat.quantization.reading.files import Document
 
 Target = str | float
 RESULT_TABLE_VERSION = 1
@@ -94,38 +95,25 @@ class ResultTable:
         """Read the table; a missing file is an empty one.
 
         Raises:
-            ConfigurationError: the file is not a result table; it is left alone.
+            DamagedFileError: the file is not a result table; it is left alone.
         """
         if not Path(path).exists():
             return cls()
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data["version"] != RESULT_TABLE_VERSION:
-                raise ValueError(f"its version is {data['version']}")
-            runs = {
-                str(run): {
-                    str(stage): {str(m): float(v) for m, v in values.items()} for stage, values in stages.items()
-                }
-                for run, stages in data["runs"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise ConfigurationError(
-                f"{os.fspath(path)} is not a result table of this version ({type(error).__name__}: {error}). It was "
-                "left as it is: move it away, and a new one is started."
-            ) from error
-        return cls(runs)
+        remedy = "it was left as it is: move it away, and a new one is started"
+        return cls(Document(path, "a result table of this version", remedy).as_json(_Stored).runs)
 
     def entry(self, name: str, stage: str, metrics: Iterable[str]) -> str:
         """Return the run under which a new run called ``name`` may note a stage without overwriting a value.
 
         This is the newest of ``name``, ``name (2)``, ``name (3)`` ... if it has no such values yet (a test after its
-        fit), else the next one.
+        fit), else the next one. A run without any values has just begun elsewhere, and is another one.
         """
         number = 1
         while _numbered(name, number + 1) in self.runs:
             number += 1
-        taken = self.runs.get(_numbered(name, number), {}).get(stage, {})
-        return _numbered(name, number + any(metric in taken for metric in metrics))
+        newest = self.runs.get(_numbered(name, number))
+        taken = newest is not None and (not newest or any(metric in newest.get(stage, {}) for metric in metrics))
+        return _numbered(name, number + taken)
 
     def record(self, run: str, stage: str, metrics: Mapping[str, float]) -> None:
         """Note values of one stage of one run; its other values stay."""
@@ -171,6 +159,14 @@ class ResultTable:
         stage = f"{run} {own[-1]}" if own else run
         calibrated = self.runs.get(run, {}).get("calibrated", {}) if own and own[-1] != "calibrated" else {}
         return AccuracyResult(tuple(rows), tuple(columns), run, own, _sentence(rows, stage, target, calibrated))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What the file holds."""
+
+    version: Annotated[int, one_of([RESULT_TABLE_VERSION])]
+    runs: dict[str, dict[str, dict[str, float]]]
 
 
 def target_value(metric: str, float_value: float | None, target: Target) -> float | None:

@@ -177,7 +177,7 @@ def _change(key: PointKey, first: RunFiles, second: RunFiles) -> RunChange:
     by_error = not (first.sensitivity and second.sensitivity)
     own = first.own_sqnr(key), second.own_sqnr(key)
     if by_error:  # the noise of the point itself, if there is no sensitivity
-        before, after = (None if value is None else 10 ** (-value / 20) for value in own)
+        before, after = map(_noise, own)
     known = before is not None and after is not None and not math.isnan(before + after)
     return RunChange(
         point=point,
@@ -192,6 +192,13 @@ def _change(key: PointKey, first: RunFiles, second: RunFiles) -> RunChange:
     )
 
 
+def _noise(sqnr: float | None) -> float | None:
+    """The noise of a point relative to its signal."""
+    if sqnr is None or sqnr < -6000:  # beyond what a float holds
+        return None if sqnr is None else math.inf
+    return float(10 ** (-sqnr / 20))
+
+
 def _outcome(before: float | None, after: float | None, noise: float) -> Outcome:
     if before is None or after is None:
         return "new" if before is None else "gone"
@@ -204,7 +211,7 @@ def _outcome(before: float | None, after: float | None, noise: float) -> Outcome
 def _order(row: RunChange) -> tuple[bool, float]:
     if row.outcome not in ("fell", "rose"):
         return not row.change, 0.0
-    moved = abs(math.log(row.ratio)) if row.ratio and math.isfinite(row.ratio) else math.inf
+    moved = abs(math.log(row.ratio)) if row.ratio and 0 < row.ratio < math.inf else math.inf
     return not row.change, -moved
 
 

@@ -6,15 +6,18 @@ without this column for the end of training (``sensitivity.csv``), and one per e
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lightning_qat.analysis.runs.accuracy import ResultTable
+from lightning_qat.analysis.runs.stored_rows import NUMBERS, StoredPlan, StoredPoint, StoredRow
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.reading.files import Document
+from lightning_qat.quantization.reading.plain_values import UnreadableValueError
+from lightning_qat.quantization.reading.schema import read_as
 
 PointKey = tuple[str, str]
 """Path of the target, and name of the point."""
@@ -37,14 +40,14 @@ class RunFiles:
         about: what the sensitivity file says beside its rows.
 
     Raises:
-        ConfigurationError: there is no such file or directory, or it is something else.
+        ConfigurationError: there is no such file or directory, or one of the files is something else.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.sensitivity: _Rows = {}
         self.errors: _Rows = {}
-        self.plan: _Rows = {}
+        self.plan: dict[PointKey, StoredPoint] = {}
         self.accuracy: dict[str, dict[str, float]] = {}
         self.about: dict[str, Any] = {}
         if self.path.is_file():
@@ -71,18 +74,20 @@ class RunFiles:
 
     def score(self, key: PointKey, name: str = "score") -> float | None:
         """A number of the sensitivity table."""
-        return _number(self.sensitivity.get(key, {}).get(name))
+        value: float | None = self.sensitivity.get(key, {}).get(name)
+        return value
 
     def own_sqnr(self, key: PointKey) -> float | None:
         """The signal to noise ratio of a point's own error."""
-        return _number(self.errors.get(key, {}).get("own_SQNR"))
+        value: float | None = self.errors.get(key, {}).get("own_SQNR")
+        return value
 
     def configuration(self, key: PointKey) -> dict[str, Any]:
         """How a point is quantized, as far as the files say."""
         if key in self.plan:
-            return {name: self.plan[key].get(name) for name in _CONFIGURATION}
+            return {name: getattr(self.plan[key], name) for name in _CONFIGURATION}
         row = self.sensitivity.get(key) or self.errors.get(key) or {}
-        return {"dtype": row["quant_dtype"]} if "quant_dtype" in row else {}
+        return {"dtype": row["quant_dtype"]} if row.get("quant_dtype") is not None else {}
 
 
 def _first_table(directory: Path, stem: str) -> tuple[_Rows, dict[str, Any]]:
@@ -101,33 +106,56 @@ def _of_epoch(path: Path, stem: str) -> re.Match[str] | None:
 
 def _table(path: Path) -> tuple[_Rows, dict[str, Any]]:
     """The rows of a table by region and point, and what the file says beside them."""
+    remedy = "give the log directory of a run, or its sensitivity or layer_comparison file"
+    table = Document(path, "a table of points", remedy)
     about: dict[str, Any] = {}
     rows: Any
     if path.suffix == ".csv":
-        rows = _last_epoch(path)
+        rows = [_with_numbers(row) for row in table.csv(growing="epoch")]
+        rows = [row for row in rows if row.get("epoch") == rows[-1].get("epoch")]  # those of the last epoch
     else:
-        about = _json(path)
-        rows = about.pop("rows", [])
-    if not isinstance(rows, list) or any(not isinstance(row, dict) or "point" not in row for row in rows):
-        raise ConfigurationError(f"{path} is not a table of points: give a sensitivity or layer_comparison file.")
-    return {(row.get("region") or "", row["point"]): row for row in rows if row["point"]}, about
+        about = table.json()
+        rows = about.pop("rows", []) if isinstance(about, dict) else None
+    with table.checked():
+        about = read_as(dict[str, Any], about)
+        found = [_row(row, index) for index, row in enumerate(read_as(list[Any], rows))]
+    return {(row.get("region") or "", row["point"]): row for row in found if row["point"]}, about
 
 
-def _last_epoch(path: Path) -> list[dict[str, Any]]:
-    """The rows of a csv file; of one that holds several epochs, those of the last."""
-    content = path.read_bytes()
-    if content.startswith(b"epoch,"):
-        content = content[: content.rfind(b"\n") + 1]  # a run that failed while it wrote leaves half a line
-    text = io.StringIO(content.decode("utf-8"), newline="")
-    rows: list[dict[str, Any]] = list(csv.DictReader(text))
-    return [row for row in rows if row.get("epoch") == rows[-1].get("epoch")]
+def _row(row: Any, index: int) -> dict[str, Any]:
+    try:
+        read = read_as(StoredRow, row, ignore_unknown=True)
+    except UnreadableValueError as error:
+        raise error.inside(f"rows[{index}]") from None
+    return {**row, **{name: value for name, value in asdict(read).items() if name in row}}
 
 
-def _plan(path: Path) -> _Rows:
+def _with_numbers(row: dict[str, str]) -> dict[str, Any]:
+    """A row of a csv file with its numbers as numbers. Words that are none are refused where the row is checked."""
+    return {name: _number(text) if name in NUMBERS else text for name, text in row.items()}
+
+
+def _number(text: str) -> float | str | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
+
+
+def _plan(path: Path) -> dict[PointKey, StoredPoint]:
     if not path.is_file():
         return {}
-    regions = _json(path).get("regions", {})
-    return {(region, point["name"]): point for region, plan in regions.items() for point in plan["points"]}
+    plan = Document(path, "a quantization plan", "write it again with lightning_qat.write_plan(model, directory)")
+    found = {}
+    with plan.checked():
+        for region, held in read_as(StoredPlan, plan.json()).regions.items():
+            for index, item in enumerate(read_as(list[Any], held.get("points"))):
+                try:
+                    point = read_as(StoredPoint, item, ignore_unknown=True)
+                except UnreadableValueError as error:
+                    raise error.inside(f"regions[{region!r}].points[{index}]") from None
+                found[region, point.name] = point
+    return found
 
 
 def _stages(directory: Path) -> dict[str, dict[str, float]]:
@@ -136,31 +164,8 @@ def _stages(directory: Path) -> dict[str, dict[str, float]]:
     for root in (run, *list(run.resolve().parents)[:4]):
         path = root / _DIRECTORY / "result_table.json"
         if path.is_file():
-            runs = _json(path).get("runs", {})
+            runs = ResultTable.read(path).runs
             name = os.path.relpath(run.resolve(), root.resolve()).replace(os.sep, "/")
             names = [n for n in runs if n == ("run" if name == "." else name) or n.startswith(f"{name} (")]
-            stages: dict[str, dict[str, float]] = runs[names[-1]] if names else {}
-            return stages
+            return runs[names[-1]] if names else {}
     return {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigurationError(
-            f"{path} is not JSON: give the log directory of a run, or its sensitivity or layer_comparison file."
-        ) from error
-    if not isinstance(data, dict):
-        raise ConfigurationError(f"{path} is not a result of lightning_qat.")
-    return data
-
-
-def _number(value: Any) -> float | None:
-    """A number of a csv or json file; there, numbers that are not finite are words."""
-    if value is None or value == "":
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{value!r} is not a number.") from error

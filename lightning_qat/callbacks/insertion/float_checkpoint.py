@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_qat.callbacks.insertion.quantized_checkpoint import stored_regions
+from lightning_qat.quantization.errors import DamagedFileError
+from lightning_qat.quantization.reading.files import Document, OtherObjectsError
 
 
 class FloatCheckpointError(MisconfigurationException):
@@ -34,15 +35,17 @@ def load_float_weights(pl_module: pl.LightningModule, path: str | os.PathLike[st
             f"init_from: there is no file {os.fspath(path)!r}; write the path of a float checkpoint."
         )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        checkpoint = Document(path, "a float checkpoint", "write the path of one that is whole").tensors()
+    except OtherObjectsError as error:
         raise FloatCheckpointError(
-            f"init_from: {os.fspath(path)!r} cannot be read as weights only ({type(error).__name__}). If you trust the "
-            'file, write its weights to another one: torch.save(torch.load(path, weights_only=False)["state_dict"], '
-            '"float_weights.pt").'
+            f"init_from: {os.fspath(path)!r} cannot be read as weights only: it holds an object of {error.class_name}. "
+            "If you trust the file, write its weights to another one: "
+            'torch.save(torch.load(path, weights_only=False)["state_dict"], "float_weights.pt").'
         ) from error
+    except DamagedFileError as error:
+        raise FloatCheckpointError(f"init_from: {error}") from error
     state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(state_dict, dict):
+    if not (isinstance(state_dict, dict) and all(isinstance(name, str) for name in state_dict)):
         raise FloatCheckpointError(
             f"init_from: {os.fspath(path)!r} holds no weights by name: write the path of a Lightning checkpoint, or "
             'of a file made by torch.save(module.state_dict(), "float_weights.pt").'

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -13,8 +14,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
+from lightning_qat.quantization.errors import DamagedFileError
 from lightning_qat.quantization.modules.module_walk import REGION_NAME, is_in_region
 from lightning_qat.quantization.planning.plan_compatibility import read_extra_state
+from lightning_qat.quantization.reading.files import Document, OtherObjectsError
+from lightning_qat.quantization.reading.plain_values import UnreadableValueError
+from lightning_qat.quantization.reading.schema import read_as
 from lightning_qat.quantization.region.insertion import attach
 from lightning_qat.quantization.region.region import Region
 
@@ -47,17 +52,12 @@ def load_quantized(
         raise MisconfigurationException(
             f"load_quantized got {str(cls)[:40]!r}: give it the class itself: load_quantized(MyModule, path)."
         )
-    try:
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only)
-    except FileNotFoundError as error:
+    if not os.path.exists(checkpoint_path):
         raise MisconfigurationException(
             f"there is no file {os.fspath(checkpoint_path)!r}; write the path of a checkpoint of QAT."
-        ) from error
-    except pickle.UnpicklingError as error:
-        raise MisconfigurationException(
-            f"{os.fspath(checkpoint_path)!r} holds more than tensors and primitives. If you trust the file, write "
-            f"load_quantized({cls.__name__}, path, weights_only=False)."
-        ) from error
+        )
+    document = Document(checkpoint_path, "a checkpoint of QAT that can be loaded", "use another checkpoint of that run")
+    checkpoint = _read(document, cls, weights_only)
     state_dict = checkpoint["state_dict"]
     stored = stored_regions(state_dict)
     if not stored:
@@ -65,11 +65,7 @@ def load_quantized(
             f"{os.fspath(checkpoint_path)!r} holds no fake-quants: it is a float checkpoint. Use "
             f"{cls.__name__}.load_from_checkpoint for it."
         )
-    floats = {key: value for key, value in state_dict.items() if not is_in_region(key)}
-    buffer = io.BytesIO()
-    torch.save({**checkpoint, "state_dict": floats}, buffer)
-    buffer.seek(0)
-    module = cls.load_from_checkpoint(buffer, map_location="cpu", weights_only=weights_only, **kwargs)
+    module = _float_module(document, cls, checkpoint, weights_only, kwargs)
     for path, state in stored.items():
         region = _attached(module, path, state, state_dict)
         if not region.is_calibrated:
@@ -81,6 +77,54 @@ def load_quantized(
     return module.eval()
 
 
+def _read(document: Document, cls: type, weights_only: bool) -> dict[str, Any]:
+    """The content of a checkpoint, as far as it can be checked without its code."""
+    try:
+        checkpoint = document.tensors(weights_only)
+    except OtherObjectsError as error:
+        raise MisconfigurationException(
+            f"{os.fspath(document.path)!r} holds an object of {error.class_name}, so more than tensors and primitives. "
+            f"If you trust the file, write load_quantized({cls.__name__}, path, weights_only=False)."
+        ) from error
+    except DamagedFileError as error:
+        raise MisconfigurationException(str(error)) from error
+    with misconfiguration(), document.checked():
+        state_dict = read_as(_Envelope, checkpoint, ignore_unknown=True).state_dict
+        missing = [k for k in state_dict if is_in_region(k) and not k.endswith(_EXTRA_STATE)]
+        if missing and not stored_regions(state_dict):
+            raise UnreadableValueError(
+                "is missing, which holds the plan", f"state_dict[...{REGION_NAME}.{_EXTRA_STATE}]"
+            )
+    return dict(checkpoint)
+
+
+@dataclass(frozen=True)
+class _Envelope:
+    """What a checkpoint of Lightning holds beside things that are not needed here."""
+
+    state_dict: Mapping[str, object]
+    hyper_parameters: dict[str, object] | None = None
+
+
+def _float_module(
+    document: Document, cls: type[ModuleT], checkpoint: dict[str, Any], weights_only: bool, kwargs: dict[str, Any]
+) -> ModuleT:
+    """The module without its fake-quants. What goes wrong in here may be the fault of the file or of the code."""
+    floats = {key: value for key, value in checkpoint["state_dict"].items() if not is_in_region(key)}
+    buffer = io.BytesIO()
+    torch.save({**checkpoint, "state_dict": floats}, buffer)
+    buffer.seek(0)
+    try:
+        return cls.load_from_checkpoint(buffer, map_location="cpu", weights_only=weights_only, **kwargs)
+    except MisconfigurationException:
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())[:200]
+        problem = f"{cls.__name__} cannot be made from it ({type(error).__name__}: {what})"
+        remedy = f"give arguments that are missing, load_quantized({cls.__name__}, path, name=value), or another file"
+        raise MisconfigurationException(str(replace(document, remedy=remedy).error(problem))) from error
+
+
 def _attached(module: pl.LightningModule, path: str, state: dict[str, Any], state_dict: dict[str, Any]) -> Region:
     """Attach a stored region to its target, and load its scales."""
     prefix = f"{path}.{REGION_NAME}." if path else f"{REGION_NAME}."
@@ -90,7 +134,7 @@ def _attached(module: pl.LightningModule, path: str, state: dict[str, Any], stat
     return region
 
 
-def stored_regions(state_dict: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def stored_regions(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the extra state of every region in a state_dict, by target path (``""`` for the module itself)."""
     ending = f"{REGION_NAME}.{_EXTRA_STATE}"
     return {

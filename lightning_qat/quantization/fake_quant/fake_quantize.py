@@ -14,10 +14,16 @@ from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_qu
 from lightning_qat.quantization.fake_quant.learned_scale import fake_quantize_learned, gradient_scale
 from lightning_qat.quantization.fake_quant.quantization_parameters import QuantizationParameters
 from lightning_qat.quantization.numerics.channel_groups import swap_within_groups
-from lightning_qat.quantization.numerics.observers import ObserverName, clip_range
+from lightning_qat.quantization.numerics.observers import ObserverName, check_observer, clip_range
 from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE, check_percentile
 from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics
-from lightning_qat.quantization.numerics.scales import MIN_SCALE, greatest_scale, relative_range
+from lightning_qat.quantization.numerics.scales import (
+    MIN_SCALE,
+    greatest_scale,
+    packed_ratios,
+    ratios_of,
+    relative_range,
+)
 from lightning_qat.quantization.numerics.split_statistics import repeat_groups, statistics_for
 
 
@@ -51,6 +57,7 @@ class FakeQuantize(QuantizationParameters):
         frozen: Set to true to keep the scale as it is, once there is one; see :meth:`Region.freeze`.
         outdated: True if a training forward computed the scale of a weight. The optimizer may have stepped since, so
             the next evaluation computes the scale again.
+        forgotten: Whether a checkpoint left out its statistics, as those of a weight can be taken again.
         starts_at_zero: Whether its first scale comes from training: see ``first_scale.py``.
         batches_from_zero: Of such a point: how many batches with values it has seen since.
         groups: Set to the groups of a transposed convolution to have ``axis`` count in the layout of a convolution: see
@@ -85,7 +92,7 @@ class FakeQuantize(QuantizationParameters):
     ) -> None:
         if scheme not in get_args(Scheme):
             raise unknown_choice("scheme", scheme, get_args(Scheme))
-        _check_observer(observer, fixed_scale)
+        check_observer(observer, fixed_scale)
         check_percentile(percentile)
         if fixed_scale is not None and not 2.0**-126 <= fixed_scale <= 2.0**126:
             raise ConfigurationError(f"fixed_scale must be a positive float32, such as 100/32768, not {fixed_scale}.")
@@ -98,7 +105,7 @@ class FakeQuantize(QuantizationParameters):
         self.percentile = percentile
         self.enabled = True
         self.frozen = False
-        self.outdated = False
+        self.outdated = self.forgotten = False
         self.starts_at_zero, self.batches_from_zero = False, 0
         self.statistics = statistics_for(self.axis, channels, split_sizes, ema_momentum)
         with torch.inference_mode(False):
@@ -137,6 +144,7 @@ class FakeQuantize(QuantizationParameters):
 
     def observe(self, x: Tensor) -> None:
         """Record the statistics of ``x``; the scale stays."""
+        self.forgotten = False
         self.statistics.observe(x if self.groups == 1 else swap_within_groups(x, self.groups))
 
     @property
@@ -157,12 +165,13 @@ class FakeQuantize(QuantizationParameters):
             ConfigurationError: If nothing finite was observed, or the method or type does not exist.
         """
         source = observer or ("fixed" if self.fixed_scale is not None else self.observer)
-        _check_observer(source, self.fixed_scale)
+        check_observer(source, self.fixed_scale)
         statistics = self.statistics
         if source != "fixed" and statistics.count == 0:
             raise ConfigurationError(
                 "there is no scale to compute, as no finite value was observed at this point: calibrate with batches "
-                "that reach it, give it a fixed_scale, or leave it in float32."
+                "that reach it, give it a fixed_scale, or leave it in float32. Of a weight from a checkpoint, call "
+                "compute_scales() of the region."
             )
         if dtype is not None:
             self.set_dtype(dtype)
@@ -246,38 +255,35 @@ class FakeQuantize(QuantizationParameters):
     def reset_statistics(self) -> None:
         """Reset the statistics, to calibrate again; the scale stays."""
         self.statistics.reset()
-        self.starts_at_zero, self.batches_from_zero = False, 0
+        self.forgotten, self.starts_at_zero, self.batches_from_zero = False, False, 0
 
     def get_statistics_state(self) -> dict[str, Any]:
         """Return the state that ``state_dict`` lacks, as ints, floats, strings, lists and CPU tensors."""
-        return {
-            "dtype": self.dtype,
-            "scale_source": self.scale_source,
-            "learned": self.learned,
-            "outdated": self.outdated,
-            "starts_at_zero": self.starts_at_zero,
-            "batches_from_zero": self.batches_from_zero,
-            "ratio": self._ratio.to("cpu", copy=True),
-            "ema_ratio": self._ema_ratio.to("cpu", copy=True),
-            "statistics": self.statistics.state_dict(),
-        }
+        ratios = {"ratio": self._ratio.to("cpu", copy=True), "ema_ratio": self._ema_ratio.to("cpu", copy=True)}
+        return {**self._plain_state(), **ratios, "statistics": self.statistics.state_dict()}
+
+    def get_packed_state(self, limit: int | None) -> dict[str, Any]:
+        """Return the same in few bytes: ``limit`` characters for counts, None leaves out the statistics of a weight."""
+        statistics = {} if limit is None else {"statistics": self.statistics.packed_state(limit)}
+        return {**self._plain_state(), **packed_ratios(self._ratio, self._ema_ratio), **statistics}
+
+    def _plain_state(self) -> dict[str, Any]:
+        names = ("dtype", "scale_source", "learned", "outdated", "starts_at_zero", "batches_from_zero")
+        return {name: getattr(self, name) for name in names}
 
     def load_statistics_state(self, state: dict[str, Any]) -> None:
-        """Take the state of :meth:`get_statistics_state`, with the dtype the stored scale belongs to.
-
-        Raises:
-            ConfigurationError: If the state belongs to a point with other channels.
-        """
-        self.statistics.load_state_dict(state["statistics"])
+        """Take the state of either method; one with other channels is a ConfigurationError."""
+        self.reset_statistics()
+        self.forgotten = "statistics" not in state
+        if not self.forgotten:
+            self.statistics.load_state_dict(state["statistics"])
         self.set_dtype(state["dtype"])
         self.scale_source = state["scale_source"]
         self.learn_scale(state["learned"])
         self.outdated = state["outdated"]
         self.starts_at_zero = state.get("starts_at_zero", False)  # checkpoints of earlier releases have no such points
         self.batches_from_zero = state.get("batches_from_zero", 0)
-        with torch.inference_mode(False):
-            self._ratio = state["ratio"].cpu().clone()
-            self._ema_ratio = state["ema_ratio"].cpu().clone()
+        self._ratio, self._ema_ratio = ratios_of(state, self._ratio.shape)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -290,10 +296,3 @@ class FakeQuantize(QuantizationParameters):
     def _write_ema_range(self, low: Tensor, high: Tensor) -> None:
         ratio = self._ema_ratio.to(low.device)
         self.write_range(low * ratio[0], high * ratio[1])
-
-
-def _check_observer(observer: str, fixed_scale: float | None) -> None:
-    if observer not in get_args(ObserverName):
-        raise unknown_choice("observer", observer, get_args(ObserverName))
-    if observer == "fixed" and fixed_scale is None:
-        raise ConfigurationError("the observer 'fixed' needs a fixed_scale, such as 100/32768.")

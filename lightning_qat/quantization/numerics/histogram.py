@@ -16,13 +16,16 @@ from torch import Tensor
 
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.numerics.histogram_counts import grown, packed, unpacked
 
 # The smallest normal float32: the inverse of a width below 2**-127 would overflow float32.
 MIN_EXPONENT = -126
 
+_TENSORS = ("counts", "exponent", "low", "high", "zeros")
+
 TENSOR_BINS = 2048
 """Bins per side of one histogram for a whole tensor: the largest value lies in the upper half, so one step of an 8-bit
-type is 8 to 16 bins wide, while five hundred points take 9 MB in a checkpoint."""
+type is 8 to 16 bins wide. A checkpoint has room for fewer: see :meth:`Histogram.packed_state`."""
 
 CHANNEL_BINS = 128
 """Bins per side of the histograms of single channels: a weight has thousands of them, each with few values."""
@@ -69,6 +72,7 @@ class Histogram:
         self.bins = bins
         self.nan_count = 0
         self.inf_count = 0
+        self._packed: dict[int, dict[str, Any]] = {}  # by limit; every checkpoint asks for it
         # On the CPU even where a model is being built on another default device, such as meta.
         with torch.inference_mode(False), torch.device("cpu"):
             self.counts = torch.zeros(channels, 2 * bins, dtype=torch.int64)
@@ -105,6 +109,7 @@ class Histogram:
             The smallest and the largest finite value of ``x`` per channel, float64 ``(channels,)``; ``inf`` and
             ``-inf`` for a channel without one.
         """
+        self._packed.clear()
         rows = _as_float(x.detach()).reshape(self.channels, -1) if x.numel() else x.new_empty(self.channels, 0)
         self._to(rows.device)
         if rows.shape[1] == 0:
@@ -129,6 +134,7 @@ class Histogram:
 
     def all_reduce(self) -> None:
         """Merge the histograms of all ranks, with a maximum and a sum. A rank that saw nothing takes part as well."""
+        self._packed.clear()
         extremes = ranks.largest(torch.stack([-self.low, self.high, self.exponent.double()]))
         self.low, self.high = -extremes[0], extremes[1]
         self._grow(extremes[2].to(torch.int64))
@@ -153,21 +159,54 @@ class Histogram:
             "inf_count": self.inf_count,
         }
 
+    def packed_state(self, limit: int) -> dict[str, Any]:
+        """Return the state for a checkpoint, in few bytes: numbers, lists of numbers, and the counts as a text.
+
+        The bins are made so wide that the text fits, see
+        :func:`~lightning_qat.quantization.numerics.histogram_counts.packed`. Everything else is exact.
+
+        Args:
+            limit: Characters of the text at most.
+
+        Example:
+            >>> histogram = Histogram()
+            >>> _ = histogram.observe(torch.linspace(-1, 1, 100_001))
+            >>> histogram.load_state_dict(histogram.packed_state(512))
+            >>> histogram.width.item(), histogram.high.item(), histogram.count
+            (0.0078125, 1.0, 100001)
+        """
+        if limit not in self._packed:
+            text, doublings = packed(self.counts.cpu(), limit)
+            self._packed[limit] = {
+                "bins": self.bins,
+                "packed": text,
+                "exponent": (self.exponent + doublings).tolist(),
+                "low": self.low.tolist(),
+                "high": self.high.tolist(),
+                "zeros": self.zeros.tolist(),
+                "nan_count": self.nan_count,
+                "inf_count": self.inf_count,
+            }
+        return dict(self._packed[limit])
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state of :meth:`state_dict`.
+        """Take the state of :meth:`state_dict` or of :meth:`packed_state`.
 
         Raises:
-            ConfigurationError: If the state has another number of channels or bins.
+            ConfigurationError: If the state has another number of channels or bins, or is damaged.
         """
+        if "packed" in state:
+            state = {**state, "counts": unpacked(state["packed"], (len(state["exponent"]), 2 * state["bins"]))}
         if state["bins"] != self.bins or state["counts"].shape[0] != self.channels:
             raise ConfigurationError(
                 f"the stored histogram has {state['counts'].shape[0]} x {state['bins']} bins, "
                 f"this one has {self.channels} x {self.bins}: they are not of the same point."
             )
+        self._packed.clear()
         with torch.inference_mode(False):
-            self.counts = state["counts"].to("cpu", torch.int64, copy=True)
-            self.exponent, self.zeros = state["exponent"].cpu().clone(), state["zeros"].cpu().clone()
-            self.low, self.high = state["low"].cpu().clone(), state["high"].cpu().clone()
+            for name in _TENSORS:
+                dtype = torch.float64 if name in ("low", "high") else torch.int64
+                setattr(self, name, torch.as_tensor(state[name], dtype=dtype, device="cpu").clone())
         self.nan_count, self.inf_count = state["nan_count"], state["inf_count"]
 
     def _exponent_for(self, low: Tensor, high: Tensor) -> Tensor:
@@ -189,13 +228,13 @@ class Histogram:
 
     def _grow(self, exponent: Tensor) -> None:
         if not torch.equal(exponent, self.exponent):
-            self.counts = _grown(self.counts, exponent - self.exponent)
+            self.counts = grown(self.counts, exponent - self.exponent)
             self.exponent = exponent
 
     def _to(self, device: torch.device) -> None:
         """Move to the device of the data when the first data arrive."""
         if self.counts.device != device:
-            for name in ("counts", "exponent", "low", "high", "zeros"):
+            for name in _TENSORS:
                 setattr(self, name, getattr(self, name).to(device))
 
 
@@ -209,27 +248,6 @@ def magnitudes(histogram: Histogram) -> Tensor:
 def power_of_two(exponent: Tensor) -> Tensor:
     """``2**exponent`` in float64, from the bits: ``pow`` and ``ldexp`` may be one unit off in vectorized code."""
     return ((exponent + 1023) << 52).view(torch.float64)
-
-
-def _grown(counts: Tensor, doublings: Tensor) -> Tensor:
-    """Counts after every row's bin width was doubled ``doublings`` times."""
-    result = counts.clone()
-    bins = counts.shape[1] // 2
-    for times in doublings.unique().tolist():
-        if times == 0:
-            continue
-        rows = doublings == times
-        factor = 1 << min(times, bins.bit_length() - 1)
-        positive = counts[rows, bins:]
-        negative = counts[rows, :bins].flip(1).roll(1, dims=1)  # column = |index|; column 0 was the empty one
-        grown = torch.zeros_like(result[rows])
-        positive = positive.reshape(len(positive), -1, factor).sum(-1)
-        negative = negative.reshape(len(negative), -1, factor).sum(-1)
-        positive[:, 0] += negative[:, 0]
-        grown[:, bins : bins + positive.shape[1]] = positive
-        grown[:, bins - negative.shape[1] + 1 : bins] = negative[:, 1:].flip(1)
-        result[rows] = grown
-    return result
 
 
 def _as_float(x: Tensor) -> Tensor:

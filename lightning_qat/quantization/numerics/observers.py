@@ -104,3 +104,15 @@ def clip_range(
     if observer == "fixed":
         raise ConfigurationError("the observer 'fixed' derives no scale from data: give the point a fixed_scale.")
     raise unknown_choice("observer", observer, get_args(ObserverName))
+
+
+def check_observer(observer: str, fixed_scale: float | None) -> None:
+    """Refuse a name that no observer has, and ``fixed`` without a scale.
+
+    Raises:
+        ConfigurationError: It is one of these.
+    """
+    if observer not in get_args(ObserverName):
+        raise unknown_choice("observer", observer, get_args(ObserverName))
+    if observer == "fixed" and fixed_scale is None:
+        raise ConfigurationError("the observer 'fixed' needs a fixed_scale, such as 100/32768.")

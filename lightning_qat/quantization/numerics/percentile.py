@@ -8,9 +8,14 @@ from torch import Tensor
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.numerics.histogram import Histogram, magnitudes
 from lightning_qat.quantization.numerics.range_statistics import Statistics
+from lightning_qat.quantization.reading.checks import Check
 
 DEFAULT_PERCENTILE = 99.99
 """Share of the values, in percent, that the observer keeps inside the range."""
+
+
+PERCENTILE = Check(lambda value: 50.0 < value <= 100.0, "in percent, above 50 and at most 100")
+"""What a percentile read from a file must be."""
 
 
 def check_percentile(value: object) -> None:

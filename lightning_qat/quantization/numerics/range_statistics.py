@@ -128,15 +128,24 @@ class Statistics:
             "batches": self.batches,
         }
 
+    def packed_state(self, limit: int) -> dict[str, Any]:
+        """Return the state for a checkpoint, in few bytes; what moving averages depend on is exact.
+
+        Args:
+            limit: Characters for the counts, see :meth:`Histogram.packed_state`.
+        """
+        histogram = self.histogram.packed_state(limit)
+        return {"histogram": histogram, "ema": self._ema.tolist(), "batches": self.batches}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state of :meth:`state_dict`.
+        """Take the state of :meth:`state_dict` or of :meth:`packed_state`.
 
         Raises:
             ConfigurationError: If the state has another number of channels.
         """
         self.histogram.load_state_dict(state["histogram"])
         with torch.inference_mode(False):
-            self._ema = state["ema"].cpu().clone()
+            self._ema = torch.as_tensor(state["ema"], dtype=torch.float64, device="cpu").clone()
         self.batches = state["batches"]
 
     def rows(self, x: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,3 +130,33 @@ def greatest_scale(largest: int) -> float:
     """The greatest scale whose product with the code ``largest`` is finite."""
     # Rounding to float32 might exceed it by half a unit: take one unit off.
     return min(2.0**126, FLOAT32_MAX / largest) * (1 - 2.0**-23)
+
+
+def packed_ratios(ratio: Tensor, ema_ratio: Tensor) -> dict[str, list[list[float]]]:
+    """Return two results of :func:`relative_range` for a checkpoint: nothing that is 1 or the same twice.
+
+    Example:
+        >>> packed_ratios(torch.full((2, 1), 0.5), torch.full((2, 1), 0.5))
+        {'ratio': [[0.5]]}
+    """
+    if torch.equal(ratio, ema_ratio):
+        return {"ratio": _rows(ratio)} if bool((ratio != 1).any()) else {}
+    return {"ratio": _rows(ratio), "ema_ratio": _rows(ema_ratio)}
+
+
+def ratios_of(state: Mapping[str, Any], shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Return the two tensors of :func:`packed_ratios`, or those that a checkpoint of an earlier release holds.
+
+    Args:
+        state: with the entries ``ratio`` and ``ema_ratio``, or some of them.
+        shape: of each tensor.
+    """
+    ratio = state.get("ratio", 1.0)
+    found = (torch.as_tensor(r, dtype=torch.float64, device="cpu") for r in (ratio, state.get("ema_ratio", ratio)))
+    with torch.inference_mode(False):
+        one, other = (r.expand(shape).clone() for r in found)
+    return one, other
+
+
+def _rows(ratio: Tensor) -> list[list[float]]:
+    return ratio.unique_consecutive(dim=0).tolist()  # type: ignore[no-any-return]

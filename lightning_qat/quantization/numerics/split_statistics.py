@@ -107,8 +107,12 @@ class SplitStatistics:
         """Return everything as primitives and CPU tensors."""
         return {"groups": [group.state_dict() for group in self.groups]}
 
+    def packed_state(self, limit: int) -> dict[str, Any]:
+        """Return the state for a checkpoint, in few bytes; all groups together get ``limit`` characters."""
+        return {"groups": [group.packed_state(limit // len(self.groups)) for group in self.groups]}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state of :meth:`state_dict`.
+        """Take the state of :meth:`state_dict` or of :meth:`packed_state`.
 
         Raises:
             ConfigurationError: If the state has another number of groups.

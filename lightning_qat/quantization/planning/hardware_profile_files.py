@@ -8,17 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
-from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from lightning_qat.quantization.config_values import Granularity, Scheme
-from lightning_qat.quantization.errors import ConfigurationError, near_names, unknown_choice
+from lightning_qat.quantization.errors import ConfigurationError, near_names, shown, unknown_choice
 from lightning_qat.quantization.functions.function_lookup import known_kinds
 from lightning_qat.quantization.numerics.dtypes import DtypeName
 from lightning_qat.quantization.planning.fusion_patterns import DEFAULT_PATTERNS, GEMM_LAYERS, FusionPatterns
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile, OpRule, Signature
+from lightning_qat.quantization.reading.files import Document
 
 _PROFILE_KEYS = ("name", "version", "description", "source", "groups", "ops", "unsupported", "fusions")
 _RULE_KEYS = ("kinds", "signatures", "schemes", "weight_granularity")
@@ -82,25 +80,16 @@ def read_profile(value: str | os.PathLike[str]) -> HardwareProfile:
     shipped = shipped_profiles()
     if text in shipped:
         file = resources.files("lightning_qat").joinpath("profiles").joinpath(f"{text}.yaml")
-        content = file.read_text(encoding="utf-8")
-    else:
-        if not text.endswith((".yaml", ".yml")):
-            near = near_names(text, shipped)
-            hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
-            raise ConfigurationError(
-                f"unknown profile {text!r}.{hint} Write the path of a .yaml file or one of: {', '.join(shipped)}."
-            )
-        try:
-            content = Path(text).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigurationError(f"the profile {text!r} cannot be read: {error.strerror}.") from error
-        except UnicodeDecodeError as error:
-            raise ConfigurationError(f"the profile {text!r} is not YAML: it is not a text in UTF-8.") from error
-    try:
-        data = yaml.safe_load(content)
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"the profile {text!r} is not YAML: {' '.join(str(error).split())}") from error
-    return parse_profile(data, text)
+        with resources.as_file(file) as path:
+            return parse_profile(Document(path, "a hardware profile", "install lightning_qat again").yaml(), text)
+    if not text.endswith((".yaml", ".yml")):
+        near = near_names(text, shipped)
+        hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+        raise ConfigurationError(
+            f"unknown profile {text!r}.{hint} Write the path of a .yaml file or one of: {', '.join(shipped)}."
+        )
+    remedy = f"write one as lightning_qat/profiles/README.md says, or name one of {', '.join(shipped)}"
+    return parse_profile(Document(text, "a hardware profile", remedy).yaml(), text)
 
 
 def parse_profile(data: Any, where: str) -> HardwareProfile:
@@ -141,7 +130,7 @@ def parse_profile(data: Any, where: str) -> HardwareProfile:
         for kind in _kinds([name], groups, f"{where}: unsupported"):
             if kind in rules:
                 raise ConfigurationError(f"{where}: unsupported: {kind!r} has a rule in ops: remove one of the two.")
-            unsupported[kind] = str(reason or "")
+            unsupported[kind] = _text(reason, f"{where}: unsupported.{name}")
     if others is not None:
         rules |= dict.fromkeys(known_kinds() - rules.keys() - unsupported.keys(), others)
     patterns = DEFAULT_PATTERNS
@@ -150,8 +139,9 @@ def parse_profile(data: Any, where: str) -> HardwareProfile:
         patterns = FusionPatterns.of(
             [list(_steps(text, groups, f"{where}: fusions[{i}]")) for i, text in enumerate(fusions)]
         )
-    texts = {key: str(data[key]).strip() for key in ("version", "description", "source") if data.get(key) is not None}
-    return HardwareProfile(str(data["name"]), rules, patterns, unsupported=unsupported, **texts)
+    keys = [key for key in ("version", "description", "source") if data.get(key) is not None]
+    texts = {key: _text(data[key], f"{where}: {key}") for key in keys}
+    return HardwareProfile(_text(data["name"], f"{where}: name"), rules, patterns, unsupported=unsupported, **texts)
 
 
 def _rule(item: Mapping[str, Any], place: str) -> OpRule:
@@ -180,7 +170,7 @@ def _rule(item: Mapping[str, Any], place: str) -> OpRule:
 def _steps(text: Any, groups: Mapping[str, frozenset[str]], where: str) -> Iterator[list[str | None]]:
     """``conv + batch_norm? + relu|relu6?``: the kinds of each step, None if it may be missing."""
     if not isinstance(text, str) or "+" not in text:
-        raise ConfigurationError(f"{where}: write a pattern as 'conv2d + batch_norm? + relu?', got {text!r}.")
+        raise ConfigurationError(f"{where}: write a pattern as 'conv2d + batch_norm? + relu?', got {shown(text)}.")
     for step in text.split("+"):
         names = step.strip().removesuffix("?").split("|")
         kinds: list[str | None] = sorted(_kinds([n.strip() for n in names], groups, where))  # type: ignore[assignment]
@@ -198,7 +188,7 @@ def _kinds(names: Any, groups: Mapping[str, frozenset[str]], where: str) -> list
         else:
             near = near_names(name, [*known, *groups])
             hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
-            raise ConfigurationError(f"{where}: unknown op kind or group {name!r}.{hint}")
+            raise ConfigurationError(f"{where}: unknown op kind or group {shown(name)}.{hint}")
     return found
 
 
@@ -219,13 +209,20 @@ def _check_keys(item: Any, keys: tuple[str, ...], where: str, required: tuple[st
             raise ConfigurationError(f"{where}: {key!r} is missing.")
 
 
+def _text(item: Any, where: str) -> str:
+    """A text; numbers as they are written, and an empty text for nothing."""
+    if isinstance(item, (list, tuple, Mapping, set)):
+        raise ConfigurationError(f"{where} must be a text, got {shown(item)}.")
+    return "" if item is None else str(item).strip()
+
+
 def _mapping(item: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(item, Mapping):
-        raise ConfigurationError(f"{where} must be a mapping, got {item!r}.")
+        raise ConfigurationError(f"{where} must be a mapping, got {shown(item)}.")
     return item
 
 
 def _list(item: Any, where: str) -> list[Any]:
     if not isinstance(item, (list, tuple)):
-        raise ConfigurationError(f"{where} must be a list, got {item!r}.")
+        raise ConfigurationError(f"{where} must be a list, got {shown(item)}.")
     return list(item)

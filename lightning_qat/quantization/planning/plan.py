@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE
+from lightning_qat.quantization.config_values import Scheme
+from lightning_qat.quantization.numerics.dtypes import QuantizedDtypeName
+from lightning_qat.quantization.numerics.observers import ObserverName
+from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE, PERCENTILE
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.fusion import FusionGroup, FusionMiss
+from lightning_qat.quantization.qconfig import QConfig
+from lightning_qat.quantization.reading.checks import AT_LEAST_ONE, POSITIVE, one_of
+from lightning_qat.quantization.reading.plain_values import must
+from lightning_qat.quantization.reading.schema import read_as
 from lightning_qat.quantization.tracing.op_graph import Op, primitives
 
 PointRole = Literal["output", "weight", "input"]
@@ -50,19 +58,19 @@ class PointPlan:
     op: str
     role: PointRole
     operand: int
-    dtype: str
-    scheme: str = "symmetric"
+    dtype: Annotated[str, one_of(QuantizedDtypeName)]
+    scheme: Annotated[str, one_of(Scheme)] = "symmetric"
     axis: int | None = None
-    channels: int | None = None
-    observer: str = "mse"
-    percentile: float = DEFAULT_PERCENTILE
-    fixed_scale: float | None = None
+    channels: Annotated[int, AT_LEAST_ONE] | None = None
+    observer: Annotated[str, one_of(ObserverName)] = "mse"
+    percentile: Annotated[float, PERCENTILE] = DEFAULT_PERCENTILE
+    fixed_scale: Annotated[float, POSITIVE] | None = None
     narrow_range: bool = False
     reason: str = ""
     same_as: str | None = None
-    split_sizes: tuple[int, ...] | None = None
+    split_sizes: tuple[Annotated[int, AT_LEAST_ONE], ...] | None = None
     batch_norm: str | None = None
-    groups: int = 1
+    groups: Annotated[int, AT_LEAST_ONE] = 1
 
     @property
     def is_weight(self) -> bool:
@@ -138,19 +146,19 @@ class QuantPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantPlan:
-        """Rebuild a plan from :meth:`to_dict`."""
-        return cls(
-            points=tuple(_point(p) for p in data["points"]),
-            ops=tuple(OpPlan(**o) for o in data["ops"]),
-            float_points=dict(data["float_points"]),
-            fusions=tuple(FusionGroup(tuple(f["ops"]), tuple(f["kinds"])) for f in data["fusions"]),
-            misses=tuple(
-                FusionMiss(tuple(m["ops"]), tuple(m["kinds"]), m["cause"], m["location"]) for m in data["misses"]
-            ),
-            qconfig=_qconfig(data["qconfig"]),
-            overrides=tuple(map(_override, data["overrides"])),
-            profile=data["profile"],
-        )
+        """Rebuild a plan from :meth:`to_dict`.
+
+        Raises:
+            UnreadableValueError: a value does not fit.
+            ConfigurationError: ``qconfig`` or ``overrides`` are none.
+        """
+        if not isinstance(data, Mapping):
+            raise must("a mapping", data)
+        plan = read_as(cls, {name: value for name, value in data.items() if name != "version"})
+        plan = replace(plan, qconfig=_qconfig(plan.qconfig), overrides=tuple(map(_override, plan.overrides)))
+        QConfig.of(plan.qconfig)
+        Override.list_of(plan.overrides)
+        return plan
 
     def to_json(self, indent: int | None = 2) -> str:
         """Return the plan as JSON."""
@@ -159,16 +167,13 @@ class QuantPlan:
 
 def _qconfig(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Add the percentile of weights to plans from before it existed: weights took that of activations."""
-    activation, weight = stored["activation"], stored["weight"]
-    used = activation["percentile"] if weight["observer"] == "percentile" else DEFAULT_PERCENTILE
+    activation, weight = stored.get("activation"), stored.get("weight")
+    if not isinstance(activation, dict) or not isinstance(weight, dict):
+        raise must("a mapping of activation and weight", stored, ".qconfig")
+    used = activation.get("percentile") if weight.get("observer") == "percentile" else DEFAULT_PERCENTILE
     return {**stored, "weight": {"percentile": used, **weight}}
 
 
 def _override(stored: Mapping[str, Any]) -> dict[str, Any]:
     weight = stored.get("weight")
-    return {**stored, "weight": None if weight is None else {"percentile": None, **weight}}
-
-
-def _point(item: Mapping[str, Any]) -> PointPlan:
-    sizes = item.get("split_sizes")
-    return PointPlan(**{**item, "split_sizes": None if sizes is None else tuple(sizes)})
+    return {**stored, "weight": {"percentile": None, **weight} if isinstance(weight, dict) else weight}

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 from lightning_qat.quantization.errors import PlanMismatchError
 from lightning_qat.quantization.functions.function_lookup import is_interceptable
 from lightning_qat.quantization.functions.op_spec import OpSpec
-from lightning_qat.quantization.planning.plan import PLAN_VERSION, QuantPlan
+from lightning_qat.quantization.packed_text import pack_text, unpack_text
+from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
+
+STATE_VERSION = 2
+"""Of a region's extra state. In version 1, which is read too, graph and statistics took more room."""
+
+_LONGEST_GRAPH = 2**28
+"""In bytes; ten thousand ops have a twentieth of it."""
 
 LOADING_NOTE = (
     "quantized by lightning_qat: load it with lightning_qat.load_quantized(YourModule, path), or with "
@@ -19,18 +27,28 @@ LOADING_NOTE = (
 gets torch's list of unexpected keys, which begins with this one."""
 
 
+def extra_state(graph: OpGraph, plan: QuantPlan) -> dict[str, Any]:
+    """Return graph and plan for a checkpoint; the graph is packed, as the plan says all that people look for."""
+    packed = pack_text(json.dumps(graph.to_dict()).encode())
+    return {"version": STATE_VERSION, "graph": packed, "plan": plan.to_dict()}
+
+
 def read_extra_state(state: dict[str, Any]) -> tuple[OpGraph, QuantPlan]:
     """Read graph and plan from a region's extra state in a checkpoint.
 
     Raises:
         PlanMismatchError: another release wrote them in another format.
+        ConfigurationError: the packed graph is damaged.
     """
-    if state.get("version") != PLAN_VERSION:
+    if state.get("version") not in (1, STATE_VERSION):
         raise PlanMismatchError(
-            f"the checkpoint holds a plan of version {state.get('version')!r}, this release reads version "
-            f"{PLAN_VERSION}: use the release it was made with."
+            f"the checkpoint holds a plan of version {state.get('version')!r}, this release reads versions up to "
+            f"{STATE_VERSION}: use the release it was made with."
         )
-    return OpGraph.from_dict(state["graph"]), QuantPlan.from_dict(state["plan"])
+    graph = state["graph"]
+    if isinstance(graph, str):
+        graph = json.loads(unpack_text(graph, _LONGEST_GRAPH))
+    return OpGraph.from_dict(graph), QuantPlan.from_dict(state["plan"])
 
 
 def rebound(saved: OpGraph, traced: OpGraph) -> OpGraph:

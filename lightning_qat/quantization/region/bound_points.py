@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm
 from lightning_qat.quantization.planning.plan import QuantPlan
-from lightning_qat.quantization.tracing.op_graph import OpGraph
+from lightning_qat.quantization.tracing.op_graph import Operand, OpGraph
 
 ParameterView = tuple[nn.Parameter, torch.Size, tuple[int, ...], int]
 """A part of a parameter: the parameter, and size, strides and offset of the part."""
@@ -28,12 +28,24 @@ class BoundPoint:
         rewritten: the operand is written later, so that backward must not rely on its values.
         batch_norm: the batch norm that is folded into the weight before it is quantized.
         repeats: several calls within one forward share it.
+        parameter: name of the parameter that the weight is, None for a weight that is computed in every forward.
 
     Attributes:
         trained: the view of the parameter that the last training forward used; the optimizer may have changed it since.
     """
 
-    __slots__ = ("batch_norm", "fake_quant", "is_weight", "name", "repeats", "rewritten", "role", "trained", "written")
+    __slots__ = (
+        "batch_norm",
+        "fake_quant",
+        "is_weight",
+        "name",
+        "parameter",
+        "repeats",
+        "rewritten",
+        "role",
+        "trained",
+        "written",
+    )
 
     def __init__(
         self,
@@ -44,6 +56,7 @@ class BoundPoint:
         rewritten: bool = False,
         batch_norm: FoldedBatchNorm | None = None,
         repeats: bool = False,
+        parameter: str | None = None,
     ) -> None:
         self.name = name
         self.fake_quant = fake_quant
@@ -53,6 +66,7 @@ class BoundPoint:
         self.rewritten = rewritten
         self.batch_norm = batch_norm
         self.repeats = repeats and not is_weight
+        self.parameter = parameter
         self.trained: ParameterView | None = None
 
     @torch.no_grad()
@@ -70,6 +84,17 @@ class BoundPoint:
         weight = torch.as_strided(*self.trained)
         fake_quant.update_scale(weight if norm is None else norm.fold(weight, norm.factor(weight)), ema=False)
         fake_quant.outdated = False
+
+    @torch.no_grad()
+    def observe_again(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take the statistics of a weight that a checkpoint left out from the present weight.
+
+        Args:
+            parameters: the parameters of the target by name.
+        """
+        if self.fake_quant.forgotten and self.parameter is not None and self.parameter in parameters:
+            weight, norm = parameters[self.parameter].detach(), self.batch_norm
+            self.fake_quant.observe(weight if norm is None else norm.fold(weight, norm.factor(weight)))
 
 
 class OpQuantizers:
@@ -111,8 +136,14 @@ def bind(
                 operand.rewritten,
                 norm,
                 op.calls > 1,
+                _parameter_name(operand) if point.is_weight else None,
             )
     return bound
+
+
+def _parameter_name(operand: Operand) -> str | None:
+    names = {source.name if source.kind == "parameter" else None for source in operand.sources}
+    return names.pop() if len(names) == 1 else None
 
 
 def parameter_view(weight: Tensor) -> ParameterView | None:

@@ -17,8 +17,8 @@ from lightning_qat.quantization.fake_quant.fake_quant_dict import FakeQuantDict
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.interception.interception import Intercepted
 from lightning_qat.quantization.modules.module_walk import REGION_NAME
-from lightning_qat.quantization.planning.plan import PLAN_VERSION, QuantPlan, ScaleRole
-from lightning_qat.quantization.planning.plan_compatibility import LOADING_NOTE, read_extra_state, rebound
+from lightning_qat.quantization.planning.plan import QuantPlan, ScaleRole
+from lightning_qat.quantization.planning.plan_compatibility import LOADING_NOTE, extra_state, read_extra_state, rebound
 from lightning_qat.quantization.region.bound_points import bind
 from lightning_qat.quantization.region.freezing import Freezable, Freezing, patterns_by_target
 from lightning_qat.quantization.region.region_runner import RegionRunner
@@ -66,16 +66,17 @@ class Region(nn.Module):
         device = next((t.device for t in tensors), torch.device("cpu"))
         self.fake_quants = FakeQuantDict(plan).to(device)
         self.fake_quants.train(self.target.training)
+        self._bind()
         if self.freezing:
             self.freezing.apply(self.freezable)
-        self._bind()
 
     @property
     def points(self) -> dict[str, FakeQuantize]:
         """The fake-quant of every point; weights that are used twice share one."""
-        return self.fake_quants.by_point(self.plan)
+        return self._points
 
     def _bind(self) -> None:
+        self._points = self.fake_quants.by_point(self.plan)
         bound = bind(self.graph, self.plan, self.points, self.target)
         self.scales = RegionScales(self.target, self.plan, self.points, bound)
         self.runner.bind(self.target, self.graph, bound, self._traced_graph is None)
@@ -248,14 +249,10 @@ class Region(nn.Module):
         """
         self.scales.refresh_weights()  # the scales themselves are collected afterwards
         if self._stored is None:
-            self._stored = {"version": PLAN_VERSION, "graph": self.graph.to_dict(), "plan": self.plan.to_dict()}
+            self._stored = extra_state(self.graph, self.plan)
         return {
             **self._stored,
-            "statistics": {
-                p.name: fake_quant.get_statistics_state()
-                for p, fake_quant in zip(self.plan.points, self.points.values(), strict=True)
-                if p.same_as is None
-            },
+            "statistics": self.scales.packed_statistics(),
             "call_ranges": self.call_ranges.state_dict(),
         }
 
@@ -285,7 +282,7 @@ class Region(nn.Module):
             self.scales.expect_other_weights()  # perhaps float or averaged ones, which need other scales
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name != "scales"}  # made anew
+        state = {name: value for name, value in self.__dict__.items() if name not in ("scales", "_points")}  # anew
         return {**state, "_stored": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import get_args
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, get_args
 
 from torch import nn
 
@@ -12,7 +12,10 @@ from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.fake_quant.first_scale import agree_over_ranks
 from lightning_qat.quantization.fake_quant.scale_synchronization import average_over_ranks
 from lightning_qat.quantization.planning.plan import QuantPlan, ScaleRole
-from lightning_qat.quantization.region.bound_points import OpQuantizers
+from lightning_qat.quantization.region.bound_points import BoundPoint, OpQuantizers
+
+PACKED_CHARACTERS = 384
+"""For the counts of one point in a checkpoint. With its scale and its place in plan and graph, it takes below 2 kB."""
 
 
 class RegionScales:
@@ -45,6 +48,7 @@ class RegionScales:
 
     def compute(self, observer: str | None = None, dtype: str | None = None) -> tuple[str, ...]:
         """Derive all scales from the statistics that calibration kept, see :meth:`Region.compute_scales`."""
+        self.observe_weights_again()
         without_data = []
         for name, fake_quant in self._points.items():
             if fake_quant.keeps_scale:
@@ -92,6 +96,26 @@ class RegionScales:
         for quantizers in self._bound.values():
             for point in quantizers.inputs.values():
                 point.refresh(parameters)
+
+    def packed_statistics(self) -> dict[str, dict[str, Any]]:
+        """Return the state of every point for a checkpoint, in few bytes; of weights, only what they do not tell."""
+        names = dict(self._target.named_parameters(remove_duplicate=False))
+        told = {id(p.fake_quant) for p in self._bound_weights() if p.parameter in names}
+        found = {p.name: self._points[p.name] for p in self._plan.points if p.same_as is None}
+        return {
+            name: f.get_packed_state(None if id(f) in told and not f.starts_at_zero else PACKED_CHARACTERS)
+            for name, f in found.items()
+        }
+
+    def observe_weights_again(self) -> None:
+        """Take the statistics of weights that a checkpoint left out; those of the present weights are the same kind."""
+        forgetting = [point for point in self._bound_weights() if point.fake_quant.forgotten]
+        parameters = dict(self._target.named_parameters(remove_duplicate=False)) if forgetting else {}
+        for point in forgetting:
+            point.observe_again(parameters)
+
+    def _bound_weights(self) -> Iterator[BoundPoint]:
+        return (p for quantizers in self._bound.values() for p in quantizers.inputs.values() if p.is_weight)
 
     def expect_other_weights(self) -> None:
         """Mark the scales of weights as outdated, because something other than training replaces the weights."""

@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from lightning_qat.quantization.errors import shown
 from lightning_qat.quantization.functions.op_spec import Role
 from lightning_qat.quantization.modules.tensor_leaves import is_float_name
+from lightning_qat.quantization.reading.plain_values import UnreadableValueError
+from lightning_qat.quantization.reading.schema import read_as
 
 SourceKind = Literal["op", "mutated", "input", "parameter", "buffer", "constant", "opaque"]
 OperandRole = Literal["data", "weight", "parameter", "index"]
@@ -198,14 +201,21 @@ class OpGraph:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> OpGraph:
-        """Rebuild a graph from :meth:`to_dict`."""
-        return cls(
-            target_type=data["target_type"],
-            forwards=data["forwards"],
-            varying=tuple(data["varying"]),
-            ops=tuple(_op(item) for item in data["ops"]),
-            outputs=tuple(RegionOutput(**{**item, "sources": _sources(item["sources"])}) for item in data["outputs"]),
-        )
+        """Rebuild a graph from :meth:`to_dict`.
+
+        Raises:
+            UnreadableValueError: a value does not fit, or an op reads from one that does not exist.
+        """
+        graph = read_as(cls, data)
+        names = {op.name for op in graph.ops}
+        if len(names) < len(graph.ops):
+            raise UnreadableValueError("holds two ops of one name", ".ops")
+        for op in graph.ops:
+            for operand in op.operands:
+                _check_sources(operand.sources, names, op.name)
+        for output in graph.outputs:
+            _check_sources(output.sources, names, f"output {output.path}")
+        return graph
 
 
 def primitives(value: Any) -> Any:
@@ -219,14 +229,7 @@ def primitives(value: Any) -> Any:
     return value
 
 
-def _sources(items: list[dict[str, Any]]) -> tuple[Source, ...]:
-    return tuple(Source(**item) for item in items)
-
-
-def _op(item: dict[str, Any]) -> Op:
-    operands = tuple(
-        Operand(**{**o, "shape": tuple(o["shape"]), "sources": _sources(o["sources"])}) for o in item["operands"]
-    )
-    outputs = tuple((dtype, tuple(shape)) for dtype, shape in item["outputs"])
-    twins = tuple(item.get("twins", ()))
-    return Op(**{**item, "operands": operands, "outputs": outputs, "twins": twins})
+def _check_sources(sources: tuple[Source, ...], names: set[str], reader: str) -> None:
+    for source in sources:
+        if source.kind in ("op", "mutated") and source.name not in names:
+            raise UnreadableValueError(f"reads from {shown(source.name)}, which is no op", f".ops[{shown(reader)}]")

@@ -83,9 +83,9 @@ def test_json_keeps_everything(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [(None, "make it in the float project"), ("{", "is not a fingerprint"), ("{}", "has no weights"),
-     ('{"weights": {}, "version": 9}', "version 9"), ('{"weights": {}, "version": 1}', "is an incomplete fingerprint"),
+     ('{"weights": {}, "version": 9}', "version 9"), ('{"weights": {}, "version": 1}', "data is missing"),
      ('{"weights": {}, "version": 1, "data": {}, "model_inputs": {}, "losses": {}, "metrics": {}, '
-      '"standard_errors": {}, "colour": 1}', "is an incomplete fingerprint")],
+      '"standard_errors": {}, "colour": 1}', "a key that is not known, 'colour'")],
 )  # fmt: skip
 def test_bad_files_are_refused(text: str | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "fingerprint.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -124,3 +125,49 @@ def test_wrong_bins_and_unlike_histograms_are_clear_errors() -> None:
         Histogram(bins=100)
     with pytest.raises(ConfigurationError, match="not of the same point"):
         Histogram(bins=16).load_state_dict(Histogram(bins=32).state_dict())
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(batches, st.integers(1, 400), st.integers(1, 3))
+def test_a_packed_state_is_one_the_histogram_could_have_come_to(
+    lists: list[list[float]], limit: int, channels: int
+) -> None:
+    """Its wider bins are those that one larger value would have made; extremes, zeros and all counts are exact.
+
+    Saving what was loaded changes nothing any more, also where no bins are wide enough for the limit.
+    """
+    tensors = [torch.tensor(values).repeat(channels, 1) for values in lists]
+    histogram = histogram_of(*tensors, channels=channels, bins=256)
+    state = histogram.packed_state(limit)
+    restored = Histogram(channels, 256)
+    restored.load_state_dict(state)
+    doublings = int(restored.exponent[0] - histogram.exponent[0])
+    coarsest = not bool(restored.counts[:, : 256 - 3].any() or restored.counts[:, 256 + 4 :].any())
+    assert len(state["packed"]) <= limit or coarsest
+    assert torch.equal(restored.exponent, histogram.exponent + doublings)
+    if doublings and bool((histogram.exponent + doublings < 120).all()):
+        top = 2.0 ** (histogram.exponent.double() + doublings + 7)  # the first value of the upper half
+        larger = histogram_of(*tensors, top.float()[:, None], channels=channels, bins=256)
+        counts = larger.counts.clone()
+        counts[:, 256 + 128] -= 1
+        assert torch.equal(restored.counts, counts)
+    assert restored.count == histogram.count
+    for name in ("low", "high", "zeros", "nan_count", "inf_count"):
+        assert torch.equal(*(torch.as_tensor(getattr(h, name)) for h in (restored, histogram))), name
+    again = Histogram(channels, 256)
+    again.load_state_dict(restored.packed_state(limit))
+    assert_same(again, restored)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[:-4], lambda text: "~" + text[1:], lambda text: "", lambda text: "é"]
+)
+def test_a_damaged_text_is_a_clear_error(damage: Callable[[str], str]) -> None:
+    """Cut off, changed, empty, no such text at all; and one that holds another number of bins."""
+    state = histogram_of(torch.randn(100), bins=64).packed_state(500)
+    with pytest.raises(ConfigurationError, match="another"):
+        Histogram(bins=64).load_state_dict({**state, "packed": damage(state["packed"])})
+    with pytest.raises(ConfigurationError, match="another"):
+        Histogram(bins=32).load_state_dict({**state, "bins": 32})
+    with pytest.raises(ConfigurationError, match="another"):
+        Histogram(bins=128).load_state_dict({**state, "bins": 128})

@@ -112,11 +112,11 @@ def test_wrong_profile_is_one_clear_error(data: Any, message: str) -> None:
     ("name", "content", "message"),
     [
         ("generic_int8", None, "unknown profile 'generic_int8'. Did you mean 'generic_int8_int16'.*one of: generic"),
-        ("missing.yaml", None, "cannot be read: No such file"),
+        ("missing.yaml", None, "is not a hardware profile: there is no such file; write one as"),
         ("broken.yaml", "name: [", "is not YAML"),
         ("code.yaml", "!!python/object/apply:os.getcwd []", "is not YAML"),
         ("empty.yaml", "", "must be a mapping"),
-        ("latin.yaml", "name: caf\u00e9", "not a text in UTF-8"),
+        ("latin.yaml", "name: caf\u00e9", "byte 9 is no text in UTF-8"),
     ],
 )
 def test_wrong_file_is_one_clear_error(tmp_path: Path, name: str, content: str | None, message: str) -> None:

@@ -11,8 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.quantization.errors import PlanMismatchError
-from lightning_qat.quantization.planning.plan import PLAN_VERSION
-from lightning_qat.quantization.planning.plan_compatibility import plan_differences, read_extra_state, rebound
+from lightning_qat.quantization.numerics.range_search import expected_error
+from lightning_qat.quantization.planning.plan_compatibility import (
+    STATE_VERSION,
+    plan_differences,
+    read_extra_state,
+    rebound,
+)
 from lightning_qat.quantization.region.insertion import attach, insert
 from lightning_qat.quantization.tracing.tracer import trace
 from tests.quantization.models import MINMAX, ZOO, ResNet, calibrated
@@ -72,17 +77,35 @@ def test_plan_of_the_checkpoint_wins() -> None:
     assert read_extra_state(fresh.state_dict()[KEY])[1] == region.plan
 
 
-def test_statistics_come_with_the_checkpoint() -> None:
-    """foundation: scales can be derived with another method or dtype without recalibrating."""
+@pytest.mark.parametrize(
+    ("observer", "dtype"), [("minmax", "int4"), ("ema", "int8"), ("mse", "int4"), ("percentile", "int8")]
+)
+def test_statistics_come_with_the_checkpoint(observer: str, dtype: str) -> None:
+    """foundation: scales can be derived with another method or dtype without recalibrating.
+
+    Extremes and averages are exact, and so are weights, whose statistics are taken again. A checkpoint has room for
+    fewer bins than memory: a percentile comes as close as a bin is wide, and a search finds a scale that is as good.
+    """
+    torch.manual_seed(0)
     module, fresh = ResNet().eval(), ResNet().eval()
     region = calibrated(module, IMAGE)
     other = insert(fresh, (IMAGE,))
     fresh.load_state_dict(module.state_dict())
     for r in (region, other):
-        r.compute_scales("mse", "int4")
+        assert r.compute_scales(observer, dtype) == ()
     for name, point in region.points.items():
-        assert torch.equal(point.scale, other.points[name].scale)
-        assert other.points[name].dtype == "int4"
+        restored = other.points[name]
+        assert restored.dtype == dtype
+        if observer in ("minmax", "ema") or region.plan.by_name[name].is_weight:
+            assert torch.equal(point.scale, restored.scale), name
+        elif observer == "percentile":
+            difference = (point.scale - restored.scale).abs() * point.quant_max
+            assert float(difference) <= float(restored.statistics.histogram.width), name
+        else:
+            histogram, limits = point.statistics.histogram, (point.quant_min, point.quant_max)
+            scales = [p.scale.double().reshape(1, 1) for p in (point, restored)]
+            best, error = (float(expected_error(histogram, s, torch.zeros(1, 1), *limits)) for s in scales)
+            assert error <= 1.02 * best, name
 
 
 def test_checkpoint_can_be_attached_without_tracing() -> None:
@@ -199,10 +222,10 @@ def test_checkpoint_of_another_release_is_refused() -> None:
     module = model()
     calibrated(module, X)
     state = module.state_dict()
-    state[KEY] = {**state[KEY], "version": PLAN_VERSION + 1}
+    state[KEY] = {**state[KEY], "version": STATE_VERSION + 1}
     fresh = model()
     insert(fresh, (X,))
-    with pytest.raises(PlanMismatchError, match="this release reads version"):
+    with pytest.raises(PlanMismatchError, match="this release reads versions up to 2"):
         fresh.load_state_dict(state)
 
 
