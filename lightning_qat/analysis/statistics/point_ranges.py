@@ -40,8 +40,8 @@ def observed_range(fake_quant: FakeQuantize) -> tuple[float, float] | None:
 def clipped_share(fake_quant: FakeQuantize) -> float | None:
     """Return the share of the observed values that lie in bins beyond the representable range; of its widest channel.
 
-    None for a split point, whose groups have ranges of their own. A point from a checkpoint has wider bins: what lies in
-    the bin of an end does not count.
+    None for a split point, whose groups have ranges of their own. A point from a checkpoint has wider bins: what lies
+    in the bin of an end does not count.
 
     Example:
         >>> import torch

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 
 from lightning_qat.callbacks.insertion.float_checkpoint import FloatCheckpointError
+from lightning_qat.callbacks.insertion.init_modes import without_init_modes
 from lightning_qat.callbacks.insertion.insertion_request import InsertionRequest, differences
 from lightning_qat.callbacks.insertion.quantized_checkpoint import stored_regions, stored_target
 from lightning_qat.callbacks.insertion.setup_copies import renew_model_copies
@@ -59,7 +60,8 @@ class InsertionHooks:
 
         def configure_model() -> None:
             original_configure()
-            self.insert()
+            with without_init_modes(self.trainer.strategy.root_device):
+                self.insert()
             self.request.frozen_parts.apply(self.pl_module, self.trainer.current_epoch)
             self._hide_learned_scales()
             renew_model_copies(self.trainer, self.pl_module)
