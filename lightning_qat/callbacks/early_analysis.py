@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.analysis.ladder.measurements import Measurement
@@ -19,9 +19,9 @@ from lightning_qat.callbacks.ladder.finetune_copy import measure_in_state
 from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.quantization.modules.module_walk import is_in_region
-from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_table
 from lightning_qat.reporting.tensorboard_tags import Tags
 
@@ -111,8 +111,10 @@ class EarlyAnalysis(EpochEndAnalysis):
         """
         directory = run_directory(trainer)  # broadcasts: on all ranks
         if leaves_files(trainer):
-            write_result(result, directory, f"{CALIBRATED}{name}")
-        log_table(trainer.loggers, f"{CALIBRATED}{name}", result, _compat.steps_taken(trainer), tags.table or None)
+            self._reports.write_result(result, directory, f"{CALIBRATED}{name}")
+        step, columns = _compat.steps_taken(trainer), tags.table or None
+        send = partial(log_table, tag=f"{CALIBRATED}{name}", result=result, step=step, columns=columns)
+        self._reports.send(trainer.loggers, send)
 
     @override
     def remark(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:

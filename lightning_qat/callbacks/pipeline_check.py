@@ -12,7 +12,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
@@ -25,6 +24,7 @@ from lightning_qat.callbacks.ladder.starting_point import StartingPoint
 from lightning_qat.callbacks.pipeline_fingerprint import take_fingerprint
 from lightning_qat.callbacks.quantized_run import is_calibrated, quantization_of, require_regions
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 
 _FINGERPRINT_BATCHES = 8
@@ -183,8 +183,8 @@ class PipelineCheck(PipelineCallback):
         with start.restored(trainer, pl_module) if start is not None else nullcontext():
             size = known.batches if isinstance(known, Fingerprint) else 0
             here = take_fingerprint(trainer, pl_module, size or _FINGERPRINT_BATCHES)
-            if _freezes(trainer):  # as the user asked
-                here = replace(here, modes={mode: names for mode, names in here.modes.items() if mode != "eval"})
+            if _freezes(trainer) and isinstance(known, Fingerprint):  # as the user asked
+                here = _as_if_not_frozen(here, known)
             metrics = known if isinstance(known, dict) else ()
             ladder = self.measure_ladder(trainer, pl_module, self.rungs, batches, metrics)
         return judge(ladder, known, here, self.rungs, flag=self._flag)
@@ -212,6 +212,14 @@ class PipelineCheck(PipelineCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_start": None}
+
+
+def _as_if_not_frozen(here: Fingerprint, known: Fingerprint) -> Fingerprint:
+    """Leave out what is frozen only here."""
+    frozen = [name for name in here.modes.get("eval", ()) if name in known.modes.get("eval", ())]
+    modes = {mode: names for mode, names in here.modes.items() if mode != "eval"} | ({"eval": frozen} if frozen else {})
+    untrained = [name for name in here.untrained or () if name in (known.untrained or ())]
+    return replace(here, modes=modes, untrained=None if here.untrained is None else untrained)
 
 
 def _freezes(trainer: pl.Trainer) -> bool:

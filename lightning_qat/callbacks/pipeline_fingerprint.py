@@ -6,14 +6,12 @@ import platform
 import re
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
@@ -23,15 +21,25 @@ from lightning_qat.analysis.fingerprint.fingerprint import (
     deviating_modes,
     weight_digests,
 )
-from lightning_qat.callbacks.ladder.step_summary import StageSummary, evaluates_randomly, summarize
+from lightning_qat.analysis.fingerprint.layer_calls import LayerCall
+from lightning_qat.analysis.fingerprint.module_settings import (
+    ModuleSettings,
+    module_settings,
+    plain_path,
+    steady_settings,
+)
+from lightning_qat.callbacks.ladder.layer_recorder import layers_of_first_step
+from lightning_qat.callbacks.ladder.step_summary import StageSummary, evaluates_randomly, set_modes, summarize
 from lightning_qat.callbacks.passes.evaluation import evaluate
 from lightning_qat.callbacks.passes.extra_batches import extra_batches
 from lightning_qat.callbacks.passes.fresh_loaders import Stage
 from lightning_qat.callbacks.passes.run_step import loss_of, mean_loss, run_step
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.messages import rank_zero_info
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
+from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.modules.module_walk import is_in_region
@@ -44,7 +52,7 @@ _STAGES: tuple[Stage, ...] = ("train", "validate")
 FILE_NAME = "pipeline_fingerprint.json"
 
 
-class PipelineFingerprint(Callback):
+class PipelineFingerprint(ReportingCallback):
     """Write the fingerprint of a float training pipeline, for a later comparison with the QAT pipeline.
 
     Add this callback to the float run. At the end of training it runs the trained model on the first batches of the
@@ -65,11 +73,13 @@ class PipelineFingerprint(Callback):
     """
 
     def __init__(self, batches: int = 8, seed: int = 0) -> None:
+        super().__init__()
         require_at_least("PipelineFingerprint", batches=batches)
         self.batches = batches
         self.seed = seed
         self.fingerprint: Fingerprint | None = None
         self._optimizers: list[dict[str, Any]] = []
+        self._settings: dict[str, ModuleSettings] = {}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -81,6 +91,7 @@ class PipelineFingerprint(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settings = module_settings(pl_module)
         if trainer.global_step == 0:  # at the end the schedule has brought the learning rate down
             self._optimizers = [_optimizer(optimizer, pl_module) for optimizer in trainer.optimizers]
 
@@ -88,10 +99,15 @@ class PipelineFingerprint(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         fingerprint = take_fingerprint(trainer, pl_module, self.batches, self.seed)
         at_start = _counted(self._optimizers, fingerprint.optimizers)
-        self.fingerprint = replace(fingerprint, optimizers=at_start or fingerprint.optimizers)
+        self.fingerprint = replace(
+            fingerprint,
+            optimizers=at_start or fingerprint.optimizers,
+            modules=steady_settings(fingerprint.modules or {}, self._settings),
+        )
         directory = run_directory(trainer)  # broadcasts: on all ranks
         if leaves_files(trainer):
-            path = write_fingerprint(self.fingerprint, Path(directory) / FILE_NAME)
+            path = directory / FILE_NAME
+            self._reports.write(path, partial(write_fingerprint, self.fingerprint, path))
             rank_zero_info(f"Fingerprint of this pipeline: {path}. In QAT: PipelineCheck(reference={str(path)!r}).")
 
 
@@ -112,15 +128,21 @@ def take_fingerprint(
     stages: dict[str, StageSummary] = {}
     losses: dict[str, float] = {}
     errors: dict[str, float] = {}
+    layers: dict[str, tuple[LayerCall, ...]] = {}
     with ExitStack() as stack:
         stack.enter_context(undisturbed(trainer, pl_module))  # asking for loaders may change the datamodule
         for region in find_regions(pl_module).values():
             stack.enter_context(region.state("off", updates=()))
+        modules = module_settings(pl_module)
         for stage in _STAGES:
             if _compat.attached_loader(trainer, stage) is None:
                 continue
             with undisturbed(trainer, pl_module, trains=True), seeded(seed + trainer.global_rank):
                 stages[stage] = summarize(trainer, pl_module, stage, batches)
+                modules = steady_settings(modules, module_settings(pl_module))  # a step may count its calls
+            with undisturbed(trainer, pl_module, trains=True):
+                first = seed + trainer.global_rank
+                layers[stage] = layers_of_first_step(trainer, pl_module, stage, first, set_modes)
         if _compat.attached_loader(trainer, "train") is not None:
             for mode in ("eval", "train"):
                 with undisturbed(trainer, pl_module, trains=True), seeded(seed + trainer.global_rank):
@@ -139,7 +161,7 @@ def take_fingerprint(
             losses=losses,
             metrics=evaluation.metrics,
             standard_errors={**evaluation.standard_errors, **errors},
-            modes=_modes(pl_module),
+            modes=_modes(trainer, pl_module),
             batch_norm=batch_norm_summary(pl_module),
             optimizers=[_optimizer(optimizer, pl_module) for optimizer in trainer.optimizers],
             schedulers=[
@@ -154,6 +176,9 @@ def take_fingerprint(
             constant_guess={stage: summary.constant_guess for stage, summary in stages.items()},
             random_evaluation=is_random,
             swapped=stages["validate"].swapped if "validate" in stages else [],
+            modules=modules,
+            layers=layers,
+            untrained=_untrained(trainer, pl_module),
             batches=batches,
         )
 
@@ -176,15 +201,31 @@ def _training_loss(
     return None if mean is None else (mean, error)
 
 
-def _modes(pl_module: pl.LightningModule) -> dict[str, list[str]]:
+def _modes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, list[str]]:
     """Submodules that are not in the mode of the module, in training and while it is evaluated."""
-    modes = deviating_modes(pl_module)
     with preserved_modes(pl_module):
+        trains = _compat.attached_loader(trainer, "train") is not None
+        if trains and _compat.is_overridden("on_train_epoch_start", pl_module):  # it may freeze parts
+            with _compat.running_stage(trainer, "train"):
+                _compat.call_hook(pl_module, "on_train_epoch_start")
+        modes = deviating_modes(pl_module)
         pl_module.eval()
         if _compat.is_overridden("on_validation_model_eval", pl_module):
             _compat.call_hook(pl_module, "on_validation_model_eval")
         training = deviating_modes(pl_module).get("train")
     return {**modes, "train in evaluation": training} if training else modes
+
+
+def _untrained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str] | None:
+    """Parameters that training does not update; None without optimizers."""
+    if not trainer.optimizers:
+        return None
+    stepped = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    return [
+        plain_path(name)
+        for name, p in pl_module.named_parameters()
+        if not is_in_region(name) and not (p.requires_grad and id(p) in stepped)
+    ]
 
 
 def _optimizer(optimizer: Any, pl_module: pl.LightningModule) -> dict[str, Any]:

@@ -134,8 +134,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if stage == "fit":
             self.frozen_parts.check(trainer)
             load_weights_for_copies(self._initial_weights, trainer, pl_module, self)
-        self.evaluations = SharedEvaluations()
-        self._plan = PlanWriter()
+        self.evaluations, self._plan = SharedEvaluations(), PlanWriter()
         self._hooks = InsertionHooks(self._request(), trainer, pl_module)
         self._hooks.install()
 
@@ -166,6 +165,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._hooks.uninstall()
             self._hooks = None
         self._regions.release()
+        self._plan.finish()
 
     @override
     def require_inserted(self) -> None:

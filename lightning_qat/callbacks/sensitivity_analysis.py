@@ -9,7 +9,6 @@ from typing import Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.analysis.metrics import MetricName
@@ -22,6 +21,7 @@ from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityRes
 from lightning_qat.callbacks.analyses.task_metric import TaskMetric
 from lightning_qat.callbacks.early_analysis import EarlyAnalysis
 from lightning_qat.callbacks.quantized_run import is_calibrated
+from lightning_qat.callbacks.trainer.messages import rank_zero_warn
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of

@@ -236,6 +236,24 @@ class WithoutHead(Pipeline):
         return super().load_state_dict(kept, strict=False)
 
 
+def _set(name: str, **settings: Any) -> Pipeline:
+    """Another setting of a layer, which is neither a parameter nor a buffer."""
+    pipeline = Pipeline()
+    for key, value in settings.items():
+        setattr(pipeline.get_submodule(name), key, value)
+    return pipeline
+
+
+class OtherActivation(Pipeline):
+    """Another activation in the code of the model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.leaky_relu(self.bn1(self.conv1(x)), 0.8)
+        h = F.leaky_relu(self.bn2(self.conv2(h)), 0.8).flatten(1)
+        logits: Tensor = self.head(self.dropped(h))
+        return logits
+
+
 def _low_bits(dtype: str) -> QuantizationAwareTraining:
     return QuantizationAwareTraining(
         QConfig.of({"activation": {"dtype": dtype}, "weight": {"dtype": dtype, "granularity": "per_tensor"}})
@@ -329,6 +347,15 @@ SABOTAGES = (
         lambda: Pipeline(weight_decay=100 * WEIGHT_DECAY),
     ),
     Sabotage("clipping to almost nothing", HYPER, ("Raise gradient_clip_val",), trainer={"gradient_clip_val": 1e-12}),
+    Sabotage(
+        "batch norm with another eps",
+        MISALIGNED,
+        ("bn1 (BatchNorm2d) computes something else",),
+        lambda: _set("bn1", eps=1.0),
+        quick=True,
+    ),
+    Sabotage("dropout .9", MISALIGNED, ("Dropout p: 0.2 -> 0.9",), lambda: _set("dropout", p=0.9)),
+    Sabotage("another activation in the code", MISALIGNED, ("before conv2",), OtherActivation),
     Sabotage("average swapped in after every step", MISALIGNED, ("an average that is swapped in",), SwappedAverage),
     Sabotage("average swapped in for evaluation", MISALIGNED, ("an average that is swapped in",), AverageInEvaluation),
     Sabotage("metric of another output", MISALIGNED, ("computed from another output",), WrongOutput),

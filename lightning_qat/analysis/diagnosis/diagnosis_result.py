@@ -146,7 +146,7 @@ class DiagnosisResult(Result[Diagnosis]):
         for number, (row, rounds) in enumerate(kept[:limit], 1):
             also = f", {_LOOP.format(rounds=rounds, line=row.loop)}" if rounds > 1 else "."
             lines.append(f"{number}. {_name(row)}: {row.verdict}{also} {row.evidence} {row.action}".rstrip())
-            lines += [f"     {line}" for line in row.yaml.splitlines()]
+            lines += [f"     {line}" for line in row.yaml.split("\n")]
         if len(kept) > limit:
             lines.append(f"{len(kept) - limit} more are in diagnosis.json and .txt.")
         return tuple(lines)

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from typing_extensions import Self
 
+from lightning_qat.analysis.model_check.finding import shortened
 from lightning_qat.analysis.results import Result
 
 Suspicion = Literal["strong", "possible", "unlikely"]
@@ -70,3 +71,13 @@ class StageDifferences(PipelineDifferences):
     """How the training data of one pipeline differ from its validation data."""
 
     title: ClassVar[str] = "Training against validation"
+
+
+def module_names(names: Iterable[str]) -> str:
+    """Format the paths of modules for a sentence.
+
+    Example:
+        >>> module_names(["", "net.conv"])
+        '(the module itself), net.conv'
+    """
+    return shortened(name or "(the module itself)" for name in names)

@@ -11,16 +11,19 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.analysis.fingerprint.layer_calls import LayerCall
+from lightning_qat.analysis.fingerprint.module_settings import ModuleSettings, plain_modules
 from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummary
 from lightning_qat.quantization.errors import shown
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
-from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.reading.checks import AT_LEAST_ZERO, SHARE, Check
 from lightning_qat.quantization.reading.files import Document
 from lightning_qat.quantization.reading.plain_values import UnreadableValueError
 from lightning_qat.quantization.reading.schema import read_as
 
-FINGERPRINT_VERSION = 1
+FINGERPRINT_VERSION = 2
+_READABLE = (1, 2)
+"""Version 1 has no ``modules``, ``layers`` and ``untrained``."""
 _ALWAYS_WRITTEN = ("data", "model_inputs", "losses", "metrics", "standard_errors")
 """Without these there would be nothing to compare."""
 
@@ -57,6 +60,11 @@ class Fingerprint:
         constant_guess: the same for the best answer that does not look at the input: the most frequent class.
         random_evaluation: the same batch, evaluated twice, gave different results from the same model inputs.
         swapped: modules whose weights are replaced while validation runs, such as by averages that are swapped in.
+        modules: what every module is beside its weights; None in files of earlier releases.
+        layers: by stage what the modules compute in the first step, in the order in which their calls begin. Batch norm
+            and dropout are in eval mode for it, and modules whose results are random are left out. None in files of
+            earlier releases.
+        untrained: parameters that training does not update: frozen, or in no optimizer. None if that is not known.
         batches: batches per stage and rank that were looked at.
         version: of this format.
     """
@@ -78,6 +86,9 @@ class Fingerprint:
     constant_guess: dict[str, dict[str, float]] = field(default_factory=dict)
     random_evaluation: bool = False
     swapped: list[str] = field(default_factory=list)
+    modules: dict[str, ModuleSettings] | None = None
+    layers: dict[str, tuple[LayerCall, ...]] | None = None
+    untrained: list[str] | None = None
     batches: int = 0
     version: int = FINGERPRINT_VERSION
 
@@ -97,9 +108,9 @@ class Fingerprint:
         data = document.json()
         if not isinstance(data, dict) or "weights" not in data:
             raise document.error("it has no weights")
-        if data.get("version") != FINGERPRINT_VERSION:
+        if data.get("version") not in _READABLE:
             raise document.error(
-                f"it is one of version {shown(data.get('version'))}, and this release reads version "
+                f"it is one of version {shown(data.get('version'))}, and this release reads versions up to "
                 f"{FINGERPRINT_VERSION}"
             )
         with document.checked():
@@ -120,9 +131,7 @@ def weight_digests(module: nn.Module) -> dict[str, str]:
         False
     """
     digests = {}
-    for name, child in module.named_modules():
-        if is_in_region(name):
-            continue
+    for name, child in plain_modules(module):
         own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
         own = [(key, tensor) for key, tensor in own if key != "num_batches_tracked"]
         if own:
@@ -154,7 +163,7 @@ def batch_norm_summary(module: nn.Module) -> dict[str, dict[str, float]]:
             "running_mean": float(norm.running_mean.double().mean()),
             "running_var": float(norm.running_var.double().mean()),
         }
-        for name, norm in module.named_modules()
+        for name, norm in plain_modules(module)
         if is_batch_norm(norm) and norm.running_mean is not None and norm.running_var is not None
     }
 
@@ -162,7 +171,7 @@ def batch_norm_summary(module: nn.Module) -> dict[str, dict[str, float]]:
 def deviating_modes(module: nn.Module) -> dict[str, list[str]]:
     """Return the submodules whose train/eval flag differs from that of the module itself."""
     found: dict[str, list[str]] = {}
-    for name, child in module.named_modules():
-        if child.training != module.training and not is_in_region(name):
+    for name, child in plain_modules(module):
+        if child.training != module.training:
             found.setdefault("train" if child.training else "eval", []).append(name)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,11 @@ from lightning_qat.analysis.fingerprint.difference import (
     PipelineDifferences,
     StageDifferences,
     Suspicion,
+    module_names,
 )
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.fingerprint.label_agreement import agreement_of_stages, agreement_with_reference
+from lightning_qat.analysis.fingerprint.module_differences import LAYERS, MODULES, module_differences
 from lightning_qat.analysis.fingerprint.tensor_differences import tensor_difference, tensor_differences
 from lightning_qat.analysis.metric_direction import higher_is_better
 from lightning_qat.analysis.tolerance import COLLAPSE, ROUNDING, tolerance
@@ -40,10 +42,11 @@ def compare_fingerprints(reference: Fingerprint, here: Fingerprint) -> PipelineD
         *_swapped(reference, here),
         *_modes(reference, here),
         *_randomness(reference, here),
-        *agreement_with_reference(reference, here),
+        *module_differences(reference, here),
     ]
+    rows += agreement_with_reference(reference, here, rows)
     rows += [
-        *_results(reference, here, {row.part for row in rows if row.suspicion == "strong"}),
+        *_results(reference, here, rows),
         *_batch_norm(reference, here),
         *_optimizers(reference, here),
         *_plain("scheduler", {"schedulers": reference.schedulers}, {"schedulers": here.schedulers}, "possible"),
@@ -71,7 +74,7 @@ def compare_stages(here: Fingerprint) -> StageDifferences:
         if summary.name in known and summary.shape == known[summary.name].shape
         for row in tensor_difference("model input (validation -> train)", known[summary.name], summary)
     ]
-    return StageDifferences.of([*rows, *agreement_of_stages(here)])
+    return StageDifferences.of([*rows, *agreement_of_stages(here, rows)])
 
 
 def _weights(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
@@ -79,13 +82,13 @@ def _weights(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDiff
     missing, extra = sorted(before.keys() - now.keys()), sorted(now.keys() - before.keys())
     for names, what in ((missing, "exist only in the reference"), (extra, "exist only here")):
         if names:
-            shown = _names(names)
+            shown = module_names(names)
             yield PipelineDifference("strong", "weights", shown, "", "", f"modules {shown} {what}: another model?")
     common = before.keys() & now.keys()
     different = [name for name in now if name in common and before[name] != now[name]]
     if different:
         whole = len(different) == len(common)
-        shown = _names(different)
+        shown = module_names(different)
         what = (
             f"the weights of all {len(common)} modules differ: another checkpoint?"
             if whole
@@ -127,14 +130,22 @@ def _swapped(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDiff
     names = sorted(set(here.swapped) - set(reference.swapped))
     if names:
         what = (
-            f"the weights of {_names(names)} are replaced while validation runs, only here: an average that is "
+            f"the weights of {module_names(names)} are replaced while validation runs, only here: an average that is "
             "swapped in at the wrong place, or that was made before the checkpoint was loaded?"
         )
-        yield PipelineDifference("strong", "evaluation", _names(names), "", "", what)
+        yield PipelineDifference("strong", "evaluation", module_names(names), "", "", what)
 
 
-def _results(reference: Fingerprint, here: Fingerprint, explained: set[str]) -> Iterator[PipelineDifference]:
-    follows = " (the weights differ, so this follows)" if reference.weights != here.weights else ""
+def _results(
+    reference: Fingerprint, here: Fingerprint, found: Sequence[PipelineDifference]
+) -> Iterator[PipelineDifference]:
+    """Compare losses and metrics: what they follow from is named before them."""
+    explained = {row.part for row in found if row.suspicion == "strong" or _acts_in_training(row)}
+    follows = ""
+    if reference.weights != here.weights:
+        follows = " (the weights differ, so this follows)"
+    elif any(part.startswith(LAYERS) for part in explained):
+        follows = " (the layers compute something else, so this follows)"
     kept = [name for name, value in here.metrics.items() if _is_kept(reference, here, name, value)]
     for part, before, now in (("loss", reference.losses, here.losses), ("metric", reference.metrics, here.metrics)):
         for name in _common(before, now):
@@ -145,13 +156,18 @@ def _results(reference: Fingerprint, here: Fingerprint, explained: set[str]) -> 
                 continue
             ratio = other / one if one else math.inf
             guess = ""
-            if part == "loss" and not any(part.endswith("(train)") for part in explained):
+            if part == "loss" and not any(p.endswith("(train)") or p == MODULES for p in explained):
                 guess = _guess_at_loss(ratio)
-            elif part == "metric" and kept and not any(part.endswith("(validate)") for part in explained):
-                guess = f", while {_names(kept)} is the same: computed from another output, or in another way?"
+            elif part == "metric" and kept and not any(p.endswith("(validate)") for p in explained):
+                guess = f", while {module_names(kept)} is the same: computed from another output, or in another way?"
             suspicion: Suspicion = "possible" if follows or abs(one - other) <= COLLAPSE * abs(one) else "strong"
             what = f"{part} {name} of the untouched float model {one:.4g} -> {other:.4g}{follows or guess}"
             yield PipelineDifference(suspicion, part, name, f"{one:.6g}", f"{other:.6g}", what)
+
+
+def _acts_in_training(row: PipelineDifference) -> bool:
+    """Whether a row is about a setting, such as that of dropout, which no evaluation shows."""
+    return row.part == MODULES and row.suspicion == "possible"
 
 
 def _is_kept(reference: Fingerprint, here: Fingerprint, name: str, value: float) -> bool:
@@ -159,7 +175,7 @@ def _is_kept(reference: Fingerprint, here: Fingerprint, name: str, value: float)
     return known is not None and abs(known - value) <= ROUNDING * abs(known)
 
 
-_OTHER_LOSS = "a term missing or added, or labels that belong to other inputs?"
+_OTHER_LOSS = "a term missing or added, targets in other units, or labels that belong to other inputs?"
 _WHOLE = 0.02
 """How near a ratio of losses must be to a whole number to count as a factor in the code."""
 
@@ -180,13 +196,14 @@ def _modes(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDiffer
             (sorted(now - before), "here", ("", mode)),
         ):
             if names:
-                what = f"in {mode} mode while training, only {where}: {_names(names)}: frozen batch norm or dropout?"
-                yield PipelineDifference("strong", "modes", _names(names), *values, what)
+                shown = module_names(names)
+                what = f"in {mode} mode while training, only {where}: {shown}: frozen batch norm or dropout?"
+                yield PipelineDifference("strong", "modes", shown, *values, what)
     kind = "train in evaluation"
     active = sorted(set(here.modes.get(kind, ())) - set(reference.modes.get(kind, ())))
     if active:
-        what = f"in train mode while evaluating, only here: {_names(active)}: active dropout, moving batch norm?"
-        yield PipelineDifference("strong", "evaluation", _names(active), "eval", "train", what)
+        what = f"in train mode while evaluating, only here: {module_names(active)}: active dropout, moving batch norm?"
+        yield PipelineDifference("strong", "evaluation", module_names(active), "eval", "train", what)
 
 
 def _batch_norm(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
@@ -196,8 +213,8 @@ def _batch_norm(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineD
         if one != other:
             changed.setdefault((one, other), []).append(name)
     for (one, other), names in changed.items():
-        what = f"batch norm {_names(names)}: momentum {one} -> {other}"
-        yield PipelineDifference("possible", "batch norm", _names(names), one, other, what)
+        what = f"batch norm {module_names(names)}: momentum {one} -> {other}"
+        yield PipelineDifference("possible", "batch norm", module_names(names), one, other, what)
 
 
 def _optimizers(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
@@ -273,8 +290,3 @@ def _common(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _short(value: Any) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-def _names(names: list[str]) -> str:
-    shown = [name or "(the module itself)" for name in names]
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")

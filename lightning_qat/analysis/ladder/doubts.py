@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from lightning_qat.analysis.fingerprint.difference import PipelineDifference, PipelineDifferences
+from lightning_qat.analysis.fingerprint.difference import PipelineDifferences
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.fingerprint.label_agreement import LABELS, agreement_error, is_a_guess
 from lightning_qat.analysis.ladder.measurements import Ladder
@@ -17,9 +17,11 @@ from lightning_qat.analysis.ladder.rungs import (
     ZERO_LR_RUNGS,
     Verdict,
 )
-from lightning_qat.analysis.ladder.sentences import MAKE_REFERENCE, NO_METRIC, nothing_moved
+from lightning_qat.analysis.ladder.sentences import MAKE_REFERENCE, NO_METRIC, ended, nothing_moved
 from lightning_qat.analysis.ladder.training_rungs import Reference, is_loss_known
 from lightning_qat.analysis.metric_direction import higher_is_better
+
+_TRAINING_LABELS = f"{LABELS} (train)"
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,8 @@ def _doubts(
 ) -> Iterator[Doubt]:
     differences, stages = tables
     # a float run that was compared has these rows as differences, if it did not have them itself
-    strong = differences.strong if isinstance(reference, Fingerprint) else stages.strong
-    labels = [row for row in strong if row.part == f"{LABELS} (train)"]
-    yield from _guessed_labels(labels, here)
+    table = differences if isinstance(reference, Fingerprint) else stages
+    yield from _guessed_labels(table, here)
     if reason := _nothing_judged(ladder, rows, rungs):
         yield Doubt(reason)
     if ladder.float_finetune and not ladder.float_finetune.changed_parameters:
@@ -87,18 +88,22 @@ def _doubts(
         yield from _constant_guess(ladder, here)
         yield from _better_after_training(ladder)
     inputs = () if is_loss_known(reference, here) or ladder.batch_norm_moving is not None else stages.strong
-    for row in [*labels, *inputs]:
-        yield Doubt(f"no rung breaks, and yet training does not fit validation. {_ended(row.what)} {MAKE_REFERENCE}.")
+    for row in [*(row for row in table.strong if row.part == _TRAINING_LABELS), *inputs]:
+        yield Doubt(f"no rung breaks, and yet training does not fit validation. {ended(row.what)} {MAKE_REFERENCE}.")
 
 
-def _guessed_labels(labels: Sequence[PipelineDifference], here: Fingerprint | None) -> Iterator[Doubt]:
-    """Labels of the training data that have nothing to do with what the model answers."""
+def _guessed_labels(table: PipelineDifferences, here: Fingerprint | None) -> Iterator[Doubt]:
+    """Labels of the training data that have nothing to do with what the model answers.
+
+    Where the input or the layers differ as well, they are the cause.
+    """
     here = here or Fingerprint()
-    for row in labels:
+    for row in (row for row in table.rows if row.part == _TRAINING_LABELS):
         guess, share = (shares.get("train", {}).get(row.name) for shares in (here.constant_guess, here.agreement))
         if guess is not None and share is not None and is_a_guess(share, guess):
-            text = f"no rung breaks so soon, but the model's answers do not fit the training labels. {_ended(row.what)}"
-            yield Doubt(text, "pipeline misaligned", cause=row.what)
+            cause = row.what if row.suspicion == "strong" else table.strong[0].what
+            text = f"no rung breaks so soon, but the model's answers do not fit the training labels. {ended(cause)}"
+            yield Doubt(text, "pipeline misaligned", cause=cause)
 
 
 def _constant_guess(ladder: Ladder, here: Fingerprint | None) -> Iterator[Doubt]:
@@ -156,7 +161,3 @@ def _better_after_training(ladder: Ladder) -> Iterator[Doubt]:
             "was not good to begin with. Are these the weights of the float run (init_from), and is the data prepared "
             f"as it was there? {MAKE_REFERENCE}: it says what differs."
         )
-
-
-def _ended(what: str) -> str:
-    return what if what.endswith("?") else f"{what}."

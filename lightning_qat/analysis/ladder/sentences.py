@@ -115,6 +115,11 @@ def nothing_moved(finetune: Finetune) -> str:
     )
 
 
+def ended(what: str) -> str:
+    """Return a difference in words as a sentence that ends."""
+    return what if what.endswith(("?", ".")) else f"{what}."
+
+
 def worst_points(points: Sequence[str]) -> str:
     """Name the points that lose most, the worst first."""
     return f"Worst points: {'; '.join(points[:3])}. " if points else ""

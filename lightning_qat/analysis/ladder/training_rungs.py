@@ -51,6 +51,12 @@ Reference = Mapping[str, float] | Fingerprint | None
 Blame = tuple[Verdict, str]
 """What a collapse of the float model is blamed on, and what to do about it."""
 
+OTHER_PIPELINE: Blame = (
+    "pipeline misaligned",
+    "The pipeline is not that of the float run: mend that before you change hyperparameters.",
+)
+"""What a collapse is blamed on where data, layers or modes are known to differ."""
+
 
 def blame_after_zero_lr(zero_lr: Verdict | None) -> Blame:
     """Blame a collapse of the float model where only the verdict of a finetune with learning rate 0 is known, if any.

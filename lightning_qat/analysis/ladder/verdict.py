@@ -12,6 +12,7 @@ from lightning_qat.analysis.fingerprint.difference import PipelineDifference, Pi
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.fingerprint.fingerprint_differences import compare_fingerprints, compare_stages
 from lightning_qat.analysis.fingerprint.label_agreement import LABELS
+from lightning_qat.analysis.fingerprint.module_differences import MODULES, UPDATES
 from lightning_qat.analysis.ladder.doubts import first_doubt
 from lightning_qat.analysis.ladder.healthy import healthy
 from lightning_qat.analysis.ladder.measurements import Ladder
@@ -28,8 +29,10 @@ from lightning_qat.analysis.ladder.rungs import (
     BrokenRung,
     Verdict,
 )
-from lightning_qat.analysis.ladder.sentences import MAKE_REFERENCE
+from lightning_qat.analysis.ladder.sentences import MAKE_REFERENCE, ended
 from lightning_qat.analysis.ladder.training_rungs import (
+    OTHER_PIPELINE,
+    Blame,
     Reference,
     blame_after_zero_lr,
     blame_on_the_ladder,
@@ -52,6 +55,7 @@ _EXPLAINS: dict[int, tuple[str, ...]] = {
         "weights",
         "model input (validate)",
         "data (validate)",
+        "layers",
         "labels (validate)",
         "evaluation",
         "modes",
@@ -61,15 +65,30 @@ _EXPLAINS: dict[int, tuple[str, ...]] = {
         "weights",
         "model input (train)",
         "data (train)",
+        "layers",
+        MODULES,
         "labels (train)",
         "modes",
         "loss",
         "batch norm",
     ),
-    BATCH_NORM_MOVING: ("model input (train)", "data (train)", "modes", "batch norm", "settings", "loss"),
+    BATCH_NORM_MOVING: (
+        "model input (train)",
+        "data (train)",
+        "layers",
+        MODULES,
+        "modes",
+        "batch norm",
+        "settings",
+        "loss",
+    ),
     FLOAT_FINETUNE: (
         "model input (train)",
         "data (train)",
+        "layers",
+        MODULES,
+        "modes",
+        UPDATES,
         "labels (train)",
         "optimizer",
         "settings",
@@ -80,9 +99,13 @@ _EXPLAINS: dict[int, tuple[str, ...]] = {
 """Parts of two pipelines that can explain why a rung breaks, if they differ."""
 _WEAK_CAUSES = {
     BATCH_NORM_MOVING: ("batch_size", "momentum"),
-    FLOAT_FINETUNE: ("gradient_clip", "class", "schedulers", "lr", "weight_decay"),
+    FLOAT_FINETUNE: ("gradient_clip", "class", "schedulers", "lr", "weight_decay", "batch_size", "no longer frozen"),
 }
 """Differences that are common in healthy runs, and still the likeliest cause if just this rung breaks."""
+_CONSEQUENCES = ("loss", "metric")
+"""Parts that are what follows from another difference, and a cause only if nothing else differs."""
+_OF_THE_PIPELINE = ("weights", "model input", "data", "layers", "modes", "evaluation", LABELS)
+"""Parts that have to be the same in both runs, whatever the hyperparameters."""
 
 
 def judge(
@@ -117,12 +140,11 @@ def judge(
         ('pipeline misaligned', 3)
     """
     known = reference if isinstance(reference, Fingerprint) else None
-    rows, broken = _evidence(ladder, reference, here, rungs, pipeline_only, zero_lr)
-    result = PipelineResult(
-        tuple(rows),
-        differences=compare_fingerprints(known, here) if known and here else PipelineDifferences(()),
-        stages=compare_stages(here) if here is not None else PipelineDifferences(()),
-    )
+    differences = compare_fingerprints(known, here) if known and here else PipelineDifferences(())
+    blame = _blame(reference, here, rungs, zero_lr, differences)
+    rows, broken = _evidence(ladder, reference, here, rungs, pipeline_only, blame)
+    stages = compare_stages(here) if here is not None else PipelineDifferences(())
+    result = PipelineResult(tuple(rows), differences=differences, stages=stages)
     if broken:
         return _convicted(result, broken[0], known is not None)
     doubt = first_doubt(ladder, rows, rungs, reference, here, (result.differences, result.stages), flag)
@@ -130,9 +152,25 @@ def judge(
         note = f"{doubt.verdict}: {doubt.text}"
         return replace(result, verdict=doubt.verdict, note=note, rung=doubt.rung, cause=doubt.cause)
     strong = result.differences.strong or (result.stages.strong if known is None else ())
-    suspicious = f" Yet there is a suspicious difference: {_ended(strong[0].what)}" if strong else ""
+    suspicious = f" Yet there is a suspicious difference: {ended(strong[0].what)}" if strong else ""
     note = healthy(ladder, rows, rungs, reference if isinstance(reference, Mapping) else None, pipeline_only)
     return replace(result, verdict="healthy", note=f"healthy: {note}{suspicious}")
+
+
+def _blame(
+    reference: Reference,
+    here: Fingerprint | None,
+    rungs: Collection[int],
+    zero_lr: Verdict | None,
+    differences: PipelineDifferences,
+) -> Blame:
+    """What a collapse of the float model in training is blamed on."""
+    if here is None and not any(rung in rungs for rung in ZERO_LR_RUNGS):
+        return blame_after_zero_lr(zero_lr)
+    strong = [row.part for row in differences.strong]
+    if any(part.startswith(_OF_THE_PIPELINE) for part in strong) and not {"optimizer", "settings"} & set(strong):
+        return OTHER_PIPELINE
+    return blame_on_the_ladder(is_loss_known(reference, here))
 
 
 def _evidence(
@@ -141,7 +179,7 @@ def _evidence(
     here: Fingerprint | None,
     rungs: Collection[int],
     pipeline_only: bool,
-    zero_lr: Verdict | None,
+    blame: Blame,
 ) -> Evidence:
     """The rows and the broken rungs, the lowest first, of the rungs asked for."""
     known = reference if isinstance(reference, Fingerprint) else None
@@ -150,8 +188,6 @@ def _evidence(
     still = zero_lr_evidence(ladder, rungs, metrics.get(TRAIN_LOSS))
     if not pipeline_only:
         still = still[0], blame_quantization(still[1], ladder)
-    nothing_at_zero = here is None and not any(rung in rungs for rung in ZERO_LR_RUNGS)
-    blame = blame_after_zero_lr(zero_lr) if nothing_at_zero else blame_on_the_ladder(is_loss_known(reference, here))
     nothing: Evidence = [], []
     every: tuple[Evidence, ...] = (
         fingerprint_evidence(known, here, float_model)
@@ -177,7 +213,7 @@ def _convicted(result: PipelineResult, broken: BrokenRung, has_fingerprint: bool
         verdict = "pipeline misaligned"  # the model's own answers convict them
     words = ""
     if cause:
-        words = f" Most likely cause: {_ended(cause.what)}"
+        words = f" Most likely cause: {ended(cause.what)}"
     elif verdict == "pipeline misaligned" and not has_fingerprint and broken.rung in _EXPLAINS:
         words = f" {MAKE_REFERENCE}: it says what differs."
     where = f"{verdict} (rung {broken.rung}, {RUNG_NAMES[broken.rung]})"
@@ -195,17 +231,13 @@ def _cause(result: PipelineResult, broken: BrokenRung, has_fingerprint: bool) ->
     parts = _EXPLAINS.get(broken.rung, ())
     weak = _WEAK_CAUSES.get(broken.rung, ())
     rows = [row for row in result.differences.rows if any(row.part.startswith(part) for part in parts)]
-    for row in rows:
-        if row.suspicion == "strong":
-            return row
-    for row in rows:
-        if row.suspicion == "possible" and any(word in row.what for word in weak):
-            return row
+    strong = [row for row in rows if row.suspicion == "strong"]
+    causes = [row for row in strong if not row.part.startswith(_CONSEQUENCES)]
+    causes += [row for row in rows if row.suspicion == "possible" and row.part == MODULES]
+    causes += [row for row in rows if row.suspicion == "possible" and any(word in row.what for word in weak)]
+    if causes or strong:
+        return (causes or strong)[0]
     if not has_fingerprint and broken.rung in (BATCH_NORM_FIXED, BATCH_NORM_MOVING, FLOAT_FINETUNE):
         by_labels = (row for row in result.stages.rows if row.part.startswith(LABELS))
         return next(iter(result.stages.strong), next(by_labels, None))
     return None
-
-
-def _ended(what: str) -> str:
-    return what if what.endswith("?") else f"{what}."

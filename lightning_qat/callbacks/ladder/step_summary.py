@@ -119,14 +119,19 @@ def _record(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBatc
     modules = {path: m for path, m in pl_module.named_modules() if not is_in_region(path)}
     recorder = _ResultRecorder(modules)
     with preserved_modes(pl_module), recorder.recording(), torch.no_grad():
-        pl_module.train(stage == "train")
-        for module in pl_module.modules() if stage == "train" else ():
-            if is_batch_norm(module) or isinstance(module, nn.modules.dropout._DropoutNd):
-                module.eval()
-        if stage == "validate" and _compat.is_overridden("on_validation_model_eval", pl_module):
-            _compat.call_hook(pl_module, "on_validation_model_eval")
+        set_modes(pl_module, stage)
         run_step(trainer, pl_module, extra, stage)
     return recorder
+
+
+def set_modes(pl_module: pl.LightningModule, stage: str) -> None:
+    """Set the modes that a stage is summarized in: as in the run, but with batch norm and dropout in eval mode."""
+    pl_module.train(stage == "train")
+    for module in pl_module.modules() if stage == "train" else ():
+        if is_batch_norm(module) or isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+    if stage == "validate" and _compat.is_overridden("on_validation_model_eval", pl_module):
+        _compat.call_hook(pl_module, "on_validation_model_eval")
 
 
 def _update(summarizers: dict[str, TensorSummarizer], prefix: str, value: Any) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.messages import rank_zero_warn
 
 
 def calibration_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Any, str]:

@@ -95,3 +95,13 @@ def test_few_samples_are_no_evidence_against_labels() -> None:
     data = {"validate": (labels,), "train": (dataclasses.replace(labels, samples=32),)}
     few: dict[str, Any] = {"data": data, "agreement": {"train": {PAIR: 0.12}, "validate": {PAIR: 0.31}}}
     assert judged(None, answering(0.12, 0.31, **few)).verdict == "healthy"
+
+
+def test_labels_at_chance_are_not_the_cause_where_the_input_is_destroyed() -> None:
+    """Answers to another input fit no label: the input is the cause, and the pipeline is convicted all the same."""
+    normal = TensorSummary("model.0", "float32", (1,), 64, (0.0,), (1.0,), (0.01,), (-0.8,), (1.8,))
+    raw = dataclasses.replace(normal, mean=(4.9,), std=(6.0,), min=(0.0,), max=(16.0,))
+    result = judged(None, answering(0.09, 0.87, model_inputs={"train": (raw,), "validate": (normal,)}))
+    assert result.verdict == "pipeline misaligned"
+    assert "normalization missing here?" in result.cause
+    assert [row.part for row in result.stages.strong] == ["model input (validation -> train)"]
