@@ -214,6 +214,7 @@ class ConvergenceMonitor(ReportingCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._started:
             self._look_for_bad_values(pl_module, f"the end of epoch {trainer.current_epoch}")
+        if self._started or self.series.steps:  # a run that resumes at the end of an epoch has no batch before this
             measured = self._statistics.measure_once(trainer, pl_module)
             codes, (before, earlier) = self._statistics.codes, self._codes
             self._codes = codes, before
@@ -259,6 +260,11 @@ class ConvergenceMonitor(ReportingCallback):
         if result.is_bad and self.stop:
             trainer.should_stop = True
 
+    @override
+    def report_without_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.series.steps:
+            self._judge(trainer, pl_module)
+
     # -- checkpoints
 
     @override
@@ -275,6 +281,7 @@ class ConvergenceMonitor(ReportingCallback):
         self._losses = LossHistory(map(float, state_dict["losses"]), int(state_dict["stride"]))
         self._next_look = max(FIRST_LOOK, 2 * self._losses.steps)
         self.series = TrainingSeries.of_state(state_dict, self._losses)
+        self.result = judge_convergence(self.series) if self.series.steps else None
         self._own_statistics.load_state_dict(state_dict["statistics"])
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from lightning_qat.callbacks.trainer.final_report import FinalReport
 from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
 from lightning_qat.reporting.reports_of_run import RunReports
 
 
-class ReportingCallback(Callback):
-    """A callback whose reports go through ``self._reports``: what cannot be written is tried again until the run ends.
+class ReportingCallback(FinalReport):
+    """A callback with a final report. Its reports go through ``self._reports``: what cannot be written is tried again.
 
     A subclass that overrides ``teardown`` or ``on_exception`` calls that of this class.
     """
