@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
@@ -35,10 +36,11 @@ from lightning_qat.callbacks.passes.extra_batches import extra_batches
 from lightning_qat.callbacks.passes.fresh_loaders import Stage
 from lightning_qat.callbacks.passes.run_step import loss_of, mean_loss, run_step
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed
+from lightning_qat.callbacks.quantized_run import quantization_of
 from lightning_qat.callbacks.trainer import _compat
-from lightning_qat.callbacks.trainer.messages import rank_zero_info
+from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
-from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
+from lightning_qat.callbacks.trainer.output_directory import leaves_files, local_instead_of_url, run_directory
 from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
@@ -92,6 +94,8 @@ class PipelineFingerprint(ReportingCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._settings = module_settings(pl_module)
+        if quantization_of(trainer) is None and (elsewhere := local_instead_of_url(trainer)):
+            rank_zero_warn(elsewhere, category=PossibleUserWarning)
         if trainer.global_step == 0:  # at the end the schedule has brought the learning rate down
             self._optimizers = [_optimizer(optimizer, pl_module) for optimizer in trainer.optimizers]
 
@@ -107,8 +111,8 @@ class PipelineFingerprint(ReportingCallback):
         directory = run_directory(trainer)  # broadcasts: on all ranks
         if leaves_files(trainer):
             path = directory / FILE_NAME
-            self._reports.write(path, partial(write_fingerprint, self.fingerprint, path))
-            rank_zero_info(f"Fingerprint of this pipeline: {path}. In QAT: PipelineCheck(reference={str(path)!r}).")
+            if self._reports.write(path, partial(write_fingerprint, self.fingerprint, path)):
+                rank_zero_info(f"Fingerprint of this pipeline: {path}. In QAT: PipelineCheck(reference={str(path)!r}).")
 
 
 def take_fingerprint(
