@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, WeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.analysis.runs.accuracy import AccuracyResult, ResultTable, target_value
@@ -18,18 +19,20 @@ from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.quantized_run import evaluations_of, is_calibrated, require_regions
 from lightning_qat.callbacks.trainer._compat import steps_taken
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, shared_directory
+from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.region.switches import State
-from lightning_qat.reporting.accuracy_table_files import write_accuracy, write_result_table
+from lightning_qat.reporting.accuracy_table_files import RunEntry, read_result_table, write_accuracy
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.loggers import log_table
 from lightning_qat.reporting.tensorboard_tags import RESULT_TABLE
 
 
-class AccuracyTable(Callback):
+class AccuracyTable(ReportingCallback):
     """Evaluate the float, the calibrated and the trained model, and keep the values of all runs in one table.
 
     The float model is the module before training, with fake-quant off. If the weights are already trained, only
@@ -37,8 +40,8 @@ class AccuracyTable(Callback):
 
     The values of all runs are kept in ``result_table.json`` (also ``.md`` and ``.csv``) in
     ``<default_root_dir>/lightning_qat``; the table is printed at the end. A new run whose name is taken becomes
-    ``name (2)``. A resumed run, and an evaluation of its checkpoint, continue the entry of that run. ``fast_dev_run``
-    leaves no files.
+    ``name (2)``. A resumed run, and an evaluation of its checkpoint, continue the entry of that run. Several processes
+    may write the table at the same time. ``fast_dev_run`` leaves no files.
 
     Args:
         metrics: names of the logged metrics to keep; all if not given.
@@ -61,6 +64,7 @@ class AccuracyTable(Callback):
         name: str | None = None,
         batches: int | None = None,
     ) -> None:
+        super().__init__()
         with misconfiguration():
             for one in target.values() if isinstance(target, dict) else [target]:
                 if one is not None:
@@ -72,6 +76,7 @@ class AccuracyTable(Callback):
         self.batches = batches
         self.result: AccuracyResult | None = None
         self._run: str | None = None
+        self._entry: RunEntry | None = None
         self._loaded_step: int | None = None
         self._awaits_scales = False
 
@@ -90,14 +95,14 @@ class AccuracyTable(Callback):
                 f"AccuracyTable is listed before {type(averaging[0]).__name__}, so at the end of training it would "
                 "evaluate the last weights and not the average that is kept. List it after that callback."
             )
-        with misconfiguration():
-            ResultTable.read(self._path(trainer))  # rather now than at the end of training
+        with misconfiguration(), suppress(OSError):
+            read_result_table(self._path(trainer))  # rather now than at the end of training
         self._loaded_step = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0:  # later the weights are no longer those of the float model
-            self._run = None
+            self._run, self._entry = None, None
             self._awaits_scales = True
             self._measure(trainer, pl_module, "float", "off")
             self._measure_calibrated(trainer, pl_module)
@@ -171,13 +176,13 @@ class AccuracyTable(Callback):
         return chosen
 
     def _recorded(self, trainer: pl.Trainer, column: str, metrics: dict[str, float]) -> AccuracyResult:
-        """Add the values to the table and return it on all ranks. Only rank zero reads and writes the file."""
+        """Add the values to the table and return it on all ranks. Only rank zero reads and writes files."""
         name = self._name(trainer)
         outcome: Any = None
         if trainer.is_global_zero:
             try:
                 outcome = self._noted(trainer, name, column, metrics)
-            except (ConfigurationError, OSError) as error:
+            except ConfigurationError as error:
                 outcome = str(error)
         outcome = trainer.strategy.broadcast(outcome)
         if isinstance(outcome, str):
@@ -188,27 +193,35 @@ class AccuracyTable(Callback):
     def _noted(
         self, trainer: pl.Trainer, name: str, column: str, metrics: dict[str, float]
     ) -> tuple[str, AccuracyResult]:
-        table = ResultTable.read(self._path(trainer))
-        run = self._run
-        if run is None:
-            run = table.entry(name, column, metrics)
-            if run != name:
-                rank_zero_info(f"AccuracyTable: there is already a run called {name!r}; this one is called {run!r}.")
-        table.record(run, column, metrics)
+        path, entry = self._path(trainer), self._entry
+        if entry is None or entry.path != path:
+            self._entry = entry = RunEntry(path, name, self._run)
+        before = self._run or name
+        entry.note(column, metrics)
         if leaves_files(trainer):
-            write_result_table(table, self._path(trainer))
-        return run, table.result(run, list(metrics), self.target)
+            self._reports.write(path, entry.save)
+        table = self._reports.attempt(entry.table, "The accuracy table shows this run alone") or entry.alone()
+        if entry.run != before:
+            rank_zero_info(f"AccuracyTable: there is already a run called {name!r}; this one is called {entry.run!r}.")
+        return entry.run, table.result(entry.run, list(metrics), self.target)
 
     def _report(self, trainer: pl.Trainer) -> None:
-        if self.result is None or not trainer.is_global_zero:
+        result, entry = self.result, self._entry
+        if result is None or entry is None:  # of another rank
             return
         if leaves_files(trainer):
-            path = self._path(trainer)
-            table = ResultTable.read(path)
-            whole = table.result(self.result.run, table.metrics(), self.target)  # the run's own metrics and all others
-            write_accuracy(whole, path, self.result.note)
-        log_table(trainer.loggers, RESULT_TABLE, self.result, steps_taken(trainer), self.result.columns())
-        show(self.result, console_of(trainer))
+            self._reports.write(entry.path.with_suffix(".md"), partial(self._write_whole, entry, result.note))
+        step, columns = steps_taken(trainer), result.columns()
+        self._reports.send(trainer.loggers, lambda loggers: log_table(loggers, RESULT_TABLE, result, step, columns))
+        self._reports.attempt(lambda: show(result, console_of(trainer)), "The accuracy table was not printed")
+
+    def _write_whole(self, entry: RunEntry, note: str) -> None:
+        """Write the table with the run's own metrics and all others."""
+
+        def write(table: ResultTable) -> None:
+            write_accuracy(table.result(entry.run, table.metrics(), self.target), entry.path, note)
+
+        entry.publish(write)
 
     def _path(self, trainer: pl.Trainer) -> Path:
         return shared_directory(trainer) / "result_table.json"
@@ -231,9 +244,9 @@ class AccuracyTable(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "run": self._run}
+        return {"name": self.name, "run": self._run if self._entry is None else self._entry.run}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict.get("name") == self.name:
-            self._run = state_dict.get("run")
+            self._run, self._entry = state_dict.get("run"), None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
 from typing_extensions import override
 
@@ -30,18 +29,19 @@ from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.callbacks.trainer._compat import bare, steps_taken
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
+from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.region.regions import find_regions
-from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_table
 
 GRADIENT_STEPS = 4
 """Number of steps per epoch at which gradients are checked."""
 
 
-class ConvergenceMonitor(Callback):
+class ConvergenceMonitor(ReportingCallback):
     """Flag quantization-aware training that does not converge, with the evidence and the next step.
 
     The monitor checks the training loss after 32, 64, 128 ... steps and at the end of every epoch. It compares
@@ -72,6 +72,7 @@ class ConvergenceMonitor(Callback):
     """
 
     def __init__(self, stop: bool = False, float_batches: int = 16, statistics_batches: int = 1, seed: int = 0) -> None:
+        super().__init__()
         require_at_least("ConvergenceMonitor", float_batches=float_batches, statistics_batches=statistics_batches)
         self.stop = stop
         self.float_batches = float_batches
@@ -213,6 +214,7 @@ class ConvergenceMonitor(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._started:
             self._look_for_bad_values(pl_module, f"the end of epoch {trainer.current_epoch}")
+        if self._started or self.series.steps:  # a run that resumes at the end of an epoch has no batch before this
             measured = self._statistics.measure_once(trainer, pl_module)
             codes, (before, earlier) = self._statistics.codes, self._codes
             self._codes = codes, before
@@ -247,15 +249,21 @@ class ConvergenceMonitor(Callback):
         self.result = result
         directory = run_directory(trainer)  # broadcasts: on all ranks
         if leaves_files(trainer):
-            write_result(result, directory, "convergence", formats=("txt", "json"))
+            self._reports.write_result(result, directory, "convergence", formats=("txt", "json"))
         if result.is_bad and result.verdict not in self._warned:
             self._warned.add(result.verdict)
-            log_table(trainer.loggers, "convergence", result, steps_taken(trainer))
+            send = partial(log_table, tag="convergence", result=result, step=steps_taken(trainer))
+            self._reports.send(trainer.loggers, send)
             rank_zero_warn(f"ConvergenceMonitor, epoch {trainer.current_epoch}: {result.note}")
             if self.stop:
                 rank_zero_info("ConvergenceMonitor stops the training (stop=True).")
         if result.is_bad and self.stop:
             trainer.should_stop = True
+
+    @override
+    def report_without_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.series.steps:
+            self._judge(trainer, pl_module)
 
     # -- checkpoints
 
@@ -273,6 +281,7 @@ class ConvergenceMonitor(Callback):
         self._losses = LossHistory(map(float, state_dict["losses"]), int(state_dict["stride"]))
         self._next_look = max(FIRST_LOOK, 2 * self._losses.steps)
         self.series = TrainingSeries.of_state(state_dict, self._losses)
+        self.result = judge_convergence(self.series) if self.series.steps else None
         self._own_statistics.load_state_dict(state_dict["statistics"])
 
 

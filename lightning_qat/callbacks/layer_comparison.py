@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.analysis.captured_calls import RepeatableForward
@@ -20,12 +19,12 @@ from lightning_qat.analysis.diagnosis.diagnosis_result import DiagnosisResult
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
 from lightning_qat.callbacks.analyses.diagnosed_regions import diagnosed_regions
-from lightning_qat.callbacks.analyses.epoch_end_analysis import outputs_of_run
 from lightning_qat.callbacks.early_analysis import EarlyAnalysis
 from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.messages import rank_zero_warn
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
@@ -34,6 +33,8 @@ from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.reporting.console import print_advice
 from lightning_qat.reporting.figures import value_histogram
+from lightning_qat.reporting.plain_text import file_name
+from lightning_qat.reporting.run_outputs import RunOutputs
 from lightning_qat.reporting.sensitivity_figures import (
     log_figure,
     require_matplotlib,
@@ -121,7 +122,7 @@ class LayerComparison(EarlyAnalysis):
         self.figures = figures
         self.log_points = log
         self.seed = seed
-        self._diagnosis_outputs = outputs_of_run("diagnosis", WHAT_TO_DO)
+        self._diagnosis_outputs = RunOutputs("diagnosis", WHAT_TO_DO, self._reports)
         self.result: LayerComparisonResult | None = None
         self.diagnosis: DiagnosisResult | None = None
         self._sensitivities: dict[int, SensitivityResult] = {}
@@ -173,8 +174,7 @@ class LayerComparison(EarlyAnalysis):
             return
         if not again:
             self._report(trainer, result)
-        if trainer.is_global_zero and self.diagnosis is not None:
-            print_advice(self.diagnosis.lines(), console_of(trainer))
+        self._print(trainer)
 
     def _analyse(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, final: bool = False
@@ -194,22 +194,24 @@ class LayerComparison(EarlyAnalysis):
             if final and self.figures:
                 with trainer.precision_plugin.forward_context():
                     self._draw(trainer, regions, calls, result, diagnosis)
-        return self._noted(result, diagnosis, self.remark(trainer, pl_module))
-
-    def _noted(self, result: LayerComparisonResult, diagnosis: DiagnosisResult, remark: str) -> LayerComparisonResult:
-        self.diagnosis = replace(diagnosis, remark=remark)
-        self.result = replace(result, what_to_do=self.diagnosis.lines())
+        diagnosis = replace(diagnosis, remark=self.remark(trainer, pl_module))
+        if diagnosis.remark and self.foreign is not None:
+            diagnosis = self.foreign.blamed(diagnosis, find_regions(pl_module))
+        self.result, self.diagnosis = replace(result, what_to_do=diagnosis.lines()), diagnosis
         return self.result
 
     @override
     def analyse_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        result = self._analyse(trainer, pl_module)
-        assert self.diagnosis is not None
-        result = self._noted(result, self.diagnosis, self.start_remark)
+        result, diagnosis = self._analyse(trainer, pl_module), self.diagnosis
+        assert diagnosis is not None
         self.write_start(trainer, result, "layer_comparison", LAYER_COMPARISON)
-        self.write_start(trainer, self.diagnosis, "diagnosis", WHAT_TO_DO)
-        if trainer.is_global_zero:
-            print_advice(self.diagnosis.lines(), console_of(trainer))
+        self.write_start(trainer, diagnosis, "diagnosis", WHAT_TO_DO)
+        self._print(trainer)
+
+    def _print(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero and self.diagnosis is not None:
+            lines = self.diagnosis.lines()
+            self._reports.attempt(lambda: print_advice(lines, console_of(trainer)), "What to do was not printed")
 
     def _report(self, trainer: pl.Trainer, result: LayerComparisonResult) -> None:
         self.write(trainer, result)
@@ -240,13 +242,15 @@ class LayerComparison(EarlyAnalysis):
             region = regions[worst.region]
             with RepeatableForward(region.target, calls[worst.region][0], self.seed) as forward:
                 inspection = inspect_point(region, worst.point, forward, worst.region)
-            figures[f"values_{re.sub(r'[^A-Za-z0-9_.@-]', '_', worst.point)}"] = value_histogram(inspection)
+            figures[f"values_{file_name(worst.point)}"] = value_histogram(inspection)
         directory = run_directory(trainer) / "figures"
         if not leaves_files(trainer):
             return
+        step = _compat.steps_taken(trainer)
         for name, figure in figures.items():
-            write_figure(figure, directory / f"{name}.png")
-            log_figure(trainer.loggers, f"{LAYER_COMPARISON.name}/{name}", figure, _compat.steps_taken(trainer))
+            path, tag = directory / f"{name}.png", f"{LAYER_COMPARISON.name}/{name}"
+            self._reports.write(path, partial(write_figure, figure, path))
+            self._reports.send(trainer.loggers, partial(log_figure, tag=tag, figure=figure, step=step))
 
 
 def _sensitivity(trainer: pl.Trainer) -> SensitivityResult | None:

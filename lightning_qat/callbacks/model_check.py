@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.analysis.model_check.model_check import check
@@ -23,12 +22,13 @@ from lightning_qat.callbacks.quantized_run import (
 )
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.messages import rank_zero_warn
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
+from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.callbacks.trainer_findings import trainer_findings, training_batch_size
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.reporting.console import show
-from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_text
 from lightning_qat.reporting.model_check_file import FILE_NAME
 from lightning_qat.reporting.reports import markdown_report
@@ -39,7 +39,7 @@ _ROWS = 30
 """Rows per table, and names per finding, in the report for the loggers."""
 
 
-class ModelCheck(Callback):
+class ModelCheck(ReportingCallback):
     """Check the quantized model once, before training: what is not fused, not quantized, shared, or not as configured.
 
     The check runs after calibration and before the sanity check, whatever its place in the list of callbacks. It also
@@ -68,6 +68,7 @@ class ModelCheck(Callback):
     """
 
     def __init__(self, fail_on: FailOn = "never", show: bool = True, log: bool = True) -> None:
+        super().__init__()
         if fail_on not in get_args(FailOn):
             raise MisconfigurationException(str(unknown_choice("fail_on", fail_on, get_args(FailOn))))
         self.fail_on = fail_on
@@ -110,6 +111,10 @@ class ModelCheck(Callback):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_before_evaluation(trainer, pl_module)
 
+    @override
+    def report_without_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_once(trainer, pl_module)
+
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelCheckResult:
         """Check the model as it is now; nothing is written or printed. All ranks get the result of rank zero."""
         regions = require_regions(trainer, pl_module, "ModelCheck")
@@ -145,12 +150,15 @@ class ModelCheck(Callback):
         directory = run_directory(trainer)  # broadcasts: on all ranks
         file = ""
         if leaves_files(trainer):
-            file = str(write_result(result, directory, FILE_NAME, formats=("txt", "json"))[0])
+            file = self._reports.write_result(result, directory, FILE_NAME, formats=("txt", "json"))
         if self.show and trainer.is_global_zero:
-            show(result, console_of(trainer), file=file)
+            self._reports.attempt(
+                lambda: show(result, console_of(trainer), file=file), "The model check was not printed"
+            )
         if self.log_text:
             report = markdown_report(result.full_blocks(), _ROWS, f"{FILE_NAME}.txt")
-            without = log_text(trainer.loggers, MODEL_CHECK, report, _compat.steps_taken(trainer))
+            send = partial(log_text, tag=MODEL_CHECK, text=report, step=_compat.steps_taken(trainer))
+            without = self._reports.send(trainer.loggers, send)
             if without:
                 rank_zero_warn(
                     f"{', '.join(without)} shows no text: the model check is only in {FILE_NAME}.txt.",

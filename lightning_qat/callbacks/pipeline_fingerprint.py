@@ -5,14 +5,12 @@ from __future__ import annotations
 import platform
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.analysis.fingerprint.fingerprint import (
@@ -44,8 +42,10 @@ from lightning_qat.callbacks.passes.extra_batches import extra_batches
 from lightning_qat.callbacks.passes.run_step import loss_of, mean_loss, run_step
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.messages import rank_zero_info
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
+from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.reading.schema import read_as
@@ -56,7 +56,7 @@ _PACKAGES = ("lightning-qat", "torch", "lightning", "torchmetrics", "numpy")
 FILE_NAME = "pipeline_fingerprint.json"
 
 
-class PipelineFingerprint(Callback):
+class PipelineFingerprint(ReportingCallback):
     """Write the fingerprint of a float training pipeline, for a later comparison with the QAT pipeline.
 
     Add this callback to the float run. At the end of training it runs the trained model on the first batches of the
@@ -77,6 +77,7 @@ class PipelineFingerprint(Callback):
     """
 
     def __init__(self, batches: int = 8, seed: int = 0) -> None:
+        super().__init__()
         require_at_least("PipelineFingerprint", batches=batches)
         self.batches = batches
         self.seed = seed
@@ -113,7 +114,8 @@ class PipelineFingerprint(Callback):
         )
         directory = run_directory(trainer)  # broadcasts: on all ranks
         if leaves_files(trainer):
-            path = write_fingerprint(self.fingerprint, Path(directory) / FILE_NAME)
+            path = directory / FILE_NAME
+            self._reports.write(path, partial(write_fingerprint, self.fingerprint, path))
             rank_zero_info(f"Fingerprint of this pipeline: {path}. In QAT: PipelineCheck(reference={str(path)!r}).")
 
 

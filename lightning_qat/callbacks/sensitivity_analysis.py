@@ -9,7 +9,6 @@ from typing import Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.analysis.metrics import MetricName
@@ -22,6 +21,7 @@ from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityRes
 from lightning_qat.callbacks.analyses.task_metric import TaskMetric
 from lightning_qat.callbacks.early_analysis import EarlyAnalysis
 from lightning_qat.callbacks.quantized_run import is_calibrated
+from lightning_qat.callbacks.trainer.messages import rank_zero_warn
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of
@@ -205,10 +205,11 @@ class SensitivityAnalysis(EarlyAnalysis):
 
     @override
     def analyse_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        result = replace(self._analyse(trainer, pl_module, final=True), remark=self.start_remark)
+        result = self._analyse(trainer, pl_module, final=True)
         self.write_start(trainer, result, "sensitivity", self._outputs.tags)
         if trainer.is_global_zero:
-            show(replace(result, rows=result.rows[:_SHOWN]), console_of(trainer))
+            first = replace(result, rows=result.rows[:_SHOWN])
+            self._reports.attempt(lambda: show(first, console_of(trainer)), "The sensitivity was not printed")
 
     def _analyse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, final: bool = False) -> SensitivityResult:
         with (
@@ -235,7 +236,10 @@ class SensitivityAnalysis(EarlyAnalysis):
                 )
                 for path, region in regions.items()
             }
-        result = replace(SensitivityResult.merged(results), remark=self.remark(trainer, pl_module))
+        remark = self.remark(trainer, pl_module)
+        if remark and self.foreign is not None:
+            remark = f"{remark} {self.foreign.text}"
+        result = replace(SensitivityResult.merged(results), remark=remark)
         if self._task is not None and final:
             result = self._task.measured(trainer, pl_module, result)
         elif self._task is not None:

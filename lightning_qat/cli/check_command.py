@@ -14,8 +14,7 @@ from lightning_qat.callbacks.trainer.output_directory import shared_directory
 from lightning_qat.cli.command import Command, add_quantization_options
 from lightning_qat.cli.project import Project
 from lightning_qat.cli.run_project import run_project
-from lightning_qat.reporting.console import print_note, show
-from lightning_qat.reporting.files import write_result
+from lightning_qat.cli.written_result import write_and_show
 from lightning_qat.reporting.model_check_file import FILE_NAME
 
 
@@ -37,10 +36,7 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
         return *project.before_training(work, options.calibration_batches), project.notes
 
     result, directory, notes = run_project(script, arguments, check, options.ckpt_path)
-    path, _ = write_result(result, options.output or directory, FILE_NAME, formats=("txt", "json"))
-    for note in notes:
-        print_note(note)
-    show(result, file=str(path))
+    write_and_show(result, options.output or directory, FILE_NAME, notes)
     return int(options.fail_on != "never" and bool(result.at_least(options.fail_on)))
 
 

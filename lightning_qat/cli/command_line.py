@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_qat import __version__
+from lightning_qat.atomic_files import NotWrittenError
+from lightning_qat.cli.analyse_command import ANALYSE
 from lightning_qat.cli.check_command import CHECK
 from lightning_qat.cli.command import Command
 from lightning_qat.cli.compare_pipelines_command import COMPARE_PIPELINES
@@ -20,8 +22,17 @@ from lightning_qat.cli.fingerprint_command import FINGERPRINT
 from lightning_qat.cli.inspect_command import INSPECT
 from lightning_qat.cli.pipeline_check_command import PIPELINE_CHECK
 from lightning_qat.quantization.errors import ConfigurationError, TracingError
+from lightning_qat.reporting.plain_text import printable
 
-COMMANDS: tuple[Command, ...] = (FINGERPRINT, PIPELINE_CHECK, CHECK, INSPECT, COMPARE_RUNS, COMPARE_PIPELINES)
+COMMANDS: tuple[Command, ...] = (
+    FINGERPRINT,
+    PIPELINE_CHECK,
+    CHECK,
+    INSPECT,
+    ANALYSE,
+    COMPARE_RUNS,
+    COMPARE_PIPELINES,
+)
 _USAGE = "python -m lightning_qat {name} [SCRIPT] [ARGUMENTS AS FOR fit ...] [OPTIONS]"
 _PROJECT = """
 Your project:
@@ -70,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command.run(options, script, [*arguments, *behind])
     except SystemExit as error:  # argparse, LightningCLI or the script itself; they have said why
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except (ConfigurationError, MisconfigurationException, TracingError) as error:
-        sys.stderr.write(f"error: {error}\n")
+    except (ConfigurationError, MisconfigurationException, NotWrittenError, TracingError) as error:
+        sys.stderr.write(printable(f"error: {error}\n"))
         return 2
 
 

@@ -13,8 +13,7 @@ from lightning_qat.callbacks.trainer.output_directory import shared_directory
 from lightning_qat.cli.command import Command, add_quantization_options, number_of_batches
 from lightning_qat.cli.project import Project
 from lightning_qat.cli.run_project import run_project
-from lightning_qat.reporting.console import print_note, show
-from lightning_qat.reporting.files import write_result
+from lightning_qat.cli.written_result import write_and_show
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,10 +37,7 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
         return *project.before_training(work, options.calibration_batches), project.notes
 
     result, directory, notes = run_project(script, arguments, climb, options.ckpt_path)
-    path, _ = write_result(result, options.output or directory, PipelineCheck.name, formats=("txt", "json"))
-    for note in notes:
-        print_note(note)
-    show(result, file=str(path))
+    write_and_show(result, options.output or directory, PipelineCheck.name, notes)
     return int(result.is_bad)
 
 

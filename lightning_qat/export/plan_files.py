@@ -20,6 +20,7 @@ from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.regions import find_regions
 
+FILE_NAME = "quant_plan.json"
 FORMAT_VERSION = 1
 """Changes when a reader of the file has to change; new keys alone do not change it."""
 
@@ -73,7 +74,7 @@ def write_plan(model: nn.Module | Region, directory: str | os.PathLike[str]) -> 
             "load_quantized(...) from the checkpoint of a QAT run or by insert(...)."
         )
     text = json.dumps(plan_document(regions), indent=2, allow_nan=False) + "\n"
-    return write_atomically(Path(directory) / "quant_plan.json", text)
+    return write_atomically(Path(directory) / FILE_NAME, text)
 
 
 def _described(region: Region) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_qat.analysis.results import Advice
+from lightning_qat.reporting.plain_text import literal, one_line, printable
 from lightning_qat.reporting.tables import escape_markdown, fenced
 
 T = TypeVar("T")
@@ -38,11 +39,11 @@ def advice_text(number: int, advice: Advice) -> str:
             do:   Mark it.
     """
     lines = [f"{number}. {_heading(advice)}", f"{_INDENT}{advice.text}"]
-    for label, value in (*((_NAMES, "\n".join(advice.names)),), *advice.facts):
+    for label, value in (*((_NAMES, "\n".join(map(one_line, advice.names))),), *advice.facts):
         for index, line in enumerate(_lines(value)):
             lines.append(f"{_INDENT}{'' if index else f'{label}:':<5} {line}")
     lines += [f"{_INDENT}{line}" for line in _lines(advice.yaml)]
-    return "\n".join(line.rstrip() for line in lines)
+    return printable("\n".join(line.rstrip() for line in lines))
 
 
 def advice_markdown(number: int, advice: Advice, limit: int, file: str) -> list[str]:
@@ -65,7 +66,7 @@ def advice_markdown(number: int, advice: Advice, limit: int, file: str) -> list[
     if advice.yaml:
         lines = _lines(advice.yaml)
         more = [f"# and {len(lines) - limit} more lines{where}"] if len(lines) > limit else []
-        paragraphs.append(fenced("\n".join([*lines[:limit], *more]), "yaml"))
+        paragraphs.append(fenced(printable("\n".join([*lines[:limit], *more])), "yaml"))
     return paragraphs
 
 
@@ -97,22 +98,23 @@ class TerminalAdvice:
             code = [*lines, *([f"# {hint}"] if hint else [])]
             if code:
                 text = "\n".join(f"{_INDENT}{line}" for line in code)
-                yield Text(text, style="green", no_wrap=True, overflow="ignore")
+                yield literal(text, style="green", no_wrap=True, overflow="ignore")
         if more:
             yield Text(f"\n{more} (severity info)")
 
     def _one(self, advice: Advice, limit: int) -> Iterator[RenderableType]:
         head = Text(f"{advice.level}: " if advice.level else "", style=_STYLES.get(advice.level, "bold"))
-        yield head.append(advice.heading, style="bold")
-        yield Padding(Text(advice.text, overflow="fold"), (0, 0, 0, 2))
+        yield head.append(literal(advice.heading, style="bold"))
+        yield Padding(literal(advice.text, overflow="fold"), (0, 0, 0, 2))
         fields = Table.grid(padding=(0, 1, 0, 0))
         fields.add_column(style="dim", no_wrap=True)
         fields.add_column(overflow="fold")
         names, hint = self._shortened(advice.names, limit)
         if not all(_mentions(advice.text, name) for name in names):
-            fields.add_row(f"{_NAMES}:", Text("\n".join([*names, *([hint] if hint else [])]), overflow="fold"))
+            lines = [*map(one_line, names), *([hint] if hint else [])]
+            fields.add_row(f"{_NAMES}:", literal("\n".join(lines), overflow="fold"))
         for label, value in advice.facts:
-            fields.add_row(f"{label}:", Text(value, overflow="fold"))
+            fields.add_row(literal(f"{label}:"), literal(value, overflow="fold"))
         yield Padding(fields, (0, 0, 0, 2))
 
     def _shortened(self, items: Sequence[T], limit: int) -> tuple[Sequence[T], str]:
@@ -127,7 +129,7 @@ def _heading(advice: Advice) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    return text.rstrip().splitlines() if text.strip() else []
+    return text.rstrip().split("\n") if text.strip() else []
 
 
 def _mentions(sentence: str, name: str) -> bool:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lightning_qat.analysis.results import Result
 from lightning_qat.reporting.advice import TerminalAdvice
+from lightning_qat.reporting.plain_text import literal, one_line, printable
 from lightning_qat.reporting.tables import terminal_table
 
 _STYLES = {"healthy": "bold green", "cannot tell": "bold yellow"}
@@ -37,7 +38,7 @@ def show(result: Result[Any], console: Console | None = None, note: bool = True,
         if block.columns:
             console.print(terminal_table(block.title, block.columns, block.rows))
         elif block.title:
-            console.print(Text(block.title, style="bold"))
+            console.print(literal(one_line(block.title), style="bold"))
         if block.advice:
             console.print(TerminalAdvice(block.advice, in_file=bool(file)), crop=False)
     for text in (block.note for block in blocks if block.note):
@@ -65,7 +66,8 @@ def _show_note(console: Console, note: str, verdict: str, whole: bool) -> None:
     head, colon, rest = note.partition(":")
     if not verdict or not head.startswith(verdict):
         head, colon, rest = "", "", note
-    text = Text.assemble((head, _STYLES.get(verdict, "bold red")), colon + rest if whole else "")
+    text = literal(head, style=_STYLES.get(verdict, "bold red"))
+    text = Text.assemble(text, printable(colon + rest) if whole else "")
     if text:
         console.print(text, highlight=False)
 
@@ -80,15 +82,15 @@ def print_advice(lines: Sequence[str], console: Console | None = None) -> None:
     console = console or get_console()
     for line in lines:
         is_code = line.startswith(" ")
-        text = Text(line, style="green" if is_code else "", overflow="fold")
+        text = literal(line, style="green" if is_code else "", overflow="fold")
         console.print(text, highlight=False, soft_wrap=is_code)
 
 
 def print_text(text: str, console: Console | None = None) -> None:
     """Print text without inserting line breaks. A narrow terminal wraps it itself, so that copies stay whole."""
-    (console or get_console()).print(text, markup=False, highlight=False, soft_wrap=True)
+    (console or get_console()).print(literal(text), highlight=False, soft_wrap=True)
 
 
 def print_note(text: str, console: Console | None = None) -> None:
     """Print a remark about what was done."""
-    (console or get_console()).print(f"Note: {text}", style="yellow", markup=False, highlight=False)
+    (console or get_console()).print(literal(f"Note: {text}", style="yellow"), highlight=False)

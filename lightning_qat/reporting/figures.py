@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_qat.analysis.comparison.point_inspection import PointInspection, flat
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.reporting.plain_text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,7 +133,7 @@ def blank_figure(width: float, height: float) -> tuple[Figure, Axes]:
 def _new_figure(inspection: PointInspection, what: str) -> tuple[Figure, Axes]:
     figure, axes = blank_figure(7.0, 4.2)
     # names come from the user's model: "$" would start mathematics
-    title = "\n".join(textwrap.wrap(f"{inspection.point}: {what}", 86))
+    title = "\n".join(textwrap.wrap(f"{one_line(inspection.point)}: {what}", 86))
     figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
     return figure, axes
 

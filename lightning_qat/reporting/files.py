@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.reporting.reports import text_report
 
 Format = Literal["csv", "txt", "json"]
+_LINE_BREAK = re.compile("[\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]")
+"""What ends a line for csv readers or ``str.splitlines``; Python's writer knows of ``\\n`` alone."""
 
 
 def write_csv(result: Result[Any], path: str | os.PathLike[str]) -> Path:
@@ -116,9 +119,12 @@ def csv_rows(result: Result[Any]) -> list[list[Any]]:
 
 
 def csv_lines(rows: Iterable[Sequence[Any]]) -> str:
-    """Format rows as lines of CSV."""
+    """Format rows as lines of CSV. Whatever ends a line for somebody is quoted, so that a row stays one row."""
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    plain, quoting = (csv.writer(buffer, lineterminator="\n", quoting=q) for q in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+    for row in rows:
+        breaks = any(isinstance(cell, str) and _LINE_BREAK.search(cell) for cell in row)
+        (quoting if breaks else plain).writerow(row)
     return buffer.getvalue()
 
 

@@ -7,6 +7,7 @@ machine failed in the middle of that call; it is cut off by the next write.
 from __future__ import annotations
 
 import csv
+import errno
 import itertools
 import os
 from collections.abc import Sequence
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning_qat.analysis.results import Result
-from lightning_qat.atomic_files import write_atomically
+from lightning_qat.atomic_files import NotWrittenError, encoded, write_atomically
 from lightning_qat.reporting.files import csv_lines, csv_rows
 
 EPOCH = "epoch"
 """The first column."""
+_MOST_WAITING = 100
+"""Epochs whose rows are kept in memory while they cannot be written."""
 
 
 class GrowingTable:
@@ -39,9 +42,13 @@ class GrowingTable:
         self._left: tuple[int, int, int] | None = None
         self._size = 0
         self._last = -1
+        self._waiting: dict[int, bytes] = {}
+        self._moved = ""
 
     def write(self, result: Result[Any], epoch: int) -> str:
         """Write the rows of an epoch behind those of the epochs before.
+
+        If that fails, the rows wait for the next call, which writes them too.
 
         Args:
             result: what was found in this epoch.
@@ -49,20 +56,34 @@ class GrowingTable:
 
         Returns:
             A sentence about a file with other columns that was moved aside; empty if there was none.
+
+        Raises:
+            NotWrittenError: the disk is full, or the folder cannot be written to.
         """
         header = (EPOCH, *result.columns())
-        lines = csv_lines([epoch, *row] for row in csv_rows(result)).encode()
-        moved = ""
+        lines = encoded(csv_lines([epoch, *row] for row in csv_rows(result)))
+        earlier = [(number, owed) for number, owed in self._waiting.items() if number < epoch]
+        self._waiting = {**dict(earlier[-_MOST_WAITING:]), epoch: lines}
+        try:
+            self._write(header)
+        except OSError as error:
+            raise NotWrittenError.of(self.path, error) from error
+        moved, self._moved = self._moved, ""
+        return moved
+
+    def _write(self, header: Sequence[str]) -> None:
+        """Write the rows that wait."""
         if not self._is_as_left():
-            moved = self._take_up(header)
-        if self._size and epoch > self._last:
+            self._moved = self._take_up(header) or self._moved
+        first, lines = min(self._waiting), b"".join(self._waiting.values())
+        if self._size and first > self._last:
             self._append(lines)
         else:
-            kept = self._lines_before(epoch) if self._size else csv_lines([header]).encode()
+            kept = self._lines_before(first) if self._size else encoded(csv_lines([header]))
             write_atomically(self.path, kept + lines)
             self._size = len(kept) + len(lines)
-        self._last, self._left = epoch, self._present()
-        return moved
+        self._last, self._left = max(self._waiting), self._present()
+        self._waiting = {}
 
     def _is_as_left(self) -> bool:
         """Whether the file exists and has not changed since it was last written here."""
@@ -83,7 +104,7 @@ class GrowingTable:
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         try:
-            if not whole.startswith(csv_lines([header]).encode()):
+            if not whole.startswith(encoded(csv_lines([header]))):
                 raise ValueError("it has other columns")
             last = max((epoch for epoch, _ in _records(whole)), default=-1)
         except (ValueError, IndexError, csv.Error):
@@ -109,7 +130,7 @@ class GrowingTable:
         with open(self.path, "ab", buffering=0) as file:
             try:
                 if file.write(lines) != len(lines):
-                    raise OSError(f"{self.path}: the disk is full")
+                    raise OSError(errno.ENOSPC, "the disk is full")
             except OSError:
                 file.truncate(self._size)  # rather no rows of this epoch than half of them
                 raise

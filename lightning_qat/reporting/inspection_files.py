@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from lightning_qat.analysis.comparison.point_inspection import PointInspection
 from lightning_qat.atomic_files import write_atomically
 from lightning_qat.reporting.figures import error_histogram, quantized_against_float, value_histogram
+from lightning_qat.reporting.plain_text import file_name, printable
 from lightning_qat.reporting.sensitivity_figures import write_figure
 from lightning_qat.reporting.tables import cell_text, fixed_width
 
@@ -53,7 +53,7 @@ def summary(inspection: PointInspection) -> str:
     }
     head = "\n".join(f"{label + ':':<12}{value}" for label, value in lines.items() if value)
     rows = [_tensor_row(k, v, e) for k, (v, e) in enumerate(zip(i.values, i.errors, strict=True))]
-    return f"{head}\n\n{fixed_width(('tensor', 'shape', 'min', 'max', 'largest error'), rows)}\n"
+    return f"{printable(head)}\n\n{fixed_width(('tensor', 'shape', 'min', 'max', 'largest error'), rows)}\n"
 
 
 def write_inspection(
@@ -96,7 +96,7 @@ def write_inspection(
 def directory_name(inspection: PointInspection) -> str:
     """Return a file name for a point; it can be read, and works on every file system."""
     name = f"{inspection.region}.{inspection.point}" if inspection.region else inspection.point
-    return re.sub(r"[^\w.@-]", "_", name)
+    return file_name(name)
 
 
 def _range(low: float, high: float) -> str:

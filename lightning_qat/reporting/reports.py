@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_qat.analysis.results import Block, Result
 from lightning_qat.reporting.advice import advice_markdown, advice_text
+from lightning_qat.reporting.plain_text import one_line, printable
 from lightning_qat.reporting.tables import escape_markdown, fixed_width, panel
 
 
@@ -67,5 +68,5 @@ def _block_texts(block: Block, about: str = "") -> list[str]:
     if block.columns:
         head = fixed_width(block.columns, block.rows, title=title, note=block.note)
     else:
-        head = "\n".join(line for line in (title, block.note) if line)
+        head = "\n".join(line for line in (one_line(title), printable(block.note)) if line)
     return [head, *(advice_text(number, advice) for number, advice in enumerate(block.advice, 1))]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning_qat.analysis.results import Result
 from lightning_qat.reporting.files import write_json, write_text
 from lightning_qat.reporting.growing_table import GrowingTable
 from lightning_qat.reporting.loggers import log_histogram, log_scalars, log_table
+from lightning_qat.reporting.reports_of_run import RunReports
 from lightning_qat.reporting.tensorboard_tags import Tags
 
 
@@ -20,13 +22,13 @@ class RunOutputs:
     Args:
         name: first part of the file names: ``<name>.csv``, ``<name>.txt``, ``<name>.json``.
         tags: what goes to the loggers, and under which tags.
-        warn: called with each remark, such as ``warnings.warn``.
+        reports: of the callback; they go on if a file cannot be written or a logger fails.
     """
 
-    def __init__(self, name: str, tags: Tags, warn: Callable[[str], Any]) -> None:
+    def __init__(self, name: str, tags: Tags, reports: RunReports) -> None:
         self.name = name
         self.tags = tags
-        self._warn = warn
+        self._reports = reports
         self._table: GrowingTable | None = None
         self._directory: Path | None = None
         self._has_warned = False
@@ -42,11 +44,14 @@ class RunOutputs:
         place = Path(directory)
         if self._table is None or self._directory != place:  # another fit
             self._table, self._directory = GrowingTable(place / f"{self.name}.csv"), place
-        moved = self._table.write(result, epoch)
-        write_text(result, place / f"{self.name}.txt", epoch)
-        write_json(result, place / f"{self.name}.json", epoch)
+        self._reports.write(place / f"{self.name}.csv", partial(self._write_rows, self._table, result, epoch))
+        for write, path in ((write_text, place / f"{self.name}.txt"), (write_json, place / f"{self.name}.json")):
+            self._reports.write(path, partial(write, result, path, epoch))
+
+    def _write_rows(self, table: GrowingTable, result: Result[Any], epoch: int) -> None:
+        moved = table.write(result, epoch)
         if moved:
-            self._warn(moved)
+            self._reports.warn(moved)
 
     def log(self, result: Result[Any], loggers: Iterable[Any], step: int, rows: int = 50) -> None:
         """Send numbers to all loggers, table and histograms to those that show them; warn once about the others.
@@ -57,13 +62,13 @@ class RunOutputs:
             step: the x-axis.
             rows: rows of the table at most.
         """
-        loggers = list(loggers)
-        if not loggers:
-            return
+        without = self._reports.send(loggers, partial(self._send, result, step, rows))
+        if without and not self._has_warned:
+            self._has_warned = True
+            self._reports.warn(f"{', '.join(without)} shows no tables: those of {self.name} are only in the files.")
+
+    def _send(self, result: Result[Any], step: int, rows: int, loggers: list[Any]) -> list[str]:
         log_scalars(loggers, self.tags.numbers(result), step)
         for tag, values in self.tags.distributions(result):
             log_histogram(loggers, tag, values, step)
-        without = log_table(loggers, self.tags.name, result, step, self.tags.table, rows)
-        if without and not self._has_warned:
-            self._has_warned = True
-            self._warn(f"{', '.join(without)} shows no tables: those of {self.name} are only in the files.")
+        return log_table(loggers, self.tags.name, result, step, self.tags.table, rows)

@@ -15,6 +15,7 @@ from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityRes
 from lightning_qat.atomic_files import write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.figures import blank_figure
+from lightning_qat.reporting.plain_text import one_line, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +77,7 @@ def sensitivity_bars(result: SensitivityResult, most: int = 30) -> Figure:
         handles.append(axes.barh([math.nan], [math.nan], color=_ACTIVATION, alpha=0.45, label="estimated"))
     if len(handles) > 1:
         axes.legend(handles=handles, frameon=False, fontsize=8, loc="lower right")
-    axes.set_title(result.note, fontsize=8, loc="left", wrap=True, parse_math=False)
+    axes.set_title(printable(result.note), fontsize=8, loc="left", wrap=True, parse_math=False)
     return figure
 
 
@@ -207,6 +208,7 @@ def _role(row: SensitivityRow) -> str:
 
 def _short(name: str, length: int = _SHORT) -> str:
     """Leave out the middle of a long name. The end says most; the beginning tells names with equal ends apart."""
+    name = one_line(name)
     if len(name) <= length:
         return name
     head = length // 3 if length >= _SHORT else 0

@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from rich.text import Text
+
+from lightning_qat.reporting.plain_text import literal, one_line, printable
 
 Row = Mapping[str, Any] | Sequence[Any]
 """A row of a table: values by column, or in the order of the columns."""
@@ -43,14 +44,14 @@ def fixed_width(columns: Sequence[str], rows: Sequence[Row], title: str = "", no
     values = [_values(row, columns) for row in rows]
     padded, widths = [], []
     for index, column in enumerate(columns):
-        texts = [column, *(_single_line(cell_text(row[index], digits)) for row in values)]
+        texts = [one_line(column), *(one_line(cell_text(row[index], digits)) for row in values)]
         width = max(map(len, texts))
         pad = str.rjust if _is_numeric(row[index] for row in values) else str.ljust
         padded.append([pad(text, width) for text in texts])
         widths.append(width)
     heading, *lines = (" ".join(texts).rstrip() for texts in zip(*padded, strict=True)) if columns else ("",)
     rule = "-" * (sum(widths) + max(0, len(widths) - 1))
-    return "\n".join([*(text for text in (title, note) if text), heading, rule, *lines])
+    return "\n".join([*(text for text in (one_line(title), printable(note)) if text), heading, rule, *lines])
 
 
 def panel(columns: Sequence[str], rows: Sequence[Row]) -> str:
@@ -85,7 +86,7 @@ def panel(columns: Sequence[str], rows: Sequence[Row]) -> str:
         entries = [f"{escape_markdown(c)}: {escape_markdown(text)}" for c, text in named if not _is_long(text)]
         blocks.append(", ".join([f"**{escape_markdown(cell_text(first))}**", *entries]))
         blocks += [
-            fenced(text.rstrip(), "yaml") if "\n" in text.strip() else escape_markdown(text)
+            fenced(printable(text).rstrip(), "yaml") if "\n" in text.strip() else escape_markdown(text)
             for _, text in named
             if _is_long(text)
         ]
@@ -134,7 +135,7 @@ def escape_markdown(text: str) -> str:
         >>> escape_markdown("layers_0*<b>")
         'layers\\\\_0\\\\*&lt;b&gt;'
     """
-    return _single_line(text).translate(_MARKDOWN)
+    return one_line(text).translate(_MARKDOWN)
 
 
 def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Table:
@@ -146,15 +147,22 @@ def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> T
         rows: their values: by column, or one for each column.
     """
     values = [_values(row, columns) for row in rows]
-    table = Table(title=title or None, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=literal(one_line(title), style="table.title") if title else None,
+        title_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for index, column in enumerate(columns):
-        widest = max(map(len, [column, *(cell_text(row[index], digits=4) for row in values)]))
+        heading = literal(one_line(column))
+        widest = max([len(heading), *(len(printable(cell_text(row[index], digits=4))) for row in values)])
         if _is_numeric(row[index] for row in values):
-            table.add_column(column, justify="right", no_wrap=True, min_width=widest)
+            table.add_column(heading, justify="right", no_wrap=True, min_width=widest)
         else:
-            table.add_column(column, overflow="fold", min_width=min(widest, 12))
+            table.add_column(heading, overflow="fold", min_width=min(widest, 12))
     for row in values:
-        table.add_row(*(Text(cell_text(value, digits=4)) for value in row))
+        table.add_row(*(literal(cell_text(value, digits=4)) for value in row))
     return table
 
 
@@ -188,7 +196,3 @@ def _values(row: Row, columns: Sequence[str]) -> list[Any]:
 def _is_numeric(values: Iterable[Any]) -> bool:
     """Whether a column holds numbers."""
     return any(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
-
-
-def _single_line(text: str) -> str:
-    return text if text.isprintable() else " ".join(text.split())

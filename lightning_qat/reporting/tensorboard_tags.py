@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_qat.analysis.results import Result
+from lightning_qat.reporting.plain_text import one_line
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Tags:
             point = f"{row['region']}.{row[self.point]}" if row["region"] else row[self.point]
             for column in self.curves if not row.get("loop") else ():
                 if row[column] is not None:
-                    found[f"{self.name}.{column}/{point}"] = float(row[column])
+                    found[f"{self.name}.{column}/{one_line(point)}"] = float(row[column])
         return found
 
     def distributions(self, result: Result[Any]) -> Iterator[tuple[str, list[float | None]]]:

@@ -376,7 +376,8 @@ def test_metric_that_is_not_logged_is_said_before_anything_is_trained(
 
 def test_missing_fingerprint_is_said_before_training(tmp_path: Path) -> None:
     with pytest.raises(
-        MisconfigurationException, match=r"there is no fingerprint 'nowhere.json': make it in the float"
+        MisconfigurationException,
+        match=r"nowhere.json is not a fingerprint: there is no such file; make it in the float",
     ):
         checked(tmp_path, pretrained(), reference="nowhere.json")
 

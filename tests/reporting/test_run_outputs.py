@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from lightning_qat.analysis.sensitivity.sensitivity import SensitivityResult, SensitivityRow
+from lightning_qat.reporting.reports_of_run import RunReports
 from lightning_qat.reporting.run_outputs import RunOutputs
 from lightning_qat.reporting.tensorboard_tags import sensitivity_tags
 
@@ -34,7 +35,7 @@ class Logger:
 
 def test_csv_grows_and_the_others_are_of_the_last_epoch(tmp_path: Path) -> None:
     warnings: list[str] = []
-    outputs = RunOutputs("sensitivity", sensitivity_tags("MSE"), warnings.append)
+    outputs = RunOutputs("sensitivity", sensitivity_tags("MSE"), RunReports(warnings.append, warnings.append))
     for epoch in range(3):
         outputs.write(result(float(epoch)), tmp_path, epoch)
     with open(tmp_path / "sensitivity.csv", newline="") as file:
@@ -54,7 +55,9 @@ def test_csv_grows_and_the_others_are_of_the_last_epoch(tmp_path: Path) -> None:
 def test_file_that_had_to_be_moved_is_said(tmp_path: Path) -> None:
     (tmp_path / "sensitivity.csv").write_text("op_name,point\nfc,fc.weight\n")
     warnings: list[str] = []
-    RunOutputs("sensitivity", sensitivity_tags("MSE"), warnings.append).write(result(1.0), tmp_path, 0)
+    RunOutputs("sensitivity", sensitivity_tags("MSE"), RunReports(warnings.append, warnings.append)).write(
+        result(1.0), tmp_path, 0
+    )
     (warning,) = warnings
     assert "now called sensitivity.1.csv" in warning
 
@@ -62,7 +65,7 @@ def test_file_that_had_to_be_moved_is_said(tmp_path: Path) -> None:
 def test_tags_of_a_sensitivity_and_one_warning_about_loggers_that_show_no_tables() -> None:
     """E: TensorBoard, and other loggers."""
     warnings: list[str] = []
-    outputs = RunOutputs("sensitivity", sensitivity_tags("MSE"), warnings.append)
+    outputs = RunOutputs("sensitivity", sensitivity_tags("MSE"), RunReports(warnings.append, warnings.append))
     numbers, all_of_it = Logger(shows=False), Logger(shows=True)
     for step in (3, 6):
         outputs.log(result(0.5), [numbers, all_of_it], step)

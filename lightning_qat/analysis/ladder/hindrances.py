@@ -90,7 +90,7 @@ def prevention(ladder: Ladder, found: Sequence[str]) -> list[BrokenRung]:
         ladder: what was measured.
         found: what keeps training from moving the model.
     """
-    if not found or ladder.calibrated is None or ladder.qat is None:
+    if not found or ladder.calibrated is None or ladder.qat is None or ladder.calibration:
         return []
     before = ladder.float_model
     lost = [row for row in judged(compare(before.metrics, ladder.calibrated, before)) if row.status != "holds"]
@@ -200,5 +200,5 @@ def _alone(here: Fingerprint, plan: TrainingPlan, known: TrainingPlan | None) ->
         float_run = f" (float run: {before_decay:.0%})" if known is not None else ""
         yield f"weight decay takes {decay:.0%} of the weights until the planned end{float_run}"
     if known is not None and known.samples and plan.samples and known.samples / plan.samples >= OTHER_BATCH:
-        number = f"{plan.samples:g} sample{'' if plan.samples == 1 else 's'}"
-        yield f"a step takes {number} (float run: {known.samples:g}), so its gradient is mostly noise"
+        samples = f"{plan.samples:g} sample{'' if plan.samples == 1 else 's'}"
+        yield f"a step takes {samples} (float run: {known.samples:g}), so its gradient is mostly noise"

@@ -106,13 +106,14 @@ class ResultTable:
         """Return the run under which a new run called ``name`` may note a stage without overwriting a value.
 
         This is the newest of ``name``, ``name (2)``, ``name (3)`` ... if it has no such values yet (a test after its
-        fit), else the next one.
+        fit), else the next one. A run without any values has just begun elsewhere, and is another one.
         """
         number = 1
         while _numbered(name, number + 1) in self.runs:
             number += 1
-        taken = self.runs.get(_numbered(name, number), {}).get(stage, {})
-        return _numbered(name, number + any(metric in taken for metric in metrics))
+        newest = self.runs.get(_numbered(name, number))
+        taken = newest is not None and (not newest or any(metric in newest.get(stage, {}) for metric in metrics))
+        return _numbered(name, number + taken)
 
     def record(self, run: str, stage: str, metrics: Mapping[str, float]) -> None:
         """Note values of one stage of one run; its other values stay."""

@@ -8,9 +8,6 @@ from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.analysis.captured_calls import RepeatableForward
@@ -21,7 +18,10 @@ from lightning_qat.callbacks.analyses.region_inputs import Calls, RegionInputs
 from lightning_qat.callbacks.analyses.undisturbed_analysis import undisturbed_analysis
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.final_report import last_epoch
+from lightning_qat.callbacks.trainer.messages import rank_zero_warn
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
+from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.reporting.run_outputs import RunOutputs
 from lightning_qat.reporting.tensorboard_tags import Tags
@@ -29,7 +29,7 @@ from lightning_qat.reporting.tensorboard_tags import Tags
 T = TypeVar("T")
 
 
-class EpochEndAnalysis(Callback):
+class EpochEndAnalysis(ReportingCallback):
     """Analyses at the end of every n-th epoch, and at the end of training unless these weights were analysed already.
 
     Args:
@@ -41,8 +41,9 @@ class EpochEndAnalysis(Callback):
     """What is logged through ``self.log``, each behind ``<name>/``."""
 
     def __init__(self, every_n_epochs: int, tags: Tags) -> None:
+        super().__init__()
         self.every_n_epochs = every_n_epochs
-        self._outputs = outputs_of_run(tags.name, tags)
+        self._outputs = RunOutputs(tags.name, tags, self._reports)
         self._analysed_at = -1
         self._epoch = 0
         self._inputs = RegionInputs()
@@ -66,6 +67,11 @@ class EpochEndAnalysis(Callback):
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch = trainer.current_epoch  # which is one more when training ends
+
+    @override
+    def report_without_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch = last_epoch(trainer)
+        super().report_without_training(trainer, pl_module)
 
     def _names(self) -> list[str]:
         return [f"{self._outputs.name}/{name}" for name in self.monitored]
@@ -134,12 +140,3 @@ class EpochEndAnalysis(Callback):
     ) -> Calls:
         """The calls that the regions get in the steps on some sampled batches."""
         return self._inputs.of(trainer, pl_module, regions, batches)
-
-
-def outputs_of_run(name: str, tags: Tags) -> RunOutputs:
-    """Files and logger entries of one analysis, whose remarks become warnings of rank zero."""
-    return RunOutputs(name, tags, _warn)
-
-
-def _warn(text: str) -> None:
-    rank_zero_warn(text, category=PossibleUserWarning)

@@ -8,10 +8,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_qat.callbacks.trainer.messages import rank_zero_warn
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.preservation import replaced_attribute
 from lightning_qat.quantization.modules.tensor_leaves import leaves

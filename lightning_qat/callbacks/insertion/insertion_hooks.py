@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 
 from lightning_qat.callbacks.insertion.float_checkpoint import FloatCheckpointError
 from lightning_qat.callbacks.insertion.insertion_request import InsertionRequest, differences
@@ -25,6 +24,7 @@ from lightning_qat.callbacks.insertion.traced_targets import (
 )
 from lightning_qat.callbacks.schedule.rank_averaging import hide_from_ddp, show_to_ddp
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.quantization.errors import TracingError
 from lightning_qat.quantization.planning.make_plan import make_plans

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import nn
 
 from lightning_qat.callbacks.insertion.call_recorder import CallRecorder
 from lightning_qat.callbacks.insertion.module_flow import WEIGHTS, ModuleFlow
 from lightning_qat.callbacks.passes.run_step import loss_of
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
 
 
 def parts_of_the_model(

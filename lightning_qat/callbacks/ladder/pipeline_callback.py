@@ -8,8 +8,6 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from lightning_qat.analysis.ladder.measurements import Ladder
@@ -17,14 +15,15 @@ from lightning_qat.analysis.ladder.pipeline_result import PipelineResult, cannot
 from lightning_qat.callbacks.ladder.ladder import measure_ladder
 from lightning_qat.callbacks.preservation.rebinding import NotACopyError
 from lightning_qat.callbacks.trainer._compat import steps_taken
+from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
+from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.reporting.console import show
-from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.loggers import log_table
 
 
-class PipelineCallback(Callback):
+class PipelineCallback(ReportingCallback):
     """Base of the checks of the training pipeline; subclasses measure rungs, this class runs them once and reports.
 
     A check that fails must not end the training run: its verdict is ``cannot tell``, with the reason.
@@ -39,6 +38,7 @@ class PipelineCallback(Callback):
     name: ClassVar[str] = ""
 
     def __init__(self, batches: int, eval_batches: int | None, at_epoch: int | None, stop: bool) -> None:
+        super().__init__()
         require_at_least(type(self).__name__, batches=batches, eval_batches=eval_batches)
         require_at_least(type(self).__name__, least=0, at_epoch=at_epoch)
         self.batches = batches
@@ -137,9 +137,11 @@ class PipelineCallback(Callback):
             return
         file = ""
         if leaves_files(trainer):
-            file = str(write_result(result, directory, self.name, formats=("txt", "json"))[0])
-        log_table(trainer.loggers, self.name, result, steps_taken(trainer))
-        show(result, console_of(trainer), note=result.verdict == "healthy", file=file)  # else it is a warning
+            file = self._reports.write_result(result, directory, self.name, formats=("txt", "json"))
+        step = steps_taken(trainer)
+        self._reports.send(trainer.loggers, lambda loggers: log_table(loggers, self.name, result, step))
+        note = result.verdict == "healthy"  # else it is a warning
+        self._reports.attempt(lambda: show(result, console_of(trainer), note, file), f"{self.name} was not printed")
 
     @override
     def state_dict(self) -> dict[str, Any]:

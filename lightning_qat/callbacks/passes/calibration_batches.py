@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.messages import rank_zero_warn
 
 
 def calibration_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Any, str]:
@@ -60,7 +60,7 @@ def calibration_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> t
     )
 
 
-def has_calibration_loader(trainer: pl.Trainer) -> bool:
-    """Whether the datamodule or the module defines ``calibration_dataloader()``."""
+def calibration_owner(trainer: pl.Trainer) -> Any | None:
+    """Return the datamodule or the module, whichever defines ``calibration_dataloader()``; None if neither does."""
     owners = (trainer.datamodule, trainer.lightning_module)  # type: ignore[attr-defined]
-    return any(callable(getattr(owner, "calibration_dataloader", None)) for owner in owners)
+    return next((owner for owner in owners if callable(getattr(owner, "calibration_dataloader", None))), None)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
 from lightning_qat.callbacks.passes.fresh_loaders import Stage, fresh_loaders
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.messages import rank_zero_warn
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 from torchmetrics import Metric, MetricCollection
 
+from lightning_qat.callbacks.trainer.messages import rank_zero_warn
 from lightning_qat.quantization.modules.module_walk import has_lazy_tensors, modules_outside_regions
 
 _OF_MODULES = frozenset(nn.Module().__dict__)

@@ -113,6 +113,13 @@ def test_usual_hyperparameters_leave_quantization_error_to_quantization(plan: di
     assert run(plan, results=SLIGHT).verdict == "healthy"
 
 
+def test_calibration_on_other_data_is_blamed_first() -> None:
+    """Its scales are wrong whatever training could do."""
+    plan, kwargs, _ = KINDS["clipping"]
+    result = run(plan, results=LOST | {"calibration": "the calibration data are not the training data."}, **kwargs)
+    assert result.verdict == "quantization error"
+
+
 def test_small_gain_of_a_setting_is_not_blamed_where_the_float_run_had_it() -> None:
     """Frozen parts, momentum and accumulation of the float run are its own."""
     same = dataclasses.replace(

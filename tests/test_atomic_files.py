@@ -1,0 +1,137 @@
+"""Files written at once: what killed writers leave, what living ones keep, and what the error says."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_qat import atomic_files
+from lightning_qat.atomic_files import NotWrittenError, write_atomically
+from tests.reporting.test_result_table_processes import FORK
+
+LEFT = ".lightning_qat-0123456789ab.unfinished"
+
+
+@pytest.fixture
+def living_writer(tmp_path: Path) -> Iterator[Path]:
+    """Another process that has written its file and does not come to move it."""
+    ready, go_on = FORK.Event(), FORK.Event()
+
+    def write() -> None:
+        replace = os.replace
+
+        def waiting(*names: Any) -> None:
+            ready.set()
+            go_on.wait(60)
+            replace(*names)
+
+        os.replace = waiting  # type: ignore[assignment]
+        write_atomically(tmp_path / "slow.txt", "slow")
+
+    process = FORK.Process(target=write)
+    process.start()
+    assert ready.wait(60)
+    (unfinished,) = tmp_path.glob(".*.unfinished")
+    yield unfinished
+    go_on.set()
+    process.join(60)
+    assert process.exitcode == 0
+    assert (tmp_path / "slow.txt").read_text() == "slow"
+
+
+def test_file_of_a_killed_writer_is_removed_by_the_next_write_in_its_folder(tmp_path: Path) -> None:
+    """Whatever it was to become."""
+    (tmp_path / LEFT).write_bytes(b"half")
+    mine = [".lightning_qat-0123456789ab", ".sensitivity.csv.0123456789ab", "x.unfinished"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    write_atomically(tmp_path / "a.txt", "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*mine, "a.txt"])
+
+
+def test_file_of_a_living_writer_is_left_to_it(tmp_path: Path, living_writer: Path) -> None:
+    (tmp_path / LEFT).write_bytes(b"half")
+    write_atomically(tmp_path / "a.txt", "a")
+    assert living_writer.exists()
+    assert not (tmp_path / LEFT).exists()
+
+
+@pytest.mark.parametrize(("age", "left"), [(60.0, True), (2 * 3600.0, False)])
+def test_without_locks_an_hour_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, left: bool) -> None:
+    """Windows, and file systems that lock nothing."""
+    monkeypatch.setattr(atomic_files, "_lock", lambda file: False)
+    (tmp_path / LEFT).write_bytes(b"half")
+    os.utime(tmp_path / LEFT, (time.time() - age,) * 2)
+    write_atomically(tmp_path / "a.txt", "a")
+    assert (tmp_path / LEFT).exists() == left
+
+
+def test_writer_whose_file_was_taken_for_left_over_writes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process on another machine may not see the lock."""
+    replace, removed = os.replace, []
+
+    def once(source: Path, target: Path) -> None:
+        if not removed:
+            removed.append(source)
+            os.unlink(source)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", once)
+    write_atomically(tmp_path / "a.txt", "a")
+    assert (tmp_path / "a.txt").read_text() == "a"
+    assert len(removed) == 1
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_error_names_the_file_and_the_reason_and_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """The file asked for, not the temporary one. It is an ``OSError`` with its number for whoever catches these."""
+    path = tmp_path / "a.txt"
+    write_atomically(path, "old")
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(error, os.strerror(error), "temporary")
+
+    for owner, name in ((atomic_files, "open"), (os, "replace")):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, fail, raising=False)
+            with pytest.raises(NotWrittenError) as caught:
+                write_atomically(path, "new")
+        assert str(caught.value) == f"{path} cannot be written: {os.strerror(error)}."
+        assert caught.value.errno == error
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "old"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_disk_that_is_full_only_when_the_file_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real full device: what is written stays in a buffer until then."""
+    path = tmp_path / "a.txt"
+    write_atomically(path, "old")
+
+    def full(name: Path, mode: str) -> Any:
+        return open("/dev/full" if mode == "wb" else name, mode)
+
+    monkeypatch.setattr(atomic_files, "open", full, raising=False)
+    with pytest.raises(NotWrittenError, match="No space left on device"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_names_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    """The temporary file's name does not grow with them."""
+    path = tmp_path / ("x" * 255)
+    write_atomically(path, "a")
+    assert path.read_text() == "a"
+    with pytest.raises(NotWrittenError, match="File name too long"):
+        write_atomically(tmp_path / ("x" * 256), "a")
