@@ -216,6 +216,7 @@ class ConvergenceMonitor(ReportingCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._started:
             self._look_for_bad_values(pl_module, f"the end of epoch {trainer.current_epoch}")
+        if self._started or self.series.steps:  # a run that resumes at the end of an epoch has no batch before this
             self.tried(trainer, lambda: self._measure_points(trainer, pl_module), refuses=False)
             zero = tuple(sorted(set().union(*self._zero.values())))
             self.series = replace(self.series, zero_gradients=zero)
@@ -262,6 +263,11 @@ class ConvergenceMonitor(ReportingCallback):
         if result.is_bad and self.stop:
             trainer.should_stop = True
 
+    @override
+    def report_without_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.series.steps:
+            self._judge(trainer, pl_module)
+
     # -- checkpoints
 
     @override
@@ -278,6 +284,7 @@ class ConvergenceMonitor(ReportingCallback):
         self._losses = LossHistory(map(float, state_dict["losses"]), int(state_dict["stride"]))
         self._next_look = max(FIRST_LOOK, 2 * self._losses.steps)
         self.series = TrainingSeries.of_state(state_dict, self._losses)
+        self.result = judge_convergence(self.series) if self.series.steps else None
         self._own_statistics.load_state_dict(state_dict["statistics"])
 
 

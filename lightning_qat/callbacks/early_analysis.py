@@ -13,7 +13,9 @@ from typing_extensions import override
 from lightning_qat.analysis.ladder.measurements import Measurement
 from lightning_qat.analysis.ladder.rows import breaks, compare, format_falls, judged
 from lightning_qat.analysis.results import Result
+from lightning_qat.callbacks.analyses.calibration_data import ForeignData, foreign_data
 from lightning_qat.callbacks.analyses.epoch_end_analysis import EpochEndAnalysis
+from lightning_qat.callbacks.analyses.region_inputs import RegionInputs
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
 from lightning_qat.callbacks.ladder.finetune_copy import measure_in_state
 from lightning_qat.callbacks.quantized_run import is_calibrated
@@ -40,10 +42,13 @@ class EarlyAnalysis(EpochEndAnalysis):
 
     Attributes:
         calibration_loss: the metrics that calibration made worse, in words; empty if it made none worse.
+        foreign: what is known of calibration data that are not those the model is for.
     """
 
     calibration_loss: str = ""
+    foreign: ForeignData | None = None
     _awaits_start: bool = False
+    _is_start: bool = False
     _float: Measurement | None = None
     _calibrated: Measurement | None = None
 
@@ -59,7 +64,7 @@ class EarlyAnalysis(EpochEndAnalysis):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self.calibration_loss, self._awaits_start = "", False
-        self._float = self._calibrated = None
+        self._float = self._calibrated = self.foreign = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -78,7 +83,11 @@ class EarlyAnalysis(EpochEndAnalysis):
         try:
             self.calibration_loss = trainer.strategy.broadcast(self._measure_loss(trainer, pl_module))
             if self.calibration_loss:
-                rank_zero_info(f"{type(self).__name__}: {self.start_remark}")
+                rank_zero_info(f"{type(self).__name__}: {self._start_remark}")
+                self.foreign = foreign_data(trainer, pl_module, type(self).__name__)
+                if self.foreign is not None:  # there is nothing to learn from what calibration saw
+                    self._inputs = RegionInputs(self.foreign.stage)
+                self._is_start = True
                 self.analyse_start(trainer, pl_module)
         except Exception as error:
             if trainer.world_size > 1 and not isinstance(error, MisconfigurationException):
@@ -86,6 +95,8 @@ class EarlyAnalysis(EpochEndAnalysis):
             rank_zero_warn(
                 f"{type(self).__name__} could not look at the calibrated model: {error} Training goes on without it."
             )
+        finally:
+            self._is_start = False
 
     def _measure_loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
         """Evaluate the float and the calibrated model, and say what is worse; callbacks share these evaluations."""
@@ -96,8 +107,7 @@ class EarlyAnalysis(EpochEndAnalysis):
         return format_falls(judged(compare(before.metrics, self._calibrated, before)))
 
     @property
-    def start_remark(self) -> str:
-        """What a report about the calibrated model begins with."""
+    def _start_remark(self) -> str:
         return f"Calibration alone loses accuracy ({self.calibration_loss}). This is about the calibrated model."
 
     def write_start(self, trainer: pl.Trainer, result: Result[Any], name: str, tags: Tags) -> None:
@@ -119,6 +129,8 @@ class EarlyAnalysis(EpochEndAnalysis):
     @override
     def remark(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
         """Say that the model is no longer one that shows the cause, if so, and where to look. Call it on all ranks."""
+        if self._is_start:
+            return self._start_remark
         file = run_directory(trainer) / f"{CALIBRATED}diagnosis.txt"  # broadcasts
         first = f"Look at {file} first: it is about the model that training started from." if file.exists() else ""
         why = trainer.strategy.broadcast(self._why_diverged(trainer, pl_module))

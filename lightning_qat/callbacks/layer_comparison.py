@@ -195,20 +195,18 @@ class LayerComparison(EarlyAnalysis):
             if final and self.figures:
                 with trainer.precision_plugin.forward_context():
                     self._draw(trainer, regions, calls, result, diagnosis)
-        return self._noted(result, diagnosis, self.remark(trainer, pl_module))
-
-    def _noted(self, result: LayerComparisonResult, diagnosis: DiagnosisResult, remark: str) -> LayerComparisonResult:
-        self.diagnosis = replace(diagnosis, remark=remark)
-        self.result = replace(result, what_to_do=self.diagnosis.lines())
+        diagnosis = replace(diagnosis, remark=self.remark(trainer, pl_module))
+        if diagnosis.remark and self.foreign is not None:
+            diagnosis = self.foreign.blamed(diagnosis, find_regions(pl_module))
+        self.result, self.diagnosis = replace(result, what_to_do=diagnosis.lines()), diagnosis
         return self.result
 
     @override
     def analyse_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        result = self._analyse(trainer, pl_module)
-        assert self.diagnosis is not None
-        result = self._noted(result, self.diagnosis, self.start_remark)
+        result, diagnosis = self._analyse(trainer, pl_module), self.diagnosis
+        assert diagnosis is not None
         self.write_start(trainer, result, "layer_comparison", LAYER_COMPARISON)
-        self.write_start(trainer, self.diagnosis, "diagnosis", WHAT_TO_DO)
+        self.write_start(trainer, diagnosis, "diagnosis", WHAT_TO_DO)
         self._print(trainer)
 
     def _print(self, trainer: pl.Trainer) -> None:

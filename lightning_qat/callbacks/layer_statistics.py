@@ -21,6 +21,7 @@ from lightning_qat.callbacks.analyses.layer_measurement import measure_layers
 from lightning_qat.callbacks.passes.shared_evaluations import ModelKey, model_key
 from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
+from lightning_qat.callbacks.trainer.output_directory import run_directory
 from lightning_qat.quantization.region.regions import find_regions
 from lightning_qat.reporting.tensorboard_tags import LAYER_STATISTICS
 
@@ -91,6 +92,7 @@ class LayerStatistics(EpochEndAnalysis):
         self._calibrated: dict[str, ScaleSnapshot] = {}
         self._measured: tuple[ModelKey, LayerStatisticsResult] | None = None
         self._compared: dict[str, WeightCodes] = {}
+        self._reported = ""
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -131,9 +133,19 @@ class LayerStatistics(EpochEndAnalysis):
         if not self.is_analysed(trainer):
             self.tried(trainer, lambda: self._report(trainer, pl_module))
 
+    @override
+    def report_without_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave a report of the same weights as it is: only the run that trained them knows their flip rates."""
+        if self._reported != self._report_id(trainer):
+            super().report_without_training(trainer, pl_module)
+
+    def _report_id(self, trainer: pl.Trainer) -> str:
+        return f"{trainer.global_step} {run_directory(trainer)}"  # broadcasts: on all ranks
+
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LayerStatisticsResult:
         self.result = result = self.measure_once(trainer, pl_module)
         self.note_analysed(trainer)
+        self._reported = self._report_id(trainer)
         self.write(trainer, result)
         if self.log_points:
             self.log_result(trainer, result)
@@ -160,11 +172,12 @@ class LayerStatistics(EpochEndAnalysis):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"calibrated": self._calibrated}
+        return {"calibrated": self._calibrated, "reported": self._reported}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._calibrated = dict(state_dict["calibrated"])
+        self._reported = state_dict.get("reported", "")
 
 
 def _aggregates(rows: tuple[LayerStatisticsRow, ...]) -> dict[str, float]:

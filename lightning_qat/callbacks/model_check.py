@@ -111,6 +111,10 @@ class ModelCheck(ReportingCallback):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_before_evaluation(trainer, pl_module)
 
+    @override
+    def report_without_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_once(trainer, pl_module)
+
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelCheckResult:
         """Check the model as it is now; nothing is written or printed. All ranks get the result of rank zero."""
         regions = require_regions(trainer, pl_module, "ModelCheck")

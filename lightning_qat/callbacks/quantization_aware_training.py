@@ -39,10 +39,9 @@ class QuantizationAwareTraining(QuantizationCallback):
     ``ckpt_path=`` in fit, validate and test. The plan, the scales and the statistics are part of the module's own
     ``state_dict``: nothing is lost with ``save_weights_only``. Needs :class:`Calibration` in the list of callbacks
     (anywhere in it) unless a checkpoint brings calibrated scales. A checkpoint's plan wins over ``qconfig`` and
-    ``overrides``; so does that of a module that was calibrated before. Callbacks that average weights or prune may be
-    listed before or after it. The plan is the one entry of the ``state_dict`` that is no tensor: a module that averages
-    its own writes ``{k: v.clone() for k, v in self.state_dict().items() if torch.is_tensor(v)}``, and loads that with
-    ``strict=False``.
+    ``overrides``; so does that of a module calibrated before. Callbacks that average weights or prune may be listed
+    before or after it. The plan is the one entry of the ``state_dict`` that is no tensor: a module that averages its
+    own writes ``{k: v.clone() for k, v in self.state_dict().items() if torch.is_tensor(v)}``, loaded ``strict=False``.
 
     Args:
         qconfig: defaults for activations and weights; int8 if not given.
@@ -194,6 +193,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         self.require_inserted()
         check_averaged_copies(trainer)
         warn_about_precision(trainer, pl_module)

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 
 from lightning_qat.callbacks.passes.shared_evaluations import SharedEvaluations
+from lightning_qat.callbacks.trainer.final_report import FinalReport
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.plan import ScaleRole
@@ -19,7 +20,7 @@ from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.regions import find_regions
 
 
-class QuantizationCallback(Callback):
+class QuantizationCallback(FinalReport):
     """The callback that quantizes the module of a run; a Trainer has one at most.
 
     Attributes:

@@ -207,10 +207,11 @@ class SensitivityAnalysis(EarlyAnalysis):
 
     @override
     def analyse_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        result = replace(self._analyse(trainer, pl_module, final=True), remark=self.start_remark)
+        result = self._analyse(trainer, pl_module, final=True)
         self.write_start(trainer, result, "sensitivity", self._outputs.tags)
         if trainer.is_global_zero:
-            show(replace(result, rows=result.rows[:_SHOWN]), console_of(trainer))
+            first = replace(result, rows=result.rows[:_SHOWN])
+            self._reports.attempt(lambda: show(first, console_of(trainer)), "The sensitivity was not printed")
 
     def _analyse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, final: bool = False) -> SensitivityResult:
         with (
@@ -237,7 +238,10 @@ class SensitivityAnalysis(EarlyAnalysis):
                 )
                 for path, region in regions.items()
             }
-        result = replace(SensitivityResult.merged(results), remark=self.remark(trainer, pl_module))
+        remark = self.remark(trainer, pl_module)
+        if remark and self.foreign is not None:
+            remark = f"{remark} {self.foreign.text}"
+        result = replace(SensitivityResult.merged(results), remark=remark)
         if self._task is not None and final:
             result = self._task.measured(trainer, pl_module, result)
         elif self._task is not None:

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_qat import __version__
 from lightning_qat.atomic_files import NotWrittenError
+from lightning_qat.cli.analyse_command import ANALYSE
 from lightning_qat.cli.check_command import CHECK
 from lightning_qat.cli.command import Command
 from lightning_qat.cli.compare_pipelines_command import COMPARE_PIPELINES
@@ -23,7 +24,15 @@ from lightning_qat.cli.pipeline_check_command import PIPELINE_CHECK
 from lightning_qat.quantization.errors import ConfigurationError, TracingError
 from lightning_qat.reporting.plain_text import printable
 
-COMMANDS: tuple[Command, ...] = (FINGERPRINT, PIPELINE_CHECK, CHECK, INSPECT, COMPARE_RUNS, COMPARE_PIPELINES)
+COMMANDS: tuple[Command, ...] = (
+    FINGERPRINT,
+    PIPELINE_CHECK,
+    CHECK,
+    INSPECT,
+    ANALYSE,
+    COMPARE_RUNS,
+    COMPARE_PIPELINES,
+)
 _USAGE = "python -m lightning_qat {name} [SCRIPT] [ARGUMENTS AS FOR fit ...] [OPTIONS]"
 _PROJECT = """
 Your project:

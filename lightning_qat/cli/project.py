@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as pl
@@ -12,9 +14,13 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
+from lightning_qat.atomic_files import NotWrittenError
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.callbacks.trainer.final_report import FinalReport
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.output_directory import run_directory
+from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 
 T = TypeVar("T")
 Work = Callable[[pl.Trainer, pl.LightningModule], T]
@@ -66,6 +72,30 @@ class Project:
         kept = [c for c in listed(self.trainer, Callback) if not _is_left_out(c) and not isinstance(c, ours)]
         return self._in_place_of_training(work, kept)
 
+    def final_reports(self, output: Path | None = None) -> tuple[tuple[str, ...], Path]:
+        """Let the project's callbacks make their reports of a checkpoint, as at the end of training.
+
+        Args:
+            output: files go to ``lightning_qat`` in this directory; in the default root directory if not given.
+
+        Returns:
+            The callbacks that reported, and the directory of their files.
+
+        Raises:
+            NotWrittenError: a file cannot be written.
+        """
+        trainer = self.trainer
+        kept = [c for c in listed(trainer, Callback) if not isinstance(c, _WRITES_OR_TRAINS)]
+        trainer.callbacks = [*kept, _NothingToTrain()]  # type: ignore[attr-defined]
+        trainer.loggers = [_SilentLogger(str(output))] if output is not None else []
+        self.fit(self.module, **self.arguments)
+        missing = [(p, reason) for c in listed(trainer, ReportingCallback) for p, reason in c.missing_files.items()]
+        if missing:  # the files are what was asked for
+            path, reason = missing[0]
+            raise NotWrittenError(errno.EIO, reason, str(path))
+        reporting = [c for c in listed(trainer, FinalReport) if not isinstance(c, QuantizationAwareTraining)]
+        return tuple(type(c).__name__ for c in reporting), run_directory(trainer)
+
     def _in_place_of_training(self, work: Work[T], callbacks: list[Callback]) -> T:
         trainer, last = self.trainer, _InPlaceOfTraining(work)
         trainer.callbacks = [*callbacks, last]  # type: ignore[attr-defined]
@@ -108,6 +138,28 @@ class _InPlaceOfTraining(Callback, Generic[T]):
         trainer.num_sanity_val_steps = 0
         trainer.fit_loop.epoch_loop.max_steps = 0
         trainer.fit_loop.max_epochs = -1  # a checkpoint of a finished training is restored after this
+
+
+class _NothingToTrain(Callback):
+    """Ends a fit before its first step, however many steps the checkpoint has taken."""
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.num_sanity_val_steps = 0
+        trainer.fit_loop.epoch_loop.max_steps = 0
+
+
+class _SilentLogger(DummyLogger):
+    """Logs nothing, and says which directory the run's files go to."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__()
+        self._directory = directory
+
+    @property
+    @override
+    def save_dir(self) -> str:
+        return self._directory
 
 
 def _is_left_out(callback: Callback) -> bool:

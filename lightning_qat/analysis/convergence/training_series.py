@@ -98,9 +98,15 @@ class TrainingSeries:
             "float_loss": list(self.float_loss) if self.float_loss else None,
             "evaluations": self.evaluations,
             **{name: _plain_measurement(m) for name, m in measured.items()},
-            "first_points": {name: list(astuple(health)) for name, health in self.points.first.items()},
+            "first_points": _plain_health(self.points.first),
+            "latest_points": _plain_health(self.points.latest),
             "point_epochs": self.points.epochs,
             "flip_rates": list(self.points.flip_rates),
+            "zero_gradients": list(self.zero_gradients),
+            "first_bad": self.first_bad,
+            "bad_input": self.bad_input,
+            "bad_buffers": list(self.bad_buffers),
+            "bad_since": self.bad_since,
         }
 
     @classmethod
@@ -121,10 +127,16 @@ class TrainingSeries:
             calibrated=_measurement_of(state["calibrated"]),
             float_model=_measurement_of(state["float_model"]),
             points=PointHistory(
-                first={name: PointHealth(*health) for name, health in state["first_points"].items()},
+                first=_health_of(state["first_points"]),
+                latest=_health_of(state.get("latest_points", {})),  # earlier releases stored less
                 epochs=int(state["point_epochs"]),
                 flip_rates=tuple(state["flip_rates"]),
             ),
+            zero_gradients=tuple(state.get("zero_gradients", ())),
+            first_bad=state.get("first_bad", ""),
+            bad_input=state.get("bad_input", ""),
+            bad_buffers=tuple(state.get("bad_buffers", ())),
+            bad_since=state.get("bad_since", ""),
         )
 
     @property
@@ -165,6 +177,16 @@ class ConvergenceRow:
     evidence: str = ""
     next_step: str = ""
     names: tuple[str, ...] = field(default=())
+
+
+def _plain_health(points: Mapping[str, PointHealth]) -> dict[str, list[Any]]:
+    """Return the health of points as plain data."""
+    return {name: list(astuple(health)) for name, health in points.items()}
+
+
+def _health_of(stored: Mapping[str, Iterable[Any]]) -> dict[str, PointHealth]:
+    """Return the health of plain data."""
+    return {name: PointHealth(*health) for name, health in stored.items()}
 
 
 def _plain_measurement(measurement: Measurement | None) -> dict[str, dict[str, float]] | None:

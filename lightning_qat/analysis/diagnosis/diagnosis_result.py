@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from typing_extensions import override
+
 from lightning_qat.analysis.comparison.loop_rounds import worst_rounds
 from lightning_qat.analysis.model_check.long_loops import ANNOTATION
-from lightning_qat.analysis.results import Block, Result
+from lightning_qat.analysis.results import Result
 from lightning_qat.quantization.planning.target_paths import with_target_path
 
-Verdict = Literal["fine", "rounding", "clipping", "non-uniform", "bad scale", "config not applied", "inherited"]
+Verdict = Literal[
+    "fine",
+    "rounding",
+    "clipping",
+    "non-uniform",
+    "bad scale",
+    "config not applied",
+    "calibration data",
+    "inherited",
+]
 _SHOWN = 10
 _MANY_CLIPPED = 0.25
 """From this share of all points on, clipping has one cause that lies before all of them."""
@@ -39,6 +50,7 @@ class Diagnosis:
         verdict: ``fine``; ``rounding``: the step is too coarse; ``clipping``: values outside the range;
             ``non-uniform``: in range, but one step cannot serve large and small values; ``bad scale``: the scale does
             not fit the values or the declared range; ``config not applied``: an override is not in effect;
+            ``calibration data``: calibration saw other data than the model is for;
             ``inherited``: the point itself is fine, its tensor is off because of what comes before.
         evidence: why, in numbers.
         action: what to do.
@@ -75,9 +87,11 @@ class DiagnosisResult(Result[Diagnosis]):
 
     Args:
         remark: which model it is about, if that is not what is expected; begins the note.
+        calibration: why the calibration data are not those the model is for; empty if they are.
     """
 
     remark: str = ""
+    calibration: str = ""
     title: ClassVar[str] = "What to do"
     shown: ClassVar[tuple[str, ...]] = ("point", "verdict", "evidence", "action")
 
@@ -85,15 +99,8 @@ class DiagnosisResult(Result[Diagnosis]):
         """Names of all columns, also without rows."""
         return tuple(Diagnosis.__dataclass_fields__)
 
-    def blocks(self) -> tuple[Block, ...]:
-        """The table for people, with the columns that there is room for."""
-        return (Block.of(self.title, self.shown, self._shortened().to_dicts(), self.note),)
-
-    def full_blocks(self) -> tuple[Block, ...]:
-        """The table for people."""
-        return (Block.of(self.title, self.columns(), self._shortened().to_dicts(), self.note),)
-
-    def _shortened(self) -> DiagnosisResult:
+    @override
+    def for_people(self) -> DiagnosisResult:
         """The worst of the rounds of a loop that have the same verdict; csv and json hold all."""
         rows = (
             replace(row, point=f"{row.point} (worst of {rounds} rounds)") if rounds > 1 else row
@@ -132,13 +139,45 @@ class DiagnosisResult(Result[Diagnosis]):
             rows = [replace(row, yaml=with_target_path(row.yaml, row.region)) for row in rows]
         return cls(tuple(sorted(rows, key=severest_first)))
 
+    def with_foreign_data(
+        self, text: str, action: str, regions: Mapping[str, Mapping[str, str]], activations: Collection[tuple[str, str]]
+    ) -> DiagnosisResult:
+        """Blame the calibration data for what is wrong with activations; no override is advised for them.
+
+        Args:
+            text: why the calibration data are not those the model is for, and what to do.
+            action: what to do, in short.
+            regions: by the path of the region and the name of the point: what it holds in both.
+            activations: path of the region and name of every point whose scale follows from the data.
+        """
+        rows = []
+        for row in self.rows:
+            is_off = row.verdict not in ("fine", "inherited", "config not applied")
+            if is_off and (row.region, row.point) in activations:
+                row = replace(
+                    row,
+                    verdict="calibration data",
+                    evidence=regions.get(row.region, {}).get(row.point, row.evidence),
+                    action=action,
+                    yaml="",
+                    factor=None,
+                    relative=False,
+                    after=None,
+                )
+            rows.append(row)
+        rows.sort(key=lambda row: (row.verdict != "calibration data", *severest_first(row)))
+        return replace(self, rows=tuple(rows), calibration=text)
+
     def lines(self, limit: int = _SHOWN) -> tuple[str, ...]:
         """Return the short list "what to do", worst first, with the YAML to paste."""
         found = self.culprits
         lines = [self.remark] if self.remark else []
         lines.append(f"What to do: {self._counts}.")
+        if self.calibration:
+            lines.append(self.calibration)
+            found = tuple(row for row in found if row.verdict != "calibration data")
         clipped = sum(row.verdict == "clipping" for row in found)
-        if not found:
+        if not self.culprits:
             lines.append(_NOTHING_STANDS_OUT)
         elif _MANY_CLIPPED * len(self.rows) <= clipped > 1:
             lines.append(f"{clipped} of {len(self.rows)} points clip: {_OTHER_DATA}")
@@ -146,7 +185,7 @@ class DiagnosisResult(Result[Diagnosis]):
         for number, (row, rounds) in enumerate(kept[:limit], 1):
             also = f", {_LOOP.format(rounds=rounds, line=row.loop)}" if rounds > 1 else "."
             lines.append(f"{number}. {_name(row)}: {row.verdict}{also} {row.evidence} {row.action}".rstrip())
-            lines += [f"     {line}" for line in row.yaml.split("\n")]
+            lines += [f"     {line}" for line in row.yaml.split("\n") if line]
         if len(kept) > limit:
             lines.append(f"{len(kept) - limit} more are in diagnosis.json and .txt.")
         return tuple(lines)

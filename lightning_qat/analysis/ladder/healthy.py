@@ -82,13 +82,14 @@ def _next_steps(ladder: Ladder, rungs: Collection[int]) -> Iterator[str]:
     lost = compare(before.metrics, calibrated, before) if calibrated is not None else []
     highest = _highest(ladder, rungs)
     if breaks(lost) and highest == QAT:
-        worst = worst_points(ladder.points)
+        worst = ladder.calibration or worst_points(ladder.points)
         yield f"Calibration alone loses the accuracy ({format_falls(judged(lost))}), and QAT wins it back: train on."
         yield from [worst.rstrip()] if worst else []
     elif breaks(lost):
-        yield (
-            f"Calibration alone has lost the accuracy ({format_falls(judged(lost))}), and that is quantization error: "
-            f"{RAISE_POINTS} before you train."
+        yield f"Calibration alone has lost the accuracy ({format_falls(judged(lost))})" + (
+            f". {ladder.calibration}"
+            if ladder.calibration
+            else f", and that is quantization error: {RAISE_POINTS} before you train."
         )
     elif highest == FLOAT_FINETUNE and QAT not in rungs:
         yield (

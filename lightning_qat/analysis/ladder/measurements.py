@@ -91,6 +91,7 @@ class Ladder:
         qat: rung 6, quantized, trained.
         missing: why a rung that was asked for was not measured.
         points: the points that lose most, in words, the worst first.
+        calibration: why the calibration data are not those the model is for, in words; empty if they are.
         total_steps: optimizer steps that this training will have.
     """
 
@@ -104,6 +105,7 @@ class Ladder:
     qat: Finetune | None = None
     missing: Mapping[int, str] = field(default_factory=dict)
     points: tuple[str, ...] = ()
+    calibration: str = ""
     total_steps: int = 0
 
     @property

@@ -133,10 +133,8 @@ def calibrated_evidence(ladder: Ladder) -> Evidence:
         return rows, []
     after = _qat_rows(ladder)
     training = f", and training does not mend it ({format_falls(judged(after))})" if after else ""
-    text = (
-        f"calibration alone loses the accuracy ({format_falls(judged(rows))}){training}. "
-        f"{worst_points(ladder.points)}Next: {RAISE_POINTS}; evaluate again before you train."
-    )
+    causes = _causes(ladder, "; evaluate again before you train")
+    text = f"calibration alone loses the accuracy ({format_falls(judged(rows))}){training}. {causes}"
     return rows, [BrokenRung(QUANTIZED, "quantization error", text)]
 
 
@@ -161,9 +159,14 @@ def qat_evidence(ladder: Ladder) -> Evidence:
     detail = format_falls(judged(rows)) if breaks(rows) else f"training loss {loss}"
     text = (
         f"everything holds but QAT itself: {detail} in {format_training(ladder.qat)}, while the same training without "
-        f"fake-quant keeps the accuracy. {worst_points(ladder.points)}Next: {RAISE_POINTS}."
+        f"fake-quant keeps the accuracy. {_causes(ladder)}"
     )
     return rows, [BrokenRung(QAT, "quantization error", text)]
+
+
+def _causes(ladder: Ladder, then: str = "") -> str:
+    """Why quantization loses accuracy, and what to do."""
+    return ladder.calibration or f"{worst_points(ladder.points)}Next: {RAISE_POINTS}{then}."
 
 
 def qat_recovers(ladder: Ladder) -> bool:

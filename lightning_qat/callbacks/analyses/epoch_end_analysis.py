@@ -18,6 +18,7 @@ from lightning_qat.callbacks.analyses.region_inputs import Calls, RegionInputs
 from lightning_qat.callbacks.analyses.undisturbed_analysis import undisturbed_analysis
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.final_report import last_epoch
 from lightning_qat.callbacks.trainer.messages import rank_zero_warn
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
@@ -66,6 +67,11 @@ class EpochEndAnalysis(ReportingCallback):
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch = trainer.current_epoch  # which is one more when training ends
+
+    @override
+    def report_without_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch = last_epoch(trainer)
+        super().report_without_training(trainer, pl_module)
 
     def _names(self) -> list[str]:
         return [f"{self._outputs.name}/{name}" for name in self.monitored]

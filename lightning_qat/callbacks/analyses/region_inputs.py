@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_qat.analysis.captured_calls import capture_calls
 from lightning_qat.callbacks.passes.extra_batches import extra_batches
+from lightning_qat.callbacks.passes.fresh_loaders import Stage
 from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.preservation.undisturbed import EVALUATION_HOOKS
 from lightning_qat.callbacks.trainer import _compat
@@ -35,9 +36,13 @@ class RegionInputs:
 
     The step has to run to find the inputs. If it hands the batch itself to the regions, training cannot change the
     inputs. A copy of them (at most 64 MiB) is then kept, and the next analysis needs neither a loader nor the step.
+
+    Args:
+        stage: whose batches.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stage: Stage = "calibration") -> None:
+        self._stage = stage
         self._kept: dict[int, Calls] = {}
 
     def are_kept(self, batches: int) -> bool:
@@ -60,7 +65,7 @@ class RegionInputs:
         calls: Calls = {path: [] for path in regions}
         kept: dict[str, list[Call | None]] = {path: [] for path in regions}
         room = 0 if _depends_on_weights(trainer, pl_module) else _KEPT_BYTES
-        for extra in extra_batches(trainer, pl_module, batches, "calibration"):
+        for extra in extra_batches(trainer, pl_module, batches, self._stage):
             tensors = leaves(extra.batch)
             room -= sum(t.numel() * t.element_size() for t in tensors)
             copies = {id(t): t.detach().clone() for t in tensors} if room > 0 else {}

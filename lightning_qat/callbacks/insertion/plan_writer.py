@@ -24,8 +24,8 @@ class PlanWriter:
         self._has_started = True
 
     def end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the plan with the scales of the weights that are kept, if training has started."""
-        if self._has_started:
+        """Write the plan with the scales of the weights that are kept, if there was training, now or before."""
+        if self._has_started or trainer.ckpt_path is not None:
             self._write(trainer, pl_module)
 
     def finish(self) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_debug  # type: ignor
 from lightning_qat.callbacks.insertion.call_recorder import CallRecorder
 from lightning_qat.callbacks.insertion.module_flow import ModuleFlow
 from lightning_qat.callbacks.insertion.trained_parts import gradient_leaves, parts_of_the_model
-from lightning_qat.callbacks.passes.calibration_batches import has_calibration_loader
+from lightning_qat.callbacks.passes.calibration_batches import calibration_owner
 from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batches
 from lightning_qat.callbacks.passes.fresh_loaders import Stage
 from lightning_qat.callbacks.passes.run_step import run_step
@@ -208,7 +208,7 @@ class _Batches:
     def of(self, stage: str) -> list[ExtraBatch]:
         """Return the batches of a stage; a run that has no loader for it uses what it calibrates with."""
         source = self.source(stage)
-        if source == "calibration" and "train" in self.taken and not has_calibration_loader(self.trainer):
+        if source == "calibration" and "train" in self.taken and calibration_owner(self.trainer) is None:
             return self.taken["train"]
         if source not in self.taken:
             self.taken[source] = list(extra_batches(self.trainer, self.pl_module, self.limit, source))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -11,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis
 from lightning_qat.analysis.ladder.measurements import Finetune, Ladder, Measurement
-from lightning_qat.analysis.ladder.rows import TRAIN_LOSS
+from lightning_qat.analysis.ladder.rows import TRAIN_LOSS, compare, format_falls, judged
 from lightning_qat.analysis.ladder.rungs import (
     BATCH_NORM_FIXED,
     BATCH_NORM_MOVING,
@@ -21,9 +20,11 @@ from lightning_qat.analysis.ladder.rungs import (
     QUANTIZED,
     TRAINING_RUNGS,
 )
+from lightning_qat.callbacks.analyses.calibration_data import foreign_data
 from lightning_qat.callbacks.analyses.diagnosed_regions import diagnosed_module
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state, moves_batch_norm
 from lightning_qat.callbacks.ladder.off_comparison import compare_off
+from lightning_qat.callbacks.ladder.training_plan import planned_steps
 from lightning_qat.callbacks.quantized_run import is_calibrated, quantization_of, require_regions
 from lightning_qat.callbacks.trainer.progress import progress
 from lightning_qat.quantization.errors import unknown_choice
@@ -82,18 +83,23 @@ def measure_ladder(
         float_model = measure_in_state(trainer, pl_module, "off", eval_batches)
         _require_logged(reference, float_model, who)
         needs_calibrated = calibrated and (QUANTIZED in rungs or QAT in rungs)
+        calibrated_model = measure_in_state(trainer, pl_module, "quantize", eval_batches) if needs_calibrated else None
+        rows = compare(float_model.metrics, calibrated_model, float_model) if calibrated_model is not None else []
+        foreign = foreign_data(trainer, pl_module, who) if format_falls(judged(rows)) else None
+        asks_points = foreign is None and needs_calibrated and QAT in rungs
         return Ladder(
             float_model=float_model,
             off=compare_off(trainer, pl_module, _OFF_BATCHES, advance) if OFF in rungs else None,
             batch_norm_fixed=run.zero_lr("off", freeze=True) if BATCH_NORM_FIXED in wanted else None,
             batch_norm_moving=run.zero_lr("off") if BATCH_NORM_MOVING in wanted else None,
-            calibrated=measure_in_state(trainer, pl_module, "quantize", eval_batches) if needs_calibrated else None,
+            calibrated=calibrated_model,
             quantized=run.zero_lr("quantize") if QUANTIZED in wanted else None,
             float_finetune=run.trained("off") if FLOAT_FINETUNE in wanted else None,
             qat=run.trained("quantize") if QAT in wanted else None,
             missing=missing,
-            points=worst_points(trainer, pl_module, who) if needs_calibrated and QAT in rungs else (),
-            total_steps=_total_steps(trainer),
+            points=worst_points(trainer, pl_module, who) if asks_points else (),
+            calibration=foreign.text if foreign is not None else "",
+            total_steps=planned_steps(trainer),
         )
 
 
@@ -149,11 +155,3 @@ def _format_point(row: Diagnosis) -> str:
 def _scale_updates(trainer: pl.Trainer) -> tuple[ScaleRole, ...]:
     quantization = quantization_of(trainer)
     return quantization.scale_updates(trainer) if quantization is not None else ("weight",)
-
-
-def _total_steps(trainer: pl.Trainer) -> int:
-    try:
-        steps = float(trainer.estimated_stepping_batches)
-    except Exception:  # loaders that cannot say how long they are
-        return 0
-    return int(steps) if math.isfinite(steps) and steps > 0 else 0

@@ -60,7 +60,7 @@ def calibration_loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> t
     )
 
 
-def has_calibration_loader(trainer: pl.Trainer) -> bool:
-    """Whether the datamodule or the module defines ``calibration_dataloader()``."""
+def calibration_owner(trainer: pl.Trainer) -> Any | None:
+    """Return the datamodule or the module, whichever defines ``calibration_dataloader()``; None if neither does."""
     owners = (trainer.datamodule, trainer.lightning_module)  # type: ignore[attr-defined]
-    return any(callable(getattr(owner, "calibration_dataloader", None)) for owner in owners)
+    return next((owner for owner in owners if callable(getattr(owner, "calibration_dataloader", None))), None)

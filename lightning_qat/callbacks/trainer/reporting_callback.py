@@ -10,17 +10,17 @@ from typing import TypeVar
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from lightning_qat.callbacks.trainer.final_report import FinalReport
 from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
 from lightning_qat.reporting.reports_of_run import RunReports
 
 T = TypeVar("T")
 
 
-class ReportingCallback(Callback):
-    """A callback whose analyses go through :meth:`tried`, and whose reports go through ``self._reports``.
+class ReportingCallback(FinalReport):
+    """A callback with a final report. Its analyses go through :meth:`tried`, its reports through ``self._reports``.
 
     An analysis that fails is left out. A report that cannot be written is tried again until the run ends.
 
@@ -60,6 +60,11 @@ class ReportingCallback(Callback):
         if text not in self._failures:
             self._failures.add(text)
             rank_zero_warn(f"{type(self).__name__}, epoch {trainer.current_epoch}: {text}")
+
+    @property
+    def missing_files(self) -> dict[Path, str]:
+        """The files that could not be written in the latest run, with the reason."""
+        return self._reports.missing
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

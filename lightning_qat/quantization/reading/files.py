@@ -157,9 +157,11 @@ class Document:
             DamagedFileError: it cannot be read, or is something else.
         """
         try:
-            return torch.load(self.path, map_location="cpu", weights_only=weights_only)
-        except OSError as error:
+            open(self.path, "rb").close()  # what torch.load says of a damaged file may be an OSError too
+        except (OSError, ValueError) as error:
             raise self.error(_about_opening(error)) from error
+        try:
+            return torch.load(self.path, map_location="cpu", weights_only=weights_only)
         except Exception as error:  # a damaged file may raise whatever its bytes mean
             found = _UNSAFE_CLASS.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
             if found and weights_only:
