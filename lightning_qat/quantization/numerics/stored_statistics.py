@@ -50,7 +50,7 @@ def numbers(value: Any, shape: tuple[int, ...], place: str, least: float = -math
 
     Args:
         value: what a checkpoint holds.
-        shape: what it must have; 1 where one number may stand for several.
+        shape: what it must have.
         place: where it is, for messages.
         least: the smallest number allowed.
         most: the largest number allowed. NaN never is.
@@ -59,8 +59,8 @@ def numbers(value: Any, shape: tuple[int, ...], place: str, least: float = -math
         UnreadableValueError: it is something else.
     """
     try:
-        found = torch.as_tensor(value, dtype=torch.float64, device="cpu").expand(shape)
-        plain = not isinstance(value, Tensor) or not (value.is_complex() or value.is_sparse or value.is_quantized)
+        found = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        plain = tuple(found.shape) == shape and not (isinstance(value, Tensor) and value.is_complex())
     except (TypeError, ValueError, RuntimeError, OverflowError, NotImplementedError):
         plain = False
     if not plain:

@@ -109,8 +109,8 @@ def _check_point(
     scales = len(point.split_sizes) if point.split_sizes is not None else point.channels
     try:
         stored = read_as(_Point, statistics[point.name])
-        for name in ("ratio", "ema_ratio"):
-            numbers(getattr(stored, name), (2, scales or 1), f".{name}", math.ulp(0.0), _MOST)
+        for name, ratio in (("ratio", stored.ratio), ("ema_ratio", stored.ema_ratio)):
+            _check_ratio(ratio, scales or 1, f".{name}")
         if "statistics" in statistics[point.name]:
             check_statistics(stored.statistics, point.channels, point.split_sizes)
         elif not point.is_weight:
@@ -119,6 +119,17 @@ def _check_point(
         raise error.inside(f".statistics[{point.name!r}]") from None
     if state_dict is not None:
         _check_scale(point, stored, state_dict, f"{prefix}fake_quants.{key_of(point.name)}.", scales)
+
+
+def _check_ratio(ratio: object, scales: int, place: str) -> None:
+    """One number, row or column may stand for all: see ``packed_ratios``."""
+    for shape in ((), (1, 1), (2, 1), (1, scales)):
+        try:
+            numbers(ratio, shape, place, math.ulp(0.0), _MOST)
+        except UnreadableValueError:
+            continue
+        return
+    numbers(ratio, (2, scales), place, math.ulp(0.0), _MOST)
 
 
 def _check_scale(
