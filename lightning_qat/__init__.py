@@ -3,6 +3,8 @@
 from lightning_qat.analysis.comparison.bad_cases import find_bad_cases
 from lightning_qat.analysis.comparison.comparison import compare
 from lightning_qat.analysis.diagnosis.diagnosis import diagnose
+from lightning_qat.analysis.mixed_precision.measure_errors import measure_errors
+from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from lightning_qat.analysis.model_check.model_check import check
 from lightning_qat.analysis.runs.run_comparison import compare_runs
 from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
@@ -49,6 +51,7 @@ __all__ = [
     "Override",
     "PipelineCheck",
     "PipelineFingerprint",
+    "PrecisionErrors",
     "ProfileViolation",
     "QConfig",
     "QuantizationAwareTraining",
@@ -69,6 +72,7 @@ __all__ = [
     "find_violations",
     "insert",
     "load_quantized",
+    "measure_errors",
     "parameter_groups",
     "sensitivity",
     "show",

@@ -38,6 +38,7 @@ PARTS = {  # folders, and files beside them; "" are the other files
         "",
         "statistics",
         "sensitivity",
+        "mixed_precision",
         "model_check",
         "fingerprint",
         "ladder",

@@ -40,8 +40,12 @@ def op_flops(op: Op) -> int:
     if op.role in ("pass", "create") or not op.outputs:
         return 0
     output = math.prod(op.outputs[0][1])
-    special = op.gemm or op.kind in _RECURRENT or op.kind == "scaled_dot_product_attention"
-    return max(1, op.calls) * (_product_flops(op, output) if special else output)
+    return max(1, op.calls) * (_product_flops(op, output) if is_product(op) else output)
+
+
+def is_product(op: Op) -> bool:
+    """Whether an op multiplies and accumulates: a matrix product, a convolution, attention or a recurrent layer."""
+    return op.gemm or op.kind in _RECURRENT or op.kind == "scaled_dot_product_attention"
 
 
 def einsum_flops(equation: str, shapes: Sequence[Sequence[int]]) -> int:

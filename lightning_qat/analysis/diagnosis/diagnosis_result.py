@@ -7,9 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from typing_extensions import override
+
 from lightning_qat.analysis.comparison.loop_rounds import worst_rounds
 from lightning_qat.analysis.model_check.long_loops import ANNOTATION
-from lightning_qat.analysis.results import Block, Result
+from lightning_qat.analysis.results import Result
 from lightning_qat.quantization.planning.target_paths import with_target_path
 
 Verdict = Literal[
@@ -97,15 +99,8 @@ class DiagnosisResult(Result[Diagnosis]):
         """Names of all columns, also without rows."""
         return tuple(Diagnosis.__dataclass_fields__)
 
-    def blocks(self) -> tuple[Block, ...]:
-        """The table for people, with the columns that there is room for."""
-        return (Block.of(self.title, self.shown, self._shortened().to_dicts(), self.note),)
-
-    def full_blocks(self) -> tuple[Block, ...]:
-        """The table for people."""
-        return (Block.of(self.title, self.columns(), self._shortened().to_dicts(), self.note),)
-
-    def _shortened(self) -> DiagnosisResult:
+    @override
+    def for_people(self) -> DiagnosisResult:
         """The worst of the rounds of a loop that have the same verdict; csv and json hold all."""
         rows = (
             replace(row, point=f"{row.point} (worst of {rounds} rounds)") if rounds > 1 else row

@@ -16,7 +16,7 @@ from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.deployed_part import deployed_part
 from lightning_qat.quantization.planning.fusion import FusionGroup
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
-from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile, shipped_profiles
+from lightning_qat.quantization.planning.hardware_profile_files import planned_profile
 from lightning_qat.quantization.planning.target_paths import local_rules
 from lightning_qat.quantization.region.effective_dtypes import FLOAT, EffectiveDtypes, effective_dtypes
 from lightning_qat.quantization.region.region import Region
@@ -68,11 +68,6 @@ class CheckedRegion:
         return {name: group for group in self.plan.fusions for name in group.ops}
 
     @cached_property
-    def position(self) -> dict[str, int]:
-        """Number of each op in execution order."""
-        return {op.name: i for i, op in enumerate(self.graph.ops)}
-
-    @cached_property
     def is_calibrated(self) -> bool:
         """Whether the region has calibrated ranges."""
         return self.region.is_calibrated
@@ -94,11 +89,7 @@ class CheckedRegion:
     @cached_property
     def profile(self) -> HardwareProfile | None:
         """The hardware: that of the options, or that of the plan if it can be found by its name."""
-        planned = self.plan.profile
-        if self.options.profile is not None or planned is None or planned["name"] not in shipped_profiles():
-            return self.options.profile
-        shipped = hardware_profile(planned["name"])
-        return shipped if shipped is not None and shipped.digest == planned["sha256"] else None
+        return self.options.profile or planned_profile(self.plan)
 
     @cached_property
     def computing(self) -> tuple[Op, ...]:

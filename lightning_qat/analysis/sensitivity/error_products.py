@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_qat.analysis.sensitivity.sample_axes import Key, SampleAxis, sample_axis
 from lightning_qat.analysis.sensitivity.watched_forward import WeightUse
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves
 from lightning_qat.quantization.region.bound_points import BoundPoint
 
@@ -23,7 +24,8 @@ class ErrorProducts:
 
     Args:
         owner: maps every point to the point that owns its quantizer.
-        names: the points to watch.
+        quantizers: the fake-quants to watch, by the owner, each under the name of its results; one that is None stands
+            for the fake-quant that the point has.
         probes: how many backward passes there will be.
         overwritten: points whose tensor is written later in the forward: their values are copied.
         shared: points whose tensor other ops may read past the point (operands, results of in-place ops).
@@ -32,9 +34,9 @@ class ErrorProducts:
         leaves: the tensors at which gradients start.
         values: the watched tensors.
         axes: the sample axis of a tensor; without one, a product is summed over the batch.
-        seen: points that were run.
-        arrived: points that a gradient reached.
-        failed: points whose error could not be computed any more.
+        seen: names of the results whose point was run.
+        arrived: those that a gradient reached.
+        failed: those whose error could not be computed any more.
     """
 
     transparent = True
@@ -42,13 +44,13 @@ class ErrorProducts:
     def __init__(
         self,
         owner: Mapping[str, str],
-        names: Container[str],
+        quantizers: Mapping[str, Mapping[str, FakeQuantize | None]],
         probes: int,
         overwritten: Container[str] = (),
         shared: Container[str] = (),
     ) -> None:
         self._owner = owner
-        self._names = names
+        self._quantizers = quantizers
         self.left_torch = False
         self.leaves: list[Tensor] = []
         self.values: dict[Key, WatchedTensor] = {}
@@ -57,24 +59,30 @@ class ErrorProducts:
         self.arrived: set[str] = set()
         self.failed: set[str] = set()
         self._products: dict[str, Tensor] = {}
-        self._kept: dict[Key, Tensor] = {}
+        self._kept: dict[tuple[Key, str], Tensor] = {}
         self._errors: dict[str, list[Callable[[], Tensor]]] = {}
         self._overwritten = overwritten
         self._shared = shared
         self._room = _KEPT_BYTES if probes > 1 else 0
         self._hooks: list[RemovableHandle] = []
 
+    def quantizers(self, point: BoundPoint) -> list[tuple[str, FakeQuantize]]:
+        """Return the fake-quants to watch at a point."""
+        watched = self._quantizers.get(self._owner[point.name], {})
+        return [(name, fake_quant or point.fake_quant) for name, fake_quant in watched.items()]
+
     def on_tensor(self, point: BoundPoint, use: int, tensor: Tensor) -> Tensor:
         """Watch an activation. One without a gradient (a region input, a constant) becomes the start of one."""
-        name = self._owner[point.name]
-        if name not in self._names:
+        quantizers = self.quantizers(point)
+        if not quantizers:
             return tensor
-        self.seen.add(name)
+        names = [name for name, _ in quantizers]
+        self.seen.update(names)
         if tensor.requires_grad and not _has_derivative(tensor):
             tensor = tensor.detach()
         if not tensor.requires_grad:
             if point.written:  # others may know the tensor: it has to stay the same
-                self.failed.add(name)
+                self.failed.update(names)
                 return tensor
             tensor = self.differentiable(tensor)
         elif point.name in self._shared and not point.written:
@@ -82,12 +90,12 @@ class ErrorProducts:
         detached = tensor.detach()
         overwritten = point.rewritten or point.written or point.name in self._overwritten
         value = WatchedTensor(detached.clone() if overwritten else detached)
-        fake_quant = point.fake_quant
+        for name, fake_quant in quantizers:
 
-        def error() -> Tensor:
-            return fake_quant.forward(value.tensor) - value.tensor
+            def error(fake_quant: FakeQuantize = fake_quant) -> Tensor:
+                return fake_quant.forward(value.tensor) - value.tensor
 
-        self._watch((point.name, use, 0), name, tensor, value, error)
+            self._watch((point.name, use, 0), name, tensor, value, error)
         return tensor
 
     def differentiable(self, tensor: Tensor) -> Tensor:
@@ -100,9 +108,7 @@ class ErrorProducts:
 
     def on_weight(self, use: int, op: WeightUse) -> None:
         """Watch the results of an op that uses a weight."""
-        name = self._owner[op.point.name]
-        if name not in self._names:
-            return
+        name = op.name
         self.seen.add(name)
         operands = [WatchedTensor(t) for t in call_leaves(op.args, op.kwargs)]
         for index, result in enumerate(op.results):
@@ -125,17 +131,17 @@ class ErrorProducts:
             held.clear()
 
     def take(self) -> dict[str, Tensor]:
-        """Return the products of one backward pass, by point: one for each sample, or one for the batch."""
+        """Return the products of one backward pass, by name: one for each sample, or one for the batch."""
         products, self._products = self._products, {}
         return products
 
     @torch.no_grad()
     def has_error(self, name: str) -> bool:
-        """Whether quantizing a point changes its tensor at all."""
+        """Whether a fake-quant changes its tensor at all."""
         return any(bool(error().any()) for error in self._errors.get(name, ()))
 
-    def _error(self, key: Key, error: Callable[[], Tensor]) -> Tensor:
-        """The error at a point; kept for the next probe as long as there is room."""
+    def _error(self, key: tuple[Key, str], error: Callable[[], Tensor]) -> Tensor:
+        """The error of one result at a point; kept for the next probe as long as there is room."""
         kept = self._kept.get(key)
         if kept is None:
             kept = _wide(error())
@@ -161,7 +167,7 @@ class ErrorProducts:
             if needs_value and value.written:
                 self.failed.add(name)
                 return
-            d, axis = self._error(key, error), self.axes.get(key)
+            d, axis = self._error((key, name), error), self.axes.get(key)
             new = torch.sum(d * gradient).view(1) if axis is None else axis.products(d, gradient)
             old = self._products.get(name)
             if old is not None:  # used several times: the errors act together
@@ -192,6 +198,10 @@ class SampleComparison:
         self._samples = samples
         self._fewer = fewer
         self.axes: dict[Key, SampleAxis] = {}
+
+    def quantizers(self, point: BoundPoint) -> list[tuple[str, FakeQuantize]]:
+        """Return one fake-quant: the samples are at the same place whatever the type."""
+        return [(point.name, point.fake_quant)]
 
     def on_tensor(self, point: BoundPoint, use: int, tensor: Tensor) -> Tensor:
         """Compare an activation."""

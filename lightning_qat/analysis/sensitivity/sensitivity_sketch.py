@@ -14,7 +14,7 @@ rounding inside the model stay what they are in float.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
@@ -29,6 +29,7 @@ from lightning_qat.analysis.sensitivity.error_products import ErrorProducts, Sam
 from lightning_qat.analysis.sensitivity.sample_axes import Key, SampleAxis, fewer_samples, sample_axis
 from lightning_qat.analysis.sensitivity.watched_forward import WatchedForward
 from lightning_qat.quantization import ranks
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.interception.transparent_gradients import TransparentGradients
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.module_walk import modules_outside_regions
@@ -67,9 +68,11 @@ class Sketch:
         seed: seed of the probes, and of the random numbers that the forward draws.
         max_samples: use this many samples of each batch, if they are independent of each other; None for all.
         memory: results of earlier analyses of this region and output.
+        alternatives: fake-quants to estimate in place of those of the points, by point, each under a name of its own:
+            one set of gradients serves the errors of several types.
 
     Attributes:
-        estimates: by name of the point.
+        estimates: by name of the point, or of the alternative.
         elements: number of finite elements of the chosen output, over all batches.
         batches: number of batches.
         left_torch: a tensor became Python numbers in the forward; how they act on the output is not known.
@@ -87,14 +90,18 @@ class Sketch:
         seed: int = 0,
         max_samples: int | None = None,
         memory: RegionMemory | None = None,
+        alternatives: Mapping[str, Mapping[str, FakeQuantize]] | None = None,
     ) -> None:
         self.region = region
+        self._quantizers: dict[str, dict[str, FakeQuantize | None]] = {
+            name: {name: None} if alternatives is None else dict(alternatives[name]) for name in names
+        }
         self.select = select
         self.probes = probes
         self.seed = seed
         self.max_samples = max_samples
         self.memory = memory or RegionMemory()
-        self.estimates = {name: Estimate() for name in names}
+        self.estimates = {name: Estimate() for own in self._quantizers.values() for name in own}
         self.elements = 0
         self.batches = 0
         self.left_torch = False
@@ -134,8 +141,8 @@ class Sketch:
         """Add a batch. A partial one is not added, and False returned, if its samples are not independent."""
         target = self.region.target
         with (
-            closing(ErrorProducts(self._owner, self.estimates, self.probes, *self._tensors)) as watched,
-            self.region.only(self.estimates),
+            closing(ErrorProducts(self._owner, self._quantizers, self.probes, *self._tensors)) as watched,
+            self.region.only(self._quantizers),
             _no_parameter_gradients(target),
             torch.enable_grad(),
             RepeatableForward(target, call, self.seed, copies=True) as forward,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.interception.interception import InterceptionMode
 from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.interception.transparent_gradients import handler_of, leaves_torch
@@ -28,6 +30,9 @@ class Watcher(Protocol):
     left_torch: bool
     """Whether a tensor became Python numbers."""
 
+    def quantizers(self, point: BoundPoint) -> Iterable[tuple[str, FakeQuantize]]:
+        """Return the fake-quants whose error at a point is looked at, each under the name of its result."""
+
     def on_tensor(self, point: BoundPoint, use: int, tensor: Tensor) -> Tensor:
         """Look at an activation, and return the tensor with which the forward continues."""
 
@@ -43,6 +48,7 @@ class WeightUse:
 
     Args:
         point: the weight's point.
+        name: the name of the result.
         func: the torch function.
         kind: its canonical name.
         args: positional arguments, all tensors detached.
@@ -65,6 +71,7 @@ class WeightUse:
     def __init__(
         self,
         point: BoundPoint,
+        name: str,
         func: Operation,
         kind: str,
         args: tuple[Any, ...],
@@ -75,6 +82,7 @@ class WeightUse:
         results: list[Tensor],
     ) -> None:
         self.point = point
+        self.name = name
         self.func = func
         self.results = results
         self.is_linear = kind in self.LINEAR
@@ -170,16 +178,18 @@ class WatchingMode(InspectingMode):
     ) -> Any:
         if not weight.is_floating_point():
             return result
-        with torch.no_grad():
-            quantized = self._quantize(point, weight.detach())
         parts = [result] if isinstance(result, Tensor) else [r for r in result if isinstance(r, Tensor)]
         floats = [r for r in parts if r.is_floating_point()]
         if isinstance(result, Tensor) and result.is_floating_point():
             result = self.watcher.differentiable(result)  # an embedding: nothing before it has a gradient
             floats = [result]
-        if quantized is not weight:
-            use = WeightUse(point, func, kind, args, kwargs, index, quantized, weight.detach(), floats)
-            self.watcher.on_weight(self._use(point), use)
+        weight, use = weight.detach(), self._use(point)
+        for name, fake_quant in self.watcher.quantizers(point):
+            with torch.no_grad():
+                quantized = self._quantize(point.quantized_by(fake_quant), weight)
+            if quantized is not weight:
+                operands = (args, kwargs, index, quantized, weight, floats)
+                self.watcher.on_weight(use, WeightUse(point, name, func, kind, *operands))
         return result
 
 

@@ -22,7 +22,7 @@ class FakeQuantDict(nn.ModuleDict):
     """
 
     def __init__(self, plan: QuantPlan) -> None:
-        super().__init__({key_of(p.name): _fake_quant(p) for p in plan.points if p.same_as is None})
+        super().__init__({key_of(p.name): fake_quant_of(p) for p in plan.points if p.same_as is None})
         self.register_load_state_dict_post_hook(_show_children)  # type: ignore[no-untyped-call]
 
     def by_point(self, plan: QuantPlan) -> dict[str, FakeQuantize]:
@@ -53,7 +53,8 @@ class FakeQuantDict(nn.ModuleDict):
         self.__dict__["_modules"] = {}
 
 
-def _fake_quant(point: PointPlan) -> FakeQuantize:
+def fake_quant_of(point: PointPlan) -> FakeQuantize:
+    """Return a new fake-quant as a point of a plan describes it, not calibrated unless its scale is fixed."""
     fake_quant = FakeQuantize(
         point.dtype,
         scheme=point.scheme,  # type: ignore[arg-type]

@@ -60,7 +60,8 @@ def numbers(value: Any, shape: tuple[int, ...], place: str, least: float = -math
     """
     try:
         found = torch.as_tensor(value, dtype=torch.float64, device="cpu")
-        plain = tuple(found.shape) == shape and not (isinstance(value, Tensor) and value.is_complex())
+        plain = tuple(found.shape) == shape and found.layout is torch.strided
+        plain = plain and not (isinstance(value, Tensor) and value.is_complex())
     except (TypeError, ValueError, RuntimeError, OverflowError, NotImplementedError):
         plain = False
     if not plain:

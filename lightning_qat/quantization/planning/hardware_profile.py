@@ -92,6 +92,8 @@ class HardwareProfile:
         description: a text for people.
         source: where the facts come from.
         unsupported: kinds that have no rule on purpose, each with the reason.
+        cost: time per operation by kind of op and type, relative to any unit; ``*`` is every kind without an entry.
+            Only the choice of types in :func:`lightning_qat.measure_errors` uses it.
 
     Example:
         >>> from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
@@ -107,6 +109,7 @@ class HardwareProfile:
     description: str = ""
     source: str = ""
     unsupported: Mapping[str, str] = field(default_factory=dict)
+    cost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def why_unsupported(self, kind: str) -> str:
         """Say why an op without a rule runs in float."""

@@ -10,15 +10,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from typing import Any, get_args
 
-from lightning_qat.quantization.config_values import Granularity, Scheme
+from lightning_qat.quantization.config_values import Granularity, Scheme, positive_number
 from lightning_qat.quantization.errors import ConfigurationError, near_names, shown, unknown_choice
 from lightning_qat.quantization.functions.function_lookup import known_kinds
 from lightning_qat.quantization.numerics.dtypes import DtypeName
 from lightning_qat.quantization.planning.fusion_patterns import DEFAULT_PATTERNS, GEMM_LAYERS, FusionPatterns
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile, OpRule, Signature
+from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.reading.files import Document
 
-_PROFILE_KEYS = ("name", "version", "description", "source", "groups", "ops", "unsupported", "fusions")
+_PROFILE_KEYS = ("name", "version", "description", "source", "groups", "ops", "unsupported", "fusions", "cost")
 _RULE_KEYS = ("kinds", "signatures", "schemes", "weight_granularity")
 _SIGNATURE_KEYS = ("input", "weight", "output")
 
@@ -53,6 +54,15 @@ def hardware_profile(
     if value is None or isinstance(value, HardwareProfile):
         return value
     return parse_profile(value, "profile") if isinstance(value, Mapping) else read_profile(value)
+
+
+def planned_profile(plan: QuantPlan) -> HardwareProfile | None:
+    """Return the profile that a plan was made under, if it is a shipped one that still allows the same."""
+    planned = plan.profile
+    if planned is None or planned["name"] not in shipped_profiles():
+        return None
+    shipped = read_profile(planned["name"])
+    return shipped if shipped.digest == planned["sha256"] else None
 
 
 def shipped_profiles() -> tuple[str, ...]:
@@ -141,7 +151,25 @@ def parse_profile(data: Any, where: str) -> HardwareProfile:
         )
     keys = [key for key in ("version", "description", "source") if data.get(key) is not None]
     texts = {key: _text(data[key], f"{where}: {key}") for key in keys}
-    return HardwareProfile(_text(data["name"], f"{where}: name"), rules, patterns, unsupported=unsupported, **texts)
+    cost = _costs(data.get("cost"), groups, f"{where}: cost")
+    name = _text(data["name"], f"{where}: name")
+    return HardwareProfile(name, rules, patterns, unsupported=unsupported, cost=cost, **texts)
+
+
+def _costs(item: Any, groups: Mapping[str, frozenset[str]], where: str) -> dict[str, dict[str, float]]:
+    """``{conv: {int8: 1.0, int16: 2.0}, "*": {...}}``: time per operation by kind of op and type."""
+    found: dict[str, dict[str, float]] = {}
+    for name, times in _mapping({} if item is None else item, where).items():
+        place = f"{where}.{name}"
+        own = {
+            _choices(dtype, get_args(DtypeName), "dtype", place)[0]: positive_number(time, f"{place}.{dtype}")
+            for dtype, time in _mapping(times, place).items()
+        }
+        for kind in [name] if name == "*" else _kinds([name], groups, where):
+            if kind in found:
+                raise ConfigurationError(f"{place}: {kind!r} already has a cost: write one entry per kind.")
+            found[kind] = own
+    return found
 
 
 def _rule(item: Mapping[str, Any], place: str) -> OpRule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Container, Mapping
 
 import torch
@@ -68,6 +69,12 @@ class BoundPoint:
         self.repeats = repeats and not is_weight
         self.parameter = parameter
         self.trained: ParameterView | None = None
+
+    def quantized_by(self, fake_quant: FakeQuantize) -> BoundPoint:
+        """Return the same point with another fake-quant."""
+        point = copy.copy(self)
+        point.fake_quant = fake_quant
+        return point
 
     @torch.no_grad()
     def refresh(self, parameters: Container[int]) -> None:

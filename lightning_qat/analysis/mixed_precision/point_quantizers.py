@@ -1,0 +1,109 @@
+"""The fake-quants of a region's points at several types, from one calibration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.fake_quant.fake_quant_dict import fake_quant_of
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.numerics.dtypes import quant_dtype
+from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.make_plan import make_plan
+from lightning_qat.quantization.planning.plan import PointPlan, QuantPlan
+from lightning_qat.quantization.qconfig import QConfig
+from lightning_qat.quantization.region.effective_dtypes import bits
+from lightning_qat.quantization.region.region import Region
+
+Quantizers = dict[str, dict[str, FakeQuantize]]
+"""By point, then by type, the narrowest first."""
+
+
+def ordered_dtypes(dtypes: Sequence[str]) -> tuple[str, ...]:
+    """Return types from the narrowest to the widest, each once.
+
+    Raises:
+        ConfigurationError: there are fewer than two, or one is no quantized type.
+
+    Example:
+        >>> ordered_dtypes(["int16", "int8"])
+        ('int8', 'int16')
+    """
+    given = [dtypes] if isinstance(dtypes, str) else dtypes
+    found = tuple(sorted(dict.fromkeys(quant_dtype(dtype).name for dtype in given), key=bits))
+    if len(found) < 2:
+        raise ConfigurationError(f"dtypes must name at least two types, such as ('int8', 'int16'), not {dtypes!r}.")
+    return found
+
+
+def plans_by_dtype(
+    region: Region, dtypes: Sequence[str], profile: HardwareProfile | None = None
+) -> dict[str, QuantPlan]:
+    """Plan the region once for each type, as if it were the default of all points.
+
+    Overrides of the user stay in effect, so points that they give a type keep it.
+
+    Args:
+        region: its graph, defaults and overrides are used.
+        dtypes: the types.
+        profile: the hardware the region was planned for.
+    """
+    plans = {}
+    for dtype in dtypes:
+        qconfig = QConfig.of(copy.deepcopy(region.plan.qconfig))
+        qconfig.activation.dtype = qconfig.weight.dtype = dtype  # type: ignore[assignment]
+        plans[dtype] = make_plan(region.graph, qconfig, region.plan.overrides, profile)
+    return plans
+
+
+def quantizers_by_dtype(region: Region, plans: Mapping[str, QuantPlan]) -> Quantizers:
+    """Make the fake-quants of all calibrated points for each type, from the statistics that calibration kept.
+
+    The fake-quant that a point has now serves its own type. A point is missing at a type if its overrides or the
+    hardware give it another one there.
+
+    Args:
+        region: a calibrated region. Only statistics of weights that a checkpoint left out are taken again.
+        plans: the plans of :func:`plans_by_dtype`.
+    """
+    region.scales.refresh_weights()
+    region.scales.observe_weights_again()
+    points = region.points
+    found: Quantizers = {}
+    for own in region.plan.points:
+        present = points[own.name]
+        if own.same_as is not None or present.scale_source is None:
+            continue
+        at: dict[str, FakeQuantize] = {}
+        for plan in plans.values():
+            planned = plan.by_name.get(own.name)
+            if planned is None or not _same_place(own, planned) or planned.dtype in at:
+                continue
+            if planned.dtype == present.dtype:
+                at[planned.dtype] = present
+            elif (made := _calibrated(planned, present)) is not None:
+                at[planned.dtype] = made
+        found[own.name] = at
+    return found
+
+
+def _same_place(one: PointPlan, other: PointPlan) -> bool:
+    """Whether two plans quantize the same tensor with scales of the same shape."""
+    fields = ("op", "role", "operand", "scheme", "axis", "channels", "split_sizes", "groups", "batch_norm", "same_as")
+    return all(getattr(one, field) == getattr(other, field) for field in fields)
+
+
+@torch.no_grad()
+def _calibrated(planned: PointPlan, present: FakeQuantize) -> FakeQuantize | None:
+    """A fake-quant as planned, with the statistics of the present one; None if these say nothing."""
+    made = fake_quant_of(planned).to(present.scale.device)
+    made.statistics = present.statistics  # only read
+    if made.fixed_scale is not None:
+        return made
+    if not present.statistics.count or present.starts_at_zero:
+        return None
+    made.compute_scale(present.scale_source if present.scale_source != "fixed" else None)
+    return made
