@@ -147,9 +147,7 @@ def test_missing_plan_is_no_float_checkpoint(checkpoint: Path, tmp_path: Path) -
     content = torch.load(checkpoint)
     del content["state_dict"][EXTRA]
     torch.save(content, tmp_path / "x.ckpt")
-    with pytest.raises(
-        MisconfigurationException, match=r"_quantization._extra_state\] is missing, which holds the plan"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"_extra_state\] is missing, which holds the plan"):
         load_quantized(Classifier, tmp_path / "x.ckpt")
 
 
@@ -178,7 +176,7 @@ def test_ranges_of_a_comparison(ends: Any) -> None:
         check_declared_range("a", ends, ["a"])
 
 
-@pytest.mark.filterwarnings("ignore:weight decay pulls")
+@pytest.mark.filterwarnings("ignore:weight decay pulls", "ignore:learned scales that are less than 2 steps")
 def test_scales_that_training_has_taken_below_zero_are_read(tmp_path: Path) -> None:
     """Learned scales are clamped where they are used: a run that diverged can be looked at."""
     content = torch.load(quantized_checkpoint(tmp_path, qat={"activation_scales": "learned"}))
