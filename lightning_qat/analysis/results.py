@@ -93,10 +93,14 @@ class Result(Generic[RowT]):
         """Return the facts beside the rows, for the JSON file."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rows"}
 
+    def for_people(self) -> Result[RowT]:
+        """Return the rows that tables for people show; csv and json hold all."""
+        return self
+
     def blocks(self) -> tuple[Block, ...]:
         """Return the short form for the terminal and the loggers: the ``shown`` columns."""
-        return (Block.of(self.title, self.shown or self.columns(), self.to_dicts(), self.note),)
+        return (Block.of(self.title, self.shown or self.columns(), self.for_people().to_dicts(), self.note),)
 
     def full_blocks(self) -> tuple[Block, ...]:
         """Return the full form for a text file: all columns."""
-        return (Block.of(self.title, self.columns(), self.to_dicts(), self.note),)
+        return (Block.of(self.title, self.columns(), self.for_people().to_dicts(), self.note),)

@@ -21,7 +21,7 @@ from lightning_qat.callbacks.quantization_aware_training import QuantizationAwar
 from lightning_qat.callbacks.quantized_run import evaluations_of
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.qconfig import QConfig
-from tests.harness.planted import DominatingChannel, Planted, SinePlaces
+from tests.harness.planted import DominatingChannel, Planted, Sentinel, SinePlaces
 from tests.harness.small_digits import Digits, pretrained
 from tests.harness.state import assert_same
 from tests.harness.trainers import qat_trainer
@@ -101,6 +101,16 @@ def test_cause_comes_first_before_the_first_step_and_its_yaml_repairs(
     run(tmp_path / "repaired", model.pretrained(), LayerComparison(), repaired, quantization=quantization(rules))
     assert repaired.accuracy[1] > 0.97 * repaired.accuracy[0]
     assert repaired.files == set()
+
+
+def test_task_that_loses_alone_is_enough(tmp_path: Path) -> None:
+    """-99 for what is missing doubles the error of one of two tasks."""
+    comparison = LayerComparison()
+    run(tmp_path, Sentinel.pretrained(), comparison)
+    assert comparison.calibration_loss.startswith("val_mae ")
+    first = json.loads((tmp_path / "lightning_qat" / "calibrated_diagnosis.json").read_text())["rows"][0]
+    assert first["verdict"] == "non-uniform"
+    assert "mask them in the model" in first["action"]
 
 
 def test_order_of_the_diagnosis_does_not_need_a_sensitivity(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from lightning_qat.callbacks.quantization_aware_training import QuantizationAwar
 from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.reporting.console import console_text
 from tests.harness.noisy_run import Classifier, run, trainer_of
-from tests.harness.planted import DominatingChannel, Planted, SinePlaces, SmallDivisor
+from tests.harness.planted import DominatingChannel, Planted, Sentinel, SinePlaces, SmallDivisor
 from tests.harness.small_digits import Digits, digits, pretrained
 from tests.harness.state import assert_same
 from tests.harness.trainers import qat_trainer, quiet
@@ -125,6 +125,14 @@ def test_worst_points_are_causes(model: type[Planted], point: str, tmp_path: Pat
     quantization = QuantizationAwareTraining(qconfig=QConfig.of({"weight": {"granularity": "per_tensor"}}))
     with pytest.warns(UserWarning, match=rf"quantization error.*Worst points: {re.escape(point)} \(non-uniform: "):
         checked(tmp_path, model.pretrained(lr=1e-6), batches=5, trainer={"quantization": quantization})
+
+
+def test_task_whose_error_doubles_is_not_healthy(tmp_path: Path) -> None:
+    """-99 for what is missing sets the step of an input: the accuracy of one task holds, the error of the other not."""
+    with pytest.warns(UserWarning, match=r"quantization error.*val_mae .* -> .*Worst points: .*input0 \(non-uniform"):
+        result = checked(tmp_path, Sentinel.pretrained(lr=1e-6), batches=5)
+    status = {row.metric: row.status for row in result.rows if row.what == "calibrated"}
+    assert status == {"val_acc": "holds", "val_mae": "breaks"}
 
 
 def test_fake_quant_that_changes_the_module_while_off_is_found(tmp_path: Path) -> None:

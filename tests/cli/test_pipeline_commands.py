@@ -110,8 +110,8 @@ def test_checkpoint_is_given_to_scripts_that_know_no_such_option(
     ("words", "message"),
     [
         (["compare-pipelines", "only.json"], "give two fingerprints"),
-        (["compare-pipelines", "a.json", "b.json"], "there is no fingerprint 'a.json'"),
-        (["pipeline-check", "train.py", "--reference", "a.json"], "there is no fingerprint 'a.json'"),
+        (["compare-pipelines", "a.json", "b.json"], "a.json is not a fingerprint: there is no such file"),
+        (["pipeline-check", "train.py", "--reference", "a.json"], "a.json is not a fingerprint: there is no such file"),
         (["fingerprint", "nowhere.py"], "there is no script 'nowhere.py'"),
     ],
 )

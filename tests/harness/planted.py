@@ -48,8 +48,11 @@ class Planted(LightningModule):
             cls.plant(module)
         return module
 
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self(x), y)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
+        return self.loss(*batch)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.log("val_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
@@ -73,7 +76,7 @@ def _weights(cls: type[Planted]) -> dict[str, Tensor]:
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(300):
         optimizer.zero_grad()
-        F.cross_entropy(model(x[:1200]), y[:1200]).backward()
+        model.loss(x[:1200], y[:1200]).backward()
         optimizer.step()
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -138,3 +141,31 @@ class DominatingChannel(Planted):
     def samples(cls) -> tuple[Tensor, Tensor]:
         images, labels = digits()
         return images[:1600] / 16, labels[:1600]
+
+
+class Sentinel(Planted):
+    """Inputs of 0 to 1, and -99 for what is missing: one task counts what is missing, the other adds the values."""
+
+    def build(self) -> None:
+        self.count, self.total = nn.Linear(6, 7), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        there = (x > -50).float()
+        return torch.cat([self.count(there), self.total(x * there)], 1)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        found = self(x)
+        return F.cross_entropy(found[:, :7], y[:, 0].long()) + F.l1_loss(found[:, 7], y[:, 1])
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        found, y = self(batch[0]), batch[1]
+        self.log("val_acc", (found[:, :7].argmax(1) == y[:, 0]).float().mean())
+        self.log("val_mae", (found[:, 7] - y[:, 1]).abs().mean())
+
+    @classmethod
+    def samples(cls) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        values = torch.rand(1600, 6, generator=generator)
+        missing = torch.rand(1600, 6, generator=generator) < 0.3
+        total = 4 * values.masked_fill(missing, 0.0).sum(1) + 0.5 * torch.randn(1600, generator=generator)
+        return values.masked_fill(missing, -99.0), torch.stack([missing.sum(1).float(), total], 1)

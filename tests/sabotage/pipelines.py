@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -254,6 +256,40 @@ class OtherActivation(Pipeline):
         return logits
 
 
+class Scheduled(Pipeline):
+    """A schedule that steps after every batch."""
+
+    def __init__(self, schedule: Callable[[Any], Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.schedule = schedule
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"},
+        }
+
+
+def _falls_per_batch() -> Pipeline:
+    return Scheduled(lambda optimizer: StepLR(optimizer, 1, 0.1))
+
+
+def _from_ten_times() -> Pipeline:
+    return Scheduled(lambda optimizer: LambdaLR(optimizer, lambda step: max(1.0, 10.0 - 0.3 * step)))
+
+
+class SlowMomentum(Pipeline):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=10 * self.lr, momentum=0.999)
+
+
+def _frozen_head() -> Pipeline:
+    pipeline = Pipeline()
+    pipeline.head.requires_grad_(False)
+    return pipeline
+
+
 def _low_bits(dtype: str) -> QuantizationAwareTraining:
     return QuantizationAwareTraining(
         QConfig.of({"activation": {"dtype": dtype}, "weight": {"dtype": dtype, "granularity": "per_tensor"}})
@@ -371,6 +407,39 @@ SABOTAGES = (
     ),
     Sabotage("int2", QUANTIZATION, ("SensitivityAnalysis",), quantization=lambda: _low_bits("int2"), quick=True),
     Sabotage("int3, which QAT mends", "healthy", ("falls a little",), quantization=lambda: _low_bits("int3")),
+)
+_LONG = {"max_epochs": 10}
+_KINDS: tuple[tuple[str, str, Callable[[], Pipeline], dict[str, Any]], ...] = (
+    ("gradients clipped away", "gradient_clip_val 1e-09", Pipeline, {"gradient_clip_val": 1e-9}),
+    ("accumulation 32 times", "accumulate_grad_batches 1 -> 32", Pipeline, {"accumulate_grad_batches": 32}),
+    ("schedule that falls per batch", "StepLR per step", _falls_per_batch, {}),
+    ("momentum .999", "momentum averages over 1e+03 steps", SlowMomentum, {}),
+    ("weight decay 50 times", "weight_decay: 0.01 -> 0.5", lambda: Pipeline(weight_decay=50 * WEIGHT_DECAY), {}),
+    ("warm-up from ten times", "begins at 0.01, 10 times the learning rate", _from_ten_times, {}),
+    ("head frozen", "does not update head.weight, head.bias", _frozen_head, {}),
+)
+"""Hyperparameters that keep training from moving the model; none of them destroys it."""
+_PREVENTS = {
+    "gradients clipped away": ("int3", "int2"),
+    "accumulation 32 times": ("int2",),
+    "schedule that falls per batch": ("int3", "int2"),
+    "momentum .999": ("int3", "int2"),
+    "head frozen": ("int2",),
+}
+"""The types whose loss ten epochs of QAT then do not win back, and win back without (run once, see the README)."""
+PREVENTING = tuple(
+    Sabotage(
+        f"{name}, {dtype}",
+        HYPER if dtype in _PREVENTS.get(name, ()) else "healthy",
+        (cause,),
+        module,
+        QuantizationAwareTraining if dtype == "int8" else functools.partial(_low_bits, dtype),
+        {**_LONG, **trainer},
+        quick=(name, dtype) in {("accumulation 32 times", "int2"), ("schedule that falls per batch", "int8")},
+    )
+    for name, cause, module, trainer in _KINDS
+    for dtype in ("int8", "int3", "int2")
+    if dtype != "int2" or dtype in _PREVENTS.get(name, ())
 )
 HEALTHY = Sabotage("healthy", "healthy", ("every rung holds",))
 HEALTHY_SEEDS = 10

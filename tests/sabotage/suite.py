@@ -14,7 +14,16 @@ from torch import Tensor
 
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
-from tests.sabotage.pipelines import HEALTHY, HEALTHY_SEEDS, SABOTAGES, Sabotage, StopBeforeTraining, float_run, qat_run
+from tests.sabotage.pipelines import (
+    HEALTHY,
+    HEALTHY_SEEDS,
+    PREVENTING,
+    SABOTAGES,
+    Sabotage,
+    StopBeforeTraining,
+    float_run,
+    qat_run,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,6 @@ def checked(sabotage: Sabotage, directory: Path, seed: int = 0) -> Outcome:
 def every_outcome(directory: Path) -> list[Outcome]:
     """All faults, and the healthy pipeline with several seeds."""
     return [
-        *(checked(sabotage, directory) for sabotage in SABOTAGES),
+        *(checked(sabotage, directory) for sabotage in (*SABOTAGES, *PREVENTING)),
         *(checked(replace(HEALTHY, name=f"healthy, seed {s}"), directory, s) for s in range(HEALTHY_SEEDS)),
     ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sabotage.pipelines import HEALTHY, HEALTHY_SEEDS, SABOTAGES, Sabotage
+from tests.sabotage.pipelines import HEALTHY, HEALTHY_SEEDS, PREVENTING, SABOTAGES, Sabotage
 from tests.sabotage.suite import checked
 
 KNOWN_AS_WRONG = {"weight decay 100 times (AdamW)"}
@@ -22,7 +22,7 @@ def judge(sabotage: Sabotage, directory: Path, seed: int = 0) -> None:
     assert outcome.is_right, outcome.note
 
 
-@pytest.mark.parametrize("sabotage", [s for s in SABOTAGES if s.quick], ids=lambda s: s.name)
+@pytest.mark.parametrize("sabotage", [s for s in (*SABOTAGES, *PREVENTING) if s.quick], ids=lambda s: s.name)
 def test_planted_fault_is_found_and_named(sabotage: Sabotage, tmp_path: Path) -> None:
     judge(sabotage, tmp_path)
 
@@ -33,7 +33,7 @@ def test_healthy_pipeline_is_found_healthy(seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("sabotage", [s for s in SABOTAGES if not s.quick], ids=lambda s: s.name)
+@pytest.mark.parametrize("sabotage", [s for s in (*SABOTAGES, *PREVENTING) if not s.quick], ids=lambda s: s.name)
 def test_planted_fault_is_found_and_named_in_full(sabotage: Sabotage, tmp_path: Path) -> None:
     judge(sabotage, tmp_path)
 

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from typing_extensions import override
+
 from lightning_qat.analysis.comparison.loop_rounds import worst_rounds
 from lightning_qat.analysis.comparison.point_evidence import PointEvidence
-from lightning_qat.analysis.results import Block, Result
+from lightning_qat.analysis.results import Result
 
 Origin = Literal["own", "inherited", "none"]
 
@@ -120,19 +122,12 @@ class LayerComparisonResult(Result[LayerComparisonRow]):
         """Names of all columns, also without rows."""
         return tuple(LayerComparisonRow.__dataclass_fields__)
 
-    def blocks(self) -> tuple[Block, ...]:
-        """The table for people, with the columns that there is room for."""
-        return (Block.of(self.title, self.shown, self._shortened().to_dicts(), self.note),)
-
-    def full_blocks(self) -> tuple[Block, ...]:
-        """The table for people."""
-        return (Block.of(self.title, self.columns(), self._shortened().to_dicts(), self.note),)
-
     def about(self) -> dict[str, Any]:
         """Return the facts beside the rows, without the evidence."""
         return {**super().about(), "evidence": ()}
 
-    def _shortened(self) -> LayerComparisonResult:
+    @override
+    def for_people(self) -> LayerComparisonResult:
         """Keep one round per line of a loop: the one with the lowest own SQNR."""
 
         def badness(row: LayerComparisonRow) -> float:

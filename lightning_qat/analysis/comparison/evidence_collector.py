@@ -23,9 +23,10 @@ from lightning_qat.analysis.statistics.point_ranges import observed_range, repre
 from lightning_qat.analysis.statistics.point_statistics import CHUNK, PointStatistics
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.numerics.channel_groups import channel_rows, swap_within_groups
 from lightning_qat.quantization.numerics.scales import MIN_SCALE
 from lightning_qat.quantization.planning.plan import PointPlan
-from lightning_qat.quantization.planning.weight_channels import weight_channels
+from lightning_qat.quantization.planning.weight_channels import WeightChannels, weight_channels
 from lightning_qat.quantization.region.region import Region
 
 _EXPONENTS = 128
@@ -92,46 +93,31 @@ class EvidenceCollector:
 
     def _add_weight(self, gathered: _Gathered, value: Tensor, quantized: Tensor, plan: PointPlan) -> None:
         """Look along the inputs of a weight; if it has one scale also along its channels, and try a scale for each."""
-        axis = self.region.graph.by_name[plan.op].weight_axis
-        if axis not in (0, 1) or value.dim() < 2:
+        held = self._held(plan)
+        if held.axis not in (0, 1) or value.dim() < 2:
             return
+        if held.groups > 1:  # no axis of its own layout holds the channels
+            value, quantized = (swap_within_groups(tensor, held.groups) for tensor in (value, quantized))
+        axis = held.axis if held.groups == 1 else 0
         gathered.along.axes.add(value, quantized, [1 - axis] if plan.axis is not None else [0, 1])
+        gathered.along.channels = axis
         if plan.axis is None:
-            gathered.along.per_channel = _per_channel_error(value, axis, self._points[plan.name])
+            gathered.along.per_channel = _per_channel_error(channel_rows(value, axis), self._points[plan.name])
+
+    def _held(self, plan: PointPlan) -> WeightChannels:
+        op = self.region.graph.by_name[plan.op]
+        return weight_channels(op, op.operand(plan.operand))
 
     def all_reduce(self) -> None:
         """Combine the evidence of all ranks; every rank must call this."""
         if ranks.count() == 1:
             return
-        for name, gathered in self._gathered.items():
-            own = gathered.statistics
-            numbers, hits = own.to_tensors()
-            packed = [torch.cat([numbers, gathered.octaves.flatten(), gathered.zeroed]), hits]
-            everywhere = [ranks.gathered(part) for part in packed]
-            size = len(numbers)
-            merged: PointStatistics | None = None
-            octaves, zeroed = torch.zeros_like(gathered.octaves), torch.zeros_like(gathered.zeroed)
-            for both, rank_hits in zip(*everywhere, strict=True):
-                other = PointStatistics.from_tensors(both[:size], rank_hits, own.channels, own.levels)
-                if not other.count or (merged is not None and self._plans[name].is_weight):
-                    continue
-                octaves += both[size : size + octaves.numel()].reshape(octaves.shape)
-                zeroed += both[size + octaves.numel() :]
-                if merged is None:
-                    merged = other
-                else:
-                    merged.merge(other)
-            gathered.statistics, gathered.octaves, gathered.zeroed = merged or own, octaves, zeroed
-        self._reduce_axes()
-
-    def _reduce_axes(self) -> None:
-        """Put the sums along axes together."""
-        every = ranks.gathered_objects({name: gathered.along for name, gathered in self._gathered.items()})
-        for name, gathered in self._gathered.items():
-            seen = [rank[name] for rank in every if rank[name].axes.seen]
-            gathered.along = seen[0] if seen else gathered.along
-            for other in seen[1:] if not self._plans[name].is_weight else ():
-                gathered.along.axes.merge(other.axes)
+        every = ranks.gathered_objects(self._gathered)
+        for name, own in self._gathered.items():
+            merged, *others = [rank[name] for rank in every if rank[name].statistics.count] or [own]
+            for other in others if not self._plans[name].is_weight else ():
+                merged.merge(other)
+            self._gathered[name] = merged
 
     def evidence(self) -> tuple[PointEvidence, ...]:
         """Return the evidence of every point that has a scale and saw a value, in execution order."""
@@ -174,7 +160,7 @@ class EvidenceCollector:
             populations=self._populations(plan, point, gathered),
             leaves=plan.role == "output" and plan.op in self.makers.leaving,
             given=self.makers.given(plan),
-            channel_axis=self.region.graph.by_name[plan.op].weight_axis if plan.is_weight else None,
+            channel_axis=gathered.along.channels,
             affine_gain=affine_gain(point) if not plan.is_weight else None,
             per_channel=gathered.along.per_channel,
             scales=point.scale.numel(),
@@ -195,9 +181,8 @@ class EvidenceCollector:
     def _channels(self, plan: PointPlan) -> int:
         if not plan.is_weight:
             return 1
-        op = self.region.graph.by_name[plan.op]
-        operand = next(o for o in op.operands if o.index == plan.operand)
-        return weight_channels(op, operand).count(operand.shape) or 1
+        shape = self.region.graph.by_name[plan.op].operand(plan.operand).shape
+        return self._held(plan).count(shape) or 1
 
 
 def with_configuration(
@@ -240,11 +225,13 @@ class _Along:
         axes: the sums.
         profiled: axes that a split may follow.
         per_channel: sum of squared errors with a scale per channel, of a weight.
+        channels: the axis of the sums that holds the output channels of a weight.
     """
 
     axes: SumsByAxis = field(default_factory=SumsByAxis)
     profiled: tuple[int, ...] = ()
     per_channel: float | None = None
+    channels: int | None = None
 
 
 class _Gathered:
@@ -253,6 +240,13 @@ class _Gathered:
         self.octaves = torch.zeros(_EXPONENTS, 2, dtype=torch.float64)  # count, sum of squared relative errors
         self.zeroed = torch.zeros(2, dtype=torch.float64)  # values that are not zero, and those that become zero
         self.along = _Along()
+
+    def merge(self, other: _Gathered) -> None:
+        """Add what another rank has gathered."""
+        self.statistics.merge(other.statistics)
+        self.octaves += other.octaves
+        self.zeroed += other.zeroed
+        self.along.axes.merge(other.along.axes)
 
     @property
     def vanished(self) -> float:
@@ -285,9 +279,9 @@ class _Gathered:
         )
 
 
-def _per_channel_error(weight: Tensor, axis: int, point: FakeQuantize) -> float:
-    """Quantize with a scale per channel; one that cuts the largest values off where the observer would."""
-    rows = weight.detach().movedim(axis, 0).flatten(1).double()
+def _per_channel_error(rows: Tensor, point: FakeQuantize) -> float:
+    """Quantize with a scale per row; one that cuts the largest values off where the observer would."""
+    rows = rows.detach().double()
     rows = torch.where(rows.isfinite(), rows, 0.0)
     widest = rows.abs().amax(1, keepdim=True).clamp(min=MIN_SCALE) / point.quant_max
     best = torch.full_like(widest, torch.inf)

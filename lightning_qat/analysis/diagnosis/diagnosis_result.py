@@ -7,9 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from typing_extensions import override
+
 from lightning_qat.analysis.comparison.loop_rounds import worst_rounds
 from lightning_qat.analysis.model_check.long_loops import ANNOTATION
-from lightning_qat.analysis.results import Block, Result
+from lightning_qat.analysis.results import Result
 from lightning_qat.quantization.planning.target_paths import with_target_path
 
 Verdict = Literal[
@@ -97,15 +99,8 @@ class DiagnosisResult(Result[Diagnosis]):
         """Names of all columns, also without rows."""
         return tuple(Diagnosis.__dataclass_fields__)
 
-    def blocks(self) -> tuple[Block, ...]:
-        """The table for people, with the columns that there is room for."""
-        return (Block.of(self.title, self.shown, self._shortened().to_dicts(), self.note),)
-
-    def full_blocks(self) -> tuple[Block, ...]:
-        """The table for people."""
-        return (Block.of(self.title, self.columns(), self._shortened().to_dicts(), self.note),)
-
-    def _shortened(self) -> DiagnosisResult:
+    @override
+    def for_people(self) -> DiagnosisResult:
         """The worst of the rounds of a loop that have the same verdict; csv and json hold all."""
         rows = (
             replace(row, point=f"{row.point} (worst of {rounds} rounds)") if rounds > 1 else row
@@ -125,8 +120,8 @@ class DiagnosisResult(Result[Diagnosis]):
 
     @property
     def note(self) -> str:
-        """Count the points by verdict."""
-        return f"{self.remark} {self._counts}".lstrip()
+        """Say what the table is about, and count the points by verdict."""
+        return " ".join(part for part in (self.remark, self.calibration, self._counts) if part)
 
     @property
     def _counts(self) -> str:
@@ -145,7 +140,7 @@ class DiagnosisResult(Result[Diagnosis]):
         return cls(tuple(sorted(rows, key=severest_first)))
 
     def with_foreign_data(
-        self, text: str, action: str, regions: Mapping[str, Mapping[str, str]], activations: Collection[tuple[str, str]]
+        self, text: str, action: str, regions: Mapping[str, Mapping[str, str]], calibrated: Collection[tuple[str, str]]
     ) -> DiagnosisResult:
         """Blame the calibration data for what is wrong with activations; no override is advised for them.
 
@@ -153,12 +148,12 @@ class DiagnosisResult(Result[Diagnosis]):
             text: why the calibration data are not those the model is for, and what to do.
             action: what to do, in short.
             regions: by the path of the region and the name of the point: what it holds in both.
-            activations: path of the region and name of every point whose scale follows from the data.
+            calibrated: path of the region and name of every activation whose scale follows from the data.
         """
         rows = []
         for row in self.rows:
             is_off = row.verdict not in ("fine", "inherited", "config not applied")
-            if is_off and (row.region, row.point) in activations:
+            if is_off and (row.region, row.point) in calibrated:
                 row = replace(
                     row,
                     verdict="calibration data",
@@ -182,7 +177,7 @@ class DiagnosisResult(Result[Diagnosis]):
             lines.append(self.calibration)
             found = tuple(row for row in found if row.verdict != "calibration data")
         clipped = sum(row.verdict == "clipping" for row in found)
-        if not self.culprits:
+        if not self.culprits and not self.calibration:
             lines.append(_NOTHING_STANDS_OUT)
         elif _MANY_CLIPPED * len(self.rows) <= clipped > 1:
             lines.append(f"{clipped} of {len(self.rows)} points clip: {_OTHER_DATA}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_qat.analysis.fingerprint.layer_calls import LayerCall
 from lightning_qat.analysis.fingerprint.module_settings import ModuleSettings, plain_modules
 from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummary
+from lightning_qat.analysis.fingerprint.training_plan import TrainingPlan
 from lightning_qat.quantization.errors import shown
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.reading.checks import AT_LEAST_ZERO, SHARE, Check
@@ -23,7 +24,7 @@ from lightning_qat.quantization.reading.schema import read_as
 
 FINGERPRINT_VERSION = 2
 _READABLE = (1, 2)
-"""Version 1 has no ``modules``, ``layers`` and ``untrained``."""
+"""Version 1 has no ``modules``, ``layers``, ``untrained`` and ``plan``."""
 _ALWAYS_WRITTEN = ("data", "model_inputs", "losses", "metrics", "standard_errors")
 """Without these there would be nothing to compare."""
 
@@ -65,6 +66,7 @@ class Fingerprint:
             and dropout are in eval mode for it, and modules whose results are random are left out. None in files of
             earlier releases.
         untrained: parameters that training does not update: frozen, or in no optimizer. None if that is not known.
+        plan: how far the training can move the model, by its steps, schedules and optimizers; None if it is not known.
         batches: batches per stage and rank that were looked at.
         version: of this format.
     """
@@ -89,6 +91,7 @@ class Fingerprint:
     modules: dict[str, ModuleSettings] | None = None
     layers: dict[str, tuple[LayerCall, ...]] | None = None
     untrained: list[str] | None = None
+    plan: TrainingPlan | None = None
     batches: int = 0
     version: int = FINGERPRINT_VERSION
 
@@ -149,7 +152,7 @@ def tensor_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode("utf-8", "surrogatepass"))
         if tensor.numel():
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

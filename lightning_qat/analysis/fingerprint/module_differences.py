@@ -15,6 +15,8 @@ from lightning_qat.analysis.tolerance import ROUNDING
 LAYERS, MODULES, ATTRIBUTES, CODE, UPDATES = "layers", "module", "attribute", "code", "updates"
 """Parts of a pipeline: what layers compute, the settings of torch's modules and of others, the code of their forward,
 what training updates."""
+FROZEN = "frozen"
+"""What a parameter is that training does not update."""
 _ROUNDING_OF_16_BITS = 0.05
 _AGREES = 0.1
 """An input agrees if it differs by less than this share of the difference of the output."""
@@ -29,6 +31,7 @@ Setting = tuple[str, str, str, str]
 
 def module_differences(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
     """Name the first module that computes something else, then settings and code that differ."""
+    yield from _updates(reference, here)
     if reference.modules is None or reference.layers is None:
         what = (
             "the reference was made by an earlier release: the settings of modules and what layers compute are not "
@@ -39,7 +42,6 @@ def module_differences(reference: Fingerprint, here: Fingerprint) -> Iterator[Pi
         return
     yield from _layers(reference, here)
     yield from _settings(reference, here)
-    yield from _updates(reference, here)
 
 
 def _layers(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
@@ -232,14 +234,15 @@ def _computes_the_same(name: str, reference: Fingerprint, here: Fingerprint) -> 
 def _updates(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
     if reference.untrained is None or here.untrained is None:
         return
-    frozen = [name for name in here.untrained if name not in reference.untrained]
+    known = reference.weights  # by module
+    frozen = [n for n in here.untrained if n not in reference.untrained and n.rpartition(".")[0] in known]
     trained = [name for name in reference.untrained if name not in here.untrained]
     if frozen:
         what = f"training does not update {shortened(frozen)} here, and did in the float run: frozen by accident?"
-        yield PipelineDifference("possible", UPDATES, shortened(frozen), "updated", "frozen", what)
+        yield PipelineDifference("possible", UPDATES, shortened(frozen), "updated", FROZEN, what)
     if trained:
         what = f"training updates {shortened(trained)} here, and did not in the float run: no longer frozen?"
-        yield PipelineDifference("possible", UPDATES, shortened(trained), "frozen", "updated", what)
+        yield PipelineDifference("possible", UPDATES, shortened(trained), FROZEN, "updated", what)
 
 
 def _text(value: Any) -> str:

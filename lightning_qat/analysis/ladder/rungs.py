@@ -45,8 +45,10 @@ class BrokenRung:
         rung: its number.
         verdict: what is to blame.
         text: why, and what to do.
+        cause: the setting that does it, if the text names one; else a difference from the float run may explain it.
     """
 
     rung: int
     verdict: Verdict
     text: str
+    cause: str = ""

@@ -15,6 +15,7 @@ from lightning_qat.analysis.fingerprint.label_agreement import LABELS
 from lightning_qat.analysis.fingerprint.module_differences import MODULES, UPDATES
 from lightning_qat.analysis.ladder.doubts import first_doubt
 from lightning_qat.analysis.ladder.healthy import healthy
+from lightning_qat.analysis.ladder.hindrances import hindrances, plan_rows, prevention
 from lightning_qat.analysis.ladder.measurements import Ladder
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.rows import TRAIN_LOSS, Evidence, skipped_row
@@ -142,7 +143,11 @@ def judge(
     known = reference if isinstance(reference, Fingerprint) else None
     differences = compare_fingerprints(known, here) if known and here else PipelineDifferences(())
     blame = _blame(reference, here, rungs, zero_lr, differences)
+    found = hindrances(known, here, differences)
     rows, broken = _evidence(ladder, reference, here, rungs, pipeline_only, blame)
+    if known is not None and not pipeline_only and (prevented := prevention(ladder, found)):
+        broken = [rung for rung in broken if rung.verdict != "quantization error"] + prevented
+        broken.sort(key=lambda rung: rung.rung)
     stages = compare_stages(here) if here is not None else PipelineDifferences(())
     result = PipelineResult(tuple(rows), differences=differences, stages=stages)
     if broken:
@@ -152,9 +157,10 @@ def judge(
         note = f"{doubt.verdict}: {doubt.text}"
         return replace(result, verdict=doubt.verdict, note=note, rung=doubt.rung, cause=doubt.cause)
     strong = result.differences.strong or (result.stages.strong if known is None else ())
-    suspicious = f" Yet there is a suspicious difference: {ended(strong[0].what)}" if strong else ""
     note = healthy(ladder, rows, rungs, reference if isinstance(reference, Mapping) else None, pipeline_only)
-    return replace(result, verdict="healthy", note=f"healthy: {note}{suspicious}")
+    if but := [*found, *(row.what for row in strong)]:
+        return replace(result, verdict="healthy", note=f"healthy, but {ended(but[0])} {note[:1].upper()}{note[1:]}")
+    return replace(result, verdict="healthy", note=f"healthy: {note}")
 
 
 def _blame(
@@ -199,6 +205,7 @@ def _evidence(
         training_loss_evidence(known, here) if known and here else nothing,
         float_finetune_evidence(ladder, blame),
         qat_evidence(ladder),
+        (plan_rows(known, here), []),
     )
     rows = [row for evidence in every for row in evidence[0] if row.rung in rungs]
     rows += [skipped_row(rung, why) for rung, why in ladder.missing.items()]
@@ -207,7 +214,7 @@ def _evidence(
 
 
 def _convicted(result: PipelineResult, broken: BrokenRung, has_fingerprint: bool) -> PipelineResult:
-    cause = _cause(result, broken, has_fingerprint)
+    cause = None if broken.cause else _cause(result, broken, has_fingerprint)
     verdict = broken.verdict
     if verdict == "cannot tell" and cause and cause.suspicion == "strong" and cause.part.startswith(LABELS):
         verdict = "pipeline misaligned"  # the model's own answers convict them
@@ -222,7 +229,7 @@ def _convicted(result: PipelineResult, broken: BrokenRung, has_fingerprint: bool
         verdict=verdict,
         note=f"{where}: {broken.text}{words}",
         rung=broken.rung,
-        cause=cause.what if cause else "",
+        cause=cause.what if cause else broken.cause,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -25,6 +24,7 @@ from lightning_qat.callbacks.analyses.calibration_data import foreign_data
 from lightning_qat.callbacks.analyses.diagnosed_regions import diagnosed_module
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state, moves_batch_norm
 from lightning_qat.callbacks.ladder.off_comparison import compare_off
+from lightning_qat.callbacks.ladder.training_plan import planned_steps
 from lightning_qat.callbacks.quantized_run import is_calibrated, quantization_of, require_regions
 from lightning_qat.callbacks.trainer.progress import progress
 from lightning_qat.quantization.errors import unknown_choice
@@ -99,7 +99,7 @@ def measure_ladder(
             missing=missing,
             points=worst_points(trainer, pl_module, who) if asks_points else (),
             calibration=foreign.text if foreign is not None else "",
-            total_steps=_total_steps(trainer),
+            total_steps=planned_steps(trainer),
         )
 
 
@@ -155,11 +155,3 @@ def _format_point(row: Diagnosis) -> str:
 def _scale_updates(trainer: pl.Trainer) -> tuple[ScaleRole, ...]:
     quantization = quantization_of(trainer)
     return quantization.scale_updates(trainer) if quantization is not None else ("weight",)
-
-
-def _total_steps(trainer: pl.Trainer) -> int:
-    try:
-        steps = float(trainer.estimated_stepping_batches)
-    except Exception:  # loaders that cannot say how long they are
-        return 0
-    return int(steps) if math.isfinite(steps) and steps > 0 else 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_qat.callbacks.ladder.step_sizes import largest_step, parameters_of, relative_update
 from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batches
 from lightning_qat.callbacks.passes.run_step import loss_of, mean_loss, run_step
 from lightning_qat.callbacks.preservation.module_copy import copied_module
@@ -28,6 +29,7 @@ from lightning_qat.callbacks.trainer._compat import bare, replaced_optimizers
 from lightning_qat.callbacks.trainer.muted_loggers import muted_loggers
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
+from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.region.regions import find_regions
 
 _STEPS_MEASURED = 8
@@ -51,6 +53,8 @@ class TrainingCopy:
         gradient_kept: share of the gradient's length that clipping left, in the first steps.
         step_sizes: largest change of a weight in each of the first steps, relative to the largest of its tensor, and
             without that by weight decay.
+        group_updates: by group of weights, the length of the change in each of the first steps, relative to that of the
+            weights, and without that by weight decay.
     """
 
     def __init__(
@@ -76,11 +80,26 @@ class TrainingCopy:
         self.changed_by_optimizer: set[str] = set()
         self.gradient_kept: list[float] = []
         self.step_sizes: list[float] = []
+        self.group_updates: list[list[float]] = []
         self._zero_lr = zero_lr
         self._before_update: dict[str, Tensor] = {}
         self._updated = False
         for optimizer in self._optimizers:
             self._watch(optimizer)
+
+    def begin_anew(self, rates: Sequence[float]) -> None:
+        """Let the optimizers begin without a state, and keep these learning rates of the groups of weights."""
+        scales = self._scales()
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        own = [group for group in groups if any(id(p) not in scales for p in group["params"])]
+        for group, rate in zip(own, rates, strict=True):
+            group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
+        for optimizer in self._optimizers:
+            optimizer.state.clear()
+        self._schedulers.clear()
+
+    def _scales(self) -> set[int]:
+        return {id(p) for name, p in self.module.named_parameters() if is_in_region(name)}
 
     def train(self, batches: int, advance: Callable[[], Any]) -> int:
         """Train for ``batches`` batches, in as many passes over the loader as needed; returns how many there were.
@@ -217,6 +236,10 @@ class TrainingCopy:
         """Note the learning rates; with ``zero_lr`` set them to 0 around every step, and see what still moves."""
         rates: list[Any] = []
         before: list[Tensor] = []
+        scales = self._scales()
+        first = len(self.group_updates)
+        own = [group for group in optimizer.param_groups if any(id(p) not in scales for p in group["params"])]
+        self.group_updates += [[] for _ in own]
 
         def pre(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             rates[:] = [group.get("lr", 0.0) for group in optimizer.param_groups]
@@ -225,12 +248,15 @@ class TrainingCopy:
                 for group in optimizer.param_groups:
                     group["lr"] = group.get("lr", 0.0) * 0  # keeps a tensor a tensor
             elif len(self.step_sizes) < _STEPS_MEASURED:
-                before[:] = [p.detach().clone() for p in _parameters(optimizer)]
+                before[:] = [p.detach().clone() for p in parameters_of(optimizer)]
 
         def post(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if not self._zero_lr:
                 if before:
-                    self.step_sizes.append(_largest_step(optimizer, before))
+                    self.step_sizes.append(largest_step(optimizer, before))
+                    known = dict(zip(map(id, parameters_of(optimizer)), before, strict=True))
+                    for sizes, group in zip(self.group_updates[first:], own, strict=False):
+                        sizes.append(relative_update(group, known, scales))
                     before.clear()
                 return
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -250,21 +276,6 @@ class TrainingCopy:
         with torch.no_grad():
             for buffer in self.module.buffers():
                 buffer.copy_(ranks.of_first_rank(buffer))
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _largest_step(optimizer: Optimizer, before: list[Tensor]) -> float:
-    """The largest change relative to the largest weight of its tensor, without the change by weight decay."""
-    steps, old_ones = [], iter(before)
-    for group in optimizer.param_groups:
-        decay = float(group.get("lr", 0.0)) * float(group.get("weight_decay", 0.0))
-        for now, old in zip(group["params"], old_ones, strict=False):
-            if old.numel() and bool(old.any()):
-                steps.append(float((now.detach() - old * (1 - decay)).abs().max()) / float(old.abs().max()))
-    return max(steps, default=0.0)
 
 
 def _copied_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:

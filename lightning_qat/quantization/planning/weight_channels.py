@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from lightning_qat.quantization.numerics.channel_groups import channel_rows
 from lightning_qat.quantization.tracing.op_graph import Op, Operand
 
 SHARED = "fewer scales than output channels"
@@ -32,6 +35,10 @@ class WeightChannels:
     def count(self, shape: tuple[int, ...]) -> int | None:
         """Return the number of channels that a weight of this shape has a scale for; None for one scale."""
         return None if self.axis is None else shape[self.axis] * self.groups
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """View a weight as one row of values per output channel, ``(channels, n)``; one row without an axis."""
+        return channel_rows(weight, self.axis if self.groups == 1 else 0, self.groups)
 
 
 def weight_channels(op: Op, operand: Operand) -> WeightChannels:

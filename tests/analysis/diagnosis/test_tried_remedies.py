@@ -262,3 +262,76 @@ def test_printed_error_is_the_measured_one(rule: dict[str, Any], point: str) -> 
     after = culprit(inserted(lambda: Activated("relu"), TABLE, [rule, *printed]), TABLE, point)
     assert after.severity == pytest.approx(found.after, rel=1.0)
     assert after.severity < found.severity
+
+
+class Dominated(nn.Module):
+    """One output channel has values 1000 times as large as the others."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        groups, outputs = {"grouped": (2, 4), "depthwise": (6, 6), "two each": (6, 12)}.get(kind, (1, 6))
+        self.conv = nn.ConvTranspose2d(6, outputs, 3, groups=groups, bias=False)
+        self.linear = nn.Linear(6, 8, bias=False)
+        self.table = nn.Parameter(torch.randn(6, 8))
+        with torch.no_grad():
+            self.linear.weight[1] *= 1000
+            self.table[:, 1] *= 1000
+            large = self.conv.weight[0] if kind == "depthwise" else self.conv.weight[: 6 // groups, 0]
+            large *= 1000
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "linear":
+            return self.linear(x)
+        return x @ self.table if self.kind == "product" else self.conv(x[:, :, None, None].expand(-1, -1, 4, 4))
+
+
+@pytest.mark.parametrize("kind", ["linear", "product", "transposed", "grouped", "depthwise", "two each"])
+def test_channel_that_dominates_is_found_wherever_a_weight_holds_its_channels(kind: str) -> None:
+    """A parameter on the right of a product, and transposed convolutions with groups, as a linear layer.
+
+    The error with a scale for each channel is that of numpy, on the elements that the channel is computed from.
+    """
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    region = inserted(lambda: Dominated(kind), x, qconfig=PER_TENSOR)
+    evidence = next(e for e in compare(region, [x]).evidence if e.role == "weight")
+    found = diagnose(compare(region, [x])).by_point[evidence.point]
+    assert found.verdict == "non-uniform"
+    printed = yaml.safe_load(found.yaml)["overrides"]
+    assert printed == [{"match": evidence.point, "weight": {"granularity": "per_channel"}}]
+
+    model = region.target
+    weight = {"linear": model.linear.weight, "product": model.table}.get(kind, model.conv.weight)
+    channels = []
+    for channel in range(model(x).shape[1]):
+        (gradient,) = torch.autograd.grad(model(x)[:, channel].sum(), weight)
+        channels.append(weight.detach()[gradient != 0].double().numpy())
+    assert evidence.channels == len(channels)
+    steps = [np.abs(values).max() / 127 for values in channels]
+    errors = [np.square(np.round(v / s) * s - v).sum() for v, s in zip(channels, steps, strict=True)]
+    assert evidence.per_channel is not None
+    assert evidence.per_channel <= sum(errors) * 1.001  # one that cuts off a little is better
+
+    cured = inserted(lambda: Dominated(kind), x, printed, qconfig=PER_TENSOR)
+    after = diagnose(compare(cured, [x])).by_point[evidence.point]
+    assert after.verdict in ("fine", "inherited")
+
+
+def test_model_check_looks_at_the_channels_of_grouped_transposed_convolutions() -> None:
+    """Lost beside a large one, and dead: as the weight stands, no axis holds the channels."""
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    (lost,) = [
+        f for f in check(inserted(lambda: Dominated("grouped"), x, qconfig=PER_TENSOR)).findings if "lost" in f.kind
+    ]
+    assert lost.names == ("conv.weight",)
+    assert "conv.weight (3)" in lost.what  # of four
+
+    def dead() -> nn.Module:
+        model = Dominated("grouped")
+        with torch.no_grad():
+            model.conv.weight[3:, 1] = 0.0
+        return model
+
+    for options in ({}, {"qconfig": PER_TENSOR}):
+        (found,) = [f for f in check(inserted(dead, x, **options)).findings if f.kind == "dead channels"]
+        assert "conv.weight (1)" in found.what
