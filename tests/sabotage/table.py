@@ -38,7 +38,8 @@ them does harm. Calibration to int3 leaves 90 % and to int2 12 % of the answers 
 from ten times reach what healthy QAT reaches.
 
 "batch norm with another eps", "dropout .9" and "another activation in the code" are settings of modules, neither
-parameters nor buffers.
+parameters nor buffers. "with a lambda" and its siblings call layers through a function that the module keeps, which a
+deep copy of the module has to call on itself; where it cannot ("copies call the original") there is no verdict.
 
 Where it is wrong: a weight decay that is a hundred times too strong does no harm within the batches of the check
 (AdamW shrinks the weights by 4 % in 40 steps, and batch norm makes up for it), so no rung breaks and the verdict is
