@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from typing_extensions import override
 
 from lightning_qat.analysis.fingerprint.fingerprint import (
@@ -41,10 +42,11 @@ from lightning_qat.callbacks.passes.evaluation import evaluate
 from lightning_qat.callbacks.passes.extra_batches import extra_batches
 from lightning_qat.callbacks.passes.run_step import loss_of, mean_loss, run_step
 from lightning_qat.callbacks.preservation.undisturbed import undisturbed
+from lightning_qat.callbacks.quantized_run import quantization_of
 from lightning_qat.callbacks.trainer import _compat
-from lightning_qat.callbacks.trainer.messages import rank_zero_info
+from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
-from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
+from lightning_qat.callbacks.trainer.output_directory import leaves_files, local_instead_of_url, run_directory
 from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
@@ -99,6 +101,8 @@ class PipelineFingerprint(ReportingCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._settings = module_settings(pl_module)
+        if quantization_of(trainer) is None and (elsewhere := local_instead_of_url(trainer)):
+            rank_zero_warn(elsewhere, category=PossibleUserWarning)
         if trainer.global_step == 0:  # at the end the schedule has brought the learning rate down
             self._optimizers = [described_optimizer(optimizer, pl_module) for optimizer in trainer.optimizers]
             self._plan = plan_of(trainer, pl_module)
@@ -115,8 +119,8 @@ class PipelineFingerprint(ReportingCallback):
         directory = run_directory(trainer)  # broadcasts: on all ranks
         if leaves_files(trainer):
             path = directory / FILE_NAME
-            self._reports.write(path, partial(write_fingerprint, self.fingerprint, path))
-            rank_zero_info(f"Fingerprint of this pipeline: {path}. In QAT: PipelineCheck(reference={str(path)!r}).")
+            if self._reports.write(path, partial(write_fingerprint, self.fingerprint, path)):
+                rank_zero_info(f"Fingerprint of this pipeline: {path}. In QAT: PipelineCheck(reference={str(path)!r}).")
 
 
 def take_fingerprint(

@@ -26,9 +26,9 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
     if len(paths) != 2:
         raise ConfigurationError(f"give two fingerprints, that of the float run first: {_USAGE}")
     result = compare_fingerprints(*map(Fingerprint.from_json, paths))
+    show(result)
     if options.output:
         write_result(result, options.output, "pipeline_differences", formats=("txt", "json"))
-    show(result)
     return int(bool(result.strong))
 
 

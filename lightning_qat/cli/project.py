@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,13 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
+from lightning_qat.atomic_files import NotWrittenError
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.trainer.final_report import FinalReport
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.output_directory import run_directory
+from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 
 T = TypeVar("T")
 Work = Callable[[pl.Trainer, pl.LightningModule], T]
@@ -77,12 +80,19 @@ class Project:
 
         Returns:
             The callbacks that reported, and the directory of their files.
+
+        Raises:
+            NotWrittenError: a file cannot be written.
         """
         trainer = self.trainer
         kept = [c for c in listed(trainer, Callback) if not isinstance(c, _WRITES_OR_TRAINS)]
         trainer.callbacks = [*kept, _NothingToTrain()]  # type: ignore[attr-defined]
         trainer.loggers = [_SilentLogger(str(output))] if output is not None else []
         self.fit(self.module, **self.arguments)
+        missing = [(p, reason) for c in listed(trainer, ReportingCallback) for p, reason in c.missing_files.items()]
+        if missing:  # the files are what was asked for
+            path, reason = missing[0]
+            raise NotWrittenError(errno.EIO, reason, str(path))
         reporting = [c for c in listed(trainer, FinalReport) if not isinstance(c, QuantizationAwareTraining)]
         return tuple(type(c).__name__ for c in reporting), run_directory(trainer)
 

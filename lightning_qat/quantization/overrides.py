@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -184,6 +185,16 @@ def glob_covers(pattern: str, name: str) -> bool:
         (True, False)
     """
     return _glob(pattern).fullmatch(name) is not None
+
+
+def yaml_name(name: str) -> str:
+    """Quote a name for YAML to paste.
+
+    Example:
+        >>> print(yaml_name("layers.0.conv1"), yaml_name('say "hi".weight'))
+        "layers.0.conv1" "say \\"hi\\".weight"
+    """
+    return json.dumps(name, ensure_ascii=False)  # whose escapes YAML knows
 
 
 @functools.lru_cache(maxsize=4096)  # planning asks for every rule at every point

@@ -20,7 +20,7 @@ from lightning_qat.analysis.runs.accuracy import RESULT_TABLE_VERSION, AccuracyR
 from lightning_qat.atomic_files import NotWrittenError, json_value, write_atomically
 from lightning_qat.reporting.files import write_csv
 from lightning_qat.reporting.plain_text import digest, file_name
-from lightning_qat.reporting.tables import markdown
+from lightning_qat.reporting.tables import escape_markdown, markdown
 
 
 def read_result_table(path: str | os.PathLike[str]) -> ResultTable:
@@ -60,7 +60,7 @@ def write_accuracy(result: AccuracyResult, path: str | os.PathLike[str], note: s
         path: the file, whatever its ending.
         note: a sentence below the Markdown table.
     """
-    text = f"{markdown(result.columns(), result.to_dicts())}\n\n{note}\n"
+    text = f"{markdown(result.columns(), result.to_dicts())}\n\n{escape_markdown(note)}\n"
     return [write_csv(result, Path(path).with_suffix(".csv")), write_atomically(Path(path).with_suffix(".md"), text)]
 
 

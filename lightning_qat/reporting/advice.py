@@ -62,7 +62,9 @@ def advice_markdown(number: int, advice: Advice, limit: int, file: str) -> list[
         if len(advice.names) > limit:
             text += f", and {len(advice.names) - limit} more names{escape_markdown(where)}"
         paragraphs.append(f"*{_NAMES}*: {text}")
-    paragraphs += [f"*{label}*: {', '.join(map(escape_markdown, _lines(value)))}" for label, value in advice.facts]
+    paragraphs += [
+        f"*{escape_markdown(label)}*: {', '.join(map(escape_markdown, _lines(value)))}" for label, value in advice.facts
+    ]
     if advice.yaml:
         lines = _lines(advice.yaml)
         more = [f"# and {len(lines) - limit} more lines{where}"] if len(lines) > limit else []

@@ -23,12 +23,17 @@ class RunReports:
     Args:
         warn: called with what went wrong, such as ``warnings.warn``.
         tell: called with what became of it.
+
+    Attributes:
+        missing: files that were not written when the latest run ended, with the reason.
     """
 
     def __init__(self, warn: Callable[[str], Any], tell: Callable[[str], Any]) -> None:
         self.warn = warn
         self._tell = tell
+        self.missing: dict[Path, str] = {}
         self._owed: dict[Path, Callable[[], Any]] = {}
+        self._reasons: dict[Path, str] = {}
         self._warned: set[tuple[str, str]] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,8 +85,9 @@ class RunReports:
     def finish(self) -> None:
         """Write what could not be written before, say what is still missing, and forget it. Call it as a run ends."""
         self.retry()
-        if self._owed:
-            self._tell(f"Not written in this run: {', '.join(map(str, self._owed))}.")
+        self.missing = {path: self._reasons[path] for path in self._owed}
+        if self.missing:
+            self._tell(f"Not written in this run: {', '.join(map(str, self.missing))}.")
         self._owed, self._warned = {}, set()
 
     def send(self, loggers: Iterable[Any], send: Callable[[list[Any]], Sequence[str] | None]) -> list[str]:
@@ -119,7 +125,7 @@ class RunReports:
         try:
             write()
         except Exception as error:  # no report is worth a run
-            self._owed[path] = write
+            self._owed[path], self._reasons[path] = write, _reason(error)
             self._warn_once(
                 str(path.parent),
                 error,

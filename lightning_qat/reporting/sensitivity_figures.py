@@ -15,7 +15,7 @@ from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityRes
 from lightning_qat.atomic_files import write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.figures import blank_figure
-from lightning_qat.reporting.plain_text import one_line, printable
+from lightning_qat.reporting.plain_text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +26,7 @@ _ACTIVATION, _WEIGHT, _GAP, _OWN = "#4c72b0", "#dd8452", "#c44e52", "#55a868"
 _HIGHEST_SQNR = 120.0
 """The largest SQNR that is drawn, in dB: an exact tensor has an infinite one."""
 _SHORT = 48
+_LONGEST_NOTE = 300
 _LINEAR = 100.0
 """Up to this ratio an axis is linear, so that the lengths of bars can be compared."""
 _MOST_NAMES = 40
@@ -55,7 +56,8 @@ def sensitivity_bars(result: SensitivityResult, most: int = 30) -> Figure:
     bars = axes.barh(range(len(rows)), widths, color=colours, height=0.75)
     for bar, row in zip(bars, rows, strict=True):
         bar.set_alpha(1.0 if row.exact else 0.45)
-    axes.set_yticks(range(len(rows)), [f"{_short(_name(row))}  {row.quant_dtype}" for row in rows], fontsize=7)
+    labels = [f"{_short(_name(row))}  {_short(row.quant_dtype, 12)}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
     _plain(axes.get_yticklabels())
     axes.invert_yaxis()
     scores = [row.score for row in every if row.score > 0 or math.isnan(row.score)]
@@ -77,7 +79,7 @@ def sensitivity_bars(result: SensitivityResult, most: int = 30) -> Figure:
         handles.append(axes.barh([math.nan], [math.nan], color=_ACTIVATION, alpha=0.45, label="estimated"))
     if len(handles) > 1:
         axes.legend(handles=handles, frameon=False, fontsize=8, loc="lower right")
-    axes.set_title(printable(result.note), fontsize=8, loc="left", wrap=True, parse_math=False)
+    axes.set_title(_short(result.note, _LONGEST_NOTE), fontsize=8, loc="left", wrap=True, parse_math=False)
     return figure
 
 

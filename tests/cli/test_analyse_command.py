@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,14 @@ def test_damaged_checkpoint_is_one_sentence(
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith(f"error: {file} is not a checkpoint that can be restored: {problem}"), message
     assert is_one_sentence(message.removeprefix("error: ")) or kind == "object"
+
+
+def test_reports_that_cannot_be_written_are_an_error(tmp_path: Path, trained: Path, capsys: Any) -> None:
+    """In training they are a warning; here they are what was asked for."""
+    (tmp_path / "there").write_text("mine")
+    words = ["--ckpt_path", str(trained / "epoch=1.ckpt"), "--output", str(tmp_path / "there")]
+    with pytest.warns(UserWarning, match="could not be written"):
+        assert main(["analyse", project(tmp_path, "AccuracyTable()"), str(tmp_path / "there"), *words]) == 2
+    assert re.search(
+        r"error: \S+/there/lightning_qat/\S+ cannot be written: Not a directory\.", capsys.readouterr().err
+    )

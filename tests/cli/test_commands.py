@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import inspect as python_inspect
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -348,3 +350,23 @@ def test_signature_of_fit_survives_the_interception() -> None:
 
     taken_over = _taken_over(Trainer.fit, _Outcome(lambda project: None))
     assert python_inspect.signature(taken_over) == python_inspect.signature(Trainer.fit)
+
+
+@pytest.mark.parametrize("words", [["check"], ["pipeline-check", "--batches", "1"], ["fingerprint"]])
+def test_output_that_cannot_be_written_is_one_error_below_the_result(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What took minutes to find is shown in any case."""
+    (tmp_path / "file").write_text("mine")
+    project = script(tmp_path)
+    command, *options = words
+    words = [command, project, str(tmp_path), *options, "--output", str(tmp_path / "file")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about an untrained model
+        assert main(words) == 2
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.fullmatch(rf"error: {tmp_path}/file/\S+ cannot be written: (Not a directory|File exists)\.", errors[0])
+    assert "Traceback" not in err
+    assert {"check": "Model check", "pipeline-check": "Pipeline check", "fingerprint": ""}[command] in out

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_qat.analysis.comparison.point_evidence import PointEvidence
+from lightning_qat.quantization.overrides import yaml_name
 
 WORTHWHILE = 4.0
 """A remedy is offered if it promises two bits: less is lost in the noise of the next calibration."""
@@ -66,7 +67,7 @@ def override(point: str, is_weight: bool, **fields: object) -> str:
           - {match: "div_0.input1", activation: {dtype: int16, fixed_scale: 100/32768}}
     """
     inner = ", ".join(f"{key}: {_flow(value)}" for key, value in fields.items())
-    return f'overrides:\n  - {{match: "{point}", {"weight" if is_weight else "activation"}: {{{inner}}}}}'
+    return f"overrides:\n  - {{match: {yaml_name(point)}, {'weight' if is_weight else 'activation'}: {{{inner}}}}}"
 
 
 def percent(share: float) -> str:

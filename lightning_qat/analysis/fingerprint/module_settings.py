@@ -123,7 +123,9 @@ def code_digest(kind: type) -> str:
         }
         pending += sorted(called - seen)
         seen |= called
-    return hashlib.sha256("\n".join(sorted(sources)).encode()).hexdigest()[:16] if sources else ""
+    return (
+        hashlib.sha256("\n".join(sorted(sources)).encode("utf-8", "surrogatepass")).hexdigest()[:16] if sources else ""
+    )
 
 
 def _package(value: Any) -> str:

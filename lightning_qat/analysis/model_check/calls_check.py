@@ -16,6 +16,7 @@ from lightning_qat.analysis.statistics.point_ranges import observed_range, repre
 from lightning_qat.quantization.fake_quant.call_ranges import repeating_points
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.modules.module_walk import REGION_NAME
+from lightning_qat.quantization.overrides import yaml_name
 
 SHARED_RANGE_RATIO = 2.0
 """If ranges differ by more than this factor, the narrower call loses a whole bit of its resolution."""
@@ -162,7 +163,9 @@ def _shared_scale(checked: CheckedRegion, shared: list[_Calls]) -> Iterable[Find
                 else "Nothing; look again after training."
             ),
             location=checked.graph.by_name[checked.plan.by_name[worst.name].op].location,
-            yaml=overrides_yaml(f'match: "{c.name}", activation: {{dtype: int16}}' for c in calls) if far else "",
+            yaml=overrides_yaml(f"match: {yaml_name(c.name)}, activation: {{dtype: int16}}" for c in calls)
+            if far
+            else "",
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion, role_of
 from lightning_qat.analysis.model_check.finding import Finding, Severity, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.quantization.overrides import yaml_name
 from lightning_qat.quantization.planning.profile_violations import ProfileViolation, find_violations
 from lightning_qat.quantization.region.effective_dtypes import FLOAT, bits
 
@@ -181,10 +182,10 @@ def _raised(checked: CheckedRegion, rules: tuple[str, str], names: tuple[str, ..
     for rule in (checked.rules[number - 1] for number in numbers):
         selected = {n for n, p in checked.plan.by_name.items() if rule.selects(n, checked.graph.by_name[p.op].kind)}
         if selected == set(names):
-            selectors = [f'match: "{rule.match}"'] if rule.match is not None else []
+            selectors = [f"match: {yaml_name(rule.match)}"] if rule.match is not None else []
             selectors += [f"op_type: {rule.op_type}"] if rule.op_type is not None else []
             return overrides_yaml(f"{', '.join(selectors)}, {role}: {{dtype: {dtype}}}" for role in roles)
-    return overrides_yaml(f'match: "{name}", {role_of(name)}: {{dtype: {dtype}}}' for name in names)
+    return overrides_yaml(f"match: {yaml_name(name)}, {role_of(name)}: {{dtype: {dtype}}}" for name in names)
 
 
 def _switched_off(checked: CheckedRegion) -> Iterable[Finding]:

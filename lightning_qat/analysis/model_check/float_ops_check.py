@@ -10,6 +10,7 @@ from lightning_qat.analysis.model_check.finding import Finding, overrides_yaml, 
 from lightning_qat.analysis.model_check.float_segments import FloatOp, Segments
 from lightning_qat.analysis.model_check.flops_table import flops_table
 from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.quantization.overrides import yaml_name
 from lightning_qat.quantization.region.effective_dtypes import FLOAT
 
 _BY_DESIGN = ("mask", "computed from integer inputs alone")
@@ -95,5 +96,6 @@ def _quantized(checked: CheckedRegion, ops: list[FloatOp]) -> str:
     defaults = {role: str(checked.plan.qconfig[role]["dtype"]) for role in ("activation", "weight")}
     dtypes = {role: "int8" if dtype == FLOAT else dtype for role, dtype in defaults.items()}
     return overrides_yaml(
-        f'match: "{name}", {role_of(name)}: {{dtype: {dtypes[role_of(name)]}}}' for name in dict.fromkeys(names)
+        f"match: {yaml_name(name)}, {role_of(name)}: {{dtype: {dtypes[role_of(name)]}}}"
+        for name in dict.fromkeys(names)
     )

@@ -9,6 +9,7 @@ from lightning_qat.analysis.model_check.checked_region import CheckedRegion
 from lightning_qat.analysis.model_check.dtype_check import leaving_quantized
 from lightning_qat.analysis.model_check.finding import Finding, Severity, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.quantization.overrides import yaml_name
 from lightning_qat.quantization.region.effective_dtypes import FLOAT, bits
 from lightning_qat.quantization.tracing.op_graph import Op
 
@@ -140,4 +141,5 @@ def _better(checked: CheckedRegion, outputs: dict[str, tuple[Op, str]]) -> str |
 
 
 def _yaml(outputs: dict[str, tuple[Op, str]], dtype: str) -> str:
-    return overrides_yaml(f'match: "{name}.output", activation: {{dtype: {dtype}}}' for name in _names(outputs))
+    points = (f"{name}.output" for name in _names(outputs))
+    return overrides_yaml(f"match: {yaml_name(point)}, activation: {{dtype: {dtype}}}" for point in points)

@@ -14,6 +14,7 @@ from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.analysis.statistics.affine_gain import WORTHWHILE_GAIN, affine_gain
 from lightning_qat.analysis.statistics.point_ranges import clipped_share, observed_range, representable_range
 from lightning_qat.quantization.numerics.scales import MIN_SCALE
+from lightning_qat.quantization.overrides import yaml_name
 from lightning_qat.quantization.planning.plan import PointPlan
 from lightning_qat.quantization.region.effective_dtypes import FLOAT, bits
 
@@ -169,7 +170,7 @@ def _clipping_scales(checked: CheckedRegion) -> Iterable[Finding]:
         if share is not None and share > CLIPPED_SHARE:
             shares[name] = share
             largest = max(map(abs, seen))
-            larger.append(f'match: "{name}", activation: {{fixed_scale: {largest / point.quant_max:.6g}}}')
+            larger.append(f"match: {yaml_name(name)}, activation: {{fixed_scale: {largest / point.quant_max:.6g}}}")
     if shares:
         worst = max(shares, key=lambda name: shares[name])
         yield Finding(
@@ -223,7 +224,7 @@ def _one_sided(checked: CheckedRegion) -> Iterable[Finding]:
             why=f"Nearly half of the codes are never used: an affine scheme gains {decibels} (6 dB are one bit), "
             "predicted from the histogram.",
             action="Where the hardware has it, use scheme: affine, or uint8 where no value is negative.",
-            yaml=overrides_yaml(f'match: "{name}", activation: {{scheme: affine}}' for name in gains),
+            yaml=overrides_yaml(f"match: {yaml_name(name)}, activation: {{scheme: affine}}" for name in gains),
         )
 
 

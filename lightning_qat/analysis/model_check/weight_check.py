@@ -10,6 +10,7 @@ from lightning_qat.analysis.model_check.checked_region import CheckedRegion
 from lightning_qat.analysis.model_check.configuration_check import hardware_styles
 from lightning_qat.analysis.model_check.finding import Finding, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.quantization.overrides import yaml_name
 from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm
 from lightning_qat.quantization.planning.plan import PointPlan
 from lightning_qat.quantization.planning.weight_channels import SHARED, WeightChannels, weight_channels
@@ -94,7 +95,7 @@ def _apart(apart: dict[str, float]) -> Iterable[Finding]:
 def _lost(lost: dict[str, int], styles: Mapping[str, tuple[str, ...]]) -> Iterable[Finding]:
     if lost:
         able = [name for name in lost if "per_channel" in styles.get(name, ("per_channel",))]
-        rules = (f'match: "{name}", weight: {{granularity: per_channel}}' for name in able)
+        rules = (f"match: {yaml_name(name)}, weight: {{granularity: per_channel}}" for name in able)
         yield Finding(
             severity="warning",
             kind="lost channels",
@@ -142,7 +143,9 @@ def _tied_weights(checked: CheckedRegion) -> Iterable[Finding]:
             action="Give them one type, such as the widest."
             if differs
             else "Nothing, unless the device is to store it once.",
-            yaml=overrides_yaml(f'match: "{n}", weight: {{dtype: {widest}}}' for n in names) if differs else "",
+            yaml=overrides_yaml(f"match: {yaml_name(n)}, weight: {{dtype: {widest}}}" for n in names)
+            if differs
+            else "",
         )
 
 

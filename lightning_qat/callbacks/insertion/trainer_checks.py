@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.messages import rank_zero_warn
+from lightning_qat.callbacks.trainer.output_directory import local_instead_of_url
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
 from lightning_qat.quantization.region.regions import find_regions
 
@@ -42,6 +43,8 @@ def check_trainer(trainer: pl.Trainer, stage: str) -> None:
             "no fake-quants. Add ModelCheckpoint, and go on with ckpt_path= or lightning_qat.load_quantized.",
             category=PossibleUserWarning,
         )
+    if elsewhere := local_instead_of_url(trainer):
+        rank_zero_warn(elsewhere, category=PossibleUserWarning)
     for other in listed(trainer, Callback):
         if stage == "fit" and isinstance(other, (LearningRateFinder, BatchSizeFinder)):
             rank_zero_warn(

@@ -1,12 +1,20 @@
-"""Where the files go."""
+"""Where the files go: into local folders. Lightning's own files may also go to other stores (``s3://bucket/run``)."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import lightning.pytorch as pl
 from rich import get_console
 from rich.console import Console
+
+from lightning_qat.reporting.plain_text import file_name
+
+_URL = re.compile(r"(?P<protocol>\w[\w+.:-]+)://(?P<place>.*)", re.DOTALL)
+_LOCAL_URL = re.compile(r"(file|local):/+(?P<place>.*)", re.DOTALL)
+"""Lightning normalizes two slashes to one."""
+_INSTEAD = "lightning_qat_reports"
 
 
 def run_directory(trainer: pl.Trainer) -> Path:
@@ -14,12 +22,45 @@ def run_directory(trainer: pl.Trainer) -> Path:
 
     ``trainer.log_dir`` broadcasts: call this on all ranks, and write on global zero.
     """
-    return Path(trainer.log_dir or trainer.default_root_dir) / "lightning_qat"
+    return local_folder(trainer.log_dir or trainer.default_root_dir) / "lightning_qat"
 
 
 def shared_directory(trainer: pl.Trainer) -> Path:
     """Return ``<default_root_dir>/lightning_qat``, for what is kept across runs."""
-    return Path(trainer.default_root_dir) / "lightning_qat"
+    return local_folder(trainer.default_root_dir) / "lightning_qat"
+
+
+def local_folder(place: str) -> Path:
+    """Return a folder of this machine for what Lightning takes as a place for files.
+
+    Args:
+        place: a path, or a URL. For one of another store (``s3://bucket/run``), the folder is
+            ``lightning_qat_reports/s3/bucket/run`` below the working directory.
+
+    Example:
+        >>> local_folder("file:///tmp/logs").as_posix(), local_folder("s3://bucket/run").relative_to(Path.cwd()).as_posix()
+        ('/tmp/logs', 'lightning_qat_reports/s3/bucket/run')
+    """
+    if local := _LOCAL_URL.fullmatch(place):
+        return Path("/", local["place"])
+    url = _URL.fullmatch(place)
+    if url is None:
+        return Path(place)
+    parts = [url["protocol"], *re.split(r"[/\\]", url["place"])]
+    return Path.cwd().joinpath(_INSTEAD, *(file_name(part) for part in parts if part))
+
+
+def local_instead_of_url(trainer: pl.Trainer) -> str:
+    """Say where the files go if the run's own go to another store; empty if they do not. Call it on all ranks."""
+    places = (trainer.log_dir, trainer.default_root_dir)
+    urls = dict.fromkeys(place for place in places if place and local_folder(place) != Path(place))
+    found = [f"{url}: {local_folder(url)}" for url in urls if not _LOCAL_URL.fullmatch(url)]
+    if not found:
+        return ""
+    return (
+        f"lightning_qat writes its files to folders of this machine only, so they do not go where this run's logs and "
+        f"checkpoints go. For {'; for '.join(found)}. Copy them from there, or give a local default_root_dir."
+    )
 
 
 def leaves_files(trainer: pl.Trainer) -> bool:

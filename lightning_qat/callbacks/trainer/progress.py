@@ -8,7 +8,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lightning_qat.reporting.plain_text import printable
 
 
 @contextmanager
@@ -23,7 +26,7 @@ def progress(trainer: pl.Trainer, what: str, total: int | None) -> Iterator[Any]
     shown = live if live is not None else Progress(*columns, transient=True)
     if live is None:
         shown.start()
-    task = shown.add_task(what, total=total)
+    task = shown.add_task(escape(printable(what)), total=total)  # a metric may be called "[/x]"
     try:
         yield lambda: shown.advance(task)
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from typing_extensions import override
@@ -19,6 +21,11 @@ class ReportingCallback(FinalReport):
 
     def __init__(self) -> None:
         self._reports = reports_of_run()
+
+    @property
+    def missing_files(self) -> dict[Path, str]:
+        """The files that could not be written in the latest run, with the reason."""
+        return self._reports.missing
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

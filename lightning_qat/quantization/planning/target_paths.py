@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from lightning_qat.quantization.overrides import Override
+from lightning_qat.quantization.overrides import Override, yaml_name
 from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
 
 
@@ -68,7 +68,9 @@ def with_target_path(overrides: str, path: str) -> str:
         >>> print(with_target_path('- {match: "fc.weight", weight: {dtype: int16}}', "head"))
         - {match: "head.fc.weight", weight: {dtype: int16}}
     """
-    return re.sub(r"(match: [\"'])", lambda found: f"{found[1]}{path}.", overrides) if path else overrides
+    quoted = {'"': yaml_name(path)[1:-1], "'": path.replace("'", "''")}
+    with_path = re.sub(r"match: ([\"'])", lambda found: f"{found[0]}{quoted[found[1]]}.", overrides)
+    return with_path if path else overrides
 
 
 def local_rules(rules: Iterable[Override], graphs: Mapping[str, OpGraph]) -> dict[str, list[Override]]:
