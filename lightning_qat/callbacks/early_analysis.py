@@ -39,7 +39,8 @@ class EarlyAnalysis(EpochEndAnalysis):
     """Also analyses the calibrated model before its first step, if calibration has lost accuracy.
 
     Training often destroys a model that calibration has harmed. An analysis at the end then describes the wreck, and
-    not what harmed it.
+    not what harmed it. To know whether accuracy was lost, the float and the calibrated model are evaluated once;
+    ConvergenceMonitor, AccuracyTable and PipelineCheck share these evaluations.
 
     Attributes:
         calibration_loss: the metrics that calibration made worse, in words; empty if it made none worse.

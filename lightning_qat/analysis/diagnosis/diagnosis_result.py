@@ -120,8 +120,8 @@ class DiagnosisResult(Result[Diagnosis]):
 
     @property
     def note(self) -> str:
-        """Count the points by verdict."""
-        return f"{self.remark} {self._counts}".lstrip()
+        """Say what the table is about, and count the points by verdict."""
+        return " ".join(part for part in (self.remark, self.calibration, self._counts) if part)
 
     @property
     def _counts(self) -> str:
@@ -140,7 +140,7 @@ class DiagnosisResult(Result[Diagnosis]):
         return cls(tuple(sorted(rows, key=severest_first)))
 
     def with_foreign_data(
-        self, text: str, action: str, regions: Mapping[str, Mapping[str, str]], activations: Collection[tuple[str, str]]
+        self, text: str, action: str, regions: Mapping[str, Mapping[str, str]], calibrated: Collection[tuple[str, str]]
     ) -> DiagnosisResult:
         """Blame the calibration data for what is wrong with activations; no override is advised for them.
 
@@ -148,12 +148,12 @@ class DiagnosisResult(Result[Diagnosis]):
             text: why the calibration data are not those the model is for, and what to do.
             action: what to do, in short.
             regions: by the path of the region and the name of the point: what it holds in both.
-            activations: path of the region and name of every point whose scale follows from the data.
+            calibrated: path of the region and name of every activation whose scale follows from the data.
         """
         rows = []
         for row in self.rows:
             is_off = row.verdict not in ("fine", "inherited", "config not applied")
-            if is_off and (row.region, row.point) in activations:
+            if is_off and (row.region, row.point) in calibrated:
                 row = replace(
                     row,
                     verdict="calibration data",
@@ -177,7 +177,7 @@ class DiagnosisResult(Result[Diagnosis]):
             lines.append(self.calibration)
             found = tuple(row for row in found if row.verdict != "calibration data")
         clipped = sum(row.verdict == "clipping" for row in found)
-        if not self.culprits:
+        if not self.culprits and not self.calibration:
             lines.append(_NOTHING_STANDS_OUT)
         elif _MANY_CLIPPED * len(self.rows) <= clipped > 1:
             lines.append(f"{clipped} of {len(self.rows)} points clip: {_OTHER_DATA}")

@@ -50,10 +50,13 @@ class ForeignData:
             }
             for path, points in self.regions.items()
         }
-        activations = {
-            (path, plan.name) for path, region in regions.items() for plan in region.plan.points if not plan.is_weight
+        calibrated = {
+            (path, plan.name)
+            for path, region in regions.items()
+            for plan in region.plan.points
+            if not plan.is_weight and plan.fixed_scale is None
         }
-        return diagnosis.with_foreign_data(self.text, self.action, held, activations)
+        return diagnosis.with_foreign_data(self.text, self.action, held, calibrated)
 
 
 def foreign_data(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str) -> ForeignData | None:

@@ -538,3 +538,30 @@ def test_rounds_of_a_long_loop_are_one_entry_of_the_list() -> None:
     for (shown,) in (result.blocks(), result.full_blocks()):
         assert sum("mul_" in row[0] for row in shown.rows) == 1
     assert len(result.to_dicts()) == len(result.rows)
+
+
+def test_calibration_data_are_blamed_for_what_follows_from_them_alone() -> None:
+    """Not for weights, fixed scales, rules that are not in effect, and points that are fine."""
+    rows = [
+        Diagnosis("fc.input0", "clipping", "e", "a", "overrides: x", 9.0),
+        Diagnosis("fc.output", "rounding", "e", "a", "overrides: y", 9.0, severity=1.0),
+        Diagnosis("fc.weight", "rounding", "e", "a", "overrides: z", 9.0, severity=2.0),
+        Diagnosis("add.output", "bad scale", "fixed", "a", "overrides: f"),
+        Diagnosis("relu.output", "config not applied", "e", "a", "overrides: w"),
+        Diagnosis("last.output", "fine", "e"),
+    ]
+    calibrated = [("", name) for name in ("fc.input0", "fc.output", "relu.output", "last.output")]
+    held = {"": {"fc.output": "It has zeros in calibration."}}
+    result = DiagnosisResult(tuple(rows)).with_foreign_data("Other data.", "Mend the loader.", held, calibrated)
+    blamed = {row.point: row for row in result.rows if row.verdict == "calibration data"}
+    assert list(blamed) == ["fc.output", "fc.input0"] == [row.point for row in result.rows[:2]]
+    assert {(row.action, row.yaml, row.factor) for row in blamed.values()} == {("Mend the loader.", "", None)}
+    assert blamed["fc.output"].evidence == "It has zeros in calibration."
+    assert {row for row in rows if row.point not in blamed} == set(result.rows[2:])
+    assert "Other data." in result.note
+    lines = result.lines()
+    assert lines[1] == "Other data."
+    assert lines[2].startswith("1. fc.weight: rounding.")
+    assert not any("overrides: x" in line or "overrides: y" in line for line in lines)
+    fine = DiagnosisResult((rows[-1],)).with_foreign_data("Other data.", "Mend the loader.", {}, calibrated)
+    assert fine.lines() == ("What to do: 0 points to look at, 1 fine, 0 inherited.", "Other data.")
