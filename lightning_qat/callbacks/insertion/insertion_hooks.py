@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_qat.callbacks.insertion.float_checkpoint import FloatCheckpointError
+from lightning_qat.callbacks.insertion.init_modes import without_init_modes
 from lightning_qat.callbacks.insertion.insertion_request import InsertionRequest, differences
 from lightning_qat.callbacks.insertion.quantized_checkpoint import region_prefix, stored_regions, stored_target
 from lightning_qat.callbacks.insertion.setup_copies import renew_model_copies
@@ -60,7 +61,8 @@ class InsertionHooks:
 
         def configure_model() -> None:
             original_configure()
-            self.insert()
+            with without_init_modes(self.trainer.strategy.root_device):
+                self.insert()
             self.request.frozen_parts.apply(self.pl_module, self.trainer.current_epoch)
             self._hide_learned_scales()
             renew_model_copies(self.trainer, self.pl_module)
