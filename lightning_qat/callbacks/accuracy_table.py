@@ -104,7 +104,7 @@ class AccuracyTable(ReportingCallback):
         if trainer.global_step == 0:  # later the weights are no longer those of the float model
             self._run, self._entry = None, None
             self._awaits_scales = True
-            self._measure(trainer, pl_module, "float", "off")
+            self._try_to_measure(trainer, pl_module, "float", "off")
             self._measure_calibrated(trainer, pl_module)
 
     @override
@@ -114,7 +114,7 @@ class AccuracyTable(ReportingCallback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step > 0 and is_calibrated(pl_module):  # else it ended before start_epoch
-            self._measure(trainer, pl_module, "QAT", "quantize")
+            self._try_to_measure(trainer, pl_module, "QAT", "quantize")
         self._report(trainer)
 
     @override
@@ -130,7 +130,7 @@ class AccuracyTable(ReportingCallback):
         regions = require_regions(trainer, pl_module, "AccuracyTable")
         if self._awaits_scales and all(region.is_calibrated for region in regions.values()):
             self._awaits_scales = False
-            self._measure(trainer, pl_module, "calibrated", "quantize")
+            self._try_to_measure(trainer, pl_module, "calibrated", "quantize")
 
     def _measure_without_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._is_trained(trainer):
@@ -145,6 +145,10 @@ class AccuracyTable(ReportingCallback):
         if self._loaded_step is not None:
             return self._loaded_step > 0
         return trainer.global_step > 0 or trainer.ckpt_path is not None
+
+    def _try_to_measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, column: str, state: State) -> None:
+        """Measure in a fit, which goes on if that fails."""
+        self.tried(trainer, lambda: self._measure(trainer, pl_module, column, state))
 
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, column: str, state: State, stage: str = "validate"

@@ -112,12 +112,12 @@ class ConvergenceMonitor(ReportingCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if not self._started and is_calibrated(pl_module) and _quantizes(pl_module):
-            self._start(trainer, pl_module)
+            self._started = True
+            self.tried(trainer, lambda: self._start(trainer, pl_module), refuses=False)
         self._batch = (batch, batch_idx)
 
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the start of QAT: the float model's loss and metrics, the calibrated metrics, scales, codes."""
-        self._started = True
         self._bad_at_start = frozenset(non_finite_buffers(pl_module))  # masks hold infinities
         self._statistics.note_start(trainer, pl_module)
         self._codes = self._statistics.codes, {}
@@ -125,10 +125,11 @@ class ConvergenceMonitor(ReportingCallback):
             return  # resumed: the checkpoint has these measurements
         self.series = replace(
             self.series,
-            float_loss=self._float_loss(trainer, pl_module),
             float_model=measure_in_state(trainer, pl_module, "off", math.inf),
             calibrated=measure_in_state(trainer, pl_module, "quantize", math.inf),
         )
+        # last: this copies the module, which is not possible for all
+        self.series = replace(self.series, float_loss=self._float_loss(trainer, pl_module))
 
     def _float_loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[float, float] | None:
         try:
@@ -144,7 +145,8 @@ class ConvergenceMonitor(ReportingCallback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if self._started and not self.series.first_bad and not bool(torch.isfinite(loss.detach()).all()):
             # now: after the step, every weight may be NaN
-            self.series = replace(self.series, first_bad=self._first_bad(trainer, pl_module))
+            found = self.tried(trainer, lambda: self._first_bad(trainer, pl_module), refuses=False)
+            self.series = replace(self.series, first_bad=found or "")
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
@@ -215,25 +217,26 @@ class ConvergenceMonitor(ReportingCallback):
         if self._started:
             self._look_for_bad_values(pl_module, f"the end of epoch {trainer.current_epoch}")
         if self._started or self.series.steps:  # a run that resumes at the end of an epoch has no batch before this
-            measured = self._statistics.measure_once(trainer, pl_module)
-            codes, (before, earlier) = self._statistics.codes, self._codes
-            self._codes = codes, before
-            health = health_of_points(measured, codes, before, earlier)
+            self.tried(trainer, lambda: self._measure_points(trainer, pl_module), refuses=False)
             zero = tuple(sorted(set().union(*self._zero.values())))
-            self.series = replace(self.series, points=self.series.points.after(health), zero_gradients=zero)
+            self.series = replace(self.series, zero_gradients=zero)
             self._zero, self._gradient_steps = {}, 0
             self._judge(trainer, pl_module)
         flagged = self.result is not None and self.result.is_bad
         pl_module.log("convergence/flagged", float(flagged), sync_dist=False)
 
+    def _measure_points(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        measured = self._statistics.measure_once(trainer, pl_module)
+        codes, (before, earlier) = self._statistics.codes, self._codes
+        self._codes = codes, before
+        health = health_of_points(measured, codes, before, earlier)
+        self.series = replace(self.series, points=self.series.points.after(health))
+
     def _first_bad(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
         """Run the step again and find the first bad value. It runs on a copy, as backward still needs this module."""
         if self._batch is None:
             return ""
-        try:
-            module = copied_module(pl_module)
-        except Exception:  # the verdict does without the name
-            return ""
+        module = copied_module(pl_module)
         module.trainer = trainer
         extra = ExtraBatch(*self._batch, 0, False)
         with undisturbed(trainer, module):

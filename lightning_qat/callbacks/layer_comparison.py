@@ -145,7 +145,8 @@ class LayerComparison(EarlyAnalysis):
             for pattern, ends in self.ranges.items():
                 check_declared_range(pattern, ends, points)
         if self.output is not None or self.post_process is not None:
-            self._try_output(trainer, pl_module, OutputSelector(self.output, self.post_process), self.seed)
+            select = OutputSelector(self.output, self.post_process)
+            self.tried(trainer, lambda: self._try_output(trainer, pl_module, select, self.seed))
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -88,6 +88,7 @@ class LayerStatistics(EpochEndAnalysis):
         self.seed = seed
         self.result: LayerStatisticsResult | None = None
         self.codes: dict[str, WeightCodes] = {}
+        self._noted_start = False
         self._calibrated: dict[str, ScaleSnapshot] = {}
         self._measured: tuple[ModelKey, LayerStatisticsResult] | None = None
         self._compared: dict[str, WeightCodes] = {}
@@ -98,6 +99,7 @@ class LayerStatistics(EpochEndAnalysis):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.codes, self._compared, self._calibrated, self._measured = {}, {}, {}, None
+            self._noted_start = False
 
     @property
     def is_every_epoch(self) -> bool:
@@ -108,11 +110,12 @@ class LayerStatistics(EpochEndAnalysis):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.note_start(trainer, pl_module)
+        self.tried(trainer, lambda: self.note_start(trainer, pl_module))
 
     def note_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the calibrated scales and the first codes of the weights, as soon as there are scales."""
-        if not self.codes and is_calibrated(pl_module):  # only now: calibration may wait for start_epoch
+        if not self._noted_start and is_calibrated(pl_module):  # only now: calibration may wait for start_epoch
+            self._noted_start = True
             for path, region in find_regions(pl_module).items():
                 self._calibrated.setdefault(path, scale_snapshot(region))
             self.measure(trainer, pl_module, batches=1)  # for the codes of the weights before the first step
@@ -122,13 +125,13 @@ class LayerStatistics(EpochEndAnalysis):
         if not self.should_analyse(trainer):
             self._log_numbers(trainer, pl_module, {})
             return
-        result = self._report(trainer, pl_module)
-        self._log_numbers(trainer, pl_module, _aggregates(result.rows))
+        result = self.tried(trainer, lambda: self._report(trainer, pl_module))
+        self._log_numbers(trainer, pl_module, _aggregates(result.rows) if result is not None else {})
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.is_analysed(trainer):
-            self._report(trainer, pl_module)
+            self.tried(trainer, lambda: self._report(trainer, pl_module))
 
     @override
     def report_without_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

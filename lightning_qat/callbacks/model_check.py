@@ -146,7 +146,9 @@ class ModelCheck(ReportingCallback):
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._waits_for_scales = not is_calibrated(pl_module)
-        result = self.check(trainer, pl_module)
+        result = self.tried(trainer, lambda: self.check(trainer, pl_module))
+        if result is None:
+            return
         directory = run_directory(trainer)  # broadcasts: on all ranks
         file = ""
         if leaves_files(trainer):

@@ -109,6 +109,9 @@ class PipelineFingerprint(ReportingCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.tried(trainer, lambda: self._take(trainer, pl_module))
+
+    def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         fingerprint = take_fingerprint(trainer, pl_module, self.batches, self.seed, self._plan)
         at_start = with_counts(self._optimizers, fingerprint.optimizers)
         self.fingerprint = replace(

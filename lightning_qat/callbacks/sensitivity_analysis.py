@@ -167,10 +167,12 @@ class SensitivityAnalysis(EarlyAnalysis):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if self._task is not None:
-            self._task.check(trainer, pl_module)
+        task = self._task
+        if task is not None:
+            self.tried(trainer, lambda: task.check(trainer, pl_module))
         if self.output is not None or self.post_process is not None:
-            self._try_output(trainer, pl_module, OutputSelector(self.output, self.post_process), self.seed)
+            select = OutputSelector(self.output, self.post_process)
+            self.tried(trainer, lambda: self._try_output(trainer, pl_module, select, self.seed))
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

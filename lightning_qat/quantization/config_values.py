@@ -9,7 +9,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
+from lightning_qat.quantization.errors import ConfigurationError, shown, unknown_choice
 from lightning_qat.quantization.numerics.dtypes import DtypeName
 from lightning_qat.quantization.numerics.observers import ObserverName
 from lightning_qat.quantization.numerics.percentile import check_percentile
@@ -55,7 +55,7 @@ def build(cls: type[_T], value: Any, where: str) -> _T:
     if isinstance(value, cls):
         return value
     if not isinstance(value, Mapping):
-        raise ConfigurationError(f"{where} must be a mapping such as {{dtype: int8}}, got {value!r}.")
+        raise ConfigurationError(f"{where} must be a mapping such as {{dtype: int8}}, got {shown(value)}.")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in value:
         if key not in fields:
@@ -85,10 +85,12 @@ def positive_number(value: float | int | str, name: str) -> float:
             number = _evaluate(ast.parse(value.strip(), mode="eval").body)
         else:
             number = math.nan if isinstance(value, bool) else float(value)
-    except (SyntaxError, ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
-        raise ConfigurationError(f"{name} {value!r} is not a number or an expression such as 100/32768.") from error
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise ConfigurationError(
+            f"{name} {shown(value)} is not a number or an expression such as 100/32768."
+        ) from error
     if not (math.isfinite(number) and number > 0):
-        raise ConfigurationError(f"{name} must be a positive number, got {value!r}.")
+        raise ConfigurationError(f"{name} must be a positive number, got {shown(value)}.")
     return number
 
 

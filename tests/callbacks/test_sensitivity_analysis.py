@@ -214,7 +214,7 @@ def test_step_that_fails_in_the_analysis_leaves_the_module_as_it_was(tmp_path: P
     class Watching(Failing):
         def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             modes, rng = [m.training for m in pl_module.modules()], torch.get_rng_state()
-            with pytest.raises(ZeroDivisionError):
+            with pytest.warns(UserWarning, match="failed with ZeroDivisionError.*Training goes on without it"):
                 super().on_train_epoch_end(trainer, pl_module)
             state["same"] = modes == [m.training for m in pl_module.modules()] and torch.equal(
                 rng, torch.get_rng_state()

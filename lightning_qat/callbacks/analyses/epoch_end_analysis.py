@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
@@ -94,16 +94,14 @@ class EpochEndAnalysis(ReportingCallback):
         """Send numbers, table and histograms to the loggers."""
         self._outputs.log(result, trainer.loggers, _compat.steps_taken(trainer))
 
-    def tried(self, trainer: pl.Trainer, analyse: Callable[[], T]) -> T | None:
-        """Analyse; None for a model that computes NaN. Reporting NaN or stopping the run is up to other callbacks."""
-        try:
-            return analyse()
-        except MisconfigurationException as error:
-            if trainer.global_step == 0:
-                raise
-            remark = self.remark(trainer, trainer.lightning_module)
-            rank_zero_warn(f"{type(self).__name__}, epoch {trainer.current_epoch}: {error} {remark}".rstrip())
-            return None
+    @override
+    def _note_failure(self, trainer: pl.Trainer, error: Exception) -> None:
+        if not isinstance(error, MisconfigurationException):
+            super()._note_failure(trainer, error)
+            return
+        # the model computes NaN: reporting that or stopping the run is up to other callbacks
+        remark = self.remark(trainer, trainer.lightning_module)
+        rank_zero_warn(f"{type(self).__name__}, epoch {trainer.current_epoch}: {error} {remark}".rstrip())
 
     def remark(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
         """What there is to know about the model before a report is read; empty if nothing. Call it on all ranks."""

@@ -13,8 +13,9 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_qat.callbacks.insertion.float_checkpoint import FloatCheckpointError
+from lightning_qat.callbacks.insertion.init_modes import without_init_modes
 from lightning_qat.callbacks.insertion.insertion_request import InsertionRequest, differences
-from lightning_qat.callbacks.insertion.quantized_checkpoint import stored_regions, stored_target
+from lightning_qat.callbacks.insertion.quantized_checkpoint import region_prefix, stored_regions, stored_target
 from lightning_qat.callbacks.insertion.setup_copies import renew_model_copies
 from lightning_qat.callbacks.insertion.target_discovery import AUTO
 from lightning_qat.callbacks.insertion.traced_targets import (
@@ -33,6 +34,7 @@ from lightning_qat.quantization.planning.plan_compatibility import read_extra_st
 from lightning_qat.quantization.region.insertion import attach
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.stored_state import read_region
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
 
@@ -59,7 +61,8 @@ class InsertionHooks:
 
         def configure_model() -> None:
             original_configure()
-            self.insert()
+            with without_init_modes(self.trainer.strategy.root_device):
+                self.insert()
             self.request.frozen_parts.apply(self.pl_module, self.trainer.current_epoch)
             self._hide_learned_scales()
             renew_model_copies(self.trainer, self.pl_module)
@@ -138,6 +141,8 @@ class InsertionHooks:
             )
         regions = find_regions(self.pl_module)
         with misconfiguration():
+            for path in stored:  # before anything of the model is changed
+                read_region(checkpoint["state_dict"], region_prefix(path))
             if self._pending is not None:
                 self._insert_stored(stored)
                 self._pending = None

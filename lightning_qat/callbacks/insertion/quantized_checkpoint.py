@@ -14,14 +14,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
-from lightning_qat.quantization.errors import DamagedFileError
+from lightning_qat.quantization.errors import ConfigurationError, DamagedFileError
 from lightning_qat.quantization.modules.module_walk import REGION_NAME, is_in_region
-from lightning_qat.quantization.planning.plan_compatibility import read_extra_state
 from lightning_qat.quantization.reading.files import Document, OtherObjectsError
 from lightning_qat.quantization.reading.plain_values import UnreadableValueError
 from lightning_qat.quantization.reading.schema import read_as
 from lightning_qat.quantization.region.insertion import attach
 from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.stored_state import read_region
 
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
 _EXTRA_STATE = "_extra_state"
@@ -66,8 +66,8 @@ def load_quantized(
             f"{cls.__name__}.load_from_checkpoint for it."
         )
     module = _float_module(document, cls, checkpoint, weights_only, kwargs)
-    for path, state in stored.items():
-        region = _attached(module, path, state, state_dict)
+    for path in stored:
+        region = _attached(document, module, path, state_dict)
         if not region.is_calibrated:
             raise MisconfigurationException(
                 f"{os.fspath(checkpoint_path)!r} was saved before calibration: its fake-quants have no scales. Use a "
@@ -125,13 +125,23 @@ def _float_module(
         raise MisconfigurationException(str(replace(document, remedy=remedy).error(problem))) from error
 
 
-def _attached(module: pl.LightningModule, path: str, state: dict[str, Any], state_dict: dict[str, Any]) -> Region:
+def _attached(document: Document, module: pl.LightningModule, path: str, state_dict: dict[str, Any]) -> Region:
     """Attach a stored region to its target, and load its scales."""
-    prefix = f"{path}.{REGION_NAME}." if path else f"{REGION_NAME}."
-    with misconfiguration():
-        region = attach(stored_target(module, path), *read_extra_state(state), traced=False)
+    prefix, target = region_prefix(path), stored_target(module, path)
+    try:
+        region = attach(target, *read_region(state_dict, prefix), traced=False)
         region.load_state_dict({k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)})
+    except ConfigurationError as error:
+        raise MisconfigurationException(f"{os.fspath(document.path)}: {error}") from error
+    except RuntimeError as error:  # of load_state_dict: keys that no point has
+        what = " ".join(str(error).split())[:200]
+        raise MisconfigurationException(str(document.error(f"its scales do not fit its plan ({what})"))) from error
     return region
+
+
+def region_prefix(path: str) -> str:
+    """Return what the keys of a region begin with in a state_dict, by target path."""
+    return f"{path}.{REGION_NAME}." if path else f"{REGION_NAME}."
 
 
 def stored_regions(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from lightning_qat.callbacks.trainer._compat import steps_taken
 from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
-from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
+from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback, described, ends_run
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.loggers import log_table
 
@@ -122,12 +122,12 @@ class PipelineCallback(ReportingCallback):
         except NotACopyError as error:
             return cannot_tell(str(error))
         except Exception as error:
-            if trainer.world_size > 1 or (isinstance(error, MisconfigurationException) and trainer.global_step == 0):
-                raise  # other ranks would wait for this one forever; before the first step nothing is lost
+            if trainer.world_size > 1 or ends_run(trainer, error):
+                raise
             if isinstance(error, MisconfigurationException):
                 return cannot_tell(f"{error} Training goes on without the check.")
             return cannot_tell(
-                f"the check failed with {type(error).__name__}: {error}. Training goes on without it; the check copies "
+                f"the check failed with {described(error)}. Training goes on without it; the check copies "
                 "the module and trains the copy, so look for attributes that cannot be copied."
             )
 

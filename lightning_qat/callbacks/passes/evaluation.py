@@ -17,6 +17,7 @@ from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batch
 from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.preservation.undisturbed import muted_logging, undisturbed
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer._shown_metrics import ShownMetrics
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def evaluate(
     """Run evaluation steps over fresh loaders with a recording ``self.log`` and return what they log.
 
     The numbers are those of ``trainer.validate``: values are kept and reduced by Lightning's own code, and the
-    module's hooks run (those of callbacks do not). Over ranks everything is averaged, as with ``sync_dist=True``.
+    module's hooks run (those of callbacks do not). Meanwhile ``trainer.callback_metrics`` and its siblings show them as
+    they would there. Over ranks everything is averaged, as with ``sync_dist=True``.
     Leaves no trace.
 
     Args:
@@ -63,7 +65,7 @@ def evaluate(
         if _compat.attached_loader(trainer, stage) is None:
             stage = next((s for s in ("validate", "test") if _compat.attached_loader(trainer, s) is not None), "train")
         recorder = _Recorder(trainer, module, always_epoch=stage == "train")
-        with muted_logging(module, recorder.log):
+        with muted_logging(module, recorder.log), recorder.shown.showing():
             batches = _evaluated(trainer, pl_module, module, recorder, stage, limit)
     return Evaluation(recorder.metrics, recorder.standard_errors(), batches)
 
@@ -105,6 +107,7 @@ class _Recorder:
         self._module = module
         self._always_epoch = always_epoch
         self._results = _compat.ResultCollection(training=False)
+        self.shown = ShownMetrics(trainer, self._results)
         self._index: int | None = None
         self._batch_values: dict[str, list[float]] = {}
         self._batch_metrics: dict[str, Metric] = {}
@@ -116,6 +119,7 @@ class _Recorder:
             self.end_loader()
         self._index = index
         self._results.batch, self._results.batch_size, self._results.dataloader_idx = extra.batch, None, index
+        self.shown.begin_batch()
 
     def end_batch(self) -> None:
         """After a step: note the batch value of metrics that compute one."""
@@ -124,10 +128,12 @@ class _Recorder:
             if isinstance(value, Tensor) and value.numel() == 1:
                 self._batch_values.setdefault(name, []).append(float(value))
         self._batch_metrics.clear()
+        self.shown.end_batch()
         self._results.batch = self._results.batch_size = None
 
     def end_loader(self) -> None:
         """After the last batch of a loader and after the epoch: reduce over batches and ranks."""
+        self.shown.end_loader()
         reduced = self._results.metrics(on_step=False)["callback"]
         self.metrics.update({name: float(value) for name, value in reduced.items()})
         self._index = self._results.dataloader_idx = None
@@ -163,6 +169,8 @@ class _Recorder:
             _compat.running_hook(self._module),
             name,
             value,
+            prog_bar=prog_bar,
+            logger=True if logger is None else logger,
             on_step=on_step,
             on_epoch=on_epoch or self._always_epoch,
             reduce_fx=reduce_fx,

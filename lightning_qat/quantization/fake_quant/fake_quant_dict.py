@@ -22,13 +22,13 @@ class FakeQuantDict(nn.ModuleDict):
     """
 
     def __init__(self, plan: QuantPlan) -> None:
-        super().__init__({_key(p.name): fake_quant_of(p) for p in plan.points if p.same_as is None})
+        super().__init__({key_of(p.name): fake_quant_of(p) for p in plan.points if p.same_as is None})
         self.register_load_state_dict_post_hook(_show_children)  # type: ignore[no-untyped-call]
 
     def by_point(self, plan: QuantPlan) -> dict[str, FakeQuantize]:
         """Return the fake-quant of every point of the plan this was made for."""
         modules: dict[str, Any] = dict(self._modules)
-        return {p.name: modules[_key(p.same_as or p.name)] for p in plan.points}
+        return {p.name: modules[key_of(p.same_as or p.name)] for p in plan.points}
 
     def _load_from_state_dict(  # type: ignore[no-untyped-def]
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -71,8 +71,8 @@ def fake_quant_of(point: PointPlan) -> FakeQuantize:
     return fake_quant
 
 
-def _key(name: str) -> str:
-    """Module names cannot contain dots; slashes keep them readable."""
+def key_of(name: str) -> str:
+    """Return the name of a point as a module is called: without dots; slashes keep it readable."""
     return name.replace(".", "/")
 
 

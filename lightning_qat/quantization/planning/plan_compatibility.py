@@ -6,11 +6,12 @@ import dataclasses
 import json
 from typing import Any
 
-from lightning_qat.quantization.errors import PlanMismatchError
+from lightning_qat.quantization.errors import ConfigurationError, PlanMismatchError, shown
 from lightning_qat.quantization.functions.function_lookup import is_interceptable
 from lightning_qat.quantization.functions.op_spec import OpSpec
 from lightning_qat.quantization.packed_text import pack_text, unpack_text
-from lightning_qat.quantization.planning.plan import QuantPlan
+from lightning_qat.quantization.planning.plan import PointPlan, QuantPlan
+from lightning_qat.quantization.reading.plain_values import UnreadableValueError
 from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
 
 STATE_VERSION = 2
@@ -33,22 +34,80 @@ def extra_state(graph: OpGraph, plan: QuantPlan) -> dict[str, Any]:
     return {"version": STATE_VERSION, "graph": packed, "plan": plan.to_dict()}
 
 
-def read_extra_state(state: dict[str, Any]) -> tuple[OpGraph, QuantPlan]:
+def read_extra_state(state: Any) -> tuple[OpGraph, QuantPlan]:
     """Read graph and plan from a region's extra state in a checkpoint.
 
     Raises:
-        PlanMismatchError: another release wrote them in another format.
-        ConfigurationError: the packed graph is damaged.
+        PlanMismatchError: they are damaged, or another release wrote them in another format.
     """
-    if state.get("version") not in (1, STATE_VERSION):
+    version = state.get("version") if isinstance(state, dict) else None
+    if version not in (1, STATE_VERSION):
         raise PlanMismatchError(
-            f"the checkpoint holds a plan of version {state.get('version')!r}, this release reads versions up to "
-            f"{STATE_VERSION}: use the release it was made with."
+            f"the checkpoint holds a plan of version {shown(version)}, this release reads versions up to "
+            f"{STATE_VERSION}: use the release it was made with, or another checkpoint."
         )
-    graph = state["graph"]
-    if isinstance(graph, str):
-        graph = json.loads(unpack_text(graph, _LONGEST_GRAPH))
-    return OpGraph.from_dict(graph), QuantPlan.from_dict(state["plan"])
+    try:
+        graph = OpGraph.from_dict(_unpacked(state.get("graph")))
+        plan = QuantPlan.from_dict(state.get("plan"))
+        _check_together(graph, plan)
+    except ConfigurationError as error:
+        raise damaged(error) from error
+    return graph, plan
+
+
+def damaged(error: ConfigurationError) -> PlanMismatchError:
+    """Return the error for a checkpoint with a value that does not fit."""
+    return PlanMismatchError(
+        f"the quantizer state in the checkpoint is damaged: {str(error).rstrip('.')}; use another checkpoint, or start "
+        'from a float one (QuantizationAwareTraining(init_from="float.ckpt")) and calibrate anew.'
+    )
+
+
+def _unpacked(graph: Any) -> Any:
+    if not isinstance(graph, str):
+        return graph
+    try:
+        return json.loads(unpack_text(graph, _LONGEST_GRAPH))
+    except (ValueError, RecursionError) as error:  # ConfigurationError is a ValueError
+        raise UnreadableValueError(f"is no packed JSON ({type(error).__name__})", ".graph") from error
+
+
+def _check_together(graph: OpGraph, plan: QuantPlan) -> None:
+    """Refuse a plan that is about other ops than the graph has, or about tensors that these do not have."""
+    if len(plan.by_name) < len(plan.points):
+        raise UnreadableValueError("holds two points of one name", ".points")
+    named = [op.name for op in plan.ops]
+    named += [name for group in plan.fusions for name in group.ops] + [name for m in plan.misses for name in m.ops]
+    named += [point.batch_norm for point in plan.points if point.batch_norm is not None]
+    for name in [*named, *(point.op for point in plan.points)]:
+        if name not in graph.by_name:
+            raise UnreadableValueError(f"is about {shown(name)}, which is no op of the graph", ".plan")
+    for point in plan.points:
+        try:
+            _check_point(graph.by_name[point.op], point, plan)
+        except UnreadableValueError as error:
+            raise error.inside(f".points[{shown(point.name)}]") from None
+
+
+def _check_point(op: Op, point: PointPlan, plan: QuantPlan) -> None:
+    first = plan.by_name.get(point.same_as) if point.same_as is not None else None
+    if point.same_as is not None and (first is None or first.same_as is not None):
+        raise UnreadableValueError(f"is {shown(point.same_as)}, which has no quantizer of its own", ".same_as")
+    if point.role == "output":
+        shapes = [shape for _, shape in op.outputs[:1]]
+    else:
+        shapes = [operand.shape for operand in op.operands if operand.index == point.operand]
+    if not shapes:
+        raise UnreadableValueError(f"is a tensor that {op.name} does not have", ".role")
+    if (point.axis is None) != (point.channels is None):
+        raise UnreadableValueError("belong together", ".axis and .channels")
+    if point.axis is not None and not -len(shapes[0]) <= point.axis < len(shapes[0]):
+        raise UnreadableValueError(f"is {point.axis}, and its tensor has {len(shapes[0])} axes", ".axis")
+    if point.axis is not None and point.is_weight and point.channels != point.groups * shapes[0][point.axis]:
+        wanted = point.groups * shapes[0][point.axis]
+        raise UnreadableValueError(f"must be {wanted}, as the weight has, not {point.channels}", ".channels")
+    if point.split_sizes is not None and sum(point.split_sizes) != point.channels:
+        raise UnreadableValueError(f"must add up to the {point.channels} channels", ".split_sizes")
 
 
 def rebound(saved: OpGraph, traced: OpGraph) -> OpGraph:

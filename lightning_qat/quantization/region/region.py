@@ -18,11 +18,12 @@ from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.interception.interception import Intercepted
 from lightning_qat.quantization.modules.module_walk import REGION_NAME
 from lightning_qat.quantization.planning.plan import QuantPlan, ScaleRole
-from lightning_qat.quantization.planning.plan_compatibility import LOADING_NOTE, extra_state, read_extra_state, rebound
+from lightning_qat.quantization.planning.plan_compatibility import LOADING_NOTE, extra_state, rebound
 from lightning_qat.quantization.region.bound_points import bind
 from lightning_qat.quantization.region.freezing import Freezable, Freezing, patterns_by_target
 from lightning_qat.quantization.region.region_runner import RegionRunner
 from lightning_qat.quantization.region.region_scales import RegionScales
+from lightning_qat.quantization.region.stored_state import StateReader
 from lightning_qat.quantization.region.switches import State, Switches, Tap, only
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
@@ -50,6 +51,7 @@ class Region(nn.Module):
         self.switches = Switches()
         self.freezing = Freezing()
         self.runner = RegionRunner(target, self.switches, self.freezing)
+        self._reader = StateReader()
         self._intercepted: Intercepted | None = None
         self.set_plan(graph, plan)
 
@@ -260,9 +262,9 @@ class Region(nn.Module):
         """Adopt a stored plan; called by load_state_dict before the fake-quants load their scales.
 
         Raises:
-            PlanMismatchError: the plan does not fit the code.
+            PlanMismatchError: the state is damaged, or the plan does not fit the code.
         """
-        graph, plan = read_extra_state(state)
+        graph, plan = self._reader.read(state)  # all of it is checked, and nothing is changed yet
         if plan != self.plan:
             graph = rebound(graph, self._traced_graph) if self._traced_graph is not None else graph
             self.set_plan(graph, plan)
@@ -277,6 +279,7 @@ class Region(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + LOADING_NOTE, None)
+        self._reader.check(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}_extra_state" not in state_dict and "weight" in self.updates:
             self.scales.expect_other_weights()  # perhaps float or averaged ones, which need other scales
