@@ -34,6 +34,7 @@ from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.shared_modules import split_shared_modules
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.files import write_csv, write_json
+from lightning_qat.tuning.tune import tune
 
 __version__ = "0.1.0"
 
@@ -77,6 +78,7 @@ __all__ = [
     "sensitivity",
     "show",
     "split_shared_modules",
+    "tune",
     "write_csv",
     "write_json",
     "write_plan",

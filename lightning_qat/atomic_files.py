@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
+import platform
 import re
 import secrets
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-if sys.platform != "win32":
-    import fcntl
-
-_UNFINISHED = re.compile(r"\.lightning_qat-[0-9a-f]{12}\.unfinished")
-"""Names of files that are being written."""
+_UNFINISHED = re.compile(r"\.lightning_qat-(?P<place>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.unfinished")
+"""Names of files that are being written: where, by which process."""
 _LONGEST_WRITE = 3600.0
-"""Seconds after which an unfinished file is left over, whatever its lock says: not every file system has locks."""
+"""Seconds after which an unfinished file of another machine is left over."""
 
 
 class NotWrittenError(OSError):
@@ -52,7 +52,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
         _remove_left_over(path.parent)
         try:
             _write(path, encoded(content))
-        except FileNotFoundError:  # a process without sight of our lock took it for left over
+        except FileNotFoundError:  # a process elsewhere took it for left over
             _write(path, encoded(content))
     except OSError as error:
         raise NotWrittenError.of(path, error) from error
@@ -65,40 +65,51 @@ def encoded(content: str | bytes) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".lightning_qat-{secrets.token_hex(6)}.unfinished")
+    name = f".lightning_qat-{_place()}-{os.getpid()}-{secrets.token_hex(4)}.unfinished"
+    temporary = path.with_name(name)
     try:
-        with open(temporary, "xb") as held:
-            if not _lock(held):
-                held.close()  # nothing to hold, and Windows moves no open file
-            with open(temporary, "wb") as file:  # a full disk may be noticed only when it is closed
-                file.write(content)
-            os.replace(temporary, path)
+        with open(temporary, "xb") as file:
+            file.write(content)
+        os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
 def _remove_left_over(folder: Path) -> None:
-    """Remove the unfinished files of processes that do not run any more. A living one holds a lock on its file."""
+    """Remove the unfinished files of processes that do not run any more; those that cannot be asked for, after an hour.
+
+    A lock on the file would also tell, but asking a network file system for one may take forever.
+    """
     with os.scandir(folder) as entries:
-        found = [Path(entry.path) for entry in entries if _UNFINISHED.fullmatch(entry.name)]
-    for path in found:
+        found = [(Path(entry.path), match) for entry in entries if (match := _UNFINISHED.fullmatch(entry.name))]
+    for path, match in found:
         try:
-            with open(path, "r+b") as file:
-                if _lock(file) or time.time() - os.fstat(file.fileno()).st_mtime > _LONGEST_WRITE:
-                    path.unlink()
+            ended = match["place"] == _place() and not _runs(int(match["process"]))
+            if ended or time.time() - path.stat().st_mtime > _LONGEST_WRITE:
+                path.unlink()
         except OSError:  # it is finished by now, or somebody else's: none of our business
             continue
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Lock a file until it is closed, or until the process ends; False if that cannot be done."""
-    if sys.platform == "win32":
-        return False
+def _place() -> str:
+    """A digest of the machine since it was started, and of the container: in it, a number means one process."""
+    known = [platform.node()]
+    with suppress(OSError):
+        known += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("\n".join(known).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this place is alive."""
+    if sys.platform == "win32":  # where the question would end it
+        return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        os.kill(process, 0)
+    except ProcessLookupError:
         return False
+    except (PermissionError, OverflowError):
+        return True
     return True
 
 

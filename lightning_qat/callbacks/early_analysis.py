@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from typing import Any
 
@@ -133,7 +134,8 @@ class EarlyAnalysis(EpochEndAnalysis):
         if self._is_start:
             return self._start_remark
         file = run_directory(trainer) / f"{CALIBRATED}diagnosis.txt"  # broadcasts
-        first = f"Look at {file} first: it is about the model that training started from." if file.exists() else ""
+        is_there = os.path.exists(file)  # unlike file.exists(), it never raises
+        first = f"Look at {file} first: it is about the model that training started from." if is_there else ""
         why = trainer.strategy.broadcast(self._why_diverged(trainer, pl_module))
         if why:
             first = first or "Ask PipelineCheck() first whether quantization is to blame at all."

@@ -122,7 +122,8 @@ def csv_lines(rows: Iterable[Sequence[Any]]) -> str:
     """Format rows as lines of CSV. Whatever ends a line for somebody is quoted, so that a row stays one row."""
     buffer = io.StringIO()
     plain, quoting = (csv.writer(buffer, lineterminator="\n", quoting=q) for q in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
-    for row in rows:
+    for cells in rows:
+        row = [cell.replace("\0", r"\x00") if isinstance(cell, str) else cell for cell in cells]  # some readers fail
         breaks = any(isinstance(cell, str) and _LINE_BREAK.search(cell) for cell in row)
         (quoting if breaks else plain).writerow(row)
     return buffer.getvalue()

@@ -21,7 +21,10 @@ import yaml
 
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.fingerprint.fingerprint_differences import compare_fingerprints, compare_stages
+from lightning_qat.analysis.fingerprint.layer_calls import LayerCall, Sketch
+from lightning_qat.analysis.fingerprint.module_settings import ModuleSettings
 from lightning_qat.analysis.fingerprint.tensor_summary import TensorSummary
+from lightning_qat.analysis.fingerprint.training_plan import TrainingPlan
 from lightning_qat.analysis.model_check.finding import Finding
 from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult, Section
 from lightning_qat.analysis.runs.accuracy import ResultTable
@@ -39,6 +42,7 @@ IMAGE = TensorSummary(
     "0", "float32", (3, 8, 8), 64, (0.0, 0.1), (1.0, 1.1), (0.1, 0.1), (-2.0, -2.1), (2.0, 2.1), None, 0
 )
 LABELS = TensorSummary("1", "int64", (), 64, (1.0,), (1.0,), (0.1,), (0.0,), (3.0,), {"0": 16, "2": 48})
+SKETCH = Sketch((2, 2), 1.0, (0.1,) * 8)
 FINGERPRINT = Fingerprint(
     data={"train": (IMAGE, LABELS)},
     model_inputs={"train": (IMAGE,), "validate": (IMAGE,)},
@@ -52,6 +56,10 @@ FINGERPRINT = Fingerprint(
     settings={"precision": "32", "gradient_clip_val": 1.0},
     weights={"a": "1f"},
     agreement={"train": {"out=1": 0.9}, "validate": {"out=1": 0.9}},
+    modules={"bn": ModuleSettings("BatchNorm2d", {"eps": 1e-5}, "", True)},
+    layers={"validate": (LayerCall("bn", {"0": SKETCH}, {"0": SKETCH}),)},
+    untrained=["bn"],
+    plan=TrainingPlan(100, 800.0, (0.01,), 0.9, (0.1,), (0.1,), (0.1,), (1.0,)),
 )
 
 

@@ -403,7 +403,11 @@ SABOTAGES = (
         quick=True,
     ),
     Sabotage(
-        "one scale fixed at a wrong value", QUANTIZATION, ("conv1.input0 (int8",), quantization=_wrong_scale, quick=True
+        "one scale fixed at a wrong value",
+        QUANTIZATION,
+        ("conv1.input0 (bad scale",),
+        quantization=_wrong_scale,
+        quick=True,
     ),
     Sabotage("int2", QUANTIZATION, ("SensitivityAnalysis",), quantization=lambda: _low_bits("int2"), quick=True),
     Sabotage("int3, which QAT mends", "healthy", ("falls a little",), quantization=lambda: _low_bits("int3")),

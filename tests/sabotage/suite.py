@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
+from tests.sabotage.closures import CLOSURES
 from tests.sabotage.pipelines import (
     HEALTHY,
     HEALTHY_SEEDS,
@@ -24,6 +25,9 @@ from tests.sabotage.pipelines import (
     float_run,
     qat_run,
 )
+
+PLANTED = (*SABOTAGES, *PREVENTING, *CLOSURES)
+"""Everything that is planted."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,6 @@ def checked(sabotage: Sabotage, directory: Path, seed: int = 0) -> Outcome:
 def every_outcome(directory: Path) -> list[Outcome]:
     """All faults, and the healthy pipeline with several seeds."""
     return [
-        *(checked(sabotage, directory) for sabotage in (*SABOTAGES, *PREVENTING)),
+        *(checked(sabotage, directory) for sabotage in PLANTED),
         *(checked(replace(HEALTHY, name=f"healthy, seed {s}"), directory, s) for s in range(HEALTHY_SEEDS)),
     ]

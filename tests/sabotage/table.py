@@ -1,7 +1,11 @@
-"""Write what is found and what is missed: ``python -m tests.sabotage.table`` -> ``tests/sabotage/README.md``."""
+"""Write what is found and what is missed: ``python -m tests.sabotage.table``.
+
+It writes ``tests/sabotage/README.md``, and the confusion matrix in the ``README.md`` of the project.
+"""
 
 from __future__ import annotations
 
+import re
 import statistics
 import tempfile
 from collections import Counter
@@ -14,6 +18,7 @@ from tests.analysis.convergence.recorded import recorded_runs
 from tests.sabotage.suite import Outcome, every_outcome
 
 README = Path(__file__).parent / "README.md"
+PROJECT_README = Path(__file__).parents[2] / "README.md"
 _VERDICTS = ("pipeline misaligned", "hyperparameters", "quantization error", "healthy", "cannot tell")
 _TEXT = """# What the checks find
 
@@ -38,7 +43,8 @@ them does harm. Calibration to int3 leaves 90 % and to int2 12 % of the answers 
 from ten times reach what healthy QAT reaches.
 
 "batch norm with another eps", "dropout .9" and "another activation in the code" are settings of modules, neither
-parameters nor buffers.
+parameters nor buffers. "with a lambda" and its siblings call layers through a function that the module keeps, which a
+deep copy of the module has to call on itself; where it cannot ("copies call the original") there is no verdict.
 
 Where it is wrong: a weight decay that is a hundred times too strong does no harm within the batches of the check
 (AdamW shrinks the weights by 4 % in 40 steps, and batch norm makes up for it), so no rung breaks and the verdict is
@@ -88,6 +94,19 @@ def main() -> None:
             runs=markdown(["run", "is", "verdict", "delay (steps)"], rows),
         )
     )
+    _write_project_readme(outcomes)
+
+
+def _write_project_readme(outcomes: list[Outcome]) -> None:
+    text = PROJECT_README.read_text()
+    right = sum(o.sabotage.verdict == "healthy" for o in outcomes)
+    counts = f"({len(outcomes) - right} faults and {right} pipelines that are"
+    text, counted = re.subn(r"\(\d+ faults and \d+ pipelines that are", counts, text)
+    text, replaced = re.subn(
+        r"\| right verdict / given .*?(?=\n\n)", lambda _: _confusion(outcomes).strip(), text, flags=re.S
+    )
+    assert (counted, replaced) == (1, 1)
+    PROJECT_README.write_text(text)
 
 
 def _confusion(outcomes: list[Outcome]) -> str:

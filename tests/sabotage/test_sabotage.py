@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.sabotage.pipelines import HEALTHY, HEALTHY_SEEDS, PREVENTING, SABOTAGES, Sabotage
-from tests.sabotage.suite import checked
+from tests.sabotage.pipelines import HEALTHY, HEALTHY_SEEDS, Sabotage
+from tests.sabotage.suite import PLANTED, checked
 
 KNOWN_AS_WRONG = {"weight decay 100 times (AdamW)"}
 """No harm is done within the batches of the check, so there is nothing to convict; the table says so."""
@@ -22,7 +22,7 @@ def judge(sabotage: Sabotage, directory: Path, seed: int = 0) -> None:
     assert outcome.is_right, outcome.note
 
 
-@pytest.mark.parametrize("sabotage", [s for s in (*SABOTAGES, *PREVENTING) if s.quick], ids=lambda s: s.name)
+@pytest.mark.parametrize("sabotage", [s for s in PLANTED if s.quick], ids=lambda s: s.name)
 def test_planted_fault_is_found_and_named(sabotage: Sabotage, tmp_path: Path) -> None:
     judge(sabotage, tmp_path)
 
@@ -33,7 +33,7 @@ def test_healthy_pipeline_is_found_healthy(seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("sabotage", [s for s in (*SABOTAGES, *PREVENTING) if not s.quick], ids=lambda s: s.name)
+@pytest.mark.parametrize("sabotage", [s for s in PLANTED if not s.quick], ids=lambda s: s.name)
 def test_planted_fault_is_found_and_named_in_full(sabotage: Sabotage, tmp_path: Path) -> None:
     judge(sabotage, tmp_path)
 

@@ -93,9 +93,15 @@ def _first(pairs: Pairs, reference: Fingerprint, here: Fingerprint) -> tuple[str
         inside = max((_distance(b.inputs, n.inputs) for b, n in _calls_inside(now.name, pairs)), default=0.0)
         distance = max(_distance(before.outputs, now.outputs), inside / _INSIDE)
         agrees = distance > least and _distance(before.inputs, now.inputs) <= _AGREES * min(distance, 1.0)
-        if agrees and _same_weights(now.name, reference, here):
+        if agrees and _same_weights(now.name, reference, here) and _leaves_a_trace(now.name, pairs, least):
             found = key
     return found
+
+
+def _leaves_a_trace(path: str, pairs: Pairs, least: float) -> bool:
+    """Whether the modules around it compute something else as well: a part that moved to another module does not."""
+    around = [(before, now) for before, now in pairs.values() if _is_inside(path, now.name)]
+    return all(_distance(before.outputs, now.outputs) > least / 10 for before, now in around)
 
 
 def _least(reference: Fingerprint, here: Fingerprint) -> float:

@@ -41,7 +41,7 @@ class Doubt:
     cause: str = ""
 
 
-def first_doubt(
+def doubts(
     ladder: Ladder,
     rows: Sequence[PipelineRow],
     rungs: Collection[int],
@@ -49,8 +49,8 @@ def first_doubt(
     here: Fingerprint | None,
     tables: tuple[PipelineDifferences, PipelineDifferences],
     flag: str,
-) -> Doubt | None:
-    """Return the gravest reason against ``healthy``, None if there is none.
+) -> Iterator[Doubt]:
+    """Yield the reasons against ``healthy``, the gravest first.
 
     Args:
         ladder: what was measured; no rung breaks.
@@ -61,18 +61,6 @@ def first_doubt(
         tables: the differences from the float run, and those of training from validation.
         flag: what ConvergenceMonitor has flagged, if that is why the check runs.
     """
-    return next(_doubts(ladder, rows, rungs, reference, here, tables, flag), None)
-
-
-def _doubts(
-    ladder: Ladder,
-    rows: Sequence[PipelineRow],
-    rungs: Collection[int],
-    reference: Reference,
-    here: Fingerprint | None,
-    tables: tuple[PipelineDifferences, PipelineDifferences],
-    flag: str,
-) -> Iterator[Doubt]:
     differences, stages = tables
     # a float run that was compared has these rows as differences, if it did not have them itself
     table = differences if isinstance(reference, Fingerprint) else stages

@@ -196,9 +196,8 @@ def _alone(here: Fingerprint, plan: TrainingPlan, known: TrainingPlan | None) ->
             yield f"the schedule begins at {first:.3g}, {first / base:.3g} times the learning rate of group {number}"
             break
     decay, before_decay = max(plan.decays, default=0.0), max(usual.decays, default=0.0)
-    if decay > LARGE_DECAY and decay > 2 * before_decay:
-        float_run = f" (float run: {before_decay:.0%})" if known is not None else ""
-        yield f"weight decay takes {decay:.0%} of the weights until the planned end{float_run}"
+    if known is not None and decay > LARGE_DECAY and decay > 2 * before_decay:  # a long training takes them all
+        yield f"weight decay takes {decay:.0%} of the weights until the planned end (float run: {before_decay:.0%})"
     if known is not None and known.samples and plan.samples and known.samples / plan.samples >= OTHER_BATCH:
         samples = f"{plan.samples:g} sample{'' if plan.samples == 1 else 's'}"
         yield f"a step takes {samples} (float run: {known.samples:g}), so its gradient is mostly noise"

@@ -13,7 +13,7 @@ from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.fingerprint.fingerprint_differences import compare_fingerprints, compare_stages
 from lightning_qat.analysis.fingerprint.label_agreement import LABELS
 from lightning_qat.analysis.fingerprint.module_differences import MODULES, UPDATES
-from lightning_qat.analysis.ladder.doubts import first_doubt
+from lightning_qat.analysis.ladder.doubts import doubts
 from lightning_qat.analysis.ladder.healthy import healthy
 from lightning_qat.analysis.ladder.hindrances import hindrances, plan_rows, prevention
 from lightning_qat.analysis.ladder.measurements import Ladder
@@ -152,7 +152,7 @@ def judge(
     result = PipelineResult(tuple(rows), differences=differences, stages=stages)
     if broken:
         return _convicted(result, broken[0], known is not None)
-    doubt = first_doubt(ladder, rows, rungs, reference, here, (result.differences, result.stages), flag)
+    doubt = next(doubts(ladder, rows, rungs, reference, here, (result.differences, result.stages), flag), None)
     if doubt is not None:
         note = f"{doubt.verdict}: {doubt.text}"
         return replace(result, verdict=doubt.verdict, note=note, rung=doubt.rung, cause=doubt.cause)

@@ -25,6 +25,7 @@ MOST_STEPS = 10_000
 """Steps of the schedule that are simulated; of a longer training this is where a schedule that steps too often ends."""
 _STEPS_MEASURED = 4
 _MOST_BATCHES = 64
+"""Of batches for the steps that are measured; more if one step takes more, up to four times as many."""
 
 
 def plan_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> TrainingPlan | None:
@@ -116,11 +117,14 @@ def with_updates(
         with undisturbed(trainer, pl_module, trains=True), seeded(seed):
             trained = TrainingCopy(trainer, pl_module, zero_lr=False, freeze_batch_norm=False)
             trained.begin_anew(plan.rates)
-            batches = min(_STEPS_MEASURED * max(1, trainer.accumulate_grad_batches), _MOST_BATCHES)
-            trained.train(batches, lambda: None)
+            accumulated = max(1, trainer.accumulate_grad_batches)
+            batches = max(accumulated, min(_STEPS_MEASURED * accumulated, _MOST_BATCHES))
+            trained.train(min(batches, 4 * _MOST_BATCHES), lambda: None)
     except Exception as error:
         rank_zero_debug(f"how far a step moves the weights is not measured: {error!r}")
         return plan
+    if not any(trained.group_updates):
+        return plan  # no step was made
     kept = statistics.median(trained.gradient_kept) if trained.gradient_kept else None
     updates = tuple(statistics.fmean(sizes) if sizes else 0.0 for sizes in trained.group_updates)
     return replace(plan, updates=updates, kept=kept)

@@ -51,6 +51,9 @@ def test_layer_is_named_only_where_its_input_and_weights_agree() -> None:
 
     assert strong(layer("a", 1.5), layer("b", 1.5, 1.5)) == ["a"]
     assert strong(layer("a", 1.0), layer("b", 1.5, 1.3)) == []
+    whole = with_layers(layer("", 1.0), layer("a", 1.0))
+    moved = compare_fingerprints(whole, with_layers(layer("", 1.0), layer("a", 1.5)))  # the next module makes up for it
+    assert moved.strong == ()
     assert strong(layer("a", 1.5), layer("b", 1.0), weights={"a": "2e", "conv": "1f"}) == []
     assert strong(layer("a", 1.005), layer("b", 1.0)) == []
     assert strong(layer("a", 1.03), layer("b", 1.0), settings={"precision": "bf16-mixed"}) == []

@@ -138,7 +138,6 @@ def test_small_gain_of_a_setting_is_not_blamed_where_the_float_run_had_it() -> N
         ({"updates": (1e-9,), "kept": 1e-8}, "1000 steps in one direction would move the weights by 5e-07"),
         ({"horizon": 1000.0}, "momentum averages over 1e+03 steps"),
         ({"first_rates": (0.01,)}, "10 times the learning rate"),
-        ({"decays": (0.5,)}, "weight decay takes 50%"),
     ],
 )
 def test_without_a_reference_what_stands_out_alone_is_named(plan: dict[str, Any], words: str) -> None:

@@ -124,6 +124,13 @@ def test_update_of_a_step_is_that_of_the_optimizer(tmp_path: Path) -> None:
     assert callback.plan.horizon == 1.0
 
 
+def test_step_that_takes_many_batches_is_measured(tmp_path: Path) -> None:
+    """No step within the usual number of batches must not look like steps that move nothing."""
+    plan, _ = fitted(Linear(), tmp_path, accumulate_grad_batches=100, max_epochs=1)
+    assert (plan.steps, plan.samples) == (1, 80.0)
+    assert min(plan.updates) > 0
+
+
 @pytest.mark.parametrize(
     ("clip", "kept"),
     [(None, 1.0), (1e-4, None)],
