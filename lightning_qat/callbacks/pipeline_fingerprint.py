@@ -51,7 +51,7 @@ from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.reading.schema import read_as
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.reporting.files import write_fingerprint
 
 _PACKAGES = ("lightning-qat", "torch", "lightning", "torchmetrics", "numpy")

@@ -117,7 +117,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.trace_batches = trace_batches
         self.train_mode = train_mode
         self.evaluations = SharedEvaluations()
-        self._is_configured = qconfig is not None or bool(overrides) or profile is not None
+        self.is_configured = qconfig is not None or bool(overrides) or profile is not None
         self._initial_weights = InitialWeights(init_from)
         self._hooks: InsertionHooks | None = None
         self._regions = ScheduledRegions(self.schedule, self.frozen_parts)
@@ -142,7 +142,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             qconfig=self.qconfig,
             overrides=self.overrides,
             profile=self.profile,
-            is_configured=self._is_configured,
+            is_configured=self.is_configured,
             target=self.target,
             trace_batches=self.trace_batches,
             train_mode=self.train_mode,

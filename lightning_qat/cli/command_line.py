@@ -21,6 +21,7 @@ from lightning_qat.cli.compare_runs_command import COMPARE_RUNS
 from lightning_qat.cli.fingerprint_command import FINGERPRINT
 from lightning_qat.cli.inspect_command import INSPECT
 from lightning_qat.cli.pipeline_check_command import PIPELINE_CHECK
+from lightning_qat.cli.tune_command import TUNE
 from lightning_qat.quantization.errors import ConfigurationError, TracingError
 from lightning_qat.reporting.plain_text import printable
 
@@ -30,6 +31,7 @@ COMMANDS: tuple[Command, ...] = (
     CHECK,
     INSPECT,
     ANALYSE,
+    TUNE,
     COMPARE_RUNS,
     COMPARE_PIPELINES,
 )

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, Checkpoint, LearningRateFinder, ModelSummary
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
@@ -37,6 +37,7 @@ class Project:
         module: the module.
         arguments: the other arguments of the call: loaders or datamodule, ``ckpt_path``.
         fit: Lightning's own method, of this trainer.
+        cli: the LightningCLI that made the call, if one did.
         notes: remarks for the user about what a command had to change.
     """
 
@@ -44,6 +45,7 @@ class Project:
     module: pl.LightningModule
     arguments: dict[str, Any]
     fit: Callable[..., None]
+    cli: LightningCLI | None = None
     notes: list[str] = field(default_factory=list)
 
     def before_training(self, work: Work[T], calibration_batches: int | None = None) -> T:

@@ -66,7 +66,7 @@ def run_project(
     with ExitStack() as stack:
         stack.enter_context(replaced(pl.Trainer, "__init__", on_one_device(pl.Trainer.__init__)))
         stack.enter_context(replaced(pl.Trainer, "fit", _taken_over(pl.Trainer.fit, outcome)))
-        stack.enter_context(replaced(LightningCLI, "__init__", fitting(LightningCLI.__init__)))
+        stack.enter_context(replaced(LightningCLI, "__init__", fitting(LightningCLI.__init__, outcome.clis)))
         stack.enter_context(command_line(script, arguments))
         try:
             if script is None:
@@ -108,6 +108,7 @@ class _Outcome(Generic[T]):
         self.ckpt_path = ckpt_path
         self.results: list[T] = []
         self.error: BaseException | None = None
+        self.clis: list[LightningCLI] = []
 
     def run(self, project: Project) -> None:
         """Do the work, once."""
@@ -137,7 +138,8 @@ def _taken_over(original: Callable[..., Any], outcome: _Outcome[Any]) -> Callabl
     def fit(self: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
         del given["self"]
-        outcome.run(Project(self, given.pop("model"), given, functools.partial(original, self)))
+        cli = outcome.clis[-1] if outcome.clis else None
+        outcome.run(Project(self, given.pop("model"), given, functools.partial(original, self), cli))
         raise _ProjectDone
 
     return fit

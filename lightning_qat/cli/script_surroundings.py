@@ -46,17 +46,20 @@ def one_device(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**arguments, "devices": devices, "strategy": strategy, "num_nodes": 1}
 
 
-def fitting(original: Callable[..., Any]) -> Callable[..., Any]:
+def fitting(original: Callable[..., Any], seen: list[LightningCLI] | None = None) -> Callable[..., Any]:
     """Let a LightningCLI fit, unless it is told another subcommand, or has none.
 
     A mistake in its arguments is one error, not pages of options.
 
     Args:
         original: ``LightningCLI.__init__``.
+        seen: the LightningCLI is appended to it.
     """
 
     @functools.wraps(original)
     def __init__(self: LightningCLI, *args: Any, **kwargs: Any) -> None:
+        if seen is not None:
+            seen.append(self)
         given = inspect.signature(original).bind(self, *args, **kwargs)
         words = sys.argv[1:2]
         if (

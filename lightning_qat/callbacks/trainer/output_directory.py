@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich import get_console
 from rich.console import Console
 
@@ -73,3 +76,18 @@ def console_of(trainer: pl.Trainer) -> Console:
     progress = getattr(trainer.progress_bar_callback, "progress", None)
     console = getattr(progress, "console", None)
     return console if isinstance(console, Console) else get_console()
+
+
+def move_outputs(trainer: pl.Trainer, directory: str | os.PathLike[str]) -> None:
+    """Let a Trainer that has not run yet write everything into another directory: root, loggers and checkpoints.
+
+    Loggers are replaced by one of the package's kinds: TensorBoard if the trainer had one, else CSV.
+    """
+    root = os.fspath(directory)
+    trainer._default_root_dir = root  # type: ignore[attr-defined]
+    had_tensorboard = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+    kind = TensorBoardLogger if had_tensorboard else CSVLogger
+    trainer.loggers = [kind(root, name="", version="logs")] if trainer.loggers else []
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            callback.dirpath = os.path.join(root, "checkpoints")

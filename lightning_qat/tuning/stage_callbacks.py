@@ -1,0 +1,126 @@
+"""Turning the callbacks of the user's run into those of a stage: types, places of files, what is noted at the end."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from typing_extensions import override
+
+from lightning_qat.callbacks.calibration import Calibration
+from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
+from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.callbacks.quantized_run import evaluations_of, require_regions
+from lightning_qat.callbacks.trainer.listed_callbacks import listed
+from lightning_qat.callbacks.trainer.output_directory import move_outputs
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.overrides import Override
+from lightning_qat.quantization.qconfig import QConfig
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.tuning.manifest import StageOutcome
+from lightning_qat.tuning.stage_request import StageRequest, raising, write_outcome
+
+WHO = "tune"
+LAST = "last.ckpt"
+
+
+def configure(trainer: pl.Trainer, request: StageRequest, arguments: dict[str, Any]) -> QuantizationAwareTraining:
+    """Give QuantizationAwareTraining the types of a stage; add it and Calibration if the run lacks them.
+
+    Args:
+        trainer: the trainer of the user's run, before it has run.
+        request: of the stage.
+        arguments: those of ``trainer.fit``; without QuantizationAwareTraining, ``ckpt_path`` holds float weights.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    found = listed(trainer, QuantizationAwareTraining)
+    if not found:
+        found = [QuantizationAwareTraining(init_from=arguments.pop("ckpt_path", None))]
+        callbacks.insert(0, found[0])
+    if not listed(trainer, Calibration):
+        callbacks.insert(callbacks.index(found[0]) + 1, Calibration())
+    quantization = found[0]
+    qconfig: QConfig = copy.deepcopy(quantization.qconfig)
+    qconfig.activation.dtype = qconfig.weight.dtype = request.dtype  # type: ignore[assignment]
+    raised = raising(request.raised, request.settings.wide)
+    quantization.qconfig = qconfig
+    quantization.overrides = [*quantization.overrides, *Override.list_of(raised)]
+    quantization.is_configured = True
+    return quantization
+
+
+def prepare_training(trainer: pl.Trainer, request: StageRequest, arguments: dict[str, Any]) -> None:
+    """Let a fit write everything into the folder of its stage, go on from its own last checkpoint, and note its end."""
+    folder = Path(request.folder)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks[:] = [c for c in callbacks if not isinstance(c, SaveConfigCallback)]  # it refuses a second start
+    move_outputs(trainer, folder)
+    callbacks.append(
+        ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+    )
+    if not listed(trainer, ConvergenceMonitor):
+        callbacks.append(ConvergenceMonitor(stop=True))
+    callbacks.append(StageEnd(request))
+    if (folder / LAST).exists():  # killed in the middle
+        arguments["ckpt_path"] = str(folder / LAST)
+
+
+class StageEnd(Callback):
+    """Evaluates the trained model and writes what the stage gave."""
+
+    def __init__(self, request: StageRequest) -> None:
+        self.request = request
+        self._began = time.monotonic()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        region = the_region(trainer, pl_module)
+        metrics = evaluations_of(trainer).evaluate(trainer, pl_module, "quantize").metrics
+        monitors = [m.result for m in listed(trainer, ConvergenceMonitor) if m.result is not None]
+        remarks = tuple(result.note for result in monitors if result.is_bad)
+        outcome = replace(
+            outcome_of(self.request, region),
+            metrics={"QAT": metrics},
+            remarks=remarks,
+            seconds=time.monotonic() - self._began,
+        )
+        if trainer.is_global_zero:
+            write_outcome(self.request.folder, outcome)
+
+
+def outcome_of(request: StageRequest, region: Region) -> StageOutcome:
+    """Return what a stage gave but for its metrics; the types are those in effect, not those that were asked for.
+
+    Raises:
+        ConfigurationError: a point did not get the type that was asked for.
+    """
+    owners = [point for point in region.plan.points if point.same_as is None]
+    wide = tuple(p.name for p in owners if p.dtype == request.settings.wide and p.dtype != request.dtype)
+    missing = [name for name in request.raised if name not in wide]
+    if missing:
+        raise ConfigurationError(
+            f"stage {request.name}: {', '.join(missing[:3])} did not become {request.settings.wide}. Either the model "
+            "has changed, or the project inserts fake-quant without QuantizationAwareTraining."
+        )
+    return StageOutcome(raised=wide, points=len(owners), folder=request.folder)
+
+
+def the_region(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Region:
+    """Return the one region of a module.
+
+    Raises:
+        ConfigurationError: there are several: errors of different outputs cannot be compared.
+    """
+    regions = require_regions(trainer, pl_module, WHO)
+    if len(regions) > 1:
+        raise ConfigurationError(
+            f"tune works on one quantized part, and this project has {len(regions)} ({', '.join(regions)}). Write "
+            "target: with the part that holds them, or with the one to tune."
+        )
+    return next(iter(regions.values()))

@@ -1,0 +1,223 @@
+"""A tuning from end to end: the stages, their state on disk, what it recommends, and how it says no.
+
+The script trains a digits model whose int3 calibration loses accuracy; stages run in this process to be quick, and in
+their own process in the test of kills.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_qat.cli.command_line import main
+from lightning_qat.cli.tune_stage import run_stage
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.tuning import stage_work
+from lightning_qat.tuning.tune import Tuning
+from lightning_qat.tuning.tuning_result import TuningResult
+from lightning_qat.tuning.tuning_settings import TuningSettings
+from tests.harness.small_digits import float_weights
+
+SCRIPT = """
+import warnings; warnings.filterwarnings("ignore")
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning_qat import Calibration, QuantizationAwareTraining
+from tests.harness.small_digits import Digits
+from tests.harness.trainers import quiet
+
+torch.set_num_threads(1)
+seed_everything(0, verbose=False)
+callbacks = [QuantizationAwareTraining(init_from="float.ckpt"), Calibration(batches=4)]
+trainer = Trainer(**{**quiet(), "max_epochs": 1, "callbacks": callbacks, "enable_checkpointing": True, "logger": True})
+trainer.fit(Digits(lr=LR))
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    torch.save({"state_dict": float_weights()}, tmp_path / "float.ckpt")
+    (tmp_path / "train.py").write_text(SCRIPT.replace("LR", "1e-3"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def settings(**others: Any) -> TuningSettings:
+    given = {"narrow": "int3", "wide": "int8", "target": "1%", "metrics": ("val_acc",)}
+    return TuningSettings("train.py", (), **{**given, **others})
+
+
+def tuned(launches: list[str] | None = None, **others: Any) -> TuningResult:
+    """Run or go on with a tuning in the present folder; note the stages that are launched."""
+    tuning = Tuning(settings(**others), Path("out"), lambda line: None)
+
+    def noted(request: Path) -> int:
+        if launches is not None:
+            launches.append(request.parent.name)
+        run_stage(str(request))
+        return 0
+
+    tuning.stages.launch = noted
+    return tuning.run()
+
+
+def test_tuning_meets_the_target_with_few_wide_points(project: Path) -> None:
+    """F, D1-D7: every stage in its folder, each with its configuration; the table shows all of them."""
+    launches: list[str] = []
+    result = tuned(launches)
+    assert result.recommended
+    assert launches[:4] == ["float", "wide_calibrated", "wide_QAT", "narrow_calibrated"]
+    row = next(row for row in result.rows if row.metric == "val_acc")
+    assert row.target is not None
+    assert row.values[result.recommended] >= row.target
+    assert row.values["narrow calibrated"] < row.target
+    assert 0 < len(result.raised) < result.points
+    assert result.stages[:3] == ("wide calibrated", "wide QAT", "narrow calibrated")
+    recommended = yaml.safe_load((project / "out" / "recommended.yaml").read_text())
+    assert {rule["match"] for rule in recommended["overrides"]} == set(result.raised)
+    assert recommended["qconfig"]["weight"]["dtype"] == "int3"
+    evaluations = json.loads((project / "out" / "search" / "evaluations.json").read_text())
+    assert 1 <= len(evaluations) <= 8
+    for stage in launches:
+        assert (project / "out" / stage / "config.yaml").exists()
+    assert "target met" in (project / "out" / "result.txt").read_text()
+
+    again: list[str] = []
+    assert tuned(again) == result
+    assert again == []  # nothing is done twice
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process."""
+
+
+def test_a_tuning_goes_on_in_the_stage_it_was_in(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between two evaluations: none is repeated, and the result is the same."""
+    whole = tuned(skip=("wide QAT", "narrow QAT", "mixed QAT"))
+    table = (project / "out" / "result.csv").read_text()
+    for path in (project / "out").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    evaluated: list[int] = []
+    original = stage_work._evaluated
+
+    def counted(*args: Any) -> dict[str, float]:
+        evaluated.append(len(args[-1]))
+        if len(evaluated) == 2:
+            raise Killed
+        return original(*args)
+
+    monkeypatch.setattr(stage_work, "_evaluated", counted)
+    launches: list[str] = []
+    with pytest.raises(Killed):
+        tuned(launches, skip=("wide QAT", "narrow QAT", "mixed QAT"))
+    assert launches[-1] == "search"
+    launches.clear()
+    result = tuned(launches, skip=("wide QAT", "narrow QAT", "mixed QAT"))
+    assert launches[0] == "search"
+    assert "float" not in launches
+    assert len(evaluated) - 1 == len(set(evaluated))  # but for the one that was killed
+    assert result == whole
+    assert (project / "out" / "result.csv").read_text() == table
+
+
+def test_another_target_takes_the_measurements_that_are_there(project: Path) -> None:
+    """Solving again needs no new errors; a manifest of other settings is refused with what differs."""
+    tuned(skip=("wide QAT", "narrow QAT", "mixed QAT"))
+    with pytest.raises(ConfigurationError, match=r"holds another tuning \(target: '1%' there, '2%' here\)"):
+        tuned(target="2%")
+    (project / "train.py").write_text(SCRIPT.replace("LR", "2e-3"))
+    with pytest.raises(ConfigurationError, match="the script or a file it is given has changed"):
+        tuned()
+
+
+def test_a_narrow_type_that_is_enough_ends_the_tuning(project: Path) -> None:
+    launches: list[str] = []
+    result = tuned(launches, narrow="int8", wide="int16", skip=("wide QAT",))
+    assert launches == ["float", "wide_calibrated", "narrow_calibrated"]
+    assert result.recommended == "narrow calibrated"
+    assert result.raised == ()
+    assert "with all points at int8" in result.note
+
+
+def test_wide_types_that_collapse_stop_with_the_diagnosis(project: Path) -> None:
+    """D1: one scale is fixed at a wrong value; no training is tried, and the point is named."""
+    wrong = 'overrides=[{"match": "relu_1.output", "activation": {"fixed_scale": 1e-4}}]'
+    (project / "train.py").write_text(SCRIPT.replace("LR", "1e-3").replace('"float.ckpt"', f'"float.ckpt", {wrong}'))
+    launches: list[str] = []
+    result = tuned(launches)
+    assert launches == ["float", "wide_calibrated"]
+    assert result.recommended == ""
+    assert result.note.startswith("target missed: all points at int8 lose more than 10 % of val_acc")
+    assert "relu_1.output" in result.note
+    assert (project / "out" / "wide_calibrated" / "diagnosis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metrics": ("acc",)}, r"metric 'acc' is not logged\. Did you mean 'val_acc'\?"),
+        ({"target": 0.999}, "the float model itself has val_acc"),
+    ],
+)
+def test_targets_that_make_no_sense_end_after_the_first_stage(
+    project: Path, options: dict[str, Any], message: str
+) -> None:
+    launches: list[str] = []
+    with pytest.raises(ConfigurationError, match=message):
+        tuned(launches, **options)
+    assert launches == ["float"]
+
+
+def test_a_stage_that_fails_is_one_error_with_its_log(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "train.py").write_text("raise ValueError('no data here')\n")
+    assert main(["tune", "train.py", "--output", "out"]) == 2
+    assert "error: stage 'float' failed: ValueError: no data here (all of it: out" in capsys.readouterr().err
+    assert "Traceback" in (project / "out" / "float" / "log.txt").read_text()
+
+
+def test_dry_run_prints_the_stages_and_runs_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "train.py", "--dry-run", "--skip", "wide QAT"]) == 0
+    text = capsys.readouterr().out
+    assert "At most 4 trainings" in text
+    assert "wide QAT" not in text
+    assert not (project / "tuning_train").exists()
+
+
+@pytest.mark.full
+def test_killed_at_many_moments_it_ends_with_the_same_table(project: Path) -> None:
+    """kill -9 of the whole process group, again and again; then the same table as without kills."""
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_qat",
+        "tune",
+        "train.py",
+        "--dtypes",
+        "int3,int8",
+        "--metric",
+        "val_acc",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--output", "whole"], env=environment, check=True, capture_output=True)
+    for number in range(60):
+        with subprocess.Popen(
+            [*command, "--output", "killed"], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+        ) as process:
+            time.sleep(4 + (number * 7 % 20))
+            if process.poll() is not None:
+                break
+            os.killpg(process.pid, signal.SIGKILL)
+    for path in (project / "killed").rglob("*.json"):
+        json.loads(path.read_text())
+    assert (project / "killed" / "result.csv").read_text() == (project / "whole" / "result.csv").read_text()
