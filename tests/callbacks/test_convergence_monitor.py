@@ -23,7 +23,7 @@ from lightning_qat.callbacks.pipeline_fingerprint import take_fingerprint
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.quantization.region.parameter_groups import parameter_groups
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.harness.small_digits import Digits, pretrained
 from tests.harness.trainers import qat_trainer
 

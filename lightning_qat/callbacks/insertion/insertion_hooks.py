@@ -34,8 +34,7 @@ from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.planning.plan_compatibility import read_extra_state
 from lightning_qat.quantization.planning.sensitivity_rules import plain_rules
 from lightning_qat.quantization.region.insertion import attach
-from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import Region, find_regions
 from lightning_qat.quantization.region.stored_state import read_region
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 

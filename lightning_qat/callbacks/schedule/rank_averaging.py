@@ -9,8 +9,7 @@ import torch
 
 from lightning_qat.callbacks.schedule.learned_scales import named_scales
 from lightning_qat.quantization import ranks
-from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import Region, find_regions
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
