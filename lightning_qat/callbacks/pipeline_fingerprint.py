@@ -196,6 +196,30 @@ def take_fingerprint(
         )
 
 
+def take_answers(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int = 8, seed: int = 0) -> Fingerprint:
+    """Take the part of a fingerprint that tells a trained float model from one that guesses: its answers in validation.
+
+    Args:
+        trainer: the running trainer.
+        pl_module: its module.
+        batches: batches per rank.
+        seed: seed of the random state meanwhile; each rank adds its number.
+    """
+    if _compat.attached_loader(trainer, "validate") is None:
+        return Fingerprint()
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(trainer, pl_module, trains=True))
+        stack.enter_context(seeded(seed + trainer.global_rank))
+        for region in find_regions(pl_module).values():
+            stack.enter_context(region.state("off", updates=()))
+        found = summarize(trainer, pl_module, "validate", batches)
+    return Fingerprint(
+        data={"validate": found.data},
+        agreement={"validate": found.agreement},
+        constant_guess={"validate": found.constant_guess},
+    )
+
+
 def _training_losses(
     trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int, seed: int
 ) -> tuple[dict[str, float], dict[str, float]]:

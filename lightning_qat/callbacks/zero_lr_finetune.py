@@ -12,6 +12,7 @@ from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.rungs import FLOAT_MODEL, ZERO_LR_RUNGS
 from lightning_qat.analysis.ladder.verdict import judge
 from lightning_qat.callbacks.ladder.pipeline_callback import PipelineCallback, check_reference
+from lightning_qat.callbacks.pipeline_fingerprint import take_answers
 
 _RUNGS = (FLOAT_MODEL, *ZERO_LR_RUNGS)
 
@@ -26,7 +27,8 @@ class ZeroLRFinetune(PipelineCallback):
     this has the same effect as learning rate 0. The variants are rungs 0 and 2 to 4 of :class:`PipelineCheck`.
 
     In a model without batch norm, accuracy cannot show that the *training data* are wrong; only the training loss can.
-    Give the training loss of the float run as ``reference: {train_loss: ...}``.
+    Give the training loss of the float run as ``reference: {train_loss: ...}``. A classifier that is no better than a
+    constant guess in validation is not called healthy, unless the reference says that it was no better in float.
 
     Args:
         batches: training batches per variant and rank.
@@ -67,4 +69,4 @@ class ZeroLRFinetune(PipelineCallback):
     def measure_rungs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineResult:
         """Measure the rungs with learning rate 0 and judge them."""
         ladder = self.measure_ladder(trainer, pl_module, _RUNGS, reference=self.reference or ())
-        return judge(ladder, self.reference, rungs=_RUNGS, pipeline_only=True)
+        return judge(ladder, self.reference, take_answers(trainer, pl_module), rungs=_RUNGS, pipeline_only=True)

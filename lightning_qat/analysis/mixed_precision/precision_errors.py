@@ -21,15 +21,15 @@ from lightning_qat.analysis.mixed_precision.precision_choice import (
     RaisedPoint,
 )
 from lightning_qat.analysis.mixed_precision.precision_search import Assignment, PrecisionSearch
-from lightning_qat.analysis.mixed_precision.shares import count_of
 from lightning_qat.analysis.results import Result
-from lightning_qat.analysis.sensitivity.break_away import break_away
 from lightning_qat.quantization.errors import ConfigurationError, near_names
+from lightning_qat.quantization.numerics.break_away import break_away
 from lightning_qat.quantization.numerics.dtypes import QuantizedDtypeName
 from lightning_qat.quantization.planning.plan import ScaleRole
 from lightning_qat.quantization.reading.checks import AT_LEAST_ZERO, FINITE, one_of
 from lightning_qat.quantization.reading.files import Document
 from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.shares import count_of
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class PrecisionErrors(Result[PointError]):
         Args:
             points: exactly these.
             top: so many of the points that gain most, or ``leaders``: those whose gain has broken away from the rest
-                (see :func:`~lightning_qat.analysis.sensitivity.break_away.break_away`).
+                (see :func:`~lightning_qat.quantization.numerics.break_away.break_away`).
             share: this share of all points that have errors here, such as ``0.005`` or ``"0.5%"``; rounded up.
             max_error: least cost with at most this predicted mean squared error of the output.
             budget: least predicted error with at most this cost: a share for ``points`` and ``ops`` (``"10%"``), a

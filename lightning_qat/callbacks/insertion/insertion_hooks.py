@@ -27,10 +27,12 @@ from lightning_qat.callbacks.schedule.rank_averaging import hide_from_ddp, show_
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
-from lightning_qat.quantization.errors import TracingError
+from lightning_qat.quantization.errors import SensitivityTableError, TracingError
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.make_plan import make_plans
 from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.planning.plan_compatibility import read_extra_state
+from lightning_qat.quantization.planning.sensitivity_rules import plain_rules
 from lightning_qat.quantization.region.insertion import attach
 from lightning_qat.quantization.region.region import Region, find_regions
 from lightning_qat.quantization.region.stored_state import read_region
@@ -105,6 +107,7 @@ class InsertionHooks:
         self._pending = None  # of an earlier call, before there were layers
         _compat.convert_early(self.trainer, self.pl_module)
         graphs: dict[str, OpGraph] = {}
+        rules: list[Override] = []
         try:
             self.request.initial_weights.load(self.pl_module)
             graphs = traced_targets(
@@ -114,7 +117,10 @@ class InsertionHooks:
                 self.request.trace_batches,
                 self.request.train_mode,
             )
-        except (TracingError, FileNotFoundError, FloatCheckpointError) as error:
+            rules, notes = plain_rules(self.request.overrides, graphs)
+            for note in notes:
+                rank_zero_info(f"QuantizationAwareTraining: {note}")
+        except (TracingError, FileNotFoundError, FloatCheckpointError, SensitivityTableError) as error:
             # a checkpoint may still bring weights and a plan
             self._pending = MisconfigurationException(str(error))
             self._pending.__cause__ = error
@@ -122,7 +128,7 @@ class InsertionHooks:
             return
         graphs = graphs_of_rank_zero(self.trainer, graphs)
         with misconfiguration():
-            plans = make_plans(graphs, self.request.qconfig, self.request.overrides, self.request.profile)
+            plans = make_plans(graphs, self.request.qconfig, rules, self.request.profile)
             for path, graph in graphs.items():
                 attach(self.pl_module.get_submodule(path), graph, plans[path])
         for region in find_regions(self.pl_module).values():

@@ -146,6 +146,15 @@ class Document:
             raise self.error(f"it is not csv ({error})") from error
         return [row for row in rows if row]
 
+    def last_epoch(self) -> list[dict[str, str]]:
+        """Read a csv file, and of a table that grows by epochs the rows of the last one.
+
+        Raises:
+            DamagedFileError: it cannot be read, or is something else.
+        """
+        rows = self.csv(growing="epoch")
+        return [row for row in rows if row.get("epoch") == rows[-1].get("epoch")]
+
     def tensors(self, weights_only: bool = True) -> Any:
         """Read a file of ``torch.save`` to the CPU.
 
