@@ -45,8 +45,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     Args:
         qconfig: defaults for activations and weights; int8 if not given.
-        overrides: rules for single points, from general to specific; the last match wins. A rule with ``sensitivity``
-            and ``top`` takes the first points of a sensitivity table; which ones is printed.
+        overrides: rules for single points, from general to specific; the last match wins. See :class:`Override`.
         target: the submodule(s) to quantize, ``auto`` for what a validation step calls: the module itself if the step
             calls it, else its outermost children that were called. Children that are not trained and that no trained
             part uses (a teacher, a loss network, an average of the weights) are left out, with a warning.
