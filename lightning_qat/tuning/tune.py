@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
+from lightning_qat.atomic_files import write_atomically
 from lightning_qat.reporting.files import write_result
 from lightning_qat.tuning.manifest import ManifestFile, StageOutcome
 from lightning_qat.tuning.stage_request import StageKind
 from lightning_qat.tuning.stage_runner import StageRunner
-from lightning_qat.tuning.stage_work import ERRORS
+from lightning_qat.tuning.stage_work import ERRORS, distinct_mixes
 from lightning_qat.tuning.target_check import TargetCheck
 from lightning_qat.tuning.tuning_result import TuningResult, tuning_result
 from lightning_qat.tuning.tuning_settings import TuningSettings, default_directory
@@ -101,7 +101,7 @@ class Tuning:
 
     def __init__(self, settings: TuningSettings, folder: Path, say: Callable[[str], None]) -> None:
         self.settings = settings
-        self.folder = folder
+        self.folder = folder = folder.resolve()  # the script may change the directory
         self.manifest = ManifestFile(folder, settings)
         self.stages = StageRunner(folder, self.manifest, settings, say)
         self.say = say
@@ -119,11 +119,14 @@ class Tuning:
                 self._mixed()
         except StoppedError as reason:
             stopped = str(reason)
-        recommended = "" if stopped else self._recommended()
+        recommended = self._recommended()
         result = tuning_result(self.manifest.manifest, self.settings, self.folder, recommended, stopped)
         write_result(result, self.folder, "result", formats=("csv", "txt", "json"))
+        target = self.folder / "recommended.yaml"
         if recommended:
-            shutil.copyfile(self._stage_folder(recommended) / "config.yaml", self.folder / "recommended.yaml")
+            write_atomically(target, (self.stages.stage_folder(recommended) / "config.yaml").read_bytes())
+        else:
+            target.unlink(missing_ok=True)
         return result
 
     def _wide(self) -> None:
@@ -160,15 +163,16 @@ class Tuning:
         if "mixed QAT" in self.settings.skip:
             return
         errors = PrecisionErrors.load(self.folder / "search" / ERRORS)
+        mixes = distinct_mixes(errors, self.settings.always)
         chosen = found.sizes["chosen"]
-        size, tried = chosen // 2 if passes else chosen, dict[int, bool]()
-        while size and size not in tried and len(tried) < self.settings.trainings:
-            choice = errors.choose(top=size, always=self.settings.always)
-            tried[size] = self._trained(f"mixed QAT {size}", self.settings.narrow, choice.raised)
+        number, tried = chosen // 2 if passes else chosen, dict[int, bool]()
+        while number and number not in tried and len(tried) < self.settings.trainings:
+            raised = mixes[number].raised
+            tried[number] = self._trained(f"mixed QAT {len(raised)}", self.settings.narrow, raised)
             turned = len(set(tried.values())) > 1
-            if turned or (passes and not tried[size]):
+            if turned or (passes and not tried[number]):
                 break
-            size = size // 2 if tried[size] else min(len(errors.together), 2 * size)
+            number = number // 2 if tried[number] else min(len(mixes) - 1, 2 * number)
 
     def _trained(self, name: str, dtype: str, raised: tuple[str, ...], must_hold: bool = False) -> bool:
         outcome = self._stage(name, "train", dtype, raised)
@@ -203,6 +207,3 @@ class Tuning:
         outcome = self.manifest.outcome(name)
         assert outcome is not None
         return outcome.points if name.startswith("wide") else len(outcome.raised)
-
-    def _stage_folder(self, name: str) -> Path:
-        return self.folder / name.replace(" ", "_")

@@ -211,18 +211,21 @@ class PrecisionErrors(Result[PointError]):
             found = search.start([*fixed, *chosen])
         return self._choice(found, search, cost)
 
-    def front(self, cost: CostName = "points", latency: LatencyRatios | None = None) -> PrecisionFront:
+    def front(
+        self, cost: CostName = "points", latency: LatencyRatios | None = None, always: Iterable[str] = ()
+    ) -> PrecisionFront:
         """Return the choices from the narrowest types to the widest, of which none beats another in cost and error.
 
         Args:
             cost: ``points``, ``ops``, ``bops`` or ``latency``.
             latency: time per operation by kind and type, in place of the hardware profile's.
+            always: points that are raised in any case.
         """
         search = self._search(cost, latency)
         rows: list[FrontRow] = []
         choices: list[PrecisionChoice] = []
         known: set[str] = set()
-        for now in search.steps(search.start()):
+        for now in search.steps(search.start(self._known(always))):
             choice = self._choice(now, search, cost)
             added = tuple(name for name in choice.raised if name not in known)
             known |= set(added)
