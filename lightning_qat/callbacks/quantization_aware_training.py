@@ -45,7 +45,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     Args:
         qconfig: defaults for activations and weights; int8 if not given.
-        overrides: rules for points or for the first of a sensitivity table, general ones first; the last match wins.
+        overrides: rules for single points, from general to specific; the last match wins. See :class:`Override`.
         target: the submodule(s) to quantize, ``auto`` for what a validation step calls: the module itself if the step
             calls it, else its outermost children that were called. Children that are not trained and that no trained
             part uses (a teacher, a loss network, an average of the weights) are left out, with a warning.
@@ -57,17 +57,17 @@ class QuantizationAwareTraining(QuantizationCallback):
             branch that starts at zero (LoRA, ReZero) is float at first, and takes its scales from training.
         weight_scales: ``updated``: those of the present weights, at every step. ``fixed`` and ``learned`` as above. A
             run resumed with ``ckpt_path`` learns what it learned before.
-        start_epoch: train in float before this epoch; :class:`Calibration` runs at its start.
+        start_epoch: train in float before this epoch; :class:`Calibration` then runs at its start.
         freeze_observers_after: from this epoch on, all scales stay as they are, learned ones too.
         freeze_batch_norm_after: from this epoch on, batch norm uses and keeps its running statistics.
-        profile: the hardware the plan is for: ``generic_int8_int16`` or another shipped one, or the path of a YAML file.
-            A type that the hardware lacks is replaced by the nearest one that it has.
+        profile: the hardware the plan is for: the name of a shipped profile (``generic_int8_int16``) or the path of a
+            YAML file. A type that the hardware lacks is replaced by the nearest one that it has.
         freeze: parts that stay in their quantized state while the rest trains: globs over the names of modules,
             parameters and points (``["backbone.*"]``), or a dictionary from glob to the first frozen epoch
             (``{"backbone.*": 3}``). The freeze ends with the run and is not stored in the checkpoint.
         trace_batches: how many batches are traced to learn the ops of the model.
-        train_mode: trace training steps too. Write False if they cannot run before training: then ops that only they
-            reach stay float, each with a warning.
+        train_mode: trace training steps (in train mode) beside evaluation steps (in eval mode). Write False if they
+            cannot run before training; ops that only training reaches then stay float, each with a warning.
 
     Raises:
         MisconfigurationException: a value is not one of the choices.
