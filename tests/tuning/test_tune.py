@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_qat.analysis.mixed_precision.precision_choice import PrecisionChoice
 from lightning_qat.cli.command_line import main
@@ -252,6 +253,25 @@ def test_a_stage_that_fails_is_one_error_with_its_log(project: Path, capsys: pyt
     assert main(["tune", "train.py", "--output", "out"]) == 2
     assert "error: stage 'float' failed: ValueError: no data here (all of it: " in capsys.readouterr().err
     assert "Traceback" in (project / "out" / "float" / "log.txt").read_text()
+
+
+def test_a_stage_can_be_repeated(project: Path) -> None:
+    without = ("wide QAT", "narrow QAT", "mixed QAT")
+    whole = tuned(skip=without)
+    with pytest.raises(ConfigurationError, match="unknown stage to repeat 'int8'"):
+        Tuning(settings(skip=without), Path("out"), lambda line: None, ["int8"])
+    Tuning(settings(skip=without), Path("out"), lambda line: None, ["narrow calibrated"])
+    launches: list[str] = []
+    assert tuned(launches, skip=without).rows == whole.rows
+    assert launches[0] == "narrow_calibrated"
+
+
+def test_a_model_without_two_types_is_one_error(project: Path) -> None:
+    """Nothing left to raise: overrides fix every point."""
+    fixed = 'overrides=[{"match": "*", "activation": {"dtype": "int3"}, "weight": {"dtype": "int3"}}]'
+    (project / "train.py").write_text(SCRIPT.replace("LR", "1e-3").replace('"float.ckpt"', f'"float.ckpt", {fixed}'))
+    with pytest.raises(MisconfigurationException, match="there is nothing to raise"):  # one line in its own process
+        tuned(skip=("wide calibrated", "wide QAT", "narrow QAT"))
 
 
 def test_dry_run_prints_the_stages_and_runs_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
