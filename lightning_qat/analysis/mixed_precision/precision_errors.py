@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, ClassVar
 
 from typing_extensions import override
@@ -15,11 +15,11 @@ from lightning_qat.analysis.mixed_precision.model_hashes import hashes_of
 from lightning_qat.analysis.mixed_precision.op_costs import CostName, CostOfTypes, LatencyRatios, OpCost
 from lightning_qat.analysis.mixed_precision.precision_choice import (
     OUT_OF_RANGE,
-    FrontRow,
     PrecisionChoice,
     PrecisionFront,
     RaisedPoint,
 )
+from lightning_qat.analysis.mixed_precision.precision_front import precision_front
 from lightning_qat.analysis.mixed_precision.precision_search import Assignment, PrecisionSearch
 from lightning_qat.analysis.results import Result
 from lightning_qat.quantization.errors import ConfigurationError, near_names
@@ -222,20 +222,8 @@ class PrecisionErrors(Result[PointError]):
             always: points that are raised in any case.
         """
         search = self._search(cost, latency)
-        rows: list[FrontRow] = []
-        choices: list[PrecisionChoice] = []
-        known: set[str] = set()
-        for now in search.steps(search.start(self._known(always))):
-            choice = self._choice(now, search, cost)
-            added = tuple(name for name in choice.raised if name not in known)
-            known |= set(added)
-            if rows and (choice.cost, choice.predicted) == (rows[-1].cost, rows[-1].predicted):
-                continue
-            n, points = len(choice.rows), max(1, choice.points)
-            trust = choice.recovered, choice.in_range
-            rows.append(FrontRow(n, n / points, choice.cost, choice.predicted, choice.predicted_sqnr, *trust, added))
-            choices.append(choice)
-        return PrecisionFront(tuple(rows), choices=tuple(choices), cost_name=cost)
+        start = search.start(self._known(always))
+        return precision_front(search, start, partial(self._choice, search=search, cost=cost))
 
     def _search(self, cost: CostName, latency: LatencyRatios | None) -> PrecisionSearch:
         errors = {point: {d: row.mse for d, row in own.items()} for point, own in self.by_point.items()}
@@ -276,8 +264,8 @@ class PrecisionErrors(Result[PointError]):
         return PrecisionChoice(
             tuple(rows),
             predicted=search.error_of(found.dtypes),
-            narrowest=search.start().error,
-            widest=math.fsum(map(_last, search.errors.values())),
+            narrowest=search.narrowest,
+            widest=search.widest,
             power=self.power,
             cost=search.cost.of(found.dtypes),
             cost_name=cost,
