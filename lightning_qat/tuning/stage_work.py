@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import lightning.pytorch as pl
 from lightning_qat.analysis.mixed_precision.measure_errors import measure_errors
 from lightning_qat.analysis.mixed_precision.measured_forwards import quantized_by
 from lightning_qat.analysis.mixed_precision.point_quantizers import plans_by_dtype, quantizers_by_dtype
-from lightning_qat.analysis.mixed_precision.precision_choice import PrecisionChoice
+from lightning_qat.analysis.mixed_precision.precision_choice import PrecisionChoice, PrecisionFront
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from lightning_qat.atomic_files import json_value, write_atomically
 from lightning_qat.callbacks.analyses.diagnosed_regions import diagnosed_module
@@ -28,6 +29,8 @@ from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.reading.files import Document
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.reporting.files import write_csv, write_json, write_result
+from lightning_qat.reporting.precision_figures import error_against_cost
+from lightning_qat.reporting.sensitivity_figures import write_figure
 from lightning_qat.tuning.manifest import StageOutcome
 from lightning_qat.tuning.size_search import smallest_passing
 from lightning_qat.tuning.stage_callbacks import WHO, outcome_of, the_region
@@ -95,7 +98,9 @@ def _search(trainer: pl.Trainer, module: pl.LightningModule, region: Region, req
     )
     best = found.passing or min(found.evaluated, key=lambda number: check.shortfall(evaluate(mixes[number])))
     write_result(mixes[best], folder, "choice", formats=("csv", "txt", "json"))
-    write_csv(errors.front(always=settings.always), folder / "front.csv")
+    front = errors.front(always=settings.always)
+    write_csv(front, folder / "front.csv")
+    _draw(front, len(mixes[best].rows), folder)
     write_json(errors.front("bops", always=settings.always), folder / "front.json")
     tried = ", ".join(f"{len(mixes[n].rows)} {'passes' if ok else 'fails'}" for n, ok in found.evaluated.items())
     sizes = {"chosen": best, "passing": found.passing, "failing": found.failing}
@@ -105,6 +110,11 @@ def _search(trainer: pl.Trainer, module: pl.LightningModule, region: Region, req
         "sizes": {name: number for name, number in sizes.items() if number is not None},
         "remarks": (f"Numbers of raised points tried: {tried}.", errors.note),
     }
+
+
+def _draw(front: PrecisionFront, chosen: int, folder: Path) -> None:
+    with suppress(ConfigurationError):  # matplotlib is an extra; the numbers are in the csv
+        write_figure(error_against_cost(front, chosen), folder / "front.png")
 
 
 def distinct_mixes(errors: PrecisionErrors, always: Sequence[str]) -> list[PrecisionChoice]:

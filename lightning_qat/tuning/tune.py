@@ -10,6 +10,7 @@ from pathlib import Path
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from lightning_qat.atomic_files import write_atomically
 from lightning_qat.reporting.files import write_result
+from lightning_qat.reporting.reports import markdown_report
 from lightning_qat.tuning.manifest import ManifestFile, StageOutcome
 from lightning_qat.tuning.stage_request import StageKind
 from lightning_qat.tuning.stage_runner import StageRunner
@@ -122,6 +123,7 @@ class Tuning:
         recommended = self._recommended()
         result = tuning_result(self.manifest.manifest, self.settings, self.folder, recommended, stopped)
         write_result(result, self.folder, "result", formats=("csv", "txt", "json"))
+        write_atomically(self.folder / "result.md", markdown_report(result.full_blocks()) + "\n")
         target = self.folder / "recommended.yaml"
         if recommended:
             write_atomically(target, (self.stages.stage_folder(recommended) / "config.yaml").read_bytes())
