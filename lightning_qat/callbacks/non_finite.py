@@ -58,10 +58,10 @@ def as_all_ranks_found(series: TrainingSeries) -> TrainingSeries:
 
     Of what several ranks found, that of the lowest is taken. Every rank must call this, and gets the same findings.
     """
-    own = series.first_bad, series.bad_input, series.bad_buffers, series.bad_since
-    found = ranks.gathered_objects(own)
-    first_bad, bad_input = (next((rank[i] for rank in found if rank[i]), "") for i in (0, 1))
-    buffers, since = next(((names, at) for _, _, names, at in found if names), ((), ""))
+    found = ranks.gathered_objects((series.first_bad, series.bad_input, series.bad_buffers, series.bad_since))
+    first_bad = next((op for op, *_ in found if op), "")
+    bad_input = next((where for _, where, *_ in found if where), "")
+    buffers, since = next(((names, at) for *_, names, at in found if names), ((), ""))
     return replace(series, first_bad=first_bad, bad_input=bad_input, bad_buffers=buffers, bad_since=since)
 
 
