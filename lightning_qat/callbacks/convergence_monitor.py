@@ -20,7 +20,7 @@ from lightning_qat.analysis.nan_origin import first_bad_point
 from lightning_qat.analysis.statistics.statistics import WeightCodes
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
-from lightning_qat.callbacks.non_finite import non_finite_buffers, with_bad_values
+from lightning_qat.callbacks.non_finite import as_all_ranks_found, non_finite_buffers, with_bad_values
 from lightning_qat.callbacks.passes.extra_batches import ExtraBatch
 from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.preservation.module_copy import copied_module
@@ -246,7 +246,8 @@ class ConvergenceMonitor(ReportingCallback):
     # -- judging
 
     def _judge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.series = replace(self.series, losses=tuple(self._losses.values), steps=self._losses.steps)
+        series = replace(self.series, losses=tuple(self._losses.values), steps=self._losses.steps)
+        self.series = as_all_ranks_found(series)
         # rank zero decides for all: its losses are its own, and no rank may stop alone
         result: ConvergenceResult = trainer.strategy.broadcast(judge_convergence(self.series))
         self.result = result

@@ -196,6 +196,23 @@ def take_fingerprint(
         )
 
 
+def take_comparable(trainer: pl.Trainer, pl_module: pl.LightningModule, known: Fingerprint) -> Fingerprint:
+    """Take the fingerprint on as many batches as that of the float run.
+
+    Modules that QuantizationAwareTraining freezes, as the user asked, are not told as a difference.
+    """
+    here = (
+        take_fingerprint(trainer, pl_module, known.batches) if known.batches else take_fingerprint(trainer, pl_module)
+    )
+    quantization = quantization_of(trainer)
+    if quantization is None or not quantization.freezes_modules:
+        return here
+    frozen = [name for name in here.modes.get("eval", ()) if name in known.modes.get("eval", ())]
+    modes = {mode: names for mode, names in here.modes.items() if mode != "eval"} | ({"eval": frozen} if frozen else {})
+    untrained = [name for name in here.untrained or () if name in (known.untrained or ())]
+    return replace(here, modes=modes, untrained=None if here.untrained is None else untrained)
+
+
 def take_answers(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int = 8, seed: int = 0) -> Fingerprint:
     """Take the part of a fingerprint that tells a trained float model from one that guesses: its answers in validation.
 

@@ -78,7 +78,8 @@ def configure(trainer: pl.Trainer, request: StageRequest, arguments: dict[str, A
     quantization.overrides = [*quantization.overrides, *Override.list_of(raised)]
     quantization.is_configured = True
     ckpt_path = arguments.get("ckpt_path")
-    files = [name for name in (quantization.init_from, ckpt_path) if name and Path(name).is_file()]
+    tables = [rule.sensitivity for rule in quantization.overrides]
+    files = [name for name in (quantization.init_from, ckpt_path, *tables) if name and Path(name).is_file()]
     inputs = {str(Path(name).resolve()): file_hash(Path(name)) for name in files}
     return Configured(quantization, adds_quantization, adds_calibration, ckpt_path, inputs)
 
