@@ -31,7 +31,7 @@ from lightning_qat.quantization.qconfig import ActivationConfig, QConfig, Weight
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.parameter_groups import parameter_groups
-from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.region import Region, find_regions
 from lightning_qat.quantization.region.shared_modules import split_shared_modules
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.files import write_csv, write_json
@@ -72,6 +72,7 @@ __all__ = [
     "dynamic_block",
     "export_onnx",
     "find_bad_cases",
+    "find_regions",
     "find_violations",
     "insert",
     "load_quantized",

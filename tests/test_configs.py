@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 import sys
 from pathlib import Path
@@ -119,3 +121,24 @@ def test_config_with_a_missing_float_checkpoint_says_so(tmp_path: Path) -> None:
     config.write_text((CONFIGS / "digits_int16.yaml").read_text().replace("logs/digits/float", str(tmp_path)))
     with pytest.raises(MisconfigurationException, match=r"there is no file .*float\.ckpt"):
         run("test", [config], tmp_path)
+
+
+def test_overrides_by_sensitivity_from_yaml(tmp_path: Path, digits_float_checkpoint: Path) -> None:
+    """D2, D4: the table of one run chooses the points of the next, by YAML alone. `0.5%` is a text in YAML."""
+    text = (CONFIGS / "quantization_aware_training.yaml").read_text()
+    text = text.replace("init_from: null", f"init_from: {digits_float_checkpoint}")
+    others = [CONFIGS / "calibration.yaml", CONFIGS / "sensitivity_analysis.yaml"]
+    options = "--trainer.accelerator=cpu", "--trainer.logger=false"
+    (tmp_path / "first.yaml").write_text(text)
+    run("fit", [tmp_path / "first.yaml", *others], tmp_path / "first", *options)
+    (table,) = (tmp_path / "first").rglob("sensitivity.csv")
+    rule = f"overrides: [{{sensitivity: {table}, top: 0.5%, activation: {{dtype: int16}}}}]"
+    assert "overrides: []" in text
+    (tmp_path / "second.yaml").write_text(text.replace("overrides: []", rule))
+    run("fit", [tmp_path / "second.yaml", *others], tmp_path / "second", *options)
+    with table.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["sensitive_type"] == "activation"]
+    (plan,) = (tmp_path / "second").rglob("quant_plan.json")
+    (region,) = json.loads(plan.read_text())["regions"].values()
+    wide = [point["name"] for point in region["points"] if point["dtype"] == "int16"]
+    assert wide == [max(rows, key=lambda row: float(row["score"]))["point"]]

@@ -19,7 +19,7 @@ from lightning_qat import (
     SensitivityAnalysis,
     ZeroLRFinetune,
 )
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 
 
 def run(root: Path, checkpoint: Path, logger: Logger | bool) -> DigitsClassifier:

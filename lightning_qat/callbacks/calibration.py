@@ -22,7 +22,7 @@ from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.progress import progress
 from lightning_qat.quantization.region.calibration import CalibrationPass, CalibrationResult
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 
 
 class Calibration(ScaleSource):

@@ -20,7 +20,7 @@ from lightning_qat.analysis.nan_origin import first_bad_point
 from lightning_qat.analysis.statistics.statistics import WeightCodes
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
-from lightning_qat.callbacks.non_finite import non_finite_buffers, with_bad_values
+from lightning_qat.callbacks.non_finite import as_all_ranks_found, non_finite_buffers, with_bad_values
 from lightning_qat.callbacks.passes.extra_batches import ExtraBatch
 from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.preservation.module_copy import copied_module
@@ -34,7 +34,7 @@ from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.quantization.modules.module_walk import is_in_region
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.reporting.loggers import log_table
 
 GRADIENT_STEPS = 4
@@ -246,7 +246,8 @@ class ConvergenceMonitor(ReportingCallback):
     # -- judging
 
     def _judge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.series = replace(self.series, losses=tuple(self._losses.values), steps=self._losses.steps)
+        series = replace(self.series, losses=tuple(self._losses.values), steps=self._losses.steps)
+        self.series = as_all_ranks_found(series)
         # rank zero decides for all: its losses are its own, and no rank may stop alone
         result: ConvergenceResult = trainer.strategy.broadcast(judge_convergence(self.series))
         self.result = result

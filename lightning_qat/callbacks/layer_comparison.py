@@ -29,8 +29,7 @@ from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
 from lightning_qat.quantization.modules.call import Call
-from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import Region, find_regions
 from lightning_qat.reporting.console import print_advice
 from lightning_qat.reporting.figures import value_histogram
 from lightning_qat.reporting.plain_text import file_name

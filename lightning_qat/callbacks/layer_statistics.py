@@ -22,7 +22,7 @@ from lightning_qat.callbacks.passes.shared_evaluations import ModelKey, model_ke
 from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import run_directory
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.reporting.tensorboard_tags import LAYER_STATISTICS
 
 

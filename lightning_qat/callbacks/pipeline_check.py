@@ -6,12 +6,10 @@ The verdict blames the pipeline, the hyperparameters or quantization, or calls t
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from typing_extensions import override
 
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
@@ -19,15 +17,13 @@ from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.rungs import FLOAT_MODEL, RUNGS
 from lightning_qat.analysis.ladder.verdict import judge
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
-from lightning_qat.callbacks.ladder.pipeline_callback import PipelineCallback, check_reference
+from lightning_qat.callbacks.ladder.pipeline_callback import PipelineCallback
 from lightning_qat.callbacks.ladder.starting_point import StartingPoint
-from lightning_qat.callbacks.pipeline_fingerprint import take_fingerprint
-from lightning_qat.callbacks.quantized_run import is_calibrated, quantization_of, require_regions
+from lightning_qat.callbacks.pipeline_fingerprint import take_comparable, take_fingerprint
+from lightning_qat.callbacks.quantized_run import is_calibrated, require_regions
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
-from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
-from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
+from lightning_qat.callbacks.trainer.messages import rank_zero_info
 
-_FINGERPRINT_BATCHES = 8
 _LONGER = 10
 """A check after a flag uses at most this many times the batches of a check before training."""
 
@@ -93,7 +89,7 @@ class PipelineCheck(PipelineCallback):
         stop: bool = False,
         rungs: list[int] | None = None,
     ) -> None:
-        super().__init__(batches, eval_batches, at_epoch, stop)
+        super().__init__(batches, eval_batches, at_epoch, stop, reference)
         unknown = [number for number in rungs or () if number not in RUNGS]
         if unknown or (rungs is not None and not rungs):
             raise MisconfigurationException(
@@ -103,16 +99,8 @@ class PipelineCheck(PipelineCallback):
             raise MisconfigurationException(
                 "PipelineCheck(at_epoch=None, after_flag=False) never runs: write at_epoch=0."
             )
-        if reference is not None and not isinstance(reference, (str, dict)):
-            raise MisconfigurationException(
-                f"PipelineCheck(reference={reference!r}): write the path of a fingerprint, or {{'val_acc': 0.98}}."
-            )
-        if isinstance(reference, dict):
-            check_reference("PipelineCheck", reference)
-        self.reference = reference
         self.after_flag = after_flag
         self.rungs = tuple(sorted({FLOAT_MODEL, *(rungs if rungs is not None else RUNGS)}))
-        self._known: Fingerprint | dict[str, float] | None = None
         self._start: tuple[int, StartingPoint] | None = None
         self._flag_done = False
         self._flag = ""
@@ -122,19 +110,7 @@ class PipelineCheck(PipelineCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._known = self.read_reference()
             self._start, self._flag, self._flag_done, self._steps = None, "", False, 0
-
-    def read_reference(self) -> Fingerprint | dict[str, float] | None:
-        """Read the reference of the float run from its file; metrics given as a dictionary are returned as they are.
-
-        Raises:
-            MisconfigurationException: the file is missing, or is not a fingerprint.
-        """
-        if not isinstance(self.reference, str):
-            return self.reference
-        with misconfiguration():
-            return Fingerprint.from_json(self.reference)
 
     @override
     def on_train_batch_start(
@@ -163,7 +139,7 @@ class PipelineCheck(PipelineCallback):
             trainer: with optimizers.
             pl_module: its module, with fake-quant inserted.
         """
-        self._known = self.read_reference()
+        self.known = self.read_reference()
         return self.measure_rungs(trainer, pl_module)
 
     @override
@@ -171,22 +147,14 @@ class PipelineCheck(PipelineCallback):
         """Measure and judge the rungs, from the weights that the run started from."""
         require_regions(trainer, pl_module, "PipelineCheck")
         started, start = self._start if self._start is not None else (trainer.global_step, None)
-        known = self._known
-        if started > 0 and known is not None:
-            rank_zero_warn(
-                "PipelineCheck does not compare this run with the reference: its weights have been trained since the "
-                "float run (the run was resumed, or start_epoch is set).",
-                category=PossibleUserWarning,
-            )
-            known = None
+        known = self.comparable(started)
         batches = min(max(self.batches, self._steps), _LONGER * self.batches) if self._flag else self.batches
         with start.restored(trainer, pl_module) if start is not None else nullcontext():
-            size = known.batches if isinstance(known, Fingerprint) else 0
-            here = take_fingerprint(trainer, pl_module, size or _FINGERPRINT_BATCHES)
-            if _freezes(trainer) and isinstance(known, Fingerprint):  # as the user asked
-                here = _as_if_not_frozen(here, known)
-            metrics = known if isinstance(known, dict) else ()
-            ladder = self.measure_ladder(trainer, pl_module, self.rungs, batches, metrics)
+            if isinstance(known, Fingerprint):
+                here = take_comparable(trainer, pl_module, known)
+            else:
+                here = take_fingerprint(trainer, pl_module)
+            ladder = self.measure_ladder(trainer, pl_module, self.rungs, batches)
         return judge(ladder, known, here, self.rungs, flag=self._flag)
 
     def _run_after_flag(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -212,17 +180,3 @@ class PipelineCheck(PipelineCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_start": None}
-
-
-def _as_if_not_frozen(here: Fingerprint, known: Fingerprint) -> Fingerprint:
-    """Leave out what is frozen only here."""
-    frozen = [name for name in here.modes.get("eval", ()) if name in known.modes.get("eval", ())]
-    modes = {mode: names for mode, names in here.modes.items() if mode != "eval"} | ({"eval": frozen} if frozen else {})
-    untrained = [name for name in here.untrained or () if name in (known.untrained or ())]
-    return replace(here, modes=modes, untrained=None if here.untrained is None else untrained)
-
-
-def _freezes(trainer: pl.Trainer) -> bool:
-    """Whether QuantizationAwareTraining keeps modules in eval mode."""
-    quantization = quantization_of(trainer)
-    return quantization is not None and quantization.freezes_modules

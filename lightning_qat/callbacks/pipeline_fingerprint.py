@@ -51,7 +51,7 @@ from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.reading.schema import read_as
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.reporting.files import write_fingerprint
 
 _PACKAGES = ("lightning-qat", "torch", "lightning", "torchmetrics", "numpy")
@@ -194,6 +194,47 @@ def take_fingerprint(
             plan=plan,
             batches=batches,
         )
+
+
+def take_comparable(trainer: pl.Trainer, pl_module: pl.LightningModule, known: Fingerprint) -> Fingerprint:
+    """Take the fingerprint on as many batches as that of the float run.
+
+    Modules that QuantizationAwareTraining freezes, as the user asked, are not told as a difference.
+    """
+    here = (
+        take_fingerprint(trainer, pl_module, known.batches) if known.batches else take_fingerprint(trainer, pl_module)
+    )
+    quantization = quantization_of(trainer)
+    if quantization is None or not quantization.freezes_modules:
+        return here
+    frozen = [name for name in here.modes.get("eval", ()) if name in known.modes.get("eval", ())]
+    modes = {mode: names for mode, names in here.modes.items() if mode != "eval"} | ({"eval": frozen} if frozen else {})
+    untrained = [name for name in here.untrained or () if name in (known.untrained or ())]
+    return replace(here, modes=modes, untrained=None if here.untrained is None else untrained)
+
+
+def take_answers(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int = 8, seed: int = 0) -> Fingerprint:
+    """Take the part of a fingerprint that tells a trained float model from one that guesses: its answers in validation.
+
+    Args:
+        trainer: the running trainer.
+        pl_module: its module.
+        batches: batches per rank.
+        seed: seed of the random state meanwhile; each rank adds its number.
+    """
+    if _compat.attached_loader(trainer, "validate") is None:
+        return Fingerprint()
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(trainer, pl_module, trains=True))
+        stack.enter_context(seeded(seed + trainer.global_rank))
+        for region in find_regions(pl_module).values():
+            stack.enter_context(region.state("off", updates=()))
+        found = summarize(trainer, pl_module, "validate", batches)
+    return Fingerprint(
+        data={"validate": found.data},
+        agreement={"validate": found.agreement},
+        constant_guess={"validate": found.constant_guess},
+    )
 
 
 def _training_losses(

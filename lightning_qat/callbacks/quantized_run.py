@@ -16,8 +16,7 @@ from lightning_qat.callbacks.trainer.final_report import FinalReport
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.plan import ScaleRole
-from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import Region, find_regions
 
 
 class QuantizationCallback(FinalReport):

@@ -15,7 +15,7 @@ from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.quantized_run import quantization_of
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 
 
 def trainer_findings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Finding]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.rungs import FLOAT_MODEL, ZERO_LR_RUNGS
 from lightning_qat.analysis.ladder.verdict import judge
-from lightning_qat.callbacks.ladder.pipeline_callback import PipelineCallback, check_reference
+from lightning_qat.callbacks.ladder.pipeline_callback import PipelineCallback
+from lightning_qat.callbacks.pipeline_fingerprint import take_answers, take_comparable
 
 _RUNGS = (FLOAT_MODEL, *ZERO_LR_RUNGS)
 
@@ -26,19 +25,21 @@ class ZeroLRFinetune(PipelineCallback):
     this has the same effect as learning rate 0. The variants are rungs 0 and 2 to 4 of :class:`PipelineCheck`.
 
     In a model without batch norm, accuracy cannot show that the *training data* are wrong; only the training loss can.
-    Give the training loss of the float run as ``reference: {train_loss: ...}``.
+    Give the training loss of the float run as ``reference: {train_loss: ...}``. A classifier that is no better than a
+    constant guess in validation is not called healthy, unless the reference says that it was no better in float.
 
     Args:
         batches: training batches per variant and rank.
         eval_batches: validation batches per evaluation and rank; all if not given.
-        reference: the metrics of the float training run, such as ``{val_acc: 0.98}``. Without it the verdict cannot say
-            whether the float model itself reaches its accuracy in this pipeline.
+        reference: path of the float run's fingerprint, or its metrics such as ``{val_acc: 0.98}``. Without it the
+            verdict cannot say whether the float model itself reaches its accuracy in this pipeline.
         at_epoch: the epoch before which the check runs.
         stop: stop training if the pipeline turns out to be misaligned.
 
     Raises:
-        MisconfigurationException: a value is not one of the choices, or (raised before the first step) the validation
-            step does not log a metric that the reference names. In a run that has begun, the verdict says so instead.
+        MisconfigurationException: a value is not one of the choices, the reference cannot be read, or (raised before
+            the first step) the validation step does not log a metric that the reference names. In a run that has begun,
+            the verdict says so instead.
 
     Attributes:
         result: evidence table and verdict, after it ran.
@@ -50,21 +51,19 @@ class ZeroLRFinetune(PipelineCallback):
         self,
         batches: int = 50,
         eval_batches: int | None = None,
-        reference: dict[str, float] | None = None,
+        reference: str | dict[str, float] | None = None,
         at_epoch: int = 0,
         stop: bool = False,
     ) -> None:
-        super().__init__(batches, eval_batches, at_epoch, stop)
-        if reference is not None and not isinstance(reference, Mapping):
-            raise MisconfigurationException(
-                f"ZeroLRFinetune(reference={reference!r}): write the metrics of the float run: {{'val_acc': 0.98}}. "
-                "A fingerprint file is for PipelineCheck."
-            )
-        check_reference("ZeroLRFinetune", reference or {})
-        self.reference = reference
+        super().__init__(batches, eval_batches, at_epoch, stop, reference)
 
     @override
     def measure_rungs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PipelineResult:
         """Measure the rungs with learning rate 0 and judge them."""
-        ladder = self.measure_ladder(trainer, pl_module, _RUNGS, reference=self.reference or ())
-        return judge(ladder, self.reference, rungs=_RUNGS, pipeline_only=True)
+        ladder = self.measure_ladder(trainer, pl_module, _RUNGS)
+        known = self.comparable(trainer.global_step)
+        if isinstance(known, Fingerprint):
+            here = take_comparable(trainer, pl_module, known)
+        else:
+            here = take_answers(trainer, pl_module)
+        return judge(ladder, known, here, rungs=_RUNGS, pipeline_only=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
+from lightning_qat.cli.expected_errors import EXPECTED, fail
 from lightning_qat.cli.project import Project
 from lightning_qat.cli.run_project import run_project
-from lightning_qat.quantization.errors import ConfigurationError, TracingError
 from lightning_qat.tuning.stage_callbacks import configure, prepare_training
 from lightning_qat.tuning.stage_configuration import write_configuration
 from lightning_qat.tuning.stage_request import StageRequest, write_outcome
@@ -26,26 +27,35 @@ def run_stage(path: str) -> None:
     settings = request.settings
 
     def work(project: Project) -> None:
-        quantization = configure(project.trainer, request, project.arguments)
-        write_configuration(Path(request.folder), quantization, project.cli)
+        configured = configure(project.trainer, request, project.arguments)
+        write_configuration(Path(request.folder), configured, project.cli)
         if request.kind == "train":
-            prepare_training(project.trainer, request, project.arguments)
+            prepare_training(project.trainer, request, project.arguments, configured.inputs)
             project.fit(project.module, **project.arguments)
         else:
             outcome = project.before_training(lambda trainer, module: stage_work(trainer, module, request))
-            write_outcome(request.folder, outcome)
+            write_outcome(request.folder, replace(outcome, inputs=configured.inputs))
 
-    run_project(settings.script, settings.arguments, work, settings.ckpt_path)
+    ckpt_path = settings.ckpt_path
+    if ckpt_path is not None and Path(ckpt_path).exists():  # the script may change the directory
+        ckpt_path = str(Path(ckpt_path).resolve())
+    run_project(settings.script, settings.arguments, work, ckpt_path)
 
 
 def main() -> int:
     """Run the stage that the command line names; errors are one line."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         run_stage(sys.argv[1])
-    except (ConfigurationError, MisconfigurationException, TracingError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    except EXPECTED as error:
+        return fail(error)
     return 0
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that asked for the stage has ended: two must not train in one folder."""
+    os.read(0, 1)  # not sys.stdin, whose lock is needed to end the interpreter
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from lightning_qat.atomic_files import json_value, write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import Region, find_regions
 
 FILE_NAME = "quant_plan.json"
 FORMAT_VERSION = 1

@@ -15,6 +15,10 @@ class DamagedFileError(ConfigurationError):
     """A file that does not hold what it should: it is damaged, or it is another one."""
 
 
+class SensitivityTableError(ConfigurationError):
+    """A rule that names a sensitivity table from which no points can be taken."""
+
+
 class PlanMismatchError(ConfigurationError):
     """A stored plan (from a checkpoint) that does not fit the code it is attached to."""
 

@@ -10,13 +10,17 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_qat.quantization.config_values import Granularity, Scheme, build, check_values, positive_number
-from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.errors import ConfigurationError, shown
 from lightning_qat.quantization.numerics.dtypes import DtypeName
 from lightning_qat.quantization.numerics.observers import ObserverName
+from lightning_qat.quantization.shares import count_of
+
+LEADERS = "leaders"
+"""``top`` of the points that have broken away from the rest."""
 
 
 @dataclass
@@ -112,6 +116,9 @@ class WeightOverride:
 class Override:
     """A rule that changes the configuration of the points it selects. Later rules win, field by field.
 
+    A rule selects by name or kind, or takes the first points of a sensitivity table. The table is read when the plan is
+    made; the plan holds a rule with ``match`` for each point in its place.
+
     Args:
         match: glob over point names, where only ``*`` and ``?`` are special; a pattern that names an op or a scope
             covers all its points (``decoder.*``, ``layers.0.conv1``, ``*.ref_point*.input0``). Names are relative to
@@ -120,18 +127,28 @@ class Override:
         op_type: canonical torch function (``softmax``). With ``match`` too, a point must satisfy both.
         activation: the changes for ``output`` and ``inputN`` points.
         weight: the changes for ``weight`` points.
+        sensitivity: the path of a ``sensitivity.csv`` of this model, in place of ``match`` and ``op_type``. Of a table
+            with epochs the last one counts.
+        top: how many of its points, the most sensitive first: a count, a percentage such as ``"0.5%"`` (rounded up), or
+            ``leaders`` (those that have broken away from the rest). Activations and weights are ranked together. Rows
+            of a kind that the rule does not change (weights, if there is only ``activation``) do not count.
 
     Raises:
-        ConfigurationError: both selectors are missing, or the rule changes nothing.
+        ConfigurationError: there is no selector or there are two kinds, the rule changes nothing, or ``top`` is neither
+            of the three.
     """
 
     match: str | None = None
     op_type: str | None = None
     activation: ActivationOverride | None = None
     weight: WeightOverride | None = None
+    sensitivity: str | None = None
+    top: int | str | None = None
 
     def __post_init__(self) -> None:
-        if self.match is None and self.op_type is None:
+        if self.sensitivity is not None or self.top is not None:
+            self._check_sensitivity()
+        elif self.match is None and self.op_type is None:
             raise ConfigurationError('an override needs a selector: match: "decoder.*" or op_type: softmax.')
         for name, selector in (("match", self.match), ("op_type", self.op_type)):
             if selector is not None and not isinstance(selector, str):  # YAML reads match: 0 as a number
@@ -146,12 +163,40 @@ class Override:
                 f"override {self.label} changes nothing: add activation: {{dtype: int16}} or weight: {{dtype: int16}}."
             )
 
+    def _check_sensitivity(self) -> None:
+        if not isinstance(self.sensitivity, str) or not self.sensitivity or self.top is None:
+            raise ConfigurationError(
+                'sensitivity and top belong together: write {sensitivity: logs/.../sensitivity.csv, top: "0.5%", '
+                f"activation: {{dtype: int16}}}}, got sensitivity {shown(self.sensitivity)} and top {shown(self.top)}."
+            )
+        if self.match is not None or self.op_type is not None:
+            raise ConfigurationError(
+                f"override {self.label} has two kinds of selectors: write either sensitivity and top, or match and "
+                "op_type."
+            )
+        if self.top == LEADERS:
+            return
+        text = str(self.top).strip()
+        is_percentage = text.endswith("%") and count_of(text, 100, "top") <= 100
+        if isinstance(self.top, bool) or not (is_percentage or text.isdecimal()):
+            raise ConfigurationError(
+                f"top must be a count of points such as 3, a percentage such as '0.5%', or {LEADERS}, not "
+                f"{shown(self.top)}."
+            )
+        count_of(text, 100, "top")
+
     @property
     def label(self) -> str:
         """How reports name this rule."""
+        if self.sensitivity is not None:
+            return f"sensitivity {self.sensitivity!r}, top {self.top!r}"
         parts = [f"match {self.match!r}"] if self.match is not None else []
         parts += [f"op_type {self.op_type!r}"] if self.op_type is not None else []
         return ", ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rule as plans store it: all fields but those of a table, which no plan has."""
+        return {name: value for name, value in asdict(self).items() if name not in ("sensitivity", "top")}
 
     @classmethod
     def list_of(cls, values: Iterable[Override | Mapping[str, Any]] | None) -> list[Override]:

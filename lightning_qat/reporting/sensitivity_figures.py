@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_qat.analysis.comparison.comparison_result import LayerComparisonResult
-from lightning_qat.analysis.sensitivity.break_away import break_away
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult, SensitivityRow
 from lightning_qat.atomic_files import write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.numerics.break_away import break_away
 from lightning_qat.reporting.figures import blank_figure
 from lightning_qat.reporting.plain_text import one_line
 

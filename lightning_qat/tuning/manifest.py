@@ -12,7 +12,7 @@ from lightning_qat.atomic_files import json_value, write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.reading.checks import one_of
 from lightning_qat.quantization.reading.files import Document
-from lightning_qat.tuning.tuning_settings import TuningSettings, differing
+from lightning_qat.tuning.tuning_settings import FREE, TuningSettings, differing
 
 MANIFEST_VERSION = 1
 
@@ -28,7 +28,7 @@ class StageOutcome:
         sizes: of a search: the ``chosen`` number of points, the smallest ``passing`` and the largest ``failing`` one.
         remarks: what was noticed, such as findings or a verdict.
         seconds: how long it took.
-        folder: where its configuration, checkpoint and reports are, relative to the manifest.
+        inputs: SHA-256 of the files that the project reads beside those on its command line, such as ``init_from``.
         made_from: what it was made from: SHA-256 of the project, and of the stages before it.
     """
 
@@ -38,7 +38,7 @@ class StageOutcome:
     sizes: Mapping[str, int] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
     seconds: float = 0.0
-    folder: str = ""
+    inputs: Mapping[str, str] = field(default_factory=dict)
     made_from: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -80,8 +80,7 @@ class ManifestFile:
         remedy = "it was left as it is: write another --output, or remove the folder"
         found = Document(self.path, "the manifest of a tuning", remedy).as_json(Manifest)
         if found.project != project:
-            ignored = ("explore", "trainings", "skip")
-            what = differing(*({k: v for k, v in s.items() if k not in ignored} for s in (found.settings, own)))
+            what = differing(*({k: v for k, v in s.items() if k not in FREE} for s in (found.settings, own)))
             raise ConfigurationError(
                 f"{folder} holds another tuning ({'; '.join(what) or 'the script or a file it is given has changed'}). "
                 "Write another --output, or remove the folder to begin anew."
@@ -92,8 +91,17 @@ class ManifestFile:
         """Return the outcome of a stage that is done."""
         return self.manifest.stages.get(stage)
 
+    def drop(self, stage: str) -> None:
+        """Forget a stage whose outcome does not hold any more."""
+        stages = {name: outcome for name, outcome in self.manifest.stages.items() if name != stage}
+        self.manifest = replace(self.manifest, stages=stages)
+        self._write()
+
     def note(self, stage: str, outcome: StageOutcome) -> None:
         """Write that a stage is done."""
         stages = {**self.manifest.stages, stage: outcome}
         self.manifest = replace(self.manifest, stages=stages)
+        self._write()
+
+    def _write(self) -> None:
         write_atomically(self.path, json.dumps(json_value(self.manifest), indent=2) + "\n")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+_DOUBLINGS = 3
+
 
 @dataclass(frozen=True)
 class SizeFound:
@@ -30,7 +32,8 @@ def smallest_passing(most: int, passes: Callable[[int], bool], start: int, evalu
     Args:
         most: the largest size.
         passes: evaluates a size.
-        start: the size to try first, such as the number of leaders; sizes double from there until one passes.
+        start: the size to try first, such as the number of leaders; sizes double from there until one passes, and the
+            largest is tried after three that fail.
         evaluations: how many sizes are evaluated at most.
 
     Example:
@@ -52,7 +55,7 @@ def smallest_passing(most: int, passes: Callable[[int], bool], start: int, evalu
         low = size
         if size == most:
             break
-        size = min(most, 2 * size)
+        size = min(most, 2 * size) if len(seen) < _DOUBLINGS else most
     while high is not None and high - low > 1 and len(seen) < evaluations:
         size = (low + high) // 2
         if tried(size):

@@ -41,13 +41,13 @@ class StageRequest:
     settings: TuningSettings
     float_metrics: Mapping[str, float] = field(default_factory=dict)
 
-    def write(self) -> Path:
-        """Write the request into the folder of the stage."""
-        return write_atomically(Path(self.folder) / "request.json", json.dumps(json_value(self), indent=2) + "\n")
+    def to_json(self) -> str:
+        """Return the request as the text of its file."""
+        return json.dumps(json_value(self), indent=2) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> StageRequest:
-        """Read what :meth:`write` wrote."""
+        """Read a file of :meth:`to_json`."""
         return Document(path, "the request of a stage", "start the tuning again").as_json(cls)
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lightning_qat.atomic_files import json_value
-from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.atomic_files import json_value, write_atomically
+from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.tuning.manifest import ManifestFile, StageOutcome
 from lightning_qat.tuning.stage_request import StageKind, StageRequest, read_outcome
-from lightning_qat.tuning.tuning_settings import TuningSettings
+from lightning_qat.tuning.tuning_settings import TuningSettings, file_hash
 
 LOG = "log.txt"
 
@@ -69,26 +69,45 @@ class StageRunner:
             kind,
             dtype,
             raised,
-            str(self.folder / name.replace(" ", "_")),
+            str(self.stage_folder(name)),
             self.settings,
             float_metrics or {},
         )
         made_from = self._made_from(request, after)
         done = self.manifest.outcome(name)
         if done is not None:
-            if dict(done.made_from) == made_from:
+            changed = [path for path, digest in done.inputs.items() if _hash_if_there(Path(path)) != digest]
+            if dict(done.made_from) == made_from and not changed:
                 self.say(f"{name}: done before")
                 return done
-            self.say(f"{name}: made again, as a stage before it has changed")
+            self.say(f"{name}: made again, as {changed[0] if changed else 'what it was made from'} has changed")
+            self.manifest.drop(name)
             _forget(Path(request.folder))
         self.say(f"{name}: started")
         outcome = replace(self._launched(request), made_from=made_from)
         self.manifest.note(name, outcome)
         return outcome
 
+    def forget(self, name: str) -> None:
+        """Let a stage run once more, from its beginning.
+
+        Raises:
+            ConfigurationError: it has not run.
+        """
+        if self.manifest.outcome(name) is None:
+            raise unknown_choice("stage to repeat", name, self.manifest.manifest.stages)
+        self.manifest.drop(name)
+        _forget(self.stage_folder(name))
+
+    def stage_folder(self, name: str) -> Path:
+        """Return where a stage has its configuration, checkpoint and reports."""
+        return self.folder / name.replace(" ", "_")
+
     def _made_from(self, request: StageRequest, after: tuple[str, ...]) -> dict[str, str]:
         """SHA-256 of what a stage is made from: the project, its own request, and the stages before it."""
-        own = [request.kind, request.dtype, list(request.raised), dict(request.float_metrics)]
+        own: list[object] = [request.kind, request.dtype, list(request.raised), dict(request.float_metrics)]
+        if request.kind == "search":
+            own += [request.settings.target, list(request.settings.metrics)]
         hashes = {"project": self.manifest.manifest.project, "request": _sha(own)}
         for name in after:
             before = self.manifest.outcome(name)
@@ -98,12 +117,20 @@ class StageRunner:
 
     def _launched(self, request: StageRequest) -> StageOutcome:
         folder = Path(request.folder)
-        path = request.write()
-        (folder / "outcome.json").unlink(missing_ok=True)
+        text, path = request.to_json(), folder / "request.json"
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            if (folder / "outcome.json").exists():  # killed before the manifest was written
+                return read_outcome(folder)
+        else:
+            _forget(folder)
+            write_atomically(path, text)
+        log = folder / LOG
+        before = log.stat().st_size if log.exists() else 0
         status = (self.launch or _in_own_process)(path)
         if status != 0:
-            why = _last_error(folder / LOG)
-            raise ConfigurationError(f"stage {request.name!r} failed: {why} (all of it: {folder / LOG})")
+            raise ConfigurationError(
+                f"stage {request.name!r} failed: {_last_error(log, before, status)} (all of it: {log})"
+            )
         return read_outcome(folder)
 
 
@@ -111,7 +138,19 @@ def _in_own_process(request: Path) -> int:
     """Run a request as ``python -m``; what it prints goes to the log of the stage."""
     command = [sys.executable, "-m", "lightning_qat.cli.tune_stage", str(request)]
     with open(request.with_name(LOG), "ab") as log:
-        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(), check=False).returncode
+        # the pipe is never written to: its end tells the stage that this process has ended
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=_environment()
+        )
+        try:
+            return process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            if process.stdin is not None:
+                process.stdin.close()
 
 
 def _environment() -> dict[str, str]:
@@ -121,16 +160,23 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _last_error(log: Path) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+def _last_error(log: Path, before: int, status: int) -> str:
+    """Return what a stage said last: its one-line error if it ended with one, else its last line."""
+    if status < 0:
+        return f"it was ended by signal {-status}"
+    content = log.read_bytes()[before:] if log.exists() else b""
+    lines = [line.strip() for line in content.decode("utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["no output"])[-1]
+    return ((errors if status == 2 else []) or lines or ["no output"])[-1]
+
+
+def _hash_if_there(path: Path) -> str:
+    return file_hash(path) if path.is_file() else ""
 
 
 def _forget(folder: Path) -> None:
-    """Remove what would let a stage go on from another one's state; reports stay until they are written again."""
-    for name in ("last.ckpt", "evaluations.json", "errors.json", "outcome.json"):
+    """Remove what would let a stage go on from another one's state. Errors and evaluations name what they belong to."""
+    for name in ("last.ckpt", "outcome.json"):
         (folder / name).unlink(missing_ok=True)
 
 

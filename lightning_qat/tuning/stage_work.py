@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import lightning.pytorch as pl
 from lightning_qat.analysis.mixed_precision.measure_errors import measure_errors
 from lightning_qat.analysis.mixed_precision.measured_forwards import quantized_by
 from lightning_qat.analysis.mixed_precision.point_quantizers import plans_by_dtype, quantizers_by_dtype
-from lightning_qat.analysis.mixed_precision.precision_choice import PrecisionChoice
+from lightning_qat.analysis.mixed_precision.precision_choice import PrecisionChoice, PrecisionFront
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
-from lightning_qat.atomic_files import write_atomically
+from lightning_qat.atomic_files import json_value, write_atomically
 from lightning_qat.callbacks.analyses.diagnosed_regions import diagnosed_module
 from lightning_qat.callbacks.analyses.region_inputs import RegionInputs
 from lightning_qat.callbacks.analyses.undisturbed_analysis import undisturbed_analysis
@@ -28,6 +29,8 @@ from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.reading.files import Document
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.reporting.files import write_csv, write_json, write_result
+from lightning_qat.reporting.precision_figures import error_against_cost
+from lightning_qat.reporting.sensitivity_figures import write_figure
 from lightning_qat.tuning.manifest import StageOutcome
 from lightning_qat.tuning.size_search import smallest_passing
 from lightning_qat.tuning.stage_callbacks import WHO, outcome_of, the_region
@@ -86,31 +89,81 @@ def _search(trainer: pl.Trainer, module: pl.LightningModule, region: Region, req
     settings, folder = request.settings, Path(request.folder)
     errors = _errors(trainer, module, region, request)
     check = TargetCheck(settings, request.float_metrics)
-    known = _known_evaluations(folder)
-    most = len(errors.together)
-    leaders = errors.choose(top="leaders", always=settings.always)
-    choices: dict[int, PrecisionChoice] = {}
-
-    def passes(size: int) -> bool:
-        choices[size] = errors.choose(top=size, always=settings.always)
-        if str(size) not in known:
-            known[str(size)] = _evaluated(trainer, module, region, request, choices[size].raised)
-            write_atomically(folder / EVALUATIONS, json.dumps(known, indent=2) + "\n")
-        return check.passes(known[str(size)])
-
-    found = smallest_passing(most, passes, max(1, len(leaders.rows)), settings.evaluations)
-    best = found.passing or max(found.evaluated, key=lambda size: _worst_ratio(check, known[str(size)]))
-    write_result(choices[best], folder, "choice", formats=("csv", "txt", "json"))
-    write_csv(errors.front(), folder / "front.csv")
-    write_json(errors.front("bops"), folder / "front.json")
-    tried = ", ".join(f"{n} {'passes' if ok else 'fails'}" for n, ok in found.evaluated.items())
+    mixes = distinct_mixes(errors, settings.always)
+    evaluate = _Evaluations(trainer, module, region, request, errors)
+    leaders = len(errors.choose(top="leaders", always=settings.always).rows)
+    start = next((i for i, mix in enumerate(mixes) if len(mix.rows) >= leaders), 1)
+    found = smallest_passing(
+        len(mixes) - 1, lambda number: check.passes(evaluate(mixes[number])), max(1, start), settings.evaluations
+    )
+    best = found.passing or min(found.evaluated, key=lambda number: check.shortfall(evaluate(mixes[number])))
+    write_result(mixes[best], folder, "choice", formats=("csv", "txt", "json"))
+    front = errors.front(always=settings.always)
+    write_csv(front, folder / "front.csv")
+    _draw(front, len(mixes[best].rows), folder)
+    write_json(errors.front("bops", always=settings.always), folder / "front.json")
+    tried = ", ".join(f"{len(mixes[n].rows)} {'passes' if ok else 'fails'}" for n, ok in found.evaluated.items())
     sizes = {"chosen": best, "passing": found.passing, "failing": found.failing}
     return {
-        "metrics": {"calibrated": known[str(best)]},
-        "raised": choices[best].raised,
-        "sizes": {name: size for name, size in sizes.items() if size is not None},
-        "remarks": (f"Sizes tried: {tried}.", errors.note),
+        "metrics": {"calibrated": evaluate(mixes[best])},
+        "raised": mixes[best].raised,
+        "sizes": {name: number for name, number in sizes.items() if number is not None},
+        "remarks": (f"Numbers of raised points tried: {tried}.", errors.note),
     }
+
+
+def _draw(front: PrecisionFront, chosen: int, folder: Path) -> None:
+    with suppress(ConfigurationError):  # matplotlib is an extra; the numbers are in the csv
+        write_figure(error_against_cost(front, chosen), folder / "front.png")
+
+
+def distinct_mixes(errors: PrecisionErrors, always: Sequence[str]) -> list[PrecisionChoice]:
+    """Return the mixes from the fewest raised points to all of them, each once; the first raises what is always raised.
+
+    Each next one gains most per point. Points that the hardware ties are raised in one step.
+    """
+    mixes = list(errors.front(always=always).choices)
+    if errors.together:
+        mixes.append(errors.choose(points=errors.together))
+    return list({frozenset(mix.raised): mix for mix in reversed(mixes)}.values())[::-1]
+
+
+class _Evaluations:
+    """Evaluates the calibrated model with mixes; the metrics are kept in a file, so that none is evaluated twice."""
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        region: Region,
+        request: StageRequest,
+        errors: PrecisionErrors,
+    ) -> None:
+        self._trainer, self._module, self._region = trainer, module, region
+        self._wide = request.settings.wide
+        self._path = Path(request.folder) / EVALUATIONS
+        self._model = errors.hashes
+        profile = require_quantization(trainer, WHO).profile
+        self._quantizers = quantizers_by_dtype(
+            region, plans_by_dtype(region, (request.settings.narrow, self._wide), profile)
+        )
+        remedy = "remove it"
+        exists = self._path.exists()
+        document = Document(self._path, "a list of evaluations", remedy)
+        self._known = document.as_json(dict[str, dict[str, float]]) if exists else {}
+
+    def __call__(self, mix: PrecisionChoice) -> dict[str, float]:
+        """Return the metrics of a mix: those of a new calibration with its types."""
+        key = hashlib.sha256(json.dumps([dict(self._model), sorted(mix.raised)], sort_keys=True).encode()).hexdigest()
+        if key not in self._known:
+            self._known[key] = self._evaluated(mix)
+            write_atomically(self._path, json.dumps(json_value(self._known), indent=2) + "\n")
+        return self._known[key]
+
+    def _evaluated(self, mix: PrecisionChoice) -> dict[str, float]:
+        chosen = {name: self._quantizers[name][self._wide] for name in mix.raised}
+        with quantized_by(self._region, chosen):
+            return evaluations_of(self._trainer).evaluate(self._trainer, self._module, "quantize").metrics
 
 
 def _errors(trainer: pl.Trainer, module: pl.LightningModule, region: Region, request: StageRequest) -> PrecisionErrors:
@@ -133,32 +186,3 @@ def _errors(trainer: pl.Trainer, module: pl.LightningModule, region: Region, req
     write_json(errors, path)
     write_csv(errors, path.with_suffix(".csv"))
     return errors
-
-
-def _evaluated(
-    trainer: pl.Trainer, module: pl.LightningModule, region: Region, request: StageRequest, raised: tuple[str, ...]
-) -> dict[str, float]:
-    """Evaluate the calibrated model with some points at the wide type; their scales are those of a new calibration."""
-    narrow, wide = request.settings.narrow, request.settings.wide
-    plans = plans_by_dtype(region, (narrow, wide), require_quantization(trainer, WHO).profile)
-    quantizers = quantizers_by_dtype(region, plans)
-    chosen = {name: quantizers[name][wide] for name in raised}
-    with quantized_by(region, chosen):
-        return evaluations_of(trainer).evaluate(trainer, module, "quantize").metrics
-
-
-def _known_evaluations(folder: Path) -> dict[str, dict[str, float]]:
-    path = folder / EVALUATIONS
-    if not path.exists():
-        return {}
-    return Document(path, "a list of evaluations", "remove it").as_json(dict[str, dict[str, float]])
-
-
-def _worst_ratio(check: TargetCheck, metrics: Mapping[str, float]) -> float:
-    """How near metrics come to their targets: the worst of them, 1 at the target."""
-    ratios = []
-    for name, target in check.targets.items():
-        value, reference = metrics.get(name, math.nan), check.float_metrics[name]
-        distance = abs(value - reference) / max(abs(target - reference), 1e-12)
-        ratios.append(-distance if math.isfinite(distance) else -math.inf)
-    return min(ratios)

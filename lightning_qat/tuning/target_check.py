@@ -68,6 +68,16 @@ class TargetCheck:
             name in metrics for name in self.targets
         )
 
+    def shortfall(self, metrics: Mapping[str, float]) -> float:
+        """Return how far the worst metric is below float, in parts of what the target allows; inf if it is NaN."""
+        worst = 0.0
+        for name, target in self.targets.items():
+            sign = 1 if higher_is_better(name) else -1
+            reference = self.float_metrics[name]
+            missing = sign * (reference - metrics.get(name, math.nan)) / max(abs(reference - target), 1e-12)
+            worst = max(worst, missing if math.isfinite(missing) else math.inf)
+        return worst
+
     def collapsed(self, metrics: Mapping[str, float]) -> list[str]:
         """Return the metrics that are below 90 % of float (costs: above it by as much)."""
         found = []
@@ -85,5 +95,8 @@ class TargetCheck:
         return next(bool(row.passed) for row in self._rows({name: value}) if row.metric == name)
 
     def _rows(self, metrics: Mapping[str, float]) -> tuple[AccuracyRow, ...]:
+        target = self.settings.target
+        if self.settings.metrics and not isinstance(target, dict):  # named ones count, costs too
+            target = dict.fromkeys(self.settings.metrics, target)
         table = ResultTable({"tuning": {"float": self.float_metrics, "now": dict(metrics)}})
-        return table.result("tuning", self.names, self.settings.target).rows
+        return table.result("tuning", self.names, target).rows

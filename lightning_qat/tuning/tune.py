@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
+from lightning_qat.atomic_files import write_atomically
 from lightning_qat.reporting.files import write_result
+from lightning_qat.reporting.reports import markdown_report
 from lightning_qat.tuning.manifest import ManifestFile, StageOutcome
 from lightning_qat.tuning.stage_request import StageKind
 from lightning_qat.tuning.stage_runner import StageRunner
-from lightning_qat.tuning.stage_work import ERRORS
+from lightning_qat.tuning.stage_work import ERRORS, distinct_mixes
 from lightning_qat.tuning.target_check import TargetCheck
 from lightning_qat.tuning.tuning_result import TuningResult, tuning_result
 from lightning_qat.tuning.tuning_settings import TuningSettings, default_directory
@@ -31,6 +32,7 @@ def tune(
     skip: Sequence[str] = (),
     explore: bool = False,
     output: str | None = None,
+    repeat: Sequence[str] = (),
     folder: str | os.PathLike[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> TuningResult:
@@ -55,6 +57,7 @@ def tune(
         skip: stages to leave out: ``wide calibrated``, ``wide QAT``, ``narrow QAT``, ``mixed QAT``.
         explore: go on after the target is met, to fill the table.
         output: which output of the quantized part the errors are measured at.
+        repeat: names of stages to run once more, although they are done.
         folder: where everything goes; ``tuning_<script>`` if not given.
         say: called with each line of progress.
 
@@ -83,7 +86,7 @@ def tune(
         output=output,
     )
     place = Path(folder) if folder is not None else default_directory(settings.script)
-    return Tuning(settings, place, say).run()
+    return Tuning(settings, place, say, repeat).run()
 
 
 class StoppedError(Exception):
@@ -97,14 +100,23 @@ class Tuning:
         settings: what it is asked for.
         folder: where everything goes.
         say: called with each line of progress.
+        repeat: stages to run once more.
+
+    Raises:
+        ConfigurationError: the folder holds another tuning, or a stage to repeat has not run.
     """
 
-    def __init__(self, settings: TuningSettings, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, settings: TuningSettings, folder: Path, say: Callable[[str], None], repeat: Sequence[str] = ()
+    ) -> None:
         self.settings = settings
-        self.folder = folder
+        self.folder = folder = folder.resolve()  # the script may change the directory
         self.manifest = ManifestFile(folder, settings)
         self.stages = StageRunner(folder, self.manifest, settings, say)
+        for name in repeat:
+            self.stages.forget(name)
         self.say = say
+        self._has_trained = False
         self.met: list[str] = []
         """Stages that meet the target, the narrowest types last."""
 
@@ -119,11 +131,15 @@ class Tuning:
                 self._mixed()
         except StoppedError as reason:
             stopped = str(reason)
-        recommended = "" if stopped else self._recommended()
+        recommended = self._recommended()
         result = tuning_result(self.manifest.manifest, self.settings, self.folder, recommended, stopped)
         write_result(result, self.folder, "result", formats=("csv", "txt", "json"))
+        write_atomically(self.folder / "result.md", markdown_report(result.full_blocks()) + "\n")
+        target = self.folder / "recommended.yaml"
         if recommended:
-            shutil.copyfile(self._stage_folder(recommended) / "config.yaml", self.folder / "recommended.yaml")
+            write_atomically(target, (self.stages.stage_folder(recommended) / "config.yaml").read_bytes())
+        else:
+            target.unlink(missing_ok=True)
         return result
 
     def _wide(self) -> None:
@@ -160,19 +176,23 @@ class Tuning:
         if "mixed QAT" in self.settings.skip:
             return
         errors = PrecisionErrors.load(self.folder / "search" / ERRORS)
+        mixes = distinct_mixes(errors, self.settings.always)
         chosen = found.sizes["chosen"]
-        size, tried = chosen // 2 if passes else chosen, dict[int, bool]()
-        while size and size not in tried and len(tried) < self.settings.trainings:
-            choice = errors.choose(top=size, always=self.settings.always)
-            tried[size] = self._trained(f"mixed QAT {size}", self.settings.narrow, choice.raised)
+        number, tried = chosen // 2 if passes else chosen, dict[int, bool]()
+        while number and number not in tried and len(tried) < self.settings.trainings:
+            raised = mixes[number].raised
+            tried[number] = self._trained(f"mixed QAT {len(raised)}", self.settings.narrow, raised)
             turned = len(set(tried.values())) > 1
-            if turned or (passes and not tried[size]):
+            if turned or (passes and not tried[number]):
                 break
-            size = size // 2 if tried[size] else min(len(errors.together), 2 * size)
+            number = number // 2 if tried[number] else min(len(mixes) - 1, 2 * number)
 
     def _trained(self, name: str, dtype: str, raised: tuple[str, ...], must_hold: bool = False) -> bool:
         outcome = self._stage(name, "train", dtype, raised)
         metrics = outcome.metrics["QAT"]
+        if not self._has_trained:
+            self._has_trained = True
+            self.say(f"a training takes about {outcome.seconds:.0f} s; the stages to come take at most five of them")
         if self._meets(name, metrics):
             return True
         if self.check.collapsed(metrics):
@@ -203,6 +223,3 @@ class Tuning:
         outcome = self.manifest.outcome(name)
         assert outcome is not None
         return outcome.points if name.startswith("wide") else len(outcome.raised)
-
-    def _stage_folder(self, name: str) -> Path:
-        return self.folder / name.replace(" ", "_")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
+from lightning_qat.analysis.mixed_precision.op_costs import CostName
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from lightning_qat.analysis.results import Block, Result
 from lightning_qat.tuning.manifest import Manifest
@@ -51,7 +52,7 @@ class TuningResult(Result[TuningRow]):
         shares: at the wide type in the recommended stage: of the ``points`` and ``ops``, and the bit operations
             (``bops``) relative to the narrow type.
         remarks: by stage, what was noticed.
-        stopped: why it ended before the target was met; empty otherwise.
+        stopped: why it ended before all stages were run; empty otherwise.
     """
 
     stages: tuple[str, ...] = ()
@@ -89,8 +90,9 @@ class TuningResult(Result[TuningRow]):
             if self.raised and self.points
             else f"with all points at {self.narrow if 'narrow' in self.recommended else self.wide}"
         )
+        after = f" Then it stopped: {self.stopped}" if self.stopped else ""
         bops = f"; {self.shares['bops']:.3g} times the bit operations of {self.narrow}" if "bops" in self.shares else ""
-        return f"target met: {self.recommended} {mix} reaches {values}{bops}. Configuration: recommended.yaml."
+        return f"target met: {self.recommended} {mix} reaches {values}{bops}. Configuration: recommended.yaml.{after}"
 
     @override
     def columns(self) -> tuple[str, ...]:
@@ -168,15 +170,18 @@ def tuning_result(
         points=max((o.points for o in manifest.stages.values()), default=0),
         wide=settings.wide,
         narrow=settings.narrow,
-        shares=_shares(folder / "search" / "errors.json", raised),
+        shares=_shares(folder / "search" / "errors.json", raised, recommended.startswith("wide")),
         remarks={name: o.remarks for name, o in manifest.stages.items() if o.remarks},
         stopped=stopped,
     )
 
 
-def _shares(errors_file: Path, raised: tuple[str, ...]) -> dict[str, float]:
+def _shares(errors_file: Path, raised: tuple[str, ...], is_wide: bool) -> dict[str, float]:
     if not errors_file.exists():
         return {}
     errors = PrecisionErrors.load(errors_file)
-    known = [name for name in raised if name in errors.together]
-    return {name: errors.choose(points=known, cost=name).cost for name in ("points", "ops", "bops")}
+    known = [name for name in errors.together if is_wide or name in raised]
+    names: tuple[CostName, ...] = ("points", "ops")
+    if any(op.is_product for op in errors.ops):
+        names += ("bops",)
+    return {name: errors.choose(points=known, cost=name).cost for name in names}

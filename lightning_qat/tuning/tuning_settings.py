@@ -17,6 +17,9 @@ from lightning_qat.quantization.reading.checks import AT_LEAST_ONE
 StageName = Literal["float", "wide calibrated", "wide QAT", "narrow calibrated", "narrow QAT", "search", "mixed QAT"]
 """The stages in their order. ``wide`` and ``narrow`` stand for the types, such as int16 and int8."""
 
+FREE = ("explore", "trainings", "skip", "target", "metrics")
+"""Settings that may change from one start of a tuning to the next: no stage rests on them, or its own hash says so."""
+
 SKIPPABLE: tuple[StageName, ...] = ("wide calibrated", "wide QAT", "narrow QAT", "mixed QAT")
 
 
@@ -66,10 +69,10 @@ class TuningSettings:
                 raise unknown_choice("stage to skip", name, SKIPPABLE)
 
     def project_hash(self) -> str:
-        """Return the SHA-256 of everything a result rests on: the settings and the files that they name."""
-        named = [self.script, *self.arguments, self.ckpt_path]
-        files = {str(name): _file_hash(Path(name)) for name in named if name is not None and Path(name).is_file()}
-        settings = {key: value for key, value in asdict(self).items() if key not in ("explore", "trainings", "skip")}
+        """Return the SHA-256 of what all stages rest on: the settings that are not free, and the files they name."""
+        named = [self.script, *self.arguments, *(a.partition("=")[2] for a in self.arguments), self.ckpt_path]
+        files = {name: file_hash(Path(name)) for name in named if name and Path(name).is_file()}
+        settings = {key: value for key, value in asdict(self).items() if key not in FREE}
         return hashlib.sha256(json.dumps([settings, files], sort_keys=True).encode()).hexdigest()
 
 
@@ -101,7 +104,8 @@ def _number_or_share(text: str) -> str | float:
         return text
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**20):

@@ -18,7 +18,7 @@ from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.passes.evaluation import evaluate
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.harness.classifier import Classifier, Net, dataset, loader
 from tests.harness.state import assert_same, scales, state_of
 from tests.harness.trainers import trainer

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR, StepLR
@@ -14,15 +15,20 @@ from torch.optim.lr_scheduler import LinearLR, StepLR
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.callbacks.float_finetune import FloatFinetune
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy
+from lightning_qat.callbacks.ladder.pipeline_callback import PipelineCallback
+from lightning_qat.callbacks.pipeline_fingerprint import PipelineFingerprint
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 from tests.harness.small_digits import Digits, pretrained
 from tests.harness.state import assert_same
-from tests.harness.trainers import qat_trainer
+from tests.harness.trainers import qat_trainer, trainer
 
 
 def checked(directory: Path, model: LightningModule, *before: Callback, **kwargs: Any) -> PipelineResult:
     """Run the check ahead of one batch of training."""
-    check = FloatFinetune(**({"batches": 36} | kwargs))
+    return checked_by(FloatFinetune(**({"batches": 36} | kwargs)), directory, model, *before)
+
+
+def checked_by(check: PipelineCallback, directory: Path, model: LightningModule, *before: Callback) -> PipelineResult:
     qat_trainer(directory, *before, check, limit_train_batches=1.0, max_epochs=1, max_steps=1).fit(model)
     assert check.result is not None
     return check.result
@@ -84,6 +90,80 @@ def test_real_collapse_of_qat_follows_a_misaligned_pipeline_and_calibration_is_f
     qat_trainer(tmp_path, Watching(), num_sanity_val_steps=-1).fit(model)
     assert accuracy[0] > 0.9  # calibrated
     assert accuracy[-1] < 0.9 * accuracy[0]
+
+
+# -- the float run as reference
+
+ONE_STEP = "ignore:.*(Float|ZeroLR)Finetune. (cannot tell|pipeline misaligned|hyperparameters)"
+CHECKS = pytest.mark.parametrize("check", [FloatFinetune, ZeroLRFinetune])
+
+
+@pytest.fixture(scope="module")
+def float_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Tensor]]:
+    """The fingerprint of a float run, and the weights that it ends with."""
+    return ended_float_run(tmp_path_factory.mktemp("float"), pretrained(lr=1e-4))
+
+
+def ended_float_run(directory: Path, model: LightningModule) -> tuple[str, dict[str, Tensor]]:
+    trainer(directory, PipelineFingerprint(batches=4), max_steps=1).fit(model)
+    return str(directory / "lightning_qat" / "pipeline_fingerprint.json"), model.state_dict()
+
+
+def loaded(model: Digits, weights: dict[str, Tensor]) -> Digits:
+    model.load_state_dict(weights)
+    return model
+
+
+@CHECKS
+@pytest.mark.filterwarnings(ONE_STEP)
+def test_float_model_at_chance_is_not_called_healthy(check: type[FloatFinetune], tmp_path: Path) -> None:
+    """Nothing can break there, in either of the single checks; hardly trained, so that no improvement tells it."""
+    result = checked_by(check(batches=4), tmp_path, Digits(lr=1e-7))
+    assert result.verdict == "cannot tell"
+    assert "the float model is no better than a constant guess" in result.note
+
+
+@CHECKS
+@pytest.mark.filterwarnings(ONE_STEP)
+def test_fingerprint_of_the_float_run_is_a_reference(
+    check: type[FloatFinetune], float_run: tuple[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """The same weights are healthy, others are convicted with the cause."""
+    reference, weights = float_run
+    result = checked_by(check(batches=8, reference=reference), tmp_path, loaded(Digits(lr=1e-4), weights))
+    assert result.verdict == "healthy", result.note
+    assert "without a reference" not in result.note
+    result = checked_by(check(batches=8, reference=reference), tmp_path, Digits(lr=1e-7))
+    assert (result.verdict, result.rung) == ("pipeline misaligned", 0)
+    assert "weights" in result.cause
+
+
+@CHECKS
+def test_float_run_at_chance_excuses_a_model_at_chance(check: type[FloatFinetune], tmp_path: Path) -> None:
+    """No healthy run is called sick: the fingerprint says that the float model was no better."""
+    reference, weights = ended_float_run(tmp_path / "float", Digits(lr=1e-7))
+    result = checked_by(check(batches=4, reference=reference), tmp_path, loaded(Digits(lr=1e-7), weights))
+    assert result.verdict == "healthy", result.note
+
+
+@pytest.mark.filterwarnings(ONE_STEP)
+def test_with_a_fingerprint_a_collapse_has_one_cause(float_run: tuple[str, dict[str, Tensor]], tmp_path: Path) -> None:
+    """Without ZeroLRFinetune: what differs from the float run, or the hyperparameters if nothing does."""
+    reference, weights = float_run
+    result = checked_by(FloatFinetune(batches=20, reference=reference), tmp_path, loaded(Digits(lr=0.3), weights))
+    assert result.verdict == "hyperparameters", result.note
+    other = loaded(pretrained(normalized_in_training=False), weights)
+    result = checked_by(FloatFinetune(batches=20, reference=reference), tmp_path, other)
+    assert result.verdict == "pipeline misaligned", result.note
+    assert "normalization" in result.cause
+
+
+@CHECKS
+@pytest.mark.parametrize("reference", [["val_acc"], {"val_acc": "high"}, "nowhere.json"])
+def test_what_is_no_reference_is_refused(check: type[FloatFinetune], reference: Any, tmp_path: Path) -> None:
+    """Before the first step, in one sentence with the callback's name or the file's."""
+    with pytest.raises(MisconfigurationException, match=rf"{check.__name__}\(reference=|nowhere\.json"):
+        checked_by(check(reference=reference), tmp_path, Digits())
 
 
 # -- the same training as the run's

@@ -23,7 +23,7 @@ from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.overrides import ActivationOverride, Override
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.harness.noisy_run import Classifier, assert_same_run, rows_of, run, trainer_of
 
 TENSORS = ["conv.input0", "conv.weight", "relu_0", "mean_0", "head.weight", "head", "<output>"]

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.reporting.tensorboard_tags import LAYER_STATISTICS
 from tests.harness.noisy_run import Classifier, assert_same_run, rows_of, run, trainer_of
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.harness.classifier import Classifier, Net, SelfClassifier, dataset, loader
 from tests.harness.state import assert_same, only_region, scales, state_of
 from tests.harness.trainers import qat_trainer, quantized_checkpoint, trainer

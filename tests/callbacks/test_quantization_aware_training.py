@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.quantization.region.insertion import insert
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.harness.classifier import Classifier, Net, SelfClassifier
 from tests.harness.state import assert_same, file_hash, only_region, scales, state_of
 from tests.harness.trainers import float_checkpoint, qat_trainer, trainer

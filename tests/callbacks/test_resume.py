@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.harness.classifier import Classifier, Net, ResumableLoader
 from tests.harness.state import assert_same, only_region, scales, state_of
 from tests.harness.trainers import qat_trainer, quantized_checkpoint, trainer

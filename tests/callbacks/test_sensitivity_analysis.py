@@ -18,7 +18,7 @@ from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.harness.noisy_run import Classifier, RandomNumbers, assert_same_run, rows_of, run, trainer_of
 
 POINTS = {"conv.input0", "conv.weight", "relu_0.output", "mean_0.output", "head.weight"}

@@ -21,7 +21,7 @@ from lightning_qat import parameter_groups
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.model_check import ModelCheck
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.callbacks.test_ddp import Dump
 from tests.callbacks.test_ddp import pytestmark as ddp_warnings
 from tests.harness.classifier import Classifier, ResumableLoader

@@ -10,7 +10,7 @@ from lightning_qat.tuning.size_search import smallest_passing
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 300))
 def test_boundary_is_found_where_sizes_pass_from_one_on(most: int, boundary: int, start: int) -> None:
-    """Doubling and halving need at most 2 * log2(300) + 2 evaluations."""
+    """Four evaluations to find one that passes, halving 300 down, and one step more."""
     found = smallest_passing(most, lambda size: size >= boundary, start, evaluations=20)
     assert found.passing == (boundary if boundary <= most else None)
     assert all(1 <= size <= most for size in found.evaluated)
@@ -34,6 +34,12 @@ def test_never_more_evaluations_than_allowed_and_no_size_twice(
         assert not any(ok for size, ok in found.evaluated.items() if size < found.passing)
     if found.failing is not None:
         assert not found.evaluated[found.failing]
+
+
+def test_the_largest_size_is_tried_within_eight_evaluations() -> None:
+    found = smallest_passing(300, lambda size: size >= 200, 1)
+    assert found.passing is not None
+    assert len(found.evaluated) <= 8
 
 
 def test_last_step_goes_down_where_the_metric_is_noisy() -> None:

@@ -30,6 +30,19 @@ def test_costs_count_where_they_are_named() -> None:
     assert not check({"val_loss": "10%"}).passes({"val_loss": 0.331})
 
 
+def test_named_metrics_all_count_costs_too() -> None:
+    both = check("10%", ("val_acc", "val_loss"))
+    assert both.targets == pytest.approx({"val_acc": 0.81, "val_loss": 0.33})
+    assert not both.passes({"val_acc": 0.9, "val_loss": 3.0})
+
+
+def test_shortfall_is_that_of_the_worst_metric_and_being_better_is_none() -> None:
+    assert check().shortfall({"val_acc": 0.891, "mAP": 0.6}) == pytest.approx(1.0)
+    assert check().shortfall({"val_acc": 0.95, "mAP": 0.6}) == 0.0
+    assert check().shortfall({"val_acc": math.nan, "mAP": 0.6}) == math.inf
+    assert check("10%", ("val_loss",)).shortfall({"val_loss": 0.36}) == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_metric_that_is_no_number_or_not_there_misses(value: float) -> None:
     assert not check().passes({"val_acc": value, "mAP": 0.6})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import random
 import subprocess
 import sys
 import time
@@ -18,12 +18,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_qat.analysis.mixed_precision.precision_choice import PrecisionChoice
 from lightning_qat.cli.command_line import main
 from lightning_qat.cli.tune_stage import run_stage
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.tuning import stage_work
-from lightning_qat.tuning.tune import Tuning
+from lightning_qat.tuning.tune import StoppedError, Tuning
 from lightning_qat.tuning.tuning_result import TuningResult
 from lightning_qat.tuning.tuning_settings import TuningSettings
 from tests.harness.small_digits import float_weights
@@ -64,7 +66,11 @@ def tuned(launches: list[str] | None = None, **others: Any) -> TuningResult:
     def noted(request: Path) -> int:
         if launches is not None:
             launches.append(request.parent.name)
-        run_stage(str(request))
+        before = Path.cwd()
+        try:
+            run_stage(str(request))
+        finally:
+            os.chdir(before)  # a stage has a process of its own
         return 0
 
     tuning.stages.launch = noted
@@ -108,16 +114,16 @@ def test_a_tuning_goes_on_in_the_stage_it_was_in(project: Path, monkeypatch: pyt
     for path in (project / "out").rglob("*"):
         if path.is_file():
             path.unlink()
-    evaluated: list[int] = []
-    original = stage_work._evaluated
+    evaluated: list[tuple[str, ...]] = []
+    original = stage_work._Evaluations._evaluated
 
-    def counted(*args: Any) -> dict[str, float]:
-        evaluated.append(len(args[-1]))
+    def counted(self: Any, mix: PrecisionChoice) -> dict[str, float]:
+        evaluated.append(mix.raised)
         if len(evaluated) == 2:
             raise Killed
-        return original(*args)
+        return original(self, mix)
 
-    monkeypatch.setattr(stage_work, "_evaluated", counted)
+    monkeypatch.setattr(stage_work._Evaluations, "_evaluated", counted)
     launches: list[str] = []
     with pytest.raises(Killed):
         tuned(launches, skip=("wide QAT", "narrow QAT", "mixed QAT"))
@@ -132,13 +138,76 @@ def test_a_tuning_goes_on_in_the_stage_it_was_in(project: Path, monkeypatch: pyt
 
 
 def test_another_target_takes_the_measurements_that_are_there(project: Path) -> None:
-    """Solving again needs no new errors; a manifest of other settings is refused with what differs."""
-    tuned(skip=("wide QAT", "narrow QAT", "mixed QAT"))
-    with pytest.raises(ConfigurationError, match=r"holds another tuning \(target: '1%' there, '2%' here\)"):
-        tuned(target="2%")
+    """Solving again: no calibration, no training and no errors anew; only mixes that were not evaluated yet."""
+    without = ("wide QAT", "narrow QAT", "mixed QAT")
+    tuned(skip=without)
+    errors = (project / "out" / "search" / "errors.json").stat().st_mtime_ns
+    launches: list[str] = []
+    tuned(launches, skip=without, target="3%")
+    assert set(launches) <= {"search", "mixed_calibrated"}
+    assert (project / "out" / "search" / "errors.json").stat().st_mtime_ns == errors
+
+
+def test_what_was_made_from_other_files_is_not_taken(project: Path) -> None:
+    without = ("wide QAT", "narrow QAT", "mixed QAT")
+    tuned(skip=without)
+    torch.save({"state_dict": float_weights(1)}, project / "float.ckpt")
+    launches: list[str] = []
+    tuned(launches, skip=without)
+    assert launches[:3] == ["float", "wide_calibrated", "narrow_calibrated"]
     (project / "train.py").write_text(SCRIPT.replace("LR", "2e-3"))
     with pytest.raises(ConfigurationError, match="the script or a file it is given has changed"):
         tuned()
+    with pytest.raises(ConfigurationError, match=r"holds another tuning \(narrow: 'int3' there, 'int4' here"):
+        tuned(narrow="int4")
+
+
+def test_a_training_killed_behind_its_last_checkpoint_is_finished(project: Path) -> None:
+    """Lightning finds nothing left to train: the stage evaluates and notes its outcome all the same."""
+    skip = ("wide calibrated", "narrow QAT", "mixed QAT")
+    whole = tuned(skip=skip)
+    folder = project / "out" / "wide_QAT"
+    assert (folder / "last.ckpt").exists()
+    (folder / "outcome.json").unlink()
+    manifest = json.loads((project / "out" / "manifest.json").read_text())
+    del manifest["stages"]["wide QAT"]
+    (project / "out" / "manifest.json").write_text(json.dumps(manifest))
+    launches: list[str] = []
+    again = tuned(launches, skip=skip)
+    assert launches[0] == "wide_QAT"
+    assert {row.metric: row.values["wide QAT"] for row in again.rows} == {
+        row.metric: row.values["wide QAT"] for row in whole.rows
+    }
+
+
+def test_an_outcome_that_was_not_noted_yet_is_taken(project: Path) -> None:
+    without = ("wide QAT", "narrow QAT", "mixed QAT")
+    whole = tuned(skip=without)
+    (project / "out" / "manifest.json").unlink()
+    launches: list[str] = []
+    assert tuned(launches, skip=without) == whole
+    assert launches == []
+
+
+def test_a_script_that_changes_the_directory(project: Path) -> None:
+    (project / "elsewhere").mkdir()
+    script = SCRIPT.replace("LR", "1e-3").replace('"float.ckpt"', repr(str(project / "float.ckpt")))
+    (project / "train.py").write_text(f"import os; os.chdir({str(project / 'elsewhere')!r})\n" + script)
+    launches: list[str] = []
+    tuned(launches, narrow="int8", wide="int16", skip=("wide QAT",))
+    assert launches == ["float", "wide_calibrated", "narrow_calibrated"]
+    assert not list((project / "elsewhere").iterdir())
+
+
+def test_a_met_target_stays_met_where_a_later_stage_stops(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def collapses(self: Tuning, name: str, *_: Any, **__: Any) -> bool:
+        raise StoppedError(f"{name} collapses. hyperparameters: the learning rate.")
+
+    monkeypatch.setattr(Tuning, "_trained", collapses)
+    result = tuned()
+    assert result.recommended == "wide calibrated"
+    assert result.note.endswith("Then it stopped: wide QAT collapses. hyperparameters: the learning rate.")
+    assert (project / "out" / "recommended.yaml").exists()
 
 
 def test_a_narrow_type_that_is_enough_ends_the_tuning(project: Path) -> None:
@@ -182,8 +251,27 @@ def test_targets_that_make_no_sense_end_after_the_first_stage(
 def test_a_stage_that_fails_is_one_error_with_its_log(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "train.py").write_text("raise ValueError('no data here')\n")
     assert main(["tune", "train.py", "--output", "out"]) == 2
-    assert "error: stage 'float' failed: ValueError: no data here (all of it: out" in capsys.readouterr().err
+    assert "error: stage 'float' failed: ValueError: no data here (all of it: " in capsys.readouterr().err
     assert "Traceback" in (project / "out" / "float" / "log.txt").read_text()
+
+
+def test_a_stage_can_be_repeated(project: Path) -> None:
+    without = ("wide QAT", "narrow QAT", "mixed QAT")
+    whole = tuned(skip=without)
+    with pytest.raises(ConfigurationError, match="unknown stage to repeat 'int8'"):
+        Tuning(settings(skip=without), Path("out"), lambda line: None, ["int8"])
+    Tuning(settings(skip=without), Path("out"), lambda line: None, ["narrow calibrated"])
+    launches: list[str] = []
+    assert tuned(launches, skip=without).rows == whole.rows
+    assert launches[0] == "narrow_calibrated"
+
+
+def test_a_model_without_two_types_is_one_error(project: Path) -> None:
+    """Nothing left to raise: overrides fix every point."""
+    fixed = 'overrides=[{"match": "*", "activation": {"dtype": "int3"}, "weight": {"dtype": "int3"}}]'
+    (project / "train.py").write_text(SCRIPT.replace("LR", "1e-3").replace('"float.ckpt"', f'"float.ckpt", {fixed}'))
+    with pytest.raises(MisconfigurationException, match="there is nothing to raise"):  # one line in its own process
+        tuned(skip=("wide calibrated", "wide QAT", "narrow QAT"))
 
 
 def test_dry_run_prints_the_stages_and_runs_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,30 +282,85 @@ def test_dry_run_prints_the_stages_and_runs_nothing(project: Path, capsys: pytes
     assert not (project / "tuning_train").exists()
 
 
+CLI_SCRIPT = """
+import warnings; warnings.filterwarnings("ignore")
+import torch
+from lightning.pytorch.cli import LightningCLI
+from tests.harness.small_digits import Digits
+
+torch.set_num_threads(1)
+LightningCLI(Digits, seed_everything_default=0, save_config_callback=None)
+"""
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_recommended_configuration_reproduces_the_accuracy(project: Path, listed: bool) -> None:
+    """With LightningCLI `fit --config recommended.yaml` alone gives what the stage measured.
+
+    Siblings: the project names the callbacks, or it knows nothing of quantization and `ckpt_path` holds float weights.
+    """
+    (project / "train.py").write_text(CLI_SCRIPT)
+    quantization = {
+        "class_path": "lightning_qat.QuantizationAwareTraining",
+        "init_args": {"init_from": str(project / "float.ckpt")},
+    }
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "devices": 2, "strategy": "ddp", "logger": False,
+               "enable_progress_bar": False, "enable_model_summary": False}  # fmt: skip
+    config: dict[str, Any] = {"trainer": trainer}
+    if listed:
+        trainer["callbacks"] = quantization
+    else:
+        config["ckpt_path"] = str(project / "float.ckpt")
+    (project / "my.yaml").write_text(yaml.safe_dump(config))
+    tuning = Tuning(
+        TuningSettings("train.py", ("--config", "my.yaml"), "int3", "int8", "3%", ("val_acc",), skip=("wide QAT",)),
+        project / "out",
+        lambda line: None,
+    )
+
+    def launch(request: Path) -> int:
+        run_stage(str(request))
+        return 0
+
+    tuning.stages.launch = launch
+    result = tuning.run()
+    assert "QAT" in result.recommended
+    recommended = yaml.safe_load((project / "out" / "recommended.yaml").read_text())
+    names = [entry["class_path"].rpartition(".")[2] for entry in recommended["trainer"]["callbacks"]]
+    assert names.count("QuantizationAwareTraining") == names.count("Calibration") == 1
+    measured = next(row.values[result.recommended] for row in result.rows if row.metric == "val_acc")
+    command = [sys.executable, "train.py", "fit", "--config", "out/recommended.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    recorded = (
+        "import lightning.pytorch as pl\nfit = pl.Trainer.fit\ndef noted(self, *a, **k):\n    fit(self, *a, **k)\n"
+    )
+    recorded += "    print('VAL', float(self.callback_metrics['val_acc']))\npl.Trainer.fit = noted\n"
+    (project / "train.py").write_text(recorded + CLI_SCRIPT)
+    ended = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert float(ended.stdout.rpartition("VAL ")[2]) == pytest.approx(measured, abs=1e-6)
+
+
 @pytest.mark.full
-def test_killed_at_many_moments_it_ends_with_the_same_table(project: Path) -> None:
-    """kill -9 of the whole process group, again and again; then the same table as without kills."""
-    command = [
-        sys.executable,
-        "-m",
-        "lightning_qat",
-        "tune",
-        "train.py",
-        "--dtypes",
-        "int3,int8",
-        "--metric",
-        "val_acc",
-    ]
+def test_killed_at_twenty_moments_it_ends_with_the_same_table(project: Path) -> None:
+    """kill -9 of the tuning alone, again and again (its stage ends with it); then the table is that without kills."""
+    command = [sys.executable, "-m", "lightning_qat", "tune", "train.py", "--dtypes", "int3,int8"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
     subprocess.run([*command, "--output", "whole"], env=environment, check=True, capture_output=True)
-    for number in range(60):
-        with subprocess.Popen(
-            [*command, "--output", "killed"], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
-        ) as process:
-            time.sleep(4 + (number * 7 % 20))
-            if process.poll() is not None:
+    whole = time.monotonic() - began
+    moments, kills = random.Random(0), 0
+    while kills < 20:
+        with subprocess.Popen([*command, "--output", "killed"], env=environment, stdout=subprocess.DEVNULL) as process:
+            try:
+                process.wait(moments.uniform(0.02, 0.4) * whole)
                 break
-            os.killpg(process.pid, signal.SIGKILL)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                kills += 1
+    subprocess.run([*command, "--output", "killed"], env=environment, check=True, capture_output=True)
+    assert kills >= 5
     for path in (project / "killed").rglob("*.json"):
         json.loads(path.read_text())
     assert (project / "killed" / "result.csv").read_text() == (project / "whole" / "result.csv").read_text()
+    evaluations = [project / folder / "search" / "evaluations.json" for folder in ("killed", "whole")]
+    assert evaluations[0].read_text() == evaluations[1].read_text()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_qat import Calibration, QuantizationAwareTraining
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.zoo.models import ZOO, ZooModel
 
 pytest.importorskip("transformers", reason="transformers needs Python 3.11 or newer")

@@ -22,8 +22,7 @@ from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.preservation import preserved
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, is_float, map_call_leaves, named_leaves
-from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import Region, find_regions
 
 SampleMetric: TypeAlias = MetricName | Callable[[Any, Any], Any]
 

@@ -112,7 +112,8 @@ def _what_is_unknown(
     logged = ladder.float_model.metrics
     given = f" (it logs {', '.join(logged)}, not {', '.join(reference)})" if reference else ""
     name = next(filter(higher_is_better, logged), next(iter(logged), "val_acc"))
-    check = "ZeroLRFinetune" if pipeline_only else "PipelineCheck"
+    trains = FLOAT_FINETUNE in rungs
+    check = ("FloatFinetune" if trains else "ZeroLRFinetune") if pipeline_only else "PipelineCheck"
     yield (
         "Whether the float model itself, its labels and its loss are right cannot be told without a reference"
         f"{given}. {MAKE_REFERENCE}. Or give the metrics that `validate` prints there: "

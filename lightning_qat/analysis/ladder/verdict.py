@@ -142,7 +142,11 @@ def judge(
     """
     known = reference if isinstance(reference, Fingerprint) else None
     differences = compare_fingerprints(known, here) if known and here else PipelineDifferences(())
-    blame = _blame(reference, here, rungs, zero_lr, differences)
+    stood_still = any(rung in rungs for rung in ZERO_LR_RUNGS)
+    if pipeline_only and known is None and not stood_still:
+        blame = blame_after_zero_lr(zero_lr)
+    else:
+        blame = _blame(reference, here, differences, stood_still)
     found = hindrances(known, here, differences)
     rows, broken = _evidence(ladder, reference, here, rungs, pipeline_only, blame)
     if known is not None and not pipeline_only and (prevented := prevention(ladder, found)):
@@ -166,15 +170,16 @@ def judge(
 def _blame(
     reference: Reference,
     here: Fingerprint | None,
-    rungs: Collection[int],
-    zero_lr: Verdict | None,
     differences: PipelineDifferences,
+    stood_still: bool,
 ) -> Blame:
-    """What a collapse of the float model in training is blamed on."""
-    if here is None and not any(rung in rungs for rung in ZERO_LR_RUNGS):
-        return blame_after_zero_lr(zero_lr)
+    """What a collapse of the float model in training is blamed on.
+
+    Where the rungs with learning rate 0 hold, data that differ may do no harm, and the optimizer is the likelier cause.
+    """
     strong = [row.part for row in differences.strong]
-    if any(part.startswith(_OF_THE_PIPELINE) for part in strong) and not {"optimizer", "settings"} & set(strong):
+    trains_otherwise = stood_still and {"optimizer", "settings"} & set(strong)
+    if any(part.startswith(_OF_THE_PIPELINE) for part in strong) and not trains_otherwise:
         return OTHER_PIPELINE
     return blame_on_the_ladder(is_loss_known(reference, here))
 

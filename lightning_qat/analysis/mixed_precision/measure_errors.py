@@ -72,6 +72,7 @@ def measure_errors(
             is no batch, the output does not exist, or no gradient reaches the points.
 
     Example:
+        >>> import torch
         >>> from lightning_qat.quantization.region.calibration import calibrate
         >>> from lightning_qat.quantization.region.insertion import insert
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -149,11 +150,11 @@ class PrecisionFront(Result[FrontRow]):
 
     Args:
         rows: the cheapest first.
-        choices: the choice of each row, with its overrides.
+        choices: the choice of each row, with its overrides; each is made when it is asked for.
         cost_name: what the cost is.
     """
 
-    choices: tuple[PrecisionChoice, ...] = ()
+    choices: Sequence[PrecisionChoice] = ()
     cost_name: str = "points"
     title: ClassVar[str] = "Error against cost"
     shown: ClassVar[tuple[str, ...]] = ("raised", "share", "cost", "predicted", "sqnr", "recovered", "added")

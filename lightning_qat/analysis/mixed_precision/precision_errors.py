@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, ClassVar
 
 from typing_extensions import override
@@ -15,21 +15,21 @@ from lightning_qat.analysis.mixed_precision.model_hashes import hashes_of
 from lightning_qat.analysis.mixed_precision.op_costs import CostName, CostOfTypes, LatencyRatios, OpCost
 from lightning_qat.analysis.mixed_precision.precision_choice import (
     OUT_OF_RANGE,
-    FrontRow,
     PrecisionChoice,
     PrecisionFront,
     RaisedPoint,
 )
+from lightning_qat.analysis.mixed_precision.precision_front import precision_front
 from lightning_qat.analysis.mixed_precision.precision_search import Assignment, PrecisionSearch
-from lightning_qat.analysis.mixed_precision.shares import count_of
 from lightning_qat.analysis.results import Result
-from lightning_qat.analysis.sensitivity.break_away import break_away
 from lightning_qat.quantization.errors import ConfigurationError, near_names
+from lightning_qat.quantization.numerics.break_away import break_away
 from lightning_qat.quantization.numerics.dtypes import QuantizedDtypeName
 from lightning_qat.quantization.planning.plan import ScaleRole
 from lightning_qat.quantization.reading.checks import AT_LEAST_ZERO, FINITE, one_of
 from lightning_qat.quantization.reading.files import Document
 from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.shares import count_of
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class PrecisionErrors(Result[PointError]):
         Args:
             points: exactly these.
             top: so many of the points that gain most, or ``leaders``: those whose gain has broken away from the rest
-                (see :func:`~lightning_qat.analysis.sensitivity.break_away.break_away`).
+                (see :func:`~lightning_qat.quantization.numerics.break_away.break_away`).
             share: this share of all points that have errors here, such as ``0.005`` or ``"0.5%"``; rounded up.
             max_error: least cost with at most this predicted mean squared error of the output.
             budget: least predicted error with at most this cost: a share for ``points`` and ``ops`` (``"10%"``), a
@@ -211,28 +211,19 @@ class PrecisionErrors(Result[PointError]):
             found = search.start([*fixed, *chosen])
         return self._choice(found, search, cost)
 
-    def front(self, cost: CostName = "points", latency: LatencyRatios | None = None) -> PrecisionFront:
+    def front(
+        self, cost: CostName = "points", latency: LatencyRatios | None = None, always: Iterable[str] = ()
+    ) -> PrecisionFront:
         """Return the choices from the narrowest types to the widest, of which none beats another in cost and error.
 
         Args:
             cost: ``points``, ``ops``, ``bops`` or ``latency``.
             latency: time per operation by kind and type, in place of the hardware profile's.
+            always: points that are raised in any case.
         """
         search = self._search(cost, latency)
-        rows: list[FrontRow] = []
-        choices: list[PrecisionChoice] = []
-        known: set[str] = set()
-        for now in search.steps(search.start()):
-            choice = self._choice(now, search, cost)
-            added = tuple(name for name in choice.raised if name not in known)
-            known |= set(added)
-            if rows and (choice.cost, choice.predicted) == (rows[-1].cost, rows[-1].predicted):
-                continue
-            n, points = len(choice.rows), max(1, choice.points)
-            trust = choice.recovered, choice.in_range
-            rows.append(FrontRow(n, n / points, choice.cost, choice.predicted, choice.predicted_sqnr, *trust, added))
-            choices.append(choice)
-        return PrecisionFront(tuple(rows), choices=tuple(choices), cost_name=cost)
+        start = search.start(self._known(always))
+        return precision_front(search, start, partial(self._choice, search=search, cost=cost))
 
     def _search(self, cost: CostName, latency: LatencyRatios | None) -> PrecisionSearch:
         errors = {point: {d: row.mse for d, row in own.items()} for point, own in self.by_point.items()}
@@ -273,8 +264,8 @@ class PrecisionErrors(Result[PointError]):
         return PrecisionChoice(
             tuple(rows),
             predicted=search.error_of(found.dtypes),
-            narrowest=search.start().error,
-            widest=math.fsum(map(_last, search.errors.values())),
+            narrowest=search.narrowest,
+            widest=search.widest,
             power=self.power,
             cost=search.cost.of(found.dtypes),
             cost_name=cost,

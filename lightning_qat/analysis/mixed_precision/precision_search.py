@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from lightning_qat.analysis.mixed_precision.op_costs import CostOfTypes
 
@@ -45,6 +47,16 @@ class PrecisionSearch:
             for other in others:
                 self._touching[other].add(point)
 
+    @cached_property
+    def narrowest(self) -> float:
+        """The predicted error with all points at their narrowest types."""
+        return math.fsum(next(iter(own.values())) for own in self.errors.values())
+
+    @cached_property
+    def widest(self) -> float:
+        """The predicted error with all points at their widest types."""
+        return math.fsum(list(own.values())[-1] for own in self.errors.values())
+
     def start(self, raised: Iterable[str] = ()) -> Assignment:
         """Return the narrowest types, but for some points that have their widest (and those raised with them)."""
         dtypes = {point: next(iter(own)) for point, own in self.errors.items()}
@@ -77,12 +89,17 @@ class PrecisionSearch:
         Steps that gain nothing, or that the budget does not allow, are not made. The yielded assignment is always the
         same object, which the next step changes.
         """
-        now = start
+        now, total = start, _ExactSum(self.errors[point][dtype] for point, dtype in start.dtypes.items())
         values = {point: self._value(now, point, by_cost) for point in self.together}
+        order = {point: index for index, point in enumerate(values)}
+        waiting = [(-value, order[point], point) for point, value in values.items()]
+        heapq.heapify(waiting)
         yield now
-        while values:
-            point = max(values, key=values.__getitem__)
-            if values[point] <= 0:
+        while waiting:
+            negative, _, point = heapq.heappop(waiting)
+            if values.get(point) != -negative:
+                continue  # its value has changed since, and it waits with the new one
+            if negative >= 0:
                 return
             changes = self.change(now.dtypes, point)
             rise = self.cost.of_change(now.dtypes, changes)
@@ -91,11 +108,11 @@ class PrecisionSearch:
                 continue
             now.steps.append({name: now.dtypes[name] for name in changes})
             now.cost += rise
-            now.dtypes |= changes
-            now.error = self.error_of(now.dtypes)
+            now.error = self._exchange(now.dtypes, changes, total)
             for other in dict.fromkeys(p for name in changes for p in self._touching[name]):
                 if other in values:
                     values[other] = self._value(now, other, by_cost)
+                    heapq.heappush(waiting, (-values[other], order[other], other))
             yield now
 
     def cheapest(self, start: Callable[[], Assignment], bound: float) -> Assignment | None:
@@ -126,11 +143,22 @@ class PrecisionSearch:
 
     def _without_needless(self, now: Assignment, bound: float) -> Assignment:
         """Take back steps, the last ones first, that the bound does not need: a late large step may replace them."""
-        for before in list(reversed(now.steps)):
-            back = {**now.dtypes, **before}
-            if self._is_allowed(back, before) and self.error_of(back) <= bound:
-                now = Assignment(back, self.error_of(back), self.cost.of(back))
-        return now
+        dtypes = dict(now.dtypes)
+        total = _ExactSum(self.errors[point][dtype] for point, dtype in dtypes.items())
+        for before in reversed(now.steps):
+            after = {name: dtypes[name] for name in before}
+            error = self._exchange(dtypes, before, total)
+            if error > bound or not self._is_allowed(dtypes, before):
+                self._exchange(dtypes, after, total)
+        return Assignment(dtypes, self.error_of(dtypes), self.cost.of(dtypes))
+
+    def _exchange(self, dtypes: dict[str, str], changes: Mapping[str, str], total: _ExactSum) -> float:
+        """Give points other types, and return the new sum of all errors."""
+        for name, dtype in changes.items():
+            total.add(-self.errors[name][dtypes[name]])
+            total.add(self.errors[name][dtype])
+        dtypes |= changes
+        return total.value
 
     def _is_allowed(self, dtypes: Mapping[str, str], lowered: Iterable[str]) -> bool:
         """Whether no point needs one of the lowered ones to be as wide as itself."""
@@ -141,3 +169,31 @@ class PrecisionSearch:
                 if point != name and other.index(dtypes[name]) < level:
                     return False
         return True
+
+
+class _ExactSum:
+    """A sum that summands can be added to and taken from without rounding: ``math.fsum`` of what is in it.
+
+    It is kept as parts that do not overlap (Shewchuk, "Adaptive Precision Floating-Point Arithmetic", 1997).
+    """
+
+    def __init__(self, values: Iterable[float]) -> None:
+        self._parts: list[float] = []
+        for value in values:
+            self.add(value)
+
+    def add(self, value: float) -> None:
+        kept = []
+        for part in self._parts:
+            if abs(value) < abs(part):
+                value, part = part, value
+            high = value + part
+            low = part - (high - value)
+            if low:
+                kept.append(low)
+            value = high
+        self._parts = [*kept, value]
+
+    @property
+    def value(self) -> float:
+        return math.fsum(self._parts)

@@ -111,8 +111,7 @@ def _table(path: Path) -> tuple[_Rows, dict[str, Any]]:
     about: dict[str, Any] = {}
     rows: Any
     if path.suffix == ".csv":
-        rows = [_with_numbers(row) for row in table.csv(growing="epoch")]
-        rows = [row for row in rows if row.get("epoch") == rows[-1].get("epoch")]  # those of the last epoch
+        rows = [_with_numbers(row) for row in table.last_epoch()]
     else:
         about = table.json()
         rows = about.pop("rows", []) if isinstance(about, dict) else None

@@ -27,13 +27,13 @@ from lightning_qat.callbacks.schedule.rank_averaging import hide_from_ddp, show_
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
-from lightning_qat.quantization.errors import TracingError
+from lightning_qat.quantization.errors import SensitivityTableError, TracingError
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.make_plan import make_plans
 from lightning_qat.quantization.planning.plan import QuantPlan
-from lightning_qat.quantization.planning.plan_compatibility import read_extra_state
+from lightning_qat.quantization.planning.sensitivity_rules import plain_rules
 from lightning_qat.quantization.region.insertion import attach
-from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import Region, find_regions
 from lightning_qat.quantization.region.stored_state import read_region
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
@@ -106,6 +106,7 @@ class InsertionHooks:
         self._pending = None  # of an earlier call, before there were layers
         _compat.convert_early(self.trainer, self.pl_module)
         graphs: dict[str, OpGraph] = {}
+        rules: list[Override] = []
         try:
             self.request.initial_weights.load(self.pl_module)
             graphs = traced_targets(
@@ -115,7 +116,10 @@ class InsertionHooks:
                 self.request.trace_batches,
                 self.request.train_mode,
             )
-        except (TracingError, FileNotFoundError, FloatCheckpointError) as error:
+            rules, notes = plain_rules(self.request.overrides, graphs)
+            for note in notes:
+                rank_zero_info(f"QuantizationAwareTraining: {note}")
+        except (TracingError, FileNotFoundError, FloatCheckpointError, SensitivityTableError) as error:
             # a checkpoint may still bring weights and a plan
             self._pending = MisconfigurationException(str(error))
             self._pending.__cause__ = error
@@ -123,7 +127,7 @@ class InsertionHooks:
             return
         graphs = graphs_of_rank_zero(self.trainer, graphs)
         with misconfiguration():
-            plans = make_plans(graphs, self.request.qconfig, self.request.overrides, self.request.profile)
+            plans = make_plans(graphs, self.request.qconfig, rules, self.request.profile)
             for path, graph in graphs.items():
                 attach(self.pl_module.get_submodule(path), graph, plans[path])
         for region in find_regions(self.pl_module).values():
@@ -141,22 +145,23 @@ class InsertionHooks:
             )
         regions = find_regions(self.pl_module)
         with misconfiguration():
-            for path in stored:  # before anything of the model is changed
-                read_region(checkpoint["state_dict"], region_prefix(path))
+            # before anything of the model is changed
+            read = {path: read_region(checkpoint["state_dict"], region_prefix(path)) for path in stored}
             if self._pending is not None:
-                self._insert_stored(stored)
+                self._insert_stored(read)
                 self._pending = None
             elif set(stored) != set(regions) and self.request.target == AUTO:
                 # the steps of this stage call other modules than those of training did
                 for region in regions.values():
                     region.remove()
-                self._insert_stored(stored)
+                self._insert_stored(read)
             elif set(stored) != set(regions):
                 raise MisconfigurationException(
                     f"the checkpoint has fake-quants on {format_targets(stored)}, this run puts them on "
                     f"{format_targets(regions)}: set target: {format_targets(stored)} in QuantizationAwareTraining."
                 )
             for path, region in find_regions(self.pl_module).items():
+                region.reader.take(stored[path], *read[path])
                 region.set_extra_state(stored[path])
             self._warn_about_learned_scales()
         self._inserted = True
@@ -168,10 +173,10 @@ class InsertionHooks:
             "the checkpoint was made with", next(iter(find_regions(self.pl_module).values())).plan
         )
 
-    def _insert_stored(self, stored: dict[str, dict[str, Any]]) -> None:
+    def _insert_stored(self, read: dict[str, tuple[OpGraph, QuantPlan]]) -> None:
         """Insert the plan of a checkpoint without a trace: the code is checked while it runs."""
-        for path, state in stored.items():
-            attach(stored_target(self.pl_module, path), *read_extra_state(state), traced=False)
+        for path, (graph, plan) in read.items():
+            attach(stored_target(self.pl_module, path), graph, plan, traced=False)
 
     def _keep(self, regions: dict[str, Region]) -> None:
         """Keep the fake-quants of a module that an earlier run (or insert()) has quantized."""

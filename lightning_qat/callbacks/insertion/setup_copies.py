@@ -16,7 +16,7 @@ from lightning_qat.callbacks.insertion.float_checkpoint import FloatCheckpointEr
 from lightning_qat.callbacks.insertion.initial_weights import InitialWeights
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 
 
 def load_weights_for_copies(

@@ -13,7 +13,7 @@ from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.messages import rank_zero_warn
 from lightning_qat.callbacks.trainer.output_directory import local_instead_of_url
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 
 
 def check_trainer(trainer: pl.Trainer, stage: str) -> None:

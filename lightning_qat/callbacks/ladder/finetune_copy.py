@@ -22,7 +22,7 @@ from lightning_qat.callbacks.quantized_run import evaluations_of
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.modules.module_walk import REGION_NAME
 from lightning_qat.quantization.planning.plan import ScaleRole
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.quantization.region.switches import State
 
 

@@ -21,7 +21,7 @@ from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.seeding import seeded
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.modules.tensor_leaves import named_leaves
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 
 _STAGES: tuple[Stage, ...] = ("train", "validate")
 

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from typing_extensions import override
 
+from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.ladder.measurements import Ladder
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult, cannot_tell
 from lightning_qat.callbacks.ladder.ladder import measure_ladder
 from lightning_qat.callbacks.preservation.rebinding import NotACopyError
 from lightning_qat.callbacks.trainer._compat import steps_taken
 from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
+from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
 from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback, described, ends_run
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.loggers import log_table
+
+Known: TypeAlias = Fingerprint | dict[str, float] | None
+"""The float run, as far as it is known: its fingerprint, or its metrics."""
 
 
 class PipelineCallback(ReportingCallback):
@@ -33,11 +39,22 @@ class PipelineCallback(ReportingCallback):
         eval_batches: validation batches per evaluation and rank; all if not given.
         at_epoch: the epoch before which the check runs; None to leave that to the subclass.
         stop: stop training on a bad verdict (Lightning still honours ``min_epochs`` and ``min_steps``).
+        reference: path of the float run's fingerprint, or its metrics.
+
+    Raises:
+        MisconfigurationException: a value is not one of the choices.
     """
 
     name: ClassVar[str] = ""
 
-    def __init__(self, batches: int, eval_batches: int | None, at_epoch: int | None, stop: bool) -> None:
+    def __init__(
+        self,
+        batches: int,
+        eval_batches: int | None,
+        at_epoch: int | None,
+        stop: bool,
+        reference: str | dict[str, float] | None,
+    ) -> None:
         super().__init__()
         require_at_least(type(self).__name__, batches=batches, eval_batches=eval_batches)
         require_at_least(type(self).__name__, least=0, at_epoch=at_epoch)
@@ -45,6 +62,15 @@ class PipelineCallback(ReportingCallback):
         self.eval_batches = eval_batches
         self.at_epoch = at_epoch
         self.stop = stop
+        if reference is not None and not isinstance(reference, (str, dict)):
+            raise MisconfigurationException(
+                f"{type(self).__name__}(reference={reference!r}): write the path of a fingerprint, or "
+                "{'val_acc': 0.98}."
+            )
+        if isinstance(reference, dict):
+            _check_metrics(type(self).__name__, reference)
+        self.reference = reference
+        self.known: Known = None
         self.result: PipelineResult | None = None
         self._done = False
         self._ran_before = False
@@ -62,21 +88,48 @@ class PipelineCallback(ReportingCallback):
         """Measure and judge."""
         raise NotImplementedError
 
+    def read_reference(self) -> Known:
+        """Read the reference of the float run from its file; metrics given as a dictionary are returned as they are.
+
+        Raises:
+            MisconfigurationException: the file is missing, or is not a fingerprint.
+        """
+        if not isinstance(self.reference, str):
+            return self.reference
+        with misconfiguration():
+            return Fingerprint.from_json(self.reference)
+
+    def comparable(self, steps: int) -> Known:
+        """Return the reference that was read, unless the weights to be checked have been trained since then.
+
+        Args:
+            steps: how many steps they have been trained.
+        """
+        if steps == 0 or self.known is None:
+            return self.known
+        rank_zero_warn(
+            f"{type(self).__name__} does not compare this run with the reference: its weights have been trained since "
+            "the float run (the run was resumed, the check runs later, or start_epoch is set).",
+            category=PossibleUserWarning,
+        )
+        return None
+
     def measure_ladder(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         rungs: Collection[int],
         batches: int | None = None,
-        reference: Collection[str] = (),
     ) -> Ladder:
-        """Measure some rungs of the ladder with this callback's batches. The evaluation has to log ``reference``."""
+        """Measure some rungs of the ladder with this callback's batches. The evaluation has to log the reference."""
+        reference = self.known if isinstance(self.known, dict) else ()
         limit = math.inf if self.eval_batches is None else self.eval_batches
         return measure_ladder(trainer, pl_module, rungs, batches or self.batches, limit, type(self).__name__, reference)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
+            self.known = self.read_reference()
             # a second fit goes on where the first ended
             self._ran_before = (self._done or self._ran_before) and trainer.current_epoch > 0
             self._done = False
@@ -152,7 +205,7 @@ class PipelineCallback(ReportingCallback):
         self._done = bool(state_dict["done"])
 
 
-def check_reference(who: str, reference: Mapping[str, float]) -> None:
+def _check_metrics(who: str, reference: Mapping[str, float]) -> None:
     """Refuse metrics of the float run that are not numbers.
 
     Raises:

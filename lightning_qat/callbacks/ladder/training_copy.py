@@ -30,7 +30,7 @@ from lightning_qat.callbacks.trainer.muted_loggers import muted_loggers
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.modules.module_walk import is_in_region
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 
 _STEPS_MEASURED = 8
 """Steps in which the effect of clipping and the size of the step are looked at."""

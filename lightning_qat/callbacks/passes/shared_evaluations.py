@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 
 from lightning_qat.analysis.fingerprint.fingerprint import tensor_digest
 from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.quantization.region.switches import State
 
 ModelKey = tuple[int, int, str, frozenset[str]]

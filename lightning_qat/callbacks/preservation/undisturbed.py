@@ -21,7 +21,7 @@ from lightning_qat.callbacks.preservation.module_state import (
 from lightning_qat.callbacks.preservation.optimizer_state import preserved_optimizers
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.quantization.modules.preservation import preserved, replaced_attribute
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 
 EVALUATION_HOOKS = (
     "on_validation_start",

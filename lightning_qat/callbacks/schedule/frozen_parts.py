@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
-from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.regions import find_regions, freeze
+from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.region.regions import freeze
 
 
 class FrozenParts:

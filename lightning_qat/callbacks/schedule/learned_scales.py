@@ -11,8 +11,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import nn
 
 from lightning_qat.callbacks.trainer.messages import rank_zero_warn
-from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import Region, find_regions
 
 
 def check_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -9,8 +9,7 @@ import torch
 
 from lightning_qat.callbacks.schedule.learned_scales import named_scales
 from lightning_qat.quantization import ranks
-from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import Region, find_regions
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
@@ -57,6 +56,7 @@ def average_gradients(regions: Iterable[Region]) -> None:
 def average_scales(regions: Iterable[Region], updates: Collection[str]) -> None:
     """Average the scales of activations that have followed this rank's batch over ranks."""
     for region in regions:
-        region.scales.agree_on_first()
+        if region.switches.first_scales:
+            region.scales.agree_on_first(updates)
         if "activation" in updates:
             region.scales.synchronize()

@@ -7,7 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_qat.callbacks.quantized_run import ScaleSource
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 
 
 def require_scales(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -13,8 +13,7 @@ from lightning_qat.callbacks.schedule.schedule import Schedule
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.planning.plan import ScaleRole
-from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import Region, find_regions
 from lightning_qat.quantization.region.switches import State
 
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_qat.callbacks.trainer.after_hook import AfterHook
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.messages import rank_zero_info
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 
 
 class FinalReport(Callback):

@@ -13,6 +13,7 @@ from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 from lightning_qat.quantization.planning.plan import OpPlan, QuantPlan
 from lightning_qat.quantization.planning.planner import Planner
+from lightning_qat.quantization.planning.sensitivity_rules import plain_rules
 from lightning_qat.quantization.planning.target_paths import local_rules
 from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.quantization.tracing.op_graph import Op, OpGraph
@@ -29,7 +30,8 @@ def make_plan(
     Args:
         graph: the traced ops.
         qconfig: defaults, or their dictionary.
-        overrides: rules from general to specific; the last one that matches wins, field by field.
+        overrides: rules from general to specific; the last one that matches wins, field by field. Sensitivity tables
+            that they name are read now.
         profile: the hardware the plan is for: a shipped profile's name, the path of a YAML file, or a profile. Where
             the defaults ask for a type that it does not support, the nearest type is taken. Ops that it does not
             compute stay float.
@@ -68,13 +70,14 @@ def make_plans(
 
     Raises:
         ConfigurationError: a name is unknown, a rule matches nothing in any target, or a rule asks for something that
-            the hardware does not support.
+            the hardware does not support; or a sensitivity table is damaged or of another model.
     """
-    defaults, rules, hardware = QConfig.of(qconfig), Override.list_of(overrides), hardware_profile(profile)
+    defaults, hardware = QConfig.of(qconfig), hardware_profile(profile)
+    rules, _ = plain_rules(Override.list_of(overrides), graphs)
     parts = {path: deployed_part(graph) for path, graph in graphs.items()}
     local = local_rules(rules, graphs)
     planners = {path: Planner(part.graph, defaults, local[path], hardware) for path, part in parts.items()}
-    written = tuple(dataclasses.asdict(rule) for rule in rules)
+    written = tuple(rule.to_dict() for rule in rules)
     plans = {path: _completed(planner.plan(written), graphs[path], parts[path]) for path, planner in planners.items()}
     unused = [planner.unused_overrides() for planner in planners.values()]
     for index in range(len(rules)):

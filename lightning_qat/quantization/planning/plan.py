@@ -157,7 +157,8 @@ class QuantPlan:
         plan = read_as(cls, {name: value for name, value in data.items() if name != "version"})
         plan = replace(plan, qconfig=_qconfig(plan.qconfig), overrides=tuple(map(_override, plan.overrides)))
         QConfig.of(plan.qconfig)
-        Override.list_of(plan.overrides)
+        if any(rule.sensitivity is not None for rule in Override.list_of(plan.overrides)):
+            raise must("rules with match or op_type", "one that names a sensitivity table", ".overrides")
         return plan
 
     def to_json(self, indent: int | None = 2) -> str:

@@ -80,7 +80,7 @@ def local_rules(rules: Iterable[Override], graphs: Mapping[str, OpGraph]) -> dic
         rules: as the user wrote them.
         graphs: the traced ops of each target, by its path.
     """
-    names = {path: [(n, op.kind) for op in graph.ops for n in _possible_points(op)] for path, graph in graphs.items()}
+    names = {path: [(n, op.kind) for op in graph.ops for n in possible_points(op)] for path, graph in graphs.items()}
     local: dict[str, list[Override]] = {path: [] for path in graphs}
     for rule in rules:
         found = _patterns_of(rule, names)
@@ -106,7 +106,14 @@ class _LocalRule(Override):
     @classmethod
     def of(cls, rule: Override, pattern: str | None) -> _LocalRule:
         match = rule.match if pattern is None else pattern
-        return cls(match, rule.op_type, rule.activation, rule.weight, rule.label, pattern is not None)
+        return cls(
+            match,
+            rule.op_type,
+            rule.activation,
+            rule.weight,
+            written=rule.label,
+            is_about_this_target=pattern is not None,
+        )
 
     @property
     def label(self) -> str:
@@ -124,6 +131,7 @@ def _selects_any(rule: Override, pattern: str, names: Iterable[tuple[str, str]])
     return any(local.selects(name, kind) for name, kind in names)
 
 
-def _possible_points(op: Op) -> list[str]:
+def possible_points(op: Op) -> list[str]:
+    """Return the names of all points that an op could have."""
     inputs = [f"{op.name}.{role}{operand.index}" for operand in op.operands for role in ("input", "weight")]
     return [f"{op.name}.output", f"{op.name}.weight", *inputs]

@@ -35,11 +35,10 @@ def read_as(kind: type[T], value: Any, ignore_unknown: bool = False) -> T:
         UnreadableValueError: a value does not fit; the message says which, and what it must be.
 
     Example:
-        >>> from lightning_qat.quantization.reading.checks import POSITIVE
         >>> @dataclasses.dataclass(frozen=True)
         ... class Point:
         ...     name: str
-        ...     scale: Annotated[float, POSITIVE]
+        ...     scale: Annotated[float, Check(lambda value: value > 0, "a positive number")]
         >>> read_as(tuple[Point, ...], [{"name": "a", "scale": 1}])
         (Point(name='a', scale=1.0),)
         >>> try:

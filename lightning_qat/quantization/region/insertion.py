@@ -41,7 +41,8 @@ def insert(
         example_args: positional arguments of one forward.
         example_kwargs: keyword arguments of one forward.
         qconfig: defaults, or their dictionary; int8 if not given.
-        overrides: rules for single points, from general to specific.
+        overrides: rules for single points, from general to specific. ``region.plan.overrides`` says which points a rule
+            with ``sensitivity`` and ``top`` took from its table.
         profile: the hardware the plan is for, such as ``generic_int8_int16`` or the path of a YAML file.
         batches: more example batches, for forwards whose ops depend on the data.
         train_mode: also trace in train mode, as far as the module runs on the example there. Write False for a module

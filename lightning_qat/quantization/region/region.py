@@ -16,7 +16,7 @@ from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
 from lightning_qat.quantization.fake_quant.fake_quant_dict import FakeQuantDict
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.interception.interception import Intercepted
-from lightning_qat.quantization.modules.module_walk import REGION_NAME
+from lightning_qat.quantization.modules.module_walk import REGION_NAME, modules_and_regions
 from lightning_qat.quantization.planning.plan import QuantPlan, ScaleRole
 from lightning_qat.quantization.planning.plan_compatibility import LOADING_NOTE, extra_state, rebound
 from lightning_qat.quantization.region.bound_points import bind
@@ -33,7 +33,7 @@ class Region(nn.Module):
 
     Everything it adds to the model lives here: the fake-quants, the plan and the graph (as extra state of the
     checkpoint). The float state_dict keys stay as they are. Its parts: ``switches`` holds the state, ``scales`` derives
-    and trains scales, ``freezing`` knows what is frozen, ``runner`` runs the forward.
+    and trains scales, ``freezing`` knows what is frozen, ``runner`` runs the forward, ``reader`` reads a checkpoint.
 
     Args:
         target: the module whose forward is quantized.
@@ -51,11 +51,9 @@ class Region(nn.Module):
         self.switches = Switches()
         self.freezing = Freezing()
         self.runner = RegionRunner(target, self.switches, self.freezing)
-        self._reader = StateReader()
+        self.reader = StateReader()
         self._intercepted: Intercepted | None = None
         self.set_plan(graph, plan)
-
-    # -- what is where
 
     def set_plan(self, graph: OpGraph, plan: QuantPlan) -> None:
         """Replace graph, plan and fake-quants; the new fake-quants are not calibrated."""
@@ -93,8 +91,6 @@ class Region(nn.Module):
         """Map the place of each op that tracing did not see to how often it ran."""
         return self.runner.unplanned
 
-    # -- attaching and removing
-
     def attach(self) -> Region:
         """Become a child of the target and take over its forward (which stays float until the state changes)."""
         self.target.add_module(REGION_NAME, self)
@@ -110,8 +106,6 @@ class Region(nn.Module):
         self._intercepted = None
         del self.target._modules[REGION_NAME]
         return self.target
-
-    # -- what is on
 
     @property
     def current_state(self) -> State:
@@ -157,8 +151,6 @@ class Region(nn.Module):
         """
         return self.switches.tap(tap)
 
-    # -- scales
-
     @property
     def is_calibrated(self) -> bool:
         """Whether scales were computed or restored: at least one that is not merely fixed by the configuration."""
@@ -200,8 +192,6 @@ class Region(nn.Module):
         """The scales that are parameters, by point; one that points share is listed once."""
         return self.scales.learned
 
-    # -- frozen parts
-
     def freeze(self, patterns: str | Iterable[str]) -> None:
         """Keep parts of the target at their quantized state while the rest trains.
 
@@ -241,8 +231,6 @@ class Region(nn.Module):
         """The parts of this region that freezing needs."""
         return Freezable(self.target, self.graph, self.plan, self.points)
 
-    # -- checkpoints and copies
-
     def get_extra_state(self) -> dict[str, Any]:
         """Return plan, graph and statistics as primitives and tensors: the entry of a state_dict that is no tensor.
 
@@ -264,7 +252,7 @@ class Region(nn.Module):
         Raises:
             PlanMismatchError: the state is damaged, or the plan does not fit the code.
         """
-        graph, plan = self._reader.read(state)  # all of it is checked, and nothing is changed yet
+        graph, plan = self.reader.read(state)  # all of it is checked, and nothing is changed yet
         if plan != self.plan:
             graph = rebound(graph, self._traced_graph) if self._traced_graph is not None else graph
             self.set_plan(graph, plan)
@@ -279,7 +267,7 @@ class Region(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + LOADING_NOTE, None)
-        self._reader.check(state_dict, prefix)
+        self.reader.check(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}_extra_state" not in state_dict and "weight" in self.updates:
             self.scales.expect_other_weights()  # perhaps float or averaged ones, which need other scales
@@ -298,3 +286,12 @@ class Region(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.plan.points)} points, state={self.current_state}"
+
+
+def find_regions(module: nn.Module) -> dict[str, Region]:
+    """Return the regions inside a module by the path of their target (``""`` for the module itself)."""
+    return {
+        name.removesuffix(REGION_NAME).removesuffix("."): child
+        for name, child in modules_and_regions(module)
+        if isinstance(child, Region)
+    }

@@ -1,4 +1,4 @@
-"""The regions of a model: finding them, and freezing parts of several at once."""
+"""Several regions of one model: refusing targets that overlap, and freezing parts of several at once."""
 
 from __future__ import annotations
 
@@ -8,18 +8,8 @@ import torch
 from torch import nn
 
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.modules.module_walk import REGION_NAME, modules_and_regions
 from lightning_qat.quantization.region.freezing import patterns_by_target
-from lightning_qat.quantization.region.region import Region
-
-
-def find_regions(module: nn.Module) -> dict[str, Region]:
-    """Return the regions inside a module by the path of their target (``""`` for the module itself)."""
-    return {
-        name.removesuffix(REGION_NAME).removesuffix("."): child
-        for name, child in modules_and_regions(module)
-        if isinstance(child, Region)
-    }
+from lightning_qat.quantization.region.region import Region, find_regions
 
 
 def check_target(module: nn.Module) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.module_walk import has_lazy_tensors
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 
 _TIED = frozenset({"_parameters", "_buffers", "_non_persistent_buffers_set"})
 _HOOKS = frozenset(nn.Module().__dict__) - _TIED  # one more hook on a copy is not one on all

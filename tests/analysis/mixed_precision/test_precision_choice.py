@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Mapping
 
 import pytest
@@ -177,6 +178,58 @@ def test_front_never_gets_worse_and_every_row_can_be_pasted() -> None:
     for row, choice in zip(front.rows, front.choices, strict=True):
         assert len(choice.overrides) == row.raised
         assert MIXED.choose(points=choice.raised, cost="bops").cost == pytest.approx(row.cost)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_front_is_that_of_the_plain_greedy_search(seed: int) -> None:
+    """Against the definition: in each step all points are tried, and the one that gains most per cost is raised.
+
+    Errors span many orders of magnitude, some stand for NaN (1e100), some points are tied, some types gain nothing.
+    """
+    drawn = random.Random(seed)
+    point_names = [f"p{i}.output" for i in range(14)]
+    table = {}
+    for i, name in enumerate(point_names):
+        wide = 10 ** drawn.uniform(-12, 0)
+        narrow = 1e100 if drawn.random() < 0.1 else wide * 10 ** drawn.uniform(-0.2, 6)
+        middle = drawn.uniform(wide, min(narrow, 10.0)) if narrow > wide else wide
+        table[name] = {"int8": narrow, "int12": middle, "int16": wide} if i % 3 else {"int8": narrow, "int16": wide}
+    together = {name: (name,) for name in table} | {point_names[0]: (point_names[0], point_names[3])}
+    ops = tuple(OpCost(n[:-7], "linear", drawn.randint(1, 99), True, ((n,), ()), (n,)) for n in table)
+    front = errors_from(table, together=together, ops=ops).front("bops")
+    now, whole = dict.fromkeys(table, 0), sum(op.flops for op in ops) * 8
+
+    def levels(name: str) -> list[float]:
+        return list(table[name].values())
+
+    def raised(name: str) -> dict[str, int]:
+        after = {**now, name: now[name] + 1}
+        for other in together[name]:
+            after[other] = max(after[other], min(after[name], len(levels(other)) - 1))
+        return after
+
+    def gain(after: dict[str, int]) -> float:
+        return math.fsum(levels(n)[now[n]] - levels(n)[level] for n, level in after.items() if level != now[n])
+
+    def cost(at: dict[str, int]) -> float:
+        bits = {n: int(list(table[n])[level].removeprefix("int")) for n, level in at.items()}
+        return sum(op.flops * bits[op.points[0]] for op in ops) / whole
+
+    expected = [(cost(now), math.fsum(levels(n)[level] for n, level in now.items()))]
+    while True:
+        steps = [raised(n) for n in table if now[n] + 1 < len(levels(n))]
+        steps = [after for after in steps if gain(after) > 0]
+        if not steps:
+            break
+        now = max(steps, key=lambda after: gain(after) / (cost(after) - cost(now)))
+        expected.append((cost(now), math.fsum(levels(n)[level] for n, level in now.items())))
+    assert [row.predicted for row in front.rows] == [error for _, error in expected]  # bit for bit
+    assert [row.cost for row in front.rows] == pytest.approx([c for c, _ in expected])
+    for row, choice in zip(front.rows, front.choices, strict=True):
+        assert (row.raised, row.predicted) == (len(choice.rows), choice.predicted)
+        assert row.cost == pytest.approx(choice.cost)
+    assert sum(len(row.added) for row in front.rows) == front.rows[-1].raised == len(front.choices[-1].rows)
+    assert [c.predicted for c in front.choices[1:3]] == [row.predicted for row in front.rows[1:3]]
 
 
 def test_steps_that_gain_nothing_are_not_made() -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_qat.callbacks.analyses.task_metric import TaskMetric
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.reporting.files import write_json
 from tests.harness.noisy_run import Classifier, RandomNumbers, assert_same_run, rows_of, run, trainer_of
 

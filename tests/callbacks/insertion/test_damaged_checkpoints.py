@@ -20,7 +20,7 @@ from lightning_qat.analysis.diagnosis.diagnosis import check_declared_range
 from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.quantization.errors import ConfigurationError, PlanMismatchError
 from lightning_qat.quantization.overrides import ActivationOverride
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.quantization.region.stored_state import read_region
 from tests.harness.classifier import Classifier
 from tests.harness.damage import damaged_bytes, damaged_values, is_one_sentence, read_or_refused

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.harness.classifier import Classifier, Net, loader
 from tests.harness.state import assert_same, only_region, state_of
 from tests.harness.trainers import qat_trainer

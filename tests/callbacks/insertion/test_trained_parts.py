@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_qat.callbacks.insertion.module_flow import ModuleFlow
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.harness.classifier import Classifier, Net, loader
 from tests.harness.trainers import qat_trainer
 

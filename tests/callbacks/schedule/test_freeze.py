@@ -21,7 +21,7 @@ from lightning_qat.callbacks.schedule.frozen_parts import FrozenParts
 from lightning_qat.quantization.planning.make_plan import make_plans
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.quantization.tracing.tracer import trace
 from tests.harness.classifier import Classifier
 from tests.harness.state import assert_same, only_region, scales, state_of

@@ -20,7 +20,7 @@ from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_qu
 from lightning_qat.quantization.fake_quant.learned_scale import fake_quantize_learned, gradient_scale
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.parameter_groups import parameter_groups
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.quantization.models import calibrated
 
 RANGES = [(-128, 127), (-127, 127), (0, 255), (-8, 7), (-2, 1), (0, 3), (-32768, 32767)]

@@ -15,7 +15,7 @@ from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.numerics.scales import scale_from_bounds, scale_from_numbers, scale_from_range
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import find_regions
 from tests.quantization.models import calibrated as calibrated_region
 
 DTYPES = ["int2", "int4", "int8", "int16", "uint2", "uint8", "uint16"]

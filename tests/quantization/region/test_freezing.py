@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
-from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.regions import find_regions, freeze
+from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.region.regions import freeze
 
 
 class Backbone(nn.Module):

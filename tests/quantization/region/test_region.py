@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from lightning_qat.quantization.errors import ConfigurationError, TracingError
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
-from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import Region, find_regions
 from lightning_qat.quantization.tracing.tracer import Tracer, trace
 from tests.quantization.models import MINMAX, ZOO, ResNet, calibrated
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lightning_qat.analysis.sensitivity.break_away import break_away
+from lightning_qat.quantization.numerics.break_away import break_away
 
 SOURCE_INT8 = [1.79371, 1.46594, 0.352401, 0.246953, 0.22353, 0.214513, 0.185211, 0.1826, 0.166937]
 SOURCE_INT16 = [0.82213, 0.184159, 0.131423, 0.111852, 0.0930651, 0.0887103, 0.0728263, 0.0689369]
