@@ -27,8 +27,7 @@ from lightning_qat.export.onnx_verification import VerifiedGraph, verified_outpu
 from lightning_qat.export.verification_result import ExportResult, OutputRow, QuantizerRow
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
-from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.region.regions import find_regions
+from lightning_qat.quantization.region.region import Region, find_regions
 
 _LARGEST_FILE = 2**31 - 1
 _EXTRA = ("onnx", "onnxscript", "onnxruntime")
