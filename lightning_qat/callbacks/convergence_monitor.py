@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_qat.analysis.convergence.convergence import FIRST_LOOK, ConvergenceResult, judge_convergence
 from lightning_qat.analysis.convergence.point_history import health_of_points
-from lightning_qat.analysis.convergence.training_series import LossHistory, TrainingSeries
+from lightning_qat.analysis.convergence.training_series import LossHistory, StoredSeries, TrainingSeries
 from lightning_qat.analysis.ladder.measurements import Measurement
 from lightning_qat.analysis.nan_origin import first_bad_point
 from lightning_qat.analysis.statistics.statistics import WeightCodes
@@ -33,6 +33,7 @@ from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_w
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
+from lightning_qat.callbacks.trainer.stored_state import read_state
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.reporting.loggers import log_table
@@ -282,11 +283,12 @@ class ConvergenceMonitor(ReportingCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._losses = LossHistory(map(float, state_dict["losses"]), int(state_dict["stride"]))
+        stored = read_state(StoredSeries, state_dict, self)
+        self._losses = LossHistory(stored.losses, stored.stride)
         self._next_look = max(FIRST_LOOK, 2 * self._losses.steps)
-        self.series = TrainingSeries.of_state(state_dict, self._losses)
+        self.series = TrainingSeries.of_state(stored, self._losses)
         self.result = judge_convergence(self.series) if self.series.steps else None
-        self._own_statistics.load_state_dict(state_dict["statistics"])
+        self._own_statistics.take_state(state_dict.get("statistics"), self)
 
 
 def _quantizes(pl_module: pl.LightningModule) -> bool:
