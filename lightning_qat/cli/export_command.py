@@ -92,8 +92,8 @@ EXPORT = Command(
     description="""Export the quantized model of a checkpoint, with the first batch of the validation data.
 
 Written to <output>: model.onnx and its report, model_export.txt and .json; with several targets, one file for each,
-under its name. Every quantizer of the file is computed by onnxruntime from the same input as in the model: all codes have
-to be equal. It needs the extra: pip install 'lightning-qat[onnx]'.
+under its name. Every quantizer of the file is computed by onnxruntime from the same input as in the model: all codes
+have to be equal. It needs the extra: pip install 'lightning-qat[onnx]'.
 """,
     example=" --ckpt_path best.ckpt --dynamic-batch",
     add_options=_add_options,
