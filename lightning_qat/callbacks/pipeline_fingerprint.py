@@ -142,8 +142,8 @@ def take_fingerprint(
         pl_module: its module.
         batches: batches per stage and rank.
         seed: seed of the random state meanwhile; each rank adds its number.
-        plan: what the training planned when it began. If it begins now, it is asked; later its schedules no longer show
-            how they began, so the fingerprint has no plan.
+        plan: what the training planned when it began. By default it is simulated if the training begins now; later the
+            schedules no longer show how they began, and the fingerprint has no plan.
         steps: how many steps the present weights and schedules have been trained; by default those of the trainer.
 
     Raises:

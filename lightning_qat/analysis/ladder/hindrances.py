@@ -58,7 +58,10 @@ def hindrances(reference: Fingerprint | None, here: Fingerprint | None) -> list[
 
 
 def frozen_parts(differences: PipelineDifferences) -> list[str]:
-    """Return what training updates in the float run only, as :func:`hindrances` does. Alone it proves nothing."""
+    """Return what training updates in the float run only, in sentences as those of :func:`hindrances`.
+
+    Often it is a small part, such as one bias, and no reason why training wins nothing back.
+    """
     return [row.what for row in differences.rows if row.part == UPDATES and row.value == FROZEN]
 
 
