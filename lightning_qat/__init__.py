@@ -16,6 +16,7 @@ from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantize
 from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
 from lightning_qat.callbacks.model_check import ModelCheck
+from lightning_qat.callbacks.onnx_export import export_onnx
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
 from lightning_qat.callbacks.pipeline_fingerprint import PipelineFingerprint
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
@@ -69,6 +70,7 @@ __all__ = [
     "compare_runs",
     "diagnose",
     "dynamic_block",
+    "export_onnx",
     "find_bad_cases",
     "find_regions",
     "find_violations",

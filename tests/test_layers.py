@@ -72,6 +72,7 @@ _ENTRY = "a public entry point: its arguments are what users configure"
 LONG_FUNCTIONS = {
     "analysis/sensitivity/sensitivity.py:sensitivity": _ENTRY,
     "callbacks/sensitivity_analysis.py:__init__": _ENTRY,
+    "tuning/tune.py:tune": _ENTRY,
     "callbacks/quantization_aware_training.py:__init__": _ENTRY,
     "quantization/fake_quant/fake_quantize.py:__init__": "the configuration of a point: one argument for each field",
     "callbacks/passes/evaluation.py:log": "takes what LightningModule.log takes",

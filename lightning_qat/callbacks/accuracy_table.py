@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -24,7 +25,9 @@ from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, shared_directory
 from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
+from lightning_qat.callbacks.trainer.stored_state import read_state
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
+from lightning_qat.quantization.reading.checks import AT_LEAST_ZERO
 from lightning_qat.quantization.region.switches import State
 from lightning_qat.reporting.accuracy_table_files import RunEntry, read_result_table, write_accuracy
 from lightning_qat.reporting.console import show
@@ -244,7 +247,7 @@ class AccuracyTable(ReportingCallback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._loaded_step = int(checkpoint.get("global_step", 0))
+        self._loaded_step = read_state(_StoredRun, checkpoint, self).global_step
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -252,5 +255,17 @@ class AccuracyTable(ReportingCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("name") == self.name:
-            self._run, self._entry = state_dict.get("run"), None
+        stored = read_state(_Stored, state_dict, self)
+        if stored.name == self.name:
+            self._run, self._entry = stored.run, None
+
+
+@dataclass(frozen=True)
+class _Stored:
+    name: str | None = None
+    run: str | None = None
+
+
+@dataclass(frozen=True)
+class _StoredRun:
+    global_step: Annotated[int, AT_LEAST_ZERO] = 0

@@ -14,13 +14,13 @@ from typing_extensions import override
 
 from lightning_qat.analysis.convergence.convergence import FIRST_LOOK, ConvergenceResult, judge_convergence
 from lightning_qat.analysis.convergence.point_history import health_of_points
-from lightning_qat.analysis.convergence.training_series import LossHistory, TrainingSeries
+from lightning_qat.analysis.convergence.training_series import LossHistory, StoredSeries, TrainingSeries
 from lightning_qat.analysis.ladder.measurements import Measurement
 from lightning_qat.analysis.nan_origin import first_bad_point
 from lightning_qat.analysis.statistics.statistics import WeightCodes
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
-from lightning_qat.callbacks.non_finite import non_finite_buffers, with_bad_values
+from lightning_qat.callbacks.non_finite import as_all_ranks_found, non_finite_buffers, with_bad_values
 from lightning_qat.callbacks.passes.extra_batches import ExtraBatch
 from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.preservation.module_copy import copied_module
@@ -33,6 +33,7 @@ from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_w
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
+from lightning_qat.callbacks.trainer.stored_state import read_state
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.reporting.loggers import log_table
@@ -246,7 +247,8 @@ class ConvergenceMonitor(ReportingCallback):
     # -- judging
 
     def _judge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.series = replace(self.series, losses=tuple(self._losses.values), steps=self._losses.steps)
+        series = replace(self.series, losses=tuple(self._losses.values), steps=self._losses.steps)
+        self.series = as_all_ranks_found(series)
         # rank zero decides for all: its losses are its own, and no rank may stop alone
         result: ConvergenceResult = trainer.strategy.broadcast(judge_convergence(self.series))
         self.result = result
@@ -281,11 +283,12 @@ class ConvergenceMonitor(ReportingCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._losses = LossHistory(map(float, state_dict["losses"]), int(state_dict["stride"]))
+        stored = read_state(StoredSeries, state_dict, self)
+        self._losses = LossHistory(stored.losses, stored.stride)
         self._next_look = max(FIRST_LOOK, 2 * self._losses.steps)
-        self.series = TrainingSeries.of_state(state_dict, self._losses)
+        self.series = TrainingSeries.of_state(stored, self._losses)
         self.result = judge_convergence(self.series) if self.series.steps else None
-        self._own_statistics.load_state_dict(state_dict["statistics"])
+        self._own_statistics.take_state(state_dict.get("statistics"), self)
 
 
 def _quantizes(pl_module: pl.LightningModule) -> bool:

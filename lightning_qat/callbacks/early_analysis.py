@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+import torch
 from typing_extensions import override
 
 from lightning_qat.analysis.ladder.measurements import Measurement
@@ -22,7 +22,7 @@ from lightning_qat.callbacks.ladder.finetune_copy import measure_in_state
 from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
-from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
+from lightning_qat.callbacks.trainer.messages import rank_zero_info
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.reporting.loggers import log_table
@@ -83,22 +83,20 @@ class EarlyAnalysis(EpochEndAnalysis):
         if not self.should_analyse_start(trainer):
             return
         try:
-            self.calibration_loss = trainer.strategy.broadcast(self._measure_loss(trainer, pl_module))
-            if self.calibration_loss:
-                rank_zero_info(f"{type(self).__name__}: {self._start_remark}")
-                self.foreign = foreign_data(trainer, pl_module, type(self).__name__)
-                if self.foreign is not None:  # there is nothing to learn from what calibration saw
-                    self._inputs = RegionInputs(self.foreign.stage)
-                self._is_start = True
-                self.analyse_start(trainer, pl_module)
-        except Exception as error:
-            if trainer.world_size > 1 and not isinstance(error, MisconfigurationException):
-                raise  # other ranks would wait for this one forever
-            rank_zero_warn(
-                f"{type(self).__name__} could not look at the calibrated model: {error} Training goes on without it."
-            )
+            self.tried(trainer, partial(self._look_at_start, trainer, pl_module), refuses=False)
         finally:
             self._is_start = False
+
+    def _look_at_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.calibration_loss = trainer.strategy.broadcast(self._measure_loss(trainer, pl_module))
+        if not self.calibration_loss:
+            return
+        rank_zero_info(f"{type(self).__name__}: {self._start_remark}")
+        self.foreign = foreign_data(trainer, pl_module, type(self).__name__)
+        if self.foreign is not None:  # there is nothing to learn from what calibration saw
+            self._inputs = RegionInputs(self.foreign.stage)
+        self._is_start = True
+        self.analyse_start(trainer, pl_module)
 
     def _measure_loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
         """Evaluate the float and the calibrated model, and say what is worse; callbacks share these evaluations."""
@@ -136,7 +134,7 @@ class EarlyAnalysis(EpochEndAnalysis):
         file = run_directory(trainer) / f"{CALIBRATED}diagnosis.txt"  # broadcasts
         is_there = os.path.exists(file)  # unlike file.exists(), it never raises
         first = f"Look at {file} first: it is about the model that training started from." if is_there else ""
-        why = trainer.strategy.broadcast(self._why_diverged(trainer, pl_module))
+        why = trainer.strategy.broadcast(self._why_diverged(trainer, pl_module) if trainer.is_global_zero else "")
         if why:
             first = first or "Ask PipelineCheck() first whether quantization is to blame at all."
             return f"This is about a model that has diverged ({why}), and does not show the cause. {first}"
@@ -145,9 +143,12 @@ class EarlyAnalysis(EpochEndAnalysis):
         return ""
 
     def _why_diverged(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-        bad = [n for n, p in pl_module.named_parameters() if not is_in_region(n) and not bool(p.isfinite().all())]
-        if bad:
-            return f"{bad[0]} is not finite"
+        weights = {name: p for name, p in pl_module.named_parameters() if not is_in_region(name)}
+        device = trainer.strategy.root_device
+        finite = torch.stack([p.detach().isfinite().all().to(device) for p in weights.values()]) if weights else None
+        if finite is not None and not bool(finite.all()):  # one look at the device for all of them
+            bad = next(name for name, ok in zip(weights, finite.tolist(), strict=True) if not ok)
+            return f"{bad} is not finite"
         for monitor in listed(trainer, ConvergenceMonitor):
             if monitor.result is not None and monitor.result.verdict in _DIVERGED:
                 return f"ConvergenceMonitor: {monitor.result.verdict}"

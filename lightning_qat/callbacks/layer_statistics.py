@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_qat.analysis.statistics.statistics import (
@@ -22,6 +24,9 @@ from lightning_qat.callbacks.passes.shared_evaluations import ModelKey, model_ke
 from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import run_directory
+from lightning_qat.callbacks.trainer.stored_state import read_state
+from lightning_qat.quantization.numerics.dtypes import QuantizedDtypeName
+from lightning_qat.quantization.reading.checks import one_of
 from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.reporting.tensorboard_tags import LAYER_STATISTICS
 
@@ -176,8 +181,28 @@ class LayerStatistics(EpochEndAnalysis):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._calibrated = dict(state_dict["calibrated"])
-        self._reported = state_dict.get("reported", "")
+        self.take_state(state_dict, self)
+
+    def take_state(self, state: Any, owner: pl.Callback) -> None:
+        """Load a state that the checkpoint holds as part of another callback's, which errors name."""
+        stored = read_state(_Stored, state, owner)
+        self._calibrated = {
+            path: {name: {"dtype": point.dtype, "scale": point.scale} for name, point in points.items()}
+            for path, points in stored.calibrated.items()
+        }
+        self._reported = stored.reported
+
+
+@dataclass(frozen=True)
+class _StoredScale:
+    dtype: Annotated[str, one_of(QuantizedDtypeName)]
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class _Stored:
+    calibrated: dict[str, dict[str, _StoredScale]]
+    reported: str = ""
 
 
 def _aggregates(rows: tuple[LayerStatisticsRow, ...]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_qat.analysis.convergence.training_series import TrainingSeries
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.modules.tensor_leaves import is_float, named_leaves
 
@@ -44,10 +45,24 @@ def with_bad_values(
         batch: what the step received, None if it is not known.
         at: when this is, in words.
     """
+    if ranks.count() > 1:
+        at += f" on rank {ranks.rank()}"
     if not series.bad_input and (found := non_finite_input(batch)):
         series = replace(series, bad_input=f"{at}: {found}")
     names = [] if series.bad_buffers else [name for name in non_finite_buffers(module) if name not in ignored]
     return replace(series, bad_buffers=tuple(names), bad_since=at) if names else series
+
+
+def as_all_ranks_found(series: TrainingSeries) -> TrainingSeries:
+    """Complete a series by what other ranks found: each has its own batches, and buffers of its own in between.
+
+    Of what several ranks found, that of the lowest is taken. Every rank must call this, and gets the same findings.
+    """
+    found = ranks.gathered_objects((series.first_bad, series.bad_input, series.bad_buffers, series.bad_since))
+    first_bad = next((op for op, *_ in found if op), "")
+    bad_input = next((where for _, where, *_ in found if where), "")
+    buffers, since = next(((names, at) for *_, names, at in found if names), ((), ""))
+    return replace(series, first_bad=first_bad, bad_input=bad_input, bad_buffers=buffers, bad_since=since)
 
 
 def _is_bad(buffer: Tensor) -> bool:

@@ -6,6 +6,7 @@ The verdict blames the pipeline, the hyperparameters or quantization, or calls t
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +24,7 @@ from lightning_qat.callbacks.pipeline_fingerprint import take_comparable, take_f
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_regions
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.messages import rank_zero_info
+from lightning_qat.callbacks.trainer.stored_state import read_state
 
 _LONGER = 10
 """A check after a flag uses at most this many times the batches of a check before training."""
@@ -176,7 +178,12 @@ class PipelineCheck(PipelineCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._flag_done = bool(state_dict["flag_done"])
+        self._flag_done = read_state(_Stored, state_dict, self).flag_done
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_start": None}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    flag_done: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -50,8 +50,8 @@ from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, local_instead_of_url, run_directory
 from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.callbacks.trainer.seeding import seeded
+from lightning_qat.callbacks.trainer.stored_state import read_state
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
-from lightning_qat.quantization.reading.schema import read_as
 from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.reporting.files import write_fingerprint
 
@@ -95,9 +95,8 @@ class PipelineFingerprint(ReportingCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._optimizers = state_dict["optimizers"]
-        plan = state_dict.get("plan")
-        self._plan = None if plan is None else read_as(TrainingPlan, plan)
+        stored = read_state(_Stored, state_dict, self)
+        self._optimizers, self._plan = stored.optimizers, stored.plan
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,6 +124,12 @@ class PipelineFingerprint(ReportingCallback):
             path = directory / FILE_NAME
             if self._reports.write(path, partial(write_fingerprint, self.fingerprint, path)):
                 rank_zero_info(f"Fingerprint of this pipeline: {path}. In QAT: PipelineCheck(reference={str(path)!r}).")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    optimizers: list[dict[str, Any]]
+    plan: TrainingPlan | None = None
 
 
 def take_fingerprint(

@@ -121,7 +121,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._initial_weights = InitialWeights(init_from)
         self._hooks: InsertionHooks | None = None
         self._regions = ScheduledRegions(self.schedule, self.frozen_parts)
-        self._plan = PlanWriter()
+        self.plan_writer = PlanWriter()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -133,7 +133,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if stage == "fit":
             self.frozen_parts.check(trainer)
             load_weights_for_copies(self._initial_weights, trainer, pl_module, self)
-        self.evaluations, self._plan = SharedEvaluations(), PlanWriter()
+        self.evaluations, self.plan_writer = SharedEvaluations(), PlanWriter()
         self._hooks = InsertionHooks(self._request(), trainer, pl_module)
         self._hooks.install()
 
@@ -164,7 +164,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._hooks.uninstall()
             self._hooks = None
         self._regions.release()
-        self._plan.finish()
+        self.plan_writer.finish()
 
     @override
     def require_inserted(self) -> None:
@@ -211,7 +211,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             require_scales(trainer, pl_module)  # rather now than at start_epoch
         self.frozen_parts.start(pl_module)
         self._apply(trainer, pl_module)
-        self._plan.start(trainer, pl_module)
+        self.plan_writer.start(trainer, pl_module)
         warn_about_step_size(trainer, pl_module)
 
     @override
@@ -221,7 +221,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._plan.end(trainer, pl_module)  # only now are the weights those that are kept: see on_train_end
+        self.plan_writer.end(trainer, pl_module)  # only now are the weights those that are kept: see on_train_end
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Literal, cast, get_args
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -25,8 +25,10 @@ from lightning_qat.callbacks.trainer.messages import rank_zero_warn
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of
+from lightning_qat.callbacks.trainer.stored_state import read_state
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.reading.checks import AT_LEAST_ZERO
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.tensorboard_tags import sensitivity_tags
 
@@ -268,4 +270,9 @@ class SensitivityAnalysis(EarlyAnalysis):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._turn = int(state_dict["turn"])
+        self._turn = read_state(_Stored, state_dict, self).turn
+
+
+@dataclass(frozen=True)
+class _Stored:
+    turn: Annotated[int, AT_LEAST_ZERO]

@@ -33,6 +33,8 @@ def blamed_on_checkpoint(error: BaseException, path: Any) -> BaseException:
         return error
     if not Path(path).is_file():
         return error
+    if not any(Path(frame.filename).name == _RESTORING for frame in traceback.extract_tb(error.__traceback__)):
+        return error  # it came later, and has another reason
     document = Document(path, "a checkpoint that can be restored", "give another one as --ckpt_path")
     try:
         checkpoint = document.tensors()
@@ -44,10 +46,8 @@ def blamed_on_checkpoint(error: BaseException, path: Any) -> BaseException:
         return _caused(replace(document, remedy=remedy).error(problem), error)
     except ConfigurationError as found:
         return _caused(found, error)
-    if any(Path(frame.filename).name == _RESTORING for frame in traceback.extract_tb(error.__traceback__)):
-        what = " ".join(str(error).split())[:200]
-        return _caused(document.error(f"it does not fit this project ({type(error).__name__}: {what})"), error)
-    return error
+    what = " ".join(str(error).split())[:200]
+    return _caused(document.error(f"it does not fit this project ({type(error).__name__}: {what})"), error)
 
 
 def _caused(error: BaseException, cause: BaseException) -> BaseException:

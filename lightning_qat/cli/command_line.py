@@ -9,21 +9,18 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 from lightning_qat import __version__
-from lightning_qat.atomic_files import NotWrittenError
 from lightning_qat.cli.analyse_command import ANALYSE
 from lightning_qat.cli.check_command import CHECK
 from lightning_qat.cli.command import Command
 from lightning_qat.cli.compare_pipelines_command import COMPARE_PIPELINES
 from lightning_qat.cli.compare_runs_command import COMPARE_RUNS
+from lightning_qat.cli.expected_errors import EXPECTED, fail
+from lightning_qat.cli.export_command import EXPORT
 from lightning_qat.cli.fingerprint_command import FINGERPRINT
 from lightning_qat.cli.inspect_command import INSPECT
 from lightning_qat.cli.pipeline_check_command import PIPELINE_CHECK
 from lightning_qat.cli.tune_command import TUNE
-from lightning_qat.quantization.errors import ConfigurationError, TracingError
-from lightning_qat.reporting.plain_text import printable
 
 COMMANDS: tuple[Command, ...] = (
     FINGERPRINT,
@@ -31,6 +28,7 @@ COMMANDS: tuple[Command, ...] = (
     CHECK,
     INSPECT,
     ANALYSE,
+    EXPORT,
     TUNE,
     COMPARE_RUNS,
     COMPARE_PIPELINES,
@@ -83,9 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command.run(options, script, [*arguments, *behind])
     except SystemExit as error:  # argparse, LightningCLI or the script itself; they have said why
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except (ConfigurationError, MisconfigurationException, NotWrittenError, TracingError) as error:
-        sys.stderr.write(printable(f"error: {error}\n"))
-        return 2
+    except EXPECTED as error:
+        return fail(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ from lightning_qat.callbacks.trainer.final_report import FinalReport
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.output_directory import run_directory
 from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
+from lightning_qat.quantization.errors import ConfigurationError
 
 T = TypeVar("T")
 Work = Callable[[pl.Trainer, pl.LightningModule], T]
@@ -85,13 +86,19 @@ class Project:
 
         Raises:
             NotWrittenError: a file cannot be written.
+            ConfigurationError: an analysis has failed.
         """
         trainer = self.trainer
         kept = [c for c in listed(trainer, Callback) if not isinstance(c, _WRITES_OR_TRAINS)]
         trainer.callbacks = [*kept, _NothingToTrain()]  # type: ignore[attr-defined]
         trainer.loggers = [_SilentLogger(str(output))] if output is not None else []
         self.fit(self.module, **self.arguments)
-        missing = [(p, reason) for c in listed(trainer, ReportingCallback) for p, reason in c.missing_files.items()]
+        failed = [(c, why) for c in listed(trainer, ReportingCallback) for why in c.failures]
+        if failed:
+            raise ConfigurationError("; ".join(f"{type(c).__name__}: {why}" for c, why in failed))
+        plans = [c.plan_writer.missing_files for c in listed(trainer, QuantizationAwareTraining)]
+        files = [*plans, *(c.missing_files for c in listed(trainer, ReportingCallback))]
+        missing = [(path, reason) for of_one in files for path, reason in of_one.items()]
         if missing:  # the files are what was asked for
             path, reason = missing[0]
             raise NotWrittenError(errno.EIO, reason, str(path))

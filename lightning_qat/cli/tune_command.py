@@ -26,6 +26,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--always", action="append", default=[], metavar="POINT", help="point at the wide type; repeat it"
     )
     parser.add_argument("--skip", action="append", default=[], metavar="STAGE", help=f"one of: {', '.join(SKIPPABLE)}")
+    parser.add_argument("--calibration-only", action="store_true", help="leave out every training")
+    parser.add_argument("--repeat", action="append", default=[], metavar="STAGE", help="run a stage once more")
     parser.add_argument("--explore", action="store_true", help="go on after the target is met, to fill the table")
     parser.add_argument("--dry-run", action="store_true", help="print the stages, and run nothing")
     parser.add_argument(
@@ -42,9 +44,10 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
     if len(dtypes) != 2:
         raise ConfigurationError(f"--dtypes {options.dtypes}: write the narrow and the wide type, such as int8,int16.")
     target = read_target(options.target)
+    skip = [*options.skip, *(name for name in SKIPPABLE if options.calibration_only and name.endswith("QAT"))]
     folder = options.output or default_directory(script)
     if options.dry_run:
-        settings = TuningSettings(script, tuple(arguments), *dtypes, target, skip=tuple(options.skip))
+        settings = TuningSettings(script, tuple(arguments), *dtypes, target, skip=tuple(skip))
         print_text(planned(settings, folder))
         return 0
     result = tune(
@@ -55,7 +58,8 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
         dtypes=(dtypes[0], dtypes[1]),
         always=options.always,
         ckpt_path=options.ckpt_path,
-        skip=options.skip,
+        skip=skip,
+        repeat=options.repeat,
         explore=options.explore,
         output=options.model_output,
         folder=folder,

@@ -8,11 +8,9 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
+from lightning_qat.cli.expected_errors import EXPECTED, fail
 from lightning_qat.cli.project import Project
 from lightning_qat.cli.run_project import run_project
-from lightning_qat.quantization.errors import ConfigurationError, TracingError
 from lightning_qat.tuning.stage_callbacks import configure, prepare_training
 from lightning_qat.tuning.stage_configuration import write_configuration
 from lightning_qat.tuning.stage_request import StageRequest, write_outcome
@@ -49,9 +47,8 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         run_stage(sys.argv[1])
-    except (ConfigurationError, MisconfigurationException, TracingError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    except EXPECTED as error:
+        return fail(error)
     return 0
 
 

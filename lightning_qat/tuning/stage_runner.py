@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning_qat.atomic_files import json_value, write_atomically
-from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.tuning.manifest import ManifestFile, StageOutcome
 from lightning_qat.tuning.stage_request import StageKind, StageRequest, read_outcome
 from lightning_qat.tuning.tuning_settings import TuningSettings, file_hash
@@ -87,6 +87,17 @@ class StageRunner:
         outcome = replace(self._launched(request), made_from=made_from)
         self.manifest.note(name, outcome)
         return outcome
+
+    def forget(self, name: str) -> None:
+        """Let a stage run once more, from its beginning.
+
+        Raises:
+            ConfigurationError: it has not run.
+        """
+        if self.manifest.outcome(name) is None:
+            raise unknown_choice("stage to repeat", name, self.manifest.manifest.stages)
+        self.manifest.drop(name)
+        _forget(self.stage_folder(name))
 
     def stage_folder(self, name: str) -> Path:
         """Return where a stage has its configuration, checkpoint and reports."""

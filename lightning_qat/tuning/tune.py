@@ -32,6 +32,7 @@ def tune(
     skip: Sequence[str] = (),
     explore: bool = False,
     output: str | None = None,
+    repeat: Sequence[str] = (),
     folder: str | os.PathLike[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> TuningResult:
@@ -56,6 +57,7 @@ def tune(
         skip: stages to leave out: ``wide calibrated``, ``wide QAT``, ``narrow QAT``, ``mixed QAT``.
         explore: go on after the target is met, to fill the table.
         output: which output of the quantized part the errors are measured at.
+        repeat: names of stages to run once more, although they are done.
         folder: where everything goes; ``tuning_<script>`` if not given.
         say: called with each line of progress.
 
@@ -84,7 +86,7 @@ def tune(
         output=output,
     )
     place = Path(folder) if folder is not None else default_directory(settings.script)
-    return Tuning(settings, place, say).run()
+    return Tuning(settings, place, say, repeat).run()
 
 
 class StoppedError(Exception):
@@ -98,14 +100,23 @@ class Tuning:
         settings: what it is asked for.
         folder: where everything goes.
         say: called with each line of progress.
+        repeat: stages to run once more.
+
+    Raises:
+        ConfigurationError: the folder holds another tuning, or a stage to repeat has not run.
     """
 
-    def __init__(self, settings: TuningSettings, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, settings: TuningSettings, folder: Path, say: Callable[[str], None], repeat: Sequence[str] = ()
+    ) -> None:
         self.settings = settings
         self.folder = folder = folder.resolve()  # the script may change the directory
         self.manifest = ManifestFile(folder, settings)
         self.stages = StageRunner(folder, self.manifest, settings, say)
+        for name in repeat:
+            self.stages.forget(name)
         self.say = say
+        self._has_trained = False
         self.met: list[str] = []
         """Stages that meet the target, the narrowest types last."""
 
@@ -179,6 +190,9 @@ class Tuning:
     def _trained(self, name: str, dtype: str, raised: tuple[str, ...], must_hold: bool = False) -> bool:
         outcome = self._stage(name, "train", dtype, raised)
         metrics = outcome.metrics["QAT"]
+        if not self._has_trained:
+            self._has_trained = True
+            self.say(f"a training takes about {outcome.seconds:.0f} s; the stages to come take at most five of them")
         if self._meets(name, metrics):
             return True
         if self.check.collapsed(metrics):

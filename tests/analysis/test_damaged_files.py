@@ -31,6 +31,7 @@ from lightning_qat.analysis.runs.accuracy import ResultTable
 from lightning_qat.analysis.runs.run_comparison import compare_runs
 from lightning_qat.quantization.errors import ConfigurationError, DamagedFileError
 from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
+from lightning_qat.quantization.reading.files import Document
 from lightning_qat.reporting.files import write_fingerprint, write_result
 from lightning_qat.reporting.model_check_file import read_model_check
 from tests.harness.damage import damaged_bytes, damaged_values, read_or_refused
@@ -246,3 +247,11 @@ def test_table_that_a_spreadsheet_has_saved_is_read(tmp_path: Path) -> None:
     path = tmp_path / "sensitivity.csv"
     path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     assert not compare_runs(path, OLD / "before" / "sensitivity.csv").changed
+
+
+def test_a_growing_table_that_ends_inside_a_character_is_read_up_to_its_last_whole_line(tmp_path: Path) -> None:
+    """A run was killed while it wrote a name that is not plain ASCII."""
+    path = tmp_path / "sensitivity.csv"
+    path.write_bytes("epoch,point,score\n0,über.w,1.0\n1,ü".encode()[:-1])
+    rows = Document(path, "a table", "make it again").csv(growing="epoch")
+    assert rows == [{"epoch": "0", "point": "über.w", "score": "1.0"}]

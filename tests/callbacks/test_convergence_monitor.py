@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,40 @@ def test_two_ranks_agree_and_stop_together(tmp_path: Path) -> None:
     assert one == other
     assert one[0] == "not finite"
     assert one[2] < 3 * 9
+
+
+class BadSampleOfRankOne(Digits):
+    """A sample that only rank 1 meets; its gradient reaches the weights of both."""
+
+    def train_dataloader(self) -> Any:
+        data = super().train_dataloader().dataset
+        images = data.tensors[0].clone()
+        images[71, 0, 3, 3] = float("nan")
+        return DataLoader(TensorDataset(images, data.tensors[1]), batch_size=64)  # the sampler deals them out in turn
+
+
+@pytest.mark.filterwarnings("ignore:this strategy trains in child processes")
+@pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks")
+@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
+@pytest.mark.filterwarnings("ignore:ConvergenceMonitor, epoch 0")  # in the child processes
+@pytest.mark.filterwarnings("ignore:Calibration. conv1.input0 is NaN")
+def test_a_bad_sample_of_another_rank_is_named_first(tmp_path: Path) -> None:
+    """Number nine: rank 0 writes the verdict, and sees only what follows."""
+
+    class Ranks(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+            monitor = next(c for c in trainer.callbacks if isinstance(c, ConvergenceMonitor))  # type: ignore[attr-defined]
+            assert monitor.result is not None
+            torch.save(monitor.result.note, tmp_path / f"{trainer.global_rank}.pt")
+
+    model = BadSampleOfRankOne()
+    model.load_state_dict(pretrained().state_dict())
+    settings: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 1}
+    qat_trainer(tmp_path, ConvergenceMonitor(stop=True, float_batches=2), Ranks(), **settings).fit(model)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert one == other
+    assert re.search(r"First came the input that the loader delivers, batch \d of epoch 0 on rank 1: 0 holds nan", one)
 
 
 def test_learned_scales_are_no_weights(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -178,3 +179,16 @@ def test_float_run_with_a_fingerprint_says_it_too(tmp_path: Path, monkeypatch: p
 def test_local_url_is_the_folder_that_it_names(tmp_path: Path) -> None:
     run(f"file://{tmp_path}", lightning_qat.ModelCheck(), max_epochs=1)  # type: ignore[arg-type]
     assert (tmp_path / "lightning_qat" / "model_check_result.txt").is_file()
+
+
+def test_a_logger_may_give_its_folder_as_a_path(tmp_path: Path) -> None:
+    """Lightning hands on what ``save_dir`` of another logger returns, unchanged."""
+
+    class Other(DummyLogger):
+        @property
+        def save_dir(self) -> Any:
+            return tmp_path / "logs"
+
+    qat_trainer(tmp_path, logger=Other(), max_steps=1).fit(Classifier())
+    assert (tmp_path / "logs" / "lightning_qat" / "quant_plan.json").exists()
+    assert local_folder(tmp_path) == tmp_path

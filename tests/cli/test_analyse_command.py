@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -152,3 +153,37 @@ def test_reports_that_cannot_be_written_are_an_error(tmp_path: Path, trained: Pa
     assert re.search(
         r"error: \S+/there/lightning_qat/\S+ cannot be written: Not a directory\.", capsys.readouterr().err
     )
+
+
+FAILING = """
+class Classifier(Classifier):
+    def {hook}(self, *args):
+        raise RuntimeError("the camera is off")
+
+"""
+
+
+def test_an_analysis_that_fails_is_the_result_of_the_command(tmp_path: Path, trained: Path, capsys: Any) -> None:
+    """In a run it is a warning; here it is what was asked for."""
+    script = Path(project(tmp_path, "SensitivityAnalysis()"))
+    text = script.read_text().replace("callbacks = [", FAILING.format(hook="validation_step") + "callbacks = [", 1)
+    script.write_text(text)
+    words = ["analyse", str(script), str(tmp_path / "root"), "--ckpt_path", str(trained / "epoch=1.ckpt")]
+    with pytest.warns(UserWarning, match="the camera is off"):
+        assert main(words) == 2
+    assert (
+        "error: SensitivityAnalysis: the analysis failed with RuntimeError: the camera is off"
+        in capsys.readouterr().err
+    )
+
+
+def test_an_error_of_the_project_is_not_blamed_on_a_checkpoint_that_was_restored(tmp_path: Path, trained: Path) -> None:
+    """Also where the checkpoint holds other objects and the project reads them on purpose."""
+    checkpoint = torch.load(trained / "epoch=1.ckpt", weights_only=True)
+    torch.save({**checkpoint, "arguments": argparse.Namespace(lr=1)}, tmp_path / "other.ckpt")
+    script = Path(project(tmp_path))
+    text = script.read_text().replace("fit(Classifier())", "fit(Classifier(), weights_only=False)")
+    text = text.replace("callbacks = [", FAILING.format(hook="on_fit_start") + "callbacks = [", 1)
+    script.write_text(text)
+    with pytest.raises(RuntimeError, match="the camera is off"):
+        main(["analyse", str(script), str(tmp_path / "root"), "--ckpt_path", str(tmp_path / "other.ckpt")])

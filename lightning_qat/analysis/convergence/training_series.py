@@ -6,11 +6,12 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from lightning_qat.analysis.convergence.point_history import PointHealth, PointHistory
 from lightning_qat.analysis.ladder.measurements import Measurement
 from lightning_qat.analysis.ladder.rows import compare, judged
+from lightning_qat.quantization.reading.checks import AT_LEAST_ONE, AT_LEAST_ZERO
 
 CheckStatus = Literal["holds", "flagged", "noted", "cannot tell"]
 
@@ -110,33 +111,32 @@ class TrainingSeries:
         }
 
     @classmethod
-    def of_state(cls, state: Mapping[str, Any], losses: LossHistory) -> TrainingSeries:
+    def of_state(cls, stored: StoredSeries, losses: LossHistory) -> TrainingSeries:
         """Return the series of a :meth:`state_dict`.
 
         Args:
-            state: what was stored.
+            stored: what was stored.
             losses: the losses that were stored beside it.
         """
-        loss = state["float_loss"]
         return cls(
             losses=tuple(losses.values),
             steps=losses.steps,
-            float_loss=(float(loss[0]), float(loss[1])) if loss else None,
-            metrics=_measurement_of(state["metrics"]),
-            evaluations=int(state["evaluations"]),
-            calibrated=_measurement_of(state["calibrated"]),
-            float_model=_measurement_of(state["float_model"]),
+            float_loss=stored.float_loss,
+            metrics=stored.metrics,
+            evaluations=stored.evaluations,
+            calibrated=stored.calibrated,
+            float_model=stored.float_model,
             points=PointHistory(
-                first=_health_of(state["first_points"]),
-                latest=_health_of(state.get("latest_points", {})),  # earlier releases stored less
-                epochs=int(state["point_epochs"]),
-                flip_rates=tuple(state["flip_rates"]),
+                first=_health_of(stored.first_points),
+                latest=_health_of(stored.latest_points),
+                epochs=stored.point_epochs,
+                flip_rates=stored.flip_rates,
             ),
-            zero_gradients=tuple(state.get("zero_gradients", ())),
-            first_bad=state.get("first_bad", ""),
-            bad_input=state.get("bad_input", ""),
-            bad_buffers=tuple(state.get("bad_buffers", ())),
-            bad_since=state.get("bad_since", ""),
+            zero_gradients=stored.zero_gradients,
+            first_bad=stored.first_bad,
+            bad_input=stored.bad_input,
+            bad_buffers=stored.bad_buffers,
+            bad_since=stored.bad_since,
         )
 
     @property
@@ -179,12 +179,41 @@ class ConvergenceRow:
     names: tuple[str, ...] = field(default=())
 
 
+_StoredHealth = tuple[float | None, float | None, float | None, bool, float | None, float | None]
+"""The fields of PointHealth in their order."""
+
+
+@dataclass(frozen=True)
+class StoredSeries:
+    """The schema of :meth:`TrainingSeries.state_dict` and of the losses that stand beside it.
+
+    What has a default is not in the checkpoints of earlier releases.
+    """
+
+    losses: tuple[float, ...]
+    stride: Annotated[int, AT_LEAST_ONE]
+    float_loss: tuple[float, float] | None
+    evaluations: Annotated[int, AT_LEAST_ZERO]
+    metrics: Measurement | None
+    calibrated: Measurement | None
+    float_model: Measurement | None
+    first_points: dict[str, _StoredHealth]
+    point_epochs: Annotated[int, AT_LEAST_ZERO]
+    flip_rates: tuple[float, ...]
+    latest_points: dict[str, _StoredHealth] = field(default_factory=dict)
+    zero_gradients: tuple[str, ...] = ()
+    first_bad: str = ""
+    bad_input: str = ""
+    bad_buffers: tuple[str, ...] = ()
+    bad_since: str = ""
+
+
 def _plain_health(points: Mapping[str, PointHealth]) -> dict[str, list[Any]]:
     """Return the health of points as plain data."""
     return {name: list(astuple(health)) for name, health in points.items()}
 
 
-def _health_of(stored: Mapping[str, Iterable[Any]]) -> dict[str, PointHealth]:
+def _health_of(stored: Mapping[str, _StoredHealth]) -> dict[str, PointHealth]:
     """Return the health of plain data."""
     return {name: PointHealth(*health) for name, health in stored.items()}
 
@@ -194,8 +223,3 @@ def _plain_measurement(measurement: Measurement | None) -> dict[str, dict[str, f
     if measurement is None:
         return None
     return {"metrics": dict(measurement.metrics), "standard_errors": dict(measurement.standard_errors)}
-
-
-def _measurement_of(stored: Mapping[str, Mapping[str, float]] | None) -> Measurement | None:
-    """Return the measurement of plain data."""
-    return Measurement(stored["metrics"], stored["standard_errors"]) if stored else None

@@ -31,7 +31,6 @@ from lightning_qat.quantization.errors import SensitivityTableError, TracingErro
 from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.make_plan import make_plans
 from lightning_qat.quantization.planning.plan import QuantPlan
-from lightning_qat.quantization.planning.plan_compatibility import read_extra_state
 from lightning_qat.quantization.planning.sensitivity_rules import plain_rules
 from lightning_qat.quantization.region.insertion import attach
 from lightning_qat.quantization.region.region import Region, find_regions
@@ -146,22 +145,23 @@ class InsertionHooks:
             )
         regions = find_regions(self.pl_module)
         with misconfiguration():
-            for path in stored:  # before anything of the model is changed
-                read_region(checkpoint["state_dict"], region_prefix(path))
+            # before anything of the model is changed
+            read = {path: read_region(checkpoint["state_dict"], region_prefix(path)) for path in stored}
             if self._pending is not None:
-                self._insert_stored(stored)
+                self._insert_stored(read)
                 self._pending = None
             elif set(stored) != set(regions) and self.request.target == AUTO:
                 # the steps of this stage call other modules than those of training did
                 for region in regions.values():
                     region.remove()
-                self._insert_stored(stored)
+                self._insert_stored(read)
             elif set(stored) != set(regions):
                 raise MisconfigurationException(
                     f"the checkpoint has fake-quants on {format_targets(stored)}, this run puts them on "
                     f"{format_targets(regions)}: set target: {format_targets(stored)} in QuantizationAwareTraining."
                 )
             for path, region in find_regions(self.pl_module).items():
+                region.reader.take(stored[path], *read[path])
                 region.set_extra_state(stored[path])
             self._warn_about_learned_scales()
         self._inserted = True
@@ -173,10 +173,10 @@ class InsertionHooks:
             "the checkpoint was made with", next(iter(find_regions(self.pl_module).values())).plan
         )
 
-    def _insert_stored(self, stored: dict[str, dict[str, Any]]) -> None:
+    def _insert_stored(self, read: dict[str, tuple[OpGraph, QuantPlan]]) -> None:
         """Insert the plan of a checkpoint without a trace: the code is checked while it runs."""
-        for path, state in stored.items():
-            attach(stored_target(self.pl_module, path), *read_extra_state(state), traced=False)
+        for path, (graph, plan) in read.items():
+            attach(stored_target(self.pl_module, path), graph, plan, traced=False)
 
     def _keep(self, regions: dict[str, Region]) -> None:
         """Keep the fake-quants of a module that an earlier run (or insert()) has quantized."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import lightning.pytorch as pl
 
@@ -27,6 +28,11 @@ class PlanWriter:
         """Write the plan with the scales of the weights that are kept, if there was training, now or before."""
         if self._has_started or trainer.ckpt_path is not None:
             self._write(trainer, pl_module)
+
+    @property
+    def missing_files(self) -> dict[Path, str]:
+        """The files that could not be written in the latest run, with the reason."""
+        return self._reports.missing
 
     def finish(self) -> None:
         """Try once more what could not be written."""

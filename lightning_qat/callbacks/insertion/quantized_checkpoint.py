@@ -129,7 +129,9 @@ def _attached(document: Document, module: pl.LightningModule, path: str, state_d
     """Attach a stored region to its target, and load its scales."""
     prefix, target = region_prefix(path), stored_target(module, path)
     try:
-        region = attach(target, *read_region(state_dict, prefix), traced=False)
+        graph, plan = read_region(state_dict, prefix)
+        region = attach(target, graph, plan, traced=False)
+        region.reader.take(state_dict[prefix + _EXTRA_STATE], graph, plan)
         region.load_state_dict({k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)})
     except ConfigurationError as error:
         raise MisconfigurationException(f"{os.fspath(document.path)}: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import lightning.pytorch as pl
@@ -22,6 +23,7 @@ from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, run_directory
 from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback, described, ends_run
+from lightning_qat.callbacks.trainer.stored_state import read_state
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.loggers import log_table
 
@@ -202,7 +204,12 @@ class PipelineCallback(ReportingCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._done = bool(state_dict["done"])
+        self._done = read_state(_Stored, state_dict, self).done
+
+
+@dataclass(frozen=True)
+class _Stored:
+    done: bool
 
 
 def _check_metrics(who: str, reference: Mapping[str, float]) -> None:

@@ -43,10 +43,10 @@ def copied_module(module: ModuleT, memo: dict[int, Any] | None = None) -> Module
     try:
         copied = copy.deepcopy(module, memo)
     except Exception:
+        memo.clear()  # of half a copy
         shared = _not_copyable(module, values)
         if not shared:
             raise
-        memo.clear()  # of half a copy
         memo.update(values | shared)
         copied = copy.deepcopy(module, memo)
         memo_of_copies = {key: value for key, value in memo.items() if key not in shared}
@@ -64,30 +64,49 @@ def _values_only(module: nn.Module) -> dict[int, Any]:
 
 def _not_copyable(module: nn.Module, values: dict[int, Any]) -> dict[int, Any]:
     """The parts of attributes and of hooks that cannot be copied (locks, files, records of a profiler), by number."""
-    known = values | {id(part): part for part in module.modules()}  # each is looked into once, by itself
+    # holds what was copied so far, so that nothing is copied again along with what it is a part of
+    memo = values | {id(part): part for part in module.modules()}  # each is looked into once, by itself
     found: dict[int, Any] = {}
     for part in modules_outside_regions(module):  # a region holds its target, and nothing that cannot be copied
         for name, value in _copied_state(part).items():
-            if name not in _OF_MODULES or name.endswith("_hooks"):
-                _look_into(value, known, found, set())
+            if (name not in _OF_MODULES or name.endswith("_hooks")) and not _is_copyable(value, memo):
+                for piece in _pieces(value, memo):
+                    if not _is_copyable(piece, memo):
+                        found[id(piece)] = memo[id(piece)] = piece
     return found
 
 
-def _look_into(value: Any, known: dict[int, Any], found: dict[int, Any], seen: set[int]) -> None:
-    """Add the smallest parts of a value that cannot be copied."""
-    if id(value) in seen or id(value) in known or _is_copyable(value, known | found):
-        return
-    seen.add(id(value))
-    for part in _parts(value):
-        _look_into(part, known, found, seen)
-    if not _is_copyable(value, known | found):
-        found[id(value)] = value
+def _pieces(value: Any, memo: dict[int, Any]) -> list[Any]:
+    """All that a value is made of and that was not copied, parts before wholes; first what has no parts.
+
+    Of objects that refer to each other, each is a part of the other: neither may count as not copyable for a lock that
+    the other holds.
+    """
+    pieces: dict[int, Any] = {}  # also keeps them alive, so that no number is used twice
+    wholes: list[Any] = []
+
+    def look_into(piece: Any) -> None:
+        if id(piece) in pieces or id(piece) in memo:
+            return
+        pieces[id(piece)] = piece
+        if parts := _parts(piece):
+            for part in parts:
+                look_into(part)
+            wholes.append(piece)
+
+    look_into(value)
+    is_whole = {id(whole) for whole in wholes}
+    return [piece for number, piece in pieces.items() if number not in is_whole] + wholes
 
 
 def _is_copyable(value: Any, memo: dict[int, Any]) -> bool:
+    """Whether a value can be copied; if so, its copy is in the memo."""
+    before = len(memo)
     try:
         copy.deepcopy(value, memo)
     except Exception:
+        while len(memo) > before:  # half copies
+            memo.popitem()
         return False
     return True
 
@@ -99,7 +118,7 @@ def _copied_state(part: nn.Module) -> dict[str, Any]:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What a container, an object, a bound method or a ``functools.partial`` is made of."""
+    """What a container, an object (also one with slots), a bound method or a ``functools.partial`` is made of."""
     if isinstance(value, dict):
         return list(value.values())
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -108,5 +127,12 @@ def _parts(value: Any) -> list[Any]:
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, MethodType):
         return [value.__self__]
-    is_object = hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType))
-    return list(vars(value).values()) if is_object else []
+    if isinstance(value, (type, ModuleType)):
+        return []
+    return [*getattr(value, "__dict__", {}).values(), *_in_slots(value)]
+
+
+def _in_slots(value: Any) -> list[Any]:
+    declared = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    names = [name for slots in declared for name in ([slots] if isinstance(slots, str) else slots)]
+    return [getattr(value, name) for name in names if hasattr(value, name)]

@@ -56,6 +56,7 @@ def average_gradients(regions: Iterable[Region]) -> None:
 def average_scales(regions: Iterable[Region], updates: Collection[str]) -> None:
     """Average the scales of activations that have followed this rank's batch over ranks."""
     for region in regions:
-        region.scales.agree_on_first()
+        if region.switches.first_scales:
+            region.scales.agree_on_first(updates)
         if "activation" in updates:
             region.scales.synchronize()

@@ -33,7 +33,7 @@ def shared_directory(trainer: pl.Trainer) -> Path:
     return local_folder(trainer.default_root_dir) / "lightning_qat"
 
 
-def local_folder(place: str) -> Path:
+def local_folder(place: str | os.PathLike[str]) -> Path:
     """Return a folder of this machine for what Lightning takes as a place for files.
 
     Args:
@@ -44,6 +44,7 @@ def local_folder(place: str) -> Path:
         >>> local_folder("file:///tmp/logs").as_posix(), local_folder("s3://bucket/run").relative_to(Path.cwd()).as_posix()
         ('/tmp/logs', 'lightning_qat_reports/s3/bucket/run')
     """
+    place = os.fspath(place)  # loggers may give a Path
     if local := _LOCAL_URL.fullmatch(place):
         return Path("/", local["place"])
     url = _URL.fullmatch(place)
@@ -55,8 +56,8 @@ def local_folder(place: str) -> Path:
 
 def local_instead_of_url(trainer: pl.Trainer) -> str:
     """Say where the files go if the run's own go to another store; empty if they do not. Call it on all ranks."""
-    places = (trainer.log_dir, trainer.default_root_dir)
-    urls = dict.fromkeys(place for place in places if place and local_folder(place) != Path(place))
+    places = [os.fspath(place) for place in (trainer.log_dir, trainer.default_root_dir) if place]
+    urls = dict.fromkeys(place for place in places if local_folder(place) != Path(place))
     found = [f"{url}: {local_folder(url)}" for url in urls if not _LOCAL_URL.fullmatch(url)]
     if not found:
         return ""

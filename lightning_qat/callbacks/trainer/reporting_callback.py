@@ -25,11 +25,15 @@ class ReportingCallback(FinalReport):
     An analysis that fails is left out. A report that cannot be written is tried again until the run ends.
 
     A subclass that overrides ``teardown`` or ``on_exception`` calls that of this class.
+
+    Attributes:
+        failures: why analyses of the latest run that has ended are missing.
     """
 
     def __init__(self) -> None:
         self._reports = reports_of_run()
         self._failures: set[str] = set()
+        self.failures: tuple[str, ...] = ()
 
     def tried(self, trainer: pl.Trainer, analyse: Callable[[], T], *, refuses: bool = True) -> T | None:
         """Return the result of an analysis, or None if it fails: then a warning says why, once for each reason.
@@ -68,11 +72,15 @@ class ReportingCallback(FinalReport):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._reports.finish()
+        self._end_run()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._reports.finish()  # Lightning does not call teardown then
+        self._end_run()  # Lightning does not call teardown then
+
+    def _end_run(self) -> None:
+        self.failures, self._failures = tuple(self._failures), set()
+        self._reports.finish()
 
 
 def ends_run(trainer: pl.Trainer, error: Exception) -> bool:

@@ -60,6 +60,7 @@ class FakeQuantize(QuantizationParameters):
         forgotten: Whether a checkpoint left out its statistics, as those of a weight can be taken again.
         starts_at_zero: Whether its first scale comes from training: see ``first_scale.py``.
         batches_from_zero: Of such a point: how many batches with values it has seen since.
+        agreed_batches: That number when the ranks last agreed on it.
         groups: Set to the groups of a transposed convolution to have ``axis`` count in the layout of a convolution: see
             :mod:`~lightning_qat.quantization.numerics.channel_groups`.
         statistics: What was observed.
@@ -106,7 +107,7 @@ class FakeQuantize(QuantizationParameters):
         self.enabled = True
         self.frozen = False
         self.outdated = self.forgotten = False
-        self.starts_at_zero, self.batches_from_zero = False, 0
+        self.starts_at_zero, self.batches_from_zero, self.agreed_batches = False, 0, 0
         self.statistics = statistics_for(self.axis, channels, split_sizes, ema_momentum)
         with torch.inference_mode(False):
             # Clip range relative to the whole and to the averaged range of the data; rows: lower and upper end.
@@ -255,7 +256,7 @@ class FakeQuantize(QuantizationParameters):
     def reset_statistics(self) -> None:
         """Reset the statistics, to calibrate again; the scale stays."""
         self.statistics.reset()
-        self.forgotten, self.starts_at_zero, self.batches_from_zero = False, False, 0
+        self.forgotten, self.starts_at_zero, self.batches_from_zero, self.agreed_batches = False, False, 0, 0
 
     def get_statistics_state(self) -> dict[str, Any]:
         """Return the state that ``state_dict`` lacks, as ints, floats, strings, lists and CPU tensors."""
@@ -282,7 +283,7 @@ class FakeQuantize(QuantizationParameters):
         self.learn_scale(state["learned"])
         self.outdated = state["outdated"]
         self.starts_at_zero = state.get("starts_at_zero", False)  # checkpoints of earlier releases have no such points
-        self.batches_from_zero = state.get("batches_from_zero", 0)
+        self.batches_from_zero = self.agreed_batches = state.get("batches_from_zero", 0)
         self._ratio, self._ema_ratio = ratios_of(state, self._ratio.shape)
 
     def extra_repr(self) -> str:

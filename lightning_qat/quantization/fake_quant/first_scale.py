@@ -32,13 +32,17 @@ def follows(fake_quant: FakeQuantize, moves: bool) -> bool:
         fake_quant: a point that began at zero.
         moves: the scale follows the data anyway.
     """
-    return fake_quant.batches_from_zero < YOUTH or not (moves or fake_quant.learned)
+    return _follows_after(fake_quant.batches_from_zero, fake_quant, moves)
+
+
+def _follows_after(batches: int, fake_quant: FakeQuantize, moves: bool) -> bool:
+    return batches < YOUTH or not (moves or fake_quant.learned)
 
 
 @torch.no_grad()
 def await_values(fake_quant: FakeQuantize) -> None:
     """Let a point have no scale until training gives it values; calibration saw one value only."""
-    fake_quant.starts_at_zero, fake_quant.batches_from_zero = True, 0
+    fake_quant.starts_at_zero, fake_quant.batches_from_zero, fake_quant.agreed_batches = True, 0, 0
     fake_quant.scale_source = None
     fake_quant.scale.fill_(1.0)
     fake_quant.zero_point.zero_()
@@ -76,15 +80,20 @@ def follow(fake_quant: FakeQuantize, x: Tensor, is_weight: bool) -> None:
     _take_scale(fake_quant)
 
 
-def agree_over_ranks(fake_quants: Iterable[FakeQuantize]) -> None:
+def agree_over_ranks(points: Iterable[tuple[FakeQuantize, bool]]) -> None:
     """Give all ranks the widest range of each point that began at zero; every rank must call this after each batch.
 
+    A point whose scale no rank finds by :func:`follow` any more is left out, and without such points nothing is
+    exchanged. A rank may have met fewer batches with values than the others, so the count that decides is the one that
+    the ranks agreed on before.
+
     Args:
-        fake_quants: the points of a region, in the same order on all ranks.
+        points: those of a region, in the same order on all ranks, and whether the scale follows the data anyway.
     """
     if ranks.count() == 1:
         return
-    found = [f for f in fake_quants if f.starts_at_zero and not f.frozen]
+    waiting = [(f, moves) for f, moves in points if f.starts_at_zero and not f.frozen]
+    found = [f for f, moves in waiting if _follows_after(f.agreed_batches, f, moves)]
     if not found:
         return
     parts = []
@@ -98,7 +107,7 @@ def agree_over_ranks(fake_quants: Iterable[FakeQuantize]) -> None:
         low, high, scale, (batches,) = numbers.split([size, size, size, 1])
         if not batches:
             continue
-        fake_quant.batches_from_zero = int(batches)
+        fake_quant.batches_from_zero = fake_quant.agreed_batches = int(batches)
         fake_quant.statistics.averages = torch.stack([-low, high])
         _take_scale(fake_quant)
         if fake_quant.learned:

@@ -37,6 +37,24 @@ def batch_norm_to_fold(
     Returns:
         The name of the batch norm op to fold, or None; and the reason why a batch norm is not folded, or an empty text.
     """
+    norm, reason = norm_behind(graph, group, op, operand)
+    if norm is None or scales == norm_channels(norm):
+        return None, reason  # one scale per factor: folding would change no code
+    return norm.name, ""
+
+
+def norm_behind(graph: OpGraph, group: FusionGroup | None, op: Op, operand: Operand) -> tuple[Op | None, str]:
+    """Find the batch norm that a device folds into a GEMM layer, whether or not this changes the layer's codes.
+
+    Args:
+        graph: the traced ops.
+        group: the fused group of the layer, if it is in one.
+        op: the layer.
+        operand: its weight.
+
+    Returns:
+        The batch norm op, or None; and the reason why one is not folded, or an empty text.
+    """
     ops = [graph.by_name[name] for name in group.ops] if group is not None else []
     norm = next((o for o in ops if o.kind == "batch_norm"), None)
     if norm is None or norm is op or op.weight_axis is None:
@@ -46,13 +64,16 @@ def batch_norm_to_fold(
         return None, ""
     if statistics_path(norm) is None:
         return None, f"the batch norm has no running statistics of a module, {not_folded}"
-    channels = next(o.shape[0] for o in norm.operands if o.role == "parameter")
+    channels = norm_channels(norm)
     is_channel_axis = op.kind != "linear" or len(op.outputs[0][1]) == 2
     if not is_channel_axis or operand.shape[op.weight_axis] * _groups(op, operand, channels) != channels:
         return None, f"the batch norm has other channels than the layer, {not_folded}"
-    if scales == channels:
-        return None, ""  # one scale per factor: folding would change no code
-    return norm.name, ""
+    return norm, ""
+
+
+def norm_channels(norm: Op) -> int:
+    """Return how many channels a batch norm op has."""
+    return next(o.shape[0] for o in norm.operands if o.role == "parameter")
 
 
 class FoldedBatchNorm:

@@ -5,6 +5,7 @@ Nothing is read with pickle unless the user asks for it.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -78,7 +79,9 @@ class Document:
         Raises:
             DamagedFileError: it cannot be read, or is something else.
         """
-        content = self._bytes()
+        return self._decoded(self._bytes())
+
+    def _decoded(self, content: bytes) -> str:
         try:
             return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -131,9 +134,10 @@ class Document:
         Raises:
             DamagedFileError: it cannot be read, or is something else.
         """
-        text = self.text()
-        if growing and text.startswith(f"{growing},"):
-            text = text[: text.rfind("\n") + 1]
+        content = self._bytes()
+        if growing and content.removeprefix(codecs.BOM_UTF8).startswith(f"{growing},".encode()):
+            content = content[: content.rfind(b"\n") + 1]  # as bytes: the cut may be inside of a character
+        text = self._decoded(content)
         try:
             reader = csv.reader(io.StringIO(text, newline=""), strict=True)
             heading = next(reader, [])

@@ -33,7 +33,7 @@ class Region(nn.Module):
 
     Everything it adds to the model lives here: the fake-quants, the plan and the graph (as extra state of the
     checkpoint). The float state_dict keys stay as they are. Its parts: ``switches`` holds the state, ``scales`` derives
-    and trains scales, ``freezing`` knows what is frozen, ``runner`` runs the forward.
+    and trains scales, ``freezing`` knows what is frozen, ``runner`` runs the forward, ``reader`` reads a checkpoint.
 
     Args:
         target: the module whose forward is quantized.
@@ -51,7 +51,7 @@ class Region(nn.Module):
         self.switches = Switches()
         self.freezing = Freezing()
         self.runner = RegionRunner(target, self.switches, self.freezing)
-        self._reader = StateReader()
+        self.reader = StateReader()
         self._intercepted: Intercepted | None = None
         self.set_plan(graph, plan)
 
@@ -252,7 +252,7 @@ class Region(nn.Module):
         Raises:
             PlanMismatchError: the state is damaged, or the plan does not fit the code.
         """
-        graph, plan = self._reader.read(state)  # all of it is checked, and nothing is changed yet
+        graph, plan = self.reader.read(state)  # all of it is checked, and nothing is changed yet
         if plan != self.plan:
             graph = rebound(graph, self._traced_graph) if self._traced_graph is not None else graph
             self.set_plan(graph, plan)
@@ -267,7 +267,7 @@ class Region(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + LOADING_NOTE, None)
-        self._reader.check(state_dict, prefix)
+        self.reader.check(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}_extra_state" not in state_dict and "weight" in self.updates:
             self.scales.expect_other_weights()  # perhaps float or averaged ones, which need other scales

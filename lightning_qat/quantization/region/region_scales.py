@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 from torch import nn
@@ -128,9 +128,14 @@ class RegionScales:
         for fake_quant in self._points.values():
             fake_quant.outdated = False
 
-    def agree_on_first(self) -> None:
-        """Give all ranks the same scales of points that began at zero."""
-        agree_over_ranks([self._points[p.name] for p in self._plan.points if p.same_as is None])
+    def agree_on_first(self, updates: Collection[str]) -> None:
+        """Give all ranks the same scales of points that began at zero, as long as those scales come from training.
+
+        Args:
+            updates: the scales that follow the data anyway.
+        """
+        own = [p for p in self._plan.points if p.same_as is None]
+        agree_over_ranks([(self._points[p.name], p.scale_role in updates) for p in own])
 
     def synchronize(self) -> None:
         """Give all ranks the same activation scales, for scales that follow each rank's own batches."""

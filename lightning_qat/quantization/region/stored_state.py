@@ -32,6 +32,10 @@ class StateReader:
     def __init__(self) -> None:
         self._checked: tuple[Any, OpGraph, QuantPlan] | None = None
 
+    def take(self, state: Any, graph: OpGraph, plan: QuantPlan) -> None:
+        """Take what :func:`read_region` has read and checked of this extra state, so that loading reads it no more."""
+        self._checked = (state, graph, plan)
+
     def check(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Check a whole state_dict, if it has an extra state under ``prefix``; what follows will take it.
 
@@ -39,6 +43,8 @@ class StateReader:
             PlanMismatchError: it is damaged.
         """
         state = state_dict.get(f"{prefix}{EXTRA_STATE}")
+        if self._checked is not None and self._checked[0] is state:
+            return
         self._checked = None if state is None else (state, *read_region(state_dict, prefix))
 
     def read(self, state: Any) -> tuple[OpGraph, QuantPlan]:

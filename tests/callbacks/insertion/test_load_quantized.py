@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.quantization.errors import PlanMismatchError
+from lightning_qat.quantization.region import stored_state
 from tests.callbacks.test_resume import Changed
 from tests.harness.classifier import Classifier, SelfClassifier
 from tests.harness.state import assert_same, file_hash, only_region, state_of
@@ -195,3 +196,20 @@ def test_the_note_is_for_strangers_only(tmp_path: Path) -> None:
     assert notes[0] in state  # what was given is left alone
     del state[notes[0]]
     module.load_state_dict(state)
+
+
+def test_the_stored_state_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading and checking is most of the work of loading a large model; another state is read again."""
+    checkpoint = quantized_checkpoint(tmp_path)
+    read: list[object] = []
+    original = stored_state.read_extra_state
+
+    def counted(state: Any) -> Any:
+        read.append(state)
+        return original(state)
+
+    monkeypatch.setattr(stored_state, "read_extra_state", counted)
+    loaded = load_quantized(Classifier, checkpoint)
+    assert len(read) == 1
+    only_region(loaded).load_state_dict(only_region(loaded).state_dict())
+    assert len(read) == 2

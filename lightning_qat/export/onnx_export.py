@@ -1,0 +1,255 @@
+"""Exporting a quantized model to ONNX in its deployed form."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_qat.atomic_files import write_atomically
+from lightning_qat.export.deployed_form import FULL_OPSET, DeployedForm, check_exportable, deployed_form
+from lightning_qat.export.deployed_mode import DeployedForward
+from lightning_qat.export.deployed_ops import translations
+from lightning_qat.export.export_errors import capture_error, conversion_error
+from lightning_qat.export.onnx_graph import finish_graph, named_uses
+from lightning_qat.export.onnx_verification import VerifiedGraph, verified_outputs, verified_quantizers
+from lightning_qat.export.verification_result import ExportResult, OutputRow, QuantizerRow
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.region.region import Region, find_regions
+
+_LARGEST_FILE = 2**31 - 1
+_EXTRA = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """An exported model with what the regions made of the same inputs.
+
+    Args:
+        proto: the ``onnx.ModelProto``.
+        deployed: every region as it was exported.
+        call: the example inputs.
+        outputs: what the quantized model returns for them.
+        float_outputs: what the model returns with its regions switched off.
+    """
+
+    proto: Any
+    deployed: tuple[DeployedForward, ...]
+    call: Call
+    outputs: Any
+    float_outputs: Any
+
+
+def check_extra() -> None:
+    """Refuse to work without the packages of the extra.
+
+    Raises:
+        ConfigurationError: one is missing.
+    """
+    for name in _EXTRA:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigurationError(f"exporting to ONNX needs {name}: pip install 'lightning-qat[onnx]'.") from error
+
+
+def exported(
+    model_or_region: nn.Module, example_inputs: Any, dynamic_shapes: Any = None, opset: int = FULL_OPSET
+) -> Exported:
+    """Export a quantized model, without writing it. The model stays as it is.
+
+    Args:
+        model_or_region: the model, or one region of it.
+        example_inputs: a tensor, a tuple of arguments, a mapping of keyword arguments, or ``(args, kwargs)``.
+        dynamic_shapes: as for ``torch.export.export``.
+        opset: of ONNX; 19 and 20 have 8-bit codes only.
+
+    Raises:
+        ConfigurationError: the model cannot be exported; the message names the cause.
+    """
+    check_extra()
+    model, regions = _regions(model_or_region)
+    check_exportable(regions, opset)
+    call = Call.of(example_inputs)
+    with torch.no_grad(), _evaluating(model, regions):
+        forms: dict[str, DeployedForm] = {}
+
+        def run() -> Any:
+            arguments = call.copied()
+            return model(*arguments.args, **arguments.kwargs)
+
+        for path, region in regions.items():
+            forms[path] = deployed_form(region, run)
+        outputs = run()
+        with ExitStack() as stack:
+            for region in regions.values():
+                stack.enter_context(region.state("off"))
+            float_outputs = run()
+        deployed = [DeployedForward(r, forms[path], f"{path}." if path else "") for path, r in regions.items()]
+        proto = _proto(model, deployed, call.copied(), dynamic_shapes, opset)
+    return Exported(proto, tuple(deployed), call, outputs, float_outputs)
+
+
+def export_model(
+    model_or_region: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    dynamic_shapes: Any = None,
+    opset: int = FULL_OPSET,
+    verify: bool = True,
+) -> ExportResult:
+    """Export, write and verify a quantized model: :func:`lightning_qat.export_onnx` without its report."""
+    found = exported(model_or_region, example_inputs, dynamic_shapes, opset)
+    import onnx
+
+    file = write_onnx(found.proto, path)
+    uses = named_uses(found.deployed)
+    references = {one.prefix + n: r for one in found.deployed for n, r in one.form.references.items()}
+    graph = VerifiedGraph(onnx.load(file), uses, references)  # what a reader of the file gets
+    rows: tuple[QuantizerRow, ...] = ()
+    outputs: tuple[OutputRow, ...] = ()
+    if verify:
+        inputs = _graph_inputs(found)
+        rows = verified_quantizers(graph, inputs)
+        outputs = verified_outputs(graph, inputs, _tensors(found.outputs), _tensors(found.float_outputs))
+    return ExportResult(
+        rows,
+        outputs,
+        str(file),
+        opset,
+        verify,
+        folded=tuple(one.prefix + norm for one in found.deployed for norm in sorted(one.form.folded_norms)),
+        kept=tuple((one.prefix + n, why) for one in found.deployed for n, why in one.form.kept_norms.items()),
+        in_float=tuple(one.prefix + name for one in found.deployed for name in one.form.not_calibrated),
+        shared=tuple(name for name in uses if name not in graph.dequantize),
+        bytes=file.stat().st_size,
+    )
+
+
+def _graph_inputs(found: Exported) -> dict[str, Any]:
+    names = [value.name for value in found.proto.graph.input]
+    tensors = _tensors((found.call.args, found.call.kwargs))
+    return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
+
+
+def _shapes(given: Any) -> Any:
+    """Return dynamic shapes as torch.export knows them: an axis that is given by its name is a dynamic one."""
+    if isinstance(given, str):
+        return torch.export.Dim.DYNAMIC
+    if isinstance(given, Mapping):
+        return {key: _shapes(value) for key, value in given.items()}
+    if isinstance(given, (tuple, list)):
+        return type(given)(_shapes(value) for value in given)
+    return given
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in the order in which torch.export numbers them."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def write_onnx(proto: Any, path: str | os.PathLike[str]) -> Path:
+    """Check an exported model and write it; an existing file is replaced at once.
+
+    Raises:
+        NotWrittenError: the file cannot be written.
+        ConfigurationError: it is larger than ONNX files can be.
+    """
+    import onnx
+
+    size = proto.ByteSize()
+    if size > _LARGEST_FILE:
+        raise ConfigurationError(
+            f"the model takes {size / 2**30:.1f} GiB; a single ONNX file holds 2 GiB at most, and weights in files "
+            "beside it are not written yet. Export parts of the model as regions of their own."
+        )
+    onnx.checker.check_model(proto, full_check=True)
+    return write_atomically(path, proto.SerializeToString())
+
+
+def _regions(model_or_region: nn.Module) -> tuple[nn.Module, dict[str, Region]]:
+    if isinstance(model_or_region, Region):
+        return model_or_region.target, {"": model_or_region}
+    regions = find_regions(model_or_region)
+    if not regions:
+        raise ConfigurationError(
+            f"{type(model_or_region).__name__} has no fake-quants, so there is no deployed form to export: quantize "
+            "it first, by load_quantized(...) from the checkpoint of a QAT run or by insert(...) and calibrate(...)."
+        )
+    return model_or_region, regions
+
+
+@contextmanager
+def _evaluating(model: nn.Module, regions: Mapping[str, Region]) -> Iterator[None]:
+    """Quantize in eval mode for the duration of a block."""
+    modes = {module: module.training for module in model.modules()}
+    with ExitStack() as stack:
+        for region in regions.values():
+            region.scales.refresh_weights()
+            stack.enter_context(region.state("quantize"))
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's exporter from warning about itself; what goes wrong is raised."""
+    logger = logging.getLogger("torch")
+    disabled = logger.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                yield
+        finally:
+            logging.disable(disabled)
+
+
+def _proto(model: nn.Module, deployed: list[DeployedForward], call: Call, dynamic_shapes: Any, opset: int) -> Any:
+    import onnx
+    import onnx_ir
+
+    with ExitStack() as stack:
+        for one in deployed:
+            stack.enter_context(one)
+        stack.enter_context(_quiet())
+        try:
+            program = torch.export.export(
+                model, call.args, call.kwargs, dynamic_shapes=_shapes(dynamic_shapes), strict=False
+            )
+        except ConfigurationError:
+            raise
+        except Exception as error:  # torch raises many kinds
+            raise capture_error(model, error) from error
+        try:
+            found = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=dynamic_shapes,  # for the names
+                custom_translation_table=translations(opset),
+                verbose=False,
+            )
+        except Exception as error:
+            raise conversion_error(model, program, error) from error
+        assert found is not None
+        finish_graph(found.model, deployed)
+    proto = onnx_ir.serde.serialize_model(found.model)
+    return onnx.shape_inference.infer_shapes(proto, data_prop=True)
