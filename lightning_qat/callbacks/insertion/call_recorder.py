@@ -108,6 +108,15 @@ class CallRecorder:
         found = [path for path in found if all(path in called for called in evaluated)]
         return [path for path in found if not any(other.startswith(path + ".") for other in found)]
 
+    def called(self, path: str) -> bool:
+        """Whether a step called a module."""
+        return any(path in called for called in self._called.values())
+
+    def called_only_in_training(self, path: str) -> bool:
+        """Whether other steps were run, and none of them called a module: its ops stay float."""
+        others = [called for stage, called in self._called.items() if stage != "train"]
+        return bool(others) and not any(path in called for called in others)
+
     def called_in_training(self, path: str) -> bool:
         """Whether training steps were run, and called a module."""
         return path in self._called.get("train", ())

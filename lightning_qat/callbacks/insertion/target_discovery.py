@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_debug  # type: ignor
 
 from lightning_qat.callbacks.insertion.call_recorder import CallRecorder
 from lightning_qat.callbacks.insertion.module_flow import ModuleFlow
-from lightning_qat.callbacks.insertion.trained_parts import gradient_leaves, parts_of_the_model
+from lightning_qat.callbacks.insertion.trained_parts import gradient_leaves, parts_of_the_model, warn_about_helpers
 from lightning_qat.callbacks.passes.calibration_batches import calibration_owner
 from lightning_qat.callbacks.passes.extra_batches import ExtraBatch, extra_batches
 from lightning_qat.callbacks.passes.fresh_loaders import Stage
@@ -67,6 +67,7 @@ def captured_calls(
                 _run_all_steps(trainer, pl_module, data, stages, CallRecorder(modules, found))
 
         wanted = parts_of_the_model(trainer, pl_module, found, seen.recorder, watch)
+        warn_about_helpers(trainer, pl_module, wanted, seen.recorder, watch)
         if set(seen.recorder.calls) - set(found):  # some were called inside of others
             seen = _run_all_steps(trainer, pl_module, data, stages, CallRecorder(modules, wanted))
     recorder = seen.recorder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.warnings import PossibleUserWarning
@@ -37,26 +37,84 @@ def parts_of_the_model(
     idle = _untrained(trainer, pl_module, candidates, recorder) if len(candidates) > 1 else {}
     if not idle or len(idle) == len(candidates):
         return candidates
-    inside = {id(p) for path in candidates for p in pl_module.get_submodule(path).parameters()}
-    flow = ModuleFlow(
-        {path: pl_module.get_submodule(path) for path in candidates},
-        {id(p) for p in pl_module.parameters() if p.requires_grad and id(p) not in inside},
-    )
+    flow = _flow_between(pl_module, candidates)
     watch(flow)
-    taken = {path for path in candidates if path not in idle}
-    trained = set(taken)
-    while True:
-        found = {path for path in idle if path not in taken and _belongs(flow, path, taken)}
-        if not found:
-            break
-        taken |= found
-    _tell(candidates, taken, trained, idle)
+    taken = _taken(flow, candidates, idle)
+    _tell(candidates, taken, set(candidates) - idle.keys(), idle)
     return [path for path in candidates if path in taken]
+
+
+def warn_about_helpers(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    targets: list[str],
+    recorder: CallRecorder,
+    watch: Callable[[ModuleFlow], None],
+) -> None:
+    """Warn about helpers that a target calls itself, as its forward is quantized with all that it calls.
+
+    Args:
+        trainer: the running trainer.
+        pl_module: its module.
+        targets: the paths that auto takes.
+        recorder: has seen the steps.
+        watch: runs the steps again, watched.
+    """
+    for target in targets:
+        parts = _called_parts(pl_module, target, recorder)
+        idle = _untrained(trainer, pl_module, parts, recorder)
+        if not idle or len(idle) == len(parts):
+            continue
+        flow = _flow_between(pl_module, parts, pl_module.get_submodule(target))
+        watch(flow)
+        taken = _taken(flow, parts, idle)
+        quantized = [path for path in parts if path in flow.inside and not recorder.called_only_in_training(path)]
+        for path in (path for path in quantized if path not in taken):
+            name = path.removeprefix(f"{target}.") if target else path
+            rank_zero_warn(
+                f"{path!r} is quantized, as {repr(target) if target else 'the whole module'} is the target and calls "
+                f"it: {idle[path]}, and no part that is trained uses what it computes. If it is a teacher, a loss "
+                f'network or an average of weights, keep it in float: overrides: [{{match: "{name}.*", activation: '
+                f"{{dtype: float32}}, weight: {{dtype: float32}}}}]. If it is deployed, write target: {targets}, and "
+                "this is not said again.",
+                category=PossibleUserWarning,
+            )
+
+
+def _called_parts(pl_module: pl.LightningModule, target: str, recorder: CallRecorder) -> list[str]:
+    """The modules with parameters that a target calls itself. Of a target that only calls one, that one's."""
+    found: list[str] = []
+    pending = [target]
+    while pending:
+        outer = pending.pop(0)
+        for name, child in pl_module.get_submodule(outer).named_children():
+            path = f"{outer}.{name}" if outer else name
+            if any(True for _ in child.parameters()):
+                (found if recorder.called(path) else pending).append(path)  # a ModuleList is not called
+    return _called_parts(pl_module, found[0], recorder) if len(found) == 1 else found
+
+
+def _flow_between(pl_module: pl.LightningModule, paths: list[str], around: nn.Module | None = None) -> ModuleFlow:
+    inside = {id(p) for path in paths for p in pl_module.get_submodule(path).parameters()}
+    return ModuleFlow(
+        {path: pl_module.get_submodule(path) for path in paths},
+        {id(p) for p in pl_module.parameters() if p.requires_grad and id(p) not in inside},
+        around,
+    )
+
+
+def _taken(flow: ModuleFlow, paths: list[str], idle: Collection[str]) -> set[str]:
+    """What is trained, and what works together with it."""
+    taken = {path for path in paths if path not in idle}
+    while found := {path for path in idle if path not in taken and _belongs(flow, path, taken)}:
+        taken |= found
+    return taken
 
 
 def _belongs(flow: ModuleFlow, path: str, taken: set[str]) -> bool:
     """Whether a module works together with others. Assumed of a module of which no call was seen."""
-    return flow.reaches(path, {*taken, WEIGHTS}) or flow.continues(path, taken) or path not in flow.inputs
+    works = flow.reaches(path, {*taken, WEIGHTS}) or flow.continues(path, taken) or flow.joins(path, taken)
+    return works or path not in flow.inputs
 
 
 def gradient_leaves(output: object) -> set[int]:

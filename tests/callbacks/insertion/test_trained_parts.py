@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -233,3 +234,111 @@ def test_flow_is_followed_through_writes_views_and_containers() -> None:
     assert flow.inputs == {"first": [frozenset()], "second": [frozenset({"first"})], "third": [frozenset()]}
     assert first(torch.ones(1, 2)).shape == (1, 2)
     assert "forward" not in vars(first)
+
+
+# -- inside of the target
+
+
+class Inside(Steps):
+    """The forward calls all of it, so the whole module is the target."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.student, self.other, self.how = body(), body(), how
+        self.head = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+        if how != "no_grad":
+            self.other.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if self.how == "backbone":  # also through a module in a list
+            return self.head(self.blocks[0](self.other(images)) + self.student(images)), images
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.how != "no_grad"):
+            other = self.other(images)
+        features = self.blocks[0](self.student(images))
+        if self.how == "branch":
+            return self.head(features) + other, images
+        return self.head(features), other
+
+    def loss(self, batch: Any) -> Tensor:
+        logits, other = self(batch[0])
+        loss = F.cross_entropy(logits, batch[1])
+        return loss + F.mse_loss(logits, other.detach()) if other.shape == logits.shape else loss
+
+
+class Wrapped(Steps):
+    """The target is a module that calls one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Inside("frozen")
+
+    def loss(self, batch: Any) -> Tensor:
+        logits, other = self.net(batch[0])
+        return F.cross_entropy(logits, batch[1]) + F.mse_loss(logits, other)
+
+
+def said_of_helpers(directory: Path, module: Classifier, **qat: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        qat_trainer(directory, limit_train_batches=2, qat=qat).fit(module)
+    return [str(w.message) for w in caught if "is quantized, as" in str(w.message)]
+
+
+@pytest.mark.parametrize("how", ["no_grad", "frozen", "wrapped"])
+def test_a_teacher_inside_of_the_target_is_said_loudly_and_stays_float_as_advised(tmp_path: Path, how: str) -> None:
+    def make() -> Classifier:
+        return Wrapped() if how == "wrapped" else Inside(how)
+
+    path = "net.other" if how == "wrapped" else "other"
+    module = make()
+    (said,) = said_of_helpers(tmp_path, module)
+    ((target, region),) = find_regions(module).items()
+    assert said.startswith(f"{path!r} is quantized, as")
+    assert any(name.startswith("other") for name in region.points)
+    advice = said[said.index("overrides: ") + len("overrides: ") : said.index(". If it is deployed")]
+    module = make()
+    said_of_helpers(tmp_path, module, overrides=yaml.safe_load(advice))
+    (region,) = find_regions(module).values()
+    assert not any(name.startswith("other") for name in region.points)
+    assert any(name.startswith("student") for name in region.points)
+    assert not said_of_helpers(tmp_path, make(), target=[target])
+
+
+@pytest.mark.parametrize("how", ["backbone", "branch"])
+def test_a_frozen_part_that_the_model_needs_is_not_mentioned(tmp_path: Path, how: str) -> None:
+    """A backbone, and a branch whose result is added to what is trained."""
+    assert not said_of_helpers(tmp_path, Inside(how))
+
+
+class LossBeside(Inside):
+    """The step calls a frozen loss network beside the target, so it is not quantized."""
+
+    def __init__(self) -> None:
+        super().__init__("backbone")
+        self.features = nn.Linear(4, 4).requires_grad_(False)
+
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss(batch) + 0.0 * self.features(batch[0].flatten(1)[:, :4]).square().mean()
+
+
+def test_a_loss_network_beside_the_target_is_not_mentioned(tmp_path: Path) -> None:
+    module = LossBeside()
+    assert not said_of_helpers(tmp_path, module)
+    (region,) = find_regions(module).values()
+    assert not any(name.startswith("features") for name in region.points)
+
+
+class OnlyInTraining(Inside):
+    """Evaluation does not call the teacher, so that it stays float by itself."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head(self.blocks[0](self.student(images)))
+        return logits, self.other(images) if self.training else images
+
+
+def test_a_teacher_that_only_training_calls_is_not_mentioned(tmp_path: Path) -> None:
+    module = OnlyInTraining("frozen")
+    assert not said_of_helpers(tmp_path, module)
+    (region,) = find_regions(module).values()
+    assert not any(name.startswith("other") for name in region.points)
