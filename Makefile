@@ -46,8 +46,9 @@ bench: $(VENV)/.dev ## measure training steps and insertion time
 tables: $(VENV)/.dev ## write the table of torch functions into the docs
 	$(BIN)/python -m tests.quantization.functions.document
 
-zoo: $(VENV)/.dev ## quantize the models of tests/zoo and write the table
+zoo: $(VENV)/.dev ## quantize the models of tests/zoo and write the tables
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.table
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.mixed_precision
 
 format: $(VENV)/.dev ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .

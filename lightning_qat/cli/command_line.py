@@ -16,6 +16,7 @@ from lightning_qat.cli.command import Command
 from lightning_qat.cli.compare_pipelines_command import COMPARE_PIPELINES
 from lightning_qat.cli.compare_runs_command import COMPARE_RUNS
 from lightning_qat.cli.expected_errors import EXPECTED, fail
+from lightning_qat.cli.export_command import EXPORT
 from lightning_qat.cli.fingerprint_command import FINGERPRINT
 from lightning_qat.cli.inspect_command import INSPECT
 from lightning_qat.cli.pipeline_check_command import PIPELINE_CHECK
@@ -27,6 +28,7 @@ COMMANDS: tuple[Command, ...] = (
     CHECK,
     INSPECT,
     ANALYSE,
+    EXPORT,
     TUNE,
     COMPARE_RUNS,
     COMPARE_PIPELINES,

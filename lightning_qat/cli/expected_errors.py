@@ -7,10 +7,11 @@ import sys
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_qat.atomic_files import NotWrittenError
+from lightning_qat.export.onnx_verification import ExportMismatchError
 from lightning_qat.quantization.errors import ConfigurationError, TracingError
 from lightning_qat.reporting.plain_text import printable
 
-EXPECTED = (ConfigurationError, MisconfigurationException, NotWrittenError, TracingError)
+EXPECTED = (ConfigurationError, ExportMismatchError, MisconfigurationException, NotWrittenError, TracingError)
 
 
 def fail(error: Exception) -> int:

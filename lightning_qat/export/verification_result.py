@@ -171,7 +171,8 @@ class ExportResult(Result[QuantizerRow]):
 
     def blocks(self) -> tuple[Block, ...]:
         """Return the outputs only: there are few of them, and all rows say that codes are equal."""
-        return (self._outputs(self.title),)
+        block = self._outputs(self.title)
+        return (block.only([c for c in block.columns if not c.startswith("mean_")]),)
 
     def full_blocks(self) -> tuple[Block, ...]:
         """Return the outputs and every quantizer."""

@@ -1,0 +1,101 @@
+"""``python -m lightning_qat export``: the quantized model of a checkpoint as a file for deployment, proved equal."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lightning_qat.analysis.captured_calls import capture_calls
+from lightning_qat.callbacks.analyses.chosen_samples import chosen_samples
+from lightning_qat.callbacks.analyses.undisturbed_analysis import undisturbed_analysis
+from lightning_qat.callbacks.onnx_export import export_onnx
+from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.trainer.output_directory import shared_directory
+from lightning_qat.cli.command import Command, add_quantization_options
+from lightning_qat.cli.project import Project
+from lightning_qat.cli.run_project import run_project
+from lightning_qat.export.verification_result import ExportResult
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.region.region import Region
+from lightning_qat.reporting.console import print_note, show
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=["onnx"], default="onnx", help="onnx (the default)")
+    parser.add_argument("--opset", type=int, default=21, metavar="N", help="of ONNX: 21, or 20 for 8-bit models")
+    parser.add_argument(
+        "--dynamic-batch",
+        action="store_true",
+        help="axis 0 of every input may have any length, not that of the example",
+    )
+    parser.add_argument("--no-verify", action="store_true", help="do not prove that the file is what was trained")
+    add_quantization_options(parser)
+
+
+def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) -> int:
+    def export(project: Project) -> tuple[list[ExportResult], list[str]]:
+        def work(trainer: pl.Trainer, module: pl.LightningModule) -> list[ExportResult]:
+            directory = options.output or shared_directory(trainer) / "export"
+            with undisturbed_analysis(trainer, module, "export") as regions:
+                batch = chosen_samples(trainer, module, None)
+                calls = capture_calls(regions, partial(run_step, trainer, module, batch, "validate"))
+                missing = [path for path in regions if not calls[path]]
+                if missing:
+                    raise ConfigurationError(
+                        f"the validation step does not call {', '.join(missing) or 'the model'}: from Python, "
+                        "lightning_qat.export_onnx(model, path, example_inputs) takes inputs of your own."
+                    )
+                names = {path: path if len(regions) > 1 else "model" for path in regions}
+                return [
+                    _exported(region, calls[path][0], directory / f"{names[path]}.onnx", options)
+                    for path, region in regions.items()
+                ]
+
+        return project.before_training(work, options.calibration_batches), project.notes
+
+    results, notes = run_project(script, arguments, export, options.ckpt_path)
+    for note in notes:
+        print_note(note)
+    for result in results:
+        show(result, file=str(Path(result.file).with_name(f"{Path(result.file).stem}_export.txt")))
+    return 0
+
+
+def _exported(region: Region, call: Call, file: Path, options: argparse.Namespace) -> ExportResult:
+    shapes = _batch_axes(region, call) if options.dynamic_batch else None
+    return export_onnx(region, file, Call(call.args, call.kwargs), shapes, options.opset, not options.no_verify)
+
+
+def _batch_axes(region: Region, call: Call) -> Any:
+    """Dynamic shapes in which axis 0 of every tensor is the batch."""
+
+    def shape(value: Any) -> Any:
+        return {0: "batch"} if isinstance(value, Tensor) and value.dim() else None
+
+    if not call.kwargs:
+        return tree_map(shape, tuple(call.args))
+    bound = inspect.signature(region.target.forward).bind(*call.args, **call.kwargs)
+    return tree_map(shape, dict(bound.arguments))
+
+
+EXPORT = Command(
+    name="export",
+    summary="the quantized model of a checkpoint as ONNX, with the proof that its codes are those that were trained",
+    description="""Export the quantized model of a checkpoint, with the first batch of the validation data.
+
+Written to <output>: model.onnx and its report, model_export.txt and .json; with several targets, one file for each,
+under its name. Every quantizer of the file is computed by onnxruntime from the same input as in the model: all codes
+have to be equal. It needs the extra: pip install 'lightning-qat[onnx]'.
+""",
+    example=" --ckpt_path best.ckpt --dynamic-batch",
+    add_options=_add_options,
+    run=_run,
+)

