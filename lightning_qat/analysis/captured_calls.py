@@ -27,7 +27,7 @@ def capture_calls(regions: Mapping[str, Region], run: Callable[[], Any]) -> dict
     """Record the arguments of every forward of some regions' targets that happens while ``run`` runs.
 
     Recursive entries are part of the outer forward and not recorded. The tensors are the originals; if ``run`` writes
-    into them, their contents are put back at its end.
+    into them, their contents are put back at its end, also if it fails.
 
     Args:
         regions: the regions whose targets are watched, by any name.
@@ -44,11 +44,13 @@ def capture_calls(regions: Mapping[str, Region], run: Callable[[], Any]) -> dict
         (tensor([[0., 0.]]),)
     """
     contents: list[TensorContents] = []
-    with ExitStack() as stack:
-        calls = {name: stack.enter_context(_recorded(region, contents)) for name, region in regions.items()}
-        run()
-    for content in reversed(contents):  # a tensor that several calls share gets the contents that the first call saw
-        content.restore()
+    try:
+        with ExitStack() as stack:
+            calls = {name: stack.enter_context(_recorded(region, contents)) for name, region in regions.items()}
+            run()
+    finally:
+        for content in reversed(contents):  # a tensor that several calls share gets what the first call saw
+            content.restore()
     return calls
 
 

@@ -155,7 +155,7 @@ class PipelineCheck(PipelineCallback):
             if isinstance(known, Fingerprint):
                 here = take_comparable(trainer, pl_module, known)
             else:
-                here = take_fingerprint(trainer, pl_module)
+                here = take_fingerprint(trainer, pl_module, steps=started)
             ladder = self.measure_ladder(trainer, pl_module, self.rungs, batches)
         return judge(ladder, known, here, self.rungs, flag=self._flag)
 

@@ -32,6 +32,7 @@ from lightning_qat.callbacks.ladder.run_description import (
     described_datasets,
     described_optimizer,
     modes_in_training,
+    parameter_sizes,
     run_settings,
     untrained_parameters,
     with_counts,
@@ -137,6 +138,7 @@ def take_fingerprint(
     batches: int = 8,
     seed: int = 0,
     plan: TrainingPlan | None = None,
+    steps: int | None = None,
 ) -> Fingerprint:
     """Take the fingerprint of a pipeline with the present weights and fake-quant off. The run is not changed.
 
@@ -145,7 +147,9 @@ def take_fingerprint(
         pl_module: its module.
         batches: batches per stage and rank.
         seed: seed of the random state meanwhile; each rank adds its number.
-        plan: what the training planned when it began; by default it begins now.
+        plan: what the training planned when it began. By default it is simulated if the training begins now; later the
+            schedules no longer show how they began, and the fingerprint has no plan.
+        steps: how many steps the present weights and schedules have been trained; by default those of the trainer.
 
     Raises:
         MisconfigurationException: there is no data at all.
@@ -171,7 +175,9 @@ def take_fingerprint(
             evaluation = evaluate(trainer, pl_module, limit=batches)
         with undisturbed(trainer, pl_module, trains=True):
             is_random = evaluates_randomly(trainer, pl_module, seed + trainer.global_rank)
-        plan = with_updates(trainer, pl_module, plan or plan_of(trainer, pl_module), seed + trainer.global_rank)
+        if plan is None and (trainer.global_step if steps is None else steps) == 0:
+            plan = plan_of(trainer, pl_module)
+        plan = with_updates(trainer, pl_module, plan, seed + trainer.global_rank)
         return Fingerprint(
             data={stage: summary.data for stage, summary in stages.items()},
             model_inputs={stage: summary.inputs for stage, summary in stages.items()},
@@ -196,18 +202,21 @@ def take_fingerprint(
             modules=modules,
             layers=layers,
             untrained=untrained_parameters(trainer, pl_module),
+            sizes=parameter_sizes(pl_module),
             plan=plan,
             batches=batches,
         )
 
 
 def take_comparable(trainer: pl.Trainer, pl_module: pl.LightningModule, known: Fingerprint) -> Fingerprint:
-    """Take the fingerprint on as many batches as that of the float run.
+    """Take the fingerprint on as many batches as that of the float run, of weights that were not trained since then.
 
     Modules that QuantizationAwareTraining freezes, as the user asked, are not told as a difference.
     """
     here = (
-        take_fingerprint(trainer, pl_module, known.batches) if known.batches else take_fingerprint(trainer, pl_module)
+        take_fingerprint(trainer, pl_module, known.batches, steps=0)
+        if known.batches
+        else take_fingerprint(trainer, pl_module, steps=0)
     )
     quantization = quantization_of(trainer)
     if quantization is None or not quantization.freezes_modules:

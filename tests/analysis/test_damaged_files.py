@@ -60,6 +60,7 @@ FINGERPRINT = Fingerprint(
     modules={"bn": ModuleSettings("BatchNorm2d", {"eps": 1e-5}, "", True)},
     layers={"validate": (LayerCall("bn", {"0": SKETCH}, {"0": SKETCH}),)},
     untrained=["bn"],
+    sizes={"bn.weight": 8},
     plan=TrainingPlan(100, 800.0, (0.01,), 0.9, (0.1,), (0.1,), (0.1,), (1.0,)),
 )
 

@@ -66,6 +66,7 @@ class Fingerprint:
             and dropout are in eval mode for it, and modules whose results are random are left out. None in files of
             earlier releases.
         untrained: parameters that training does not update: frozen, or in no optimizer. None if that is not known.
+        sizes: number of values of every parameter; None in files of earlier releases.
         plan: how far the training can move the model, by its steps, schedules and optimizers; None if it is not known.
         batches: batches per stage and rank that were looked at.
         version: of this format.
@@ -91,6 +92,7 @@ class Fingerprint:
     modules: dict[str, ModuleSettings] | None = None
     layers: dict[str, tuple[LayerCall, ...]] | None = None
     untrained: list[str] | None = None
+    sizes: dict[str, Annotated[int, AT_LEAST_ZERO]] | None = None
     plan: TrainingPlan | None = None
     batches: int = 0
     version: int = FINGERPRINT_VERSION

@@ -224,7 +224,7 @@ def _optimizers(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineD
         yield _other_count("optimizers", len(reference.optimizers), len(here.optimizers))
     for one, other in zip(reference.optimizers, here.optimizers, strict=False):
         if one.get("class") != other.get("class"):
-            what = f"optimizer {one.get('class')} -> {other.get('class')}"
+            what = f"optimizer class {one.get('class')} -> {other.get('class')}"
             yield PipelineDifference(
                 "possible", "optimizer", "class", str(one.get("class")), str(other.get("class")), what
             )

@@ -8,13 +8,15 @@ from typing import Any
 from lightning_qat.analysis.fingerprint.difference import PipelineDifference, Suspicion, module_names
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.fingerprint.layer_calls import LayerCall, Sketch, relative_distance
-from lightning_qat.analysis.fingerprint.module_settings import EXTRA_REPR
+from lightning_qat.analysis.fingerprint.module_settings import EXTRA_REPR, ModuleSettings
 from lightning_qat.analysis.model_check.finding import shortened
 from lightning_qat.analysis.tolerance import ROUNDING
 
 LAYERS, MODULES, ATTRIBUTES, CODE, UPDATES = "layers", "module", "attribute", "code", "updates"
 """Parts of a pipeline: what layers compute, the settings of torch's modules and of others, the code of their forward,
 what training updates."""
+EXTRA = "extra module"
+"""Modules that only one pipeline has: what they do shows in the weights, layers and losses, so they explain nothing."""
 FROZEN = "frozen"
 """What a parameter is that training does not update."""
 _ROUNDING_OF_16_BITS = 0.05
@@ -176,10 +178,17 @@ def _settings(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDif
         same = all(_computes_the_same(name, reference, here) for name in codes)
         yield PipelineDifference("unlikely" if same else "possible", CODE, module_names(codes), "", "", what)
     for one, other, where in ((known, modules, "here"), (modules, known, "in the reference")):
-        names = [name for name in other if name not in one and other[name].library]
-        if names:
-            what = f"modules that exist only {where}: {shortened([f'{n} ({other[n].kind})' for n in names])}"
-            yield PipelineDifference("possible", MODULES, shortened(names), "", "", what)
+        extra = [name for name in other if name not in one and other[name].library]
+        dropping = [name for name in extra if _drops(other[name])]
+        for part, names in ((MODULES, dropping), (EXTRA, [name for name in extra if name not in dropping])):
+            if names:
+                what = f"modules that exist only {where}: {shortened([f'{n} ({other[n].kind})' for n in names])}"
+                yield PipelineDifference("possible", part, shortened(names), "", "", what)
+
+
+def _drops(module: ModuleSettings) -> bool:
+    """Whether it is dropout of torch: it acts only in training, so no layer and no weight shows it."""
+    return "Dropout" in module.kind and module.settings.get("p") != 0
 
 
 def _different_settings(reference: Fingerprint, here: Fingerprint) -> dict[Setting, list[str]]:
@@ -237,11 +246,18 @@ def _computes_the_same(name: str, reference: Fingerprint, here: Fingerprint) -> 
     )
 
 
+def newly_frozen(reference: Fingerprint, here: Fingerprint) -> list[str]:
+    """Return the parameters that training updates in the reference only."""
+    if reference.untrained is None or here.untrained is None:
+        return []
+    known = reference.weights  # by module
+    return [n for n in here.untrained if n not in reference.untrained and n.rpartition(".")[0] in known]
+
+
 def _updates(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDifference]:
     if reference.untrained is None or here.untrained is None:
         return
-    known = reference.weights  # by module
-    frozen = [n for n in here.untrained if n not in reference.untrained and n.rpartition(".")[0] in known]
+    frozen = newly_frozen(reference, here)
     trained = [name for name in reference.untrained if name not in here.untrained]
     if frozen:
         what = f"training does not update {shortened(frozen)} here, and did in the float run: frozen by accident?"

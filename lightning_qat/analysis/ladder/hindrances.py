@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from lightning_qat.analysis.fingerprint.difference import PipelineDifferences
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
-from lightning_qat.analysis.fingerprint.module_differences import FROZEN, UPDATES
+from lightning_qat.analysis.fingerprint.module_differences import FROZEN, UPDATES, newly_frozen
 from lightning_qat.analysis.fingerprint.training_plan import TrainingPlan
 from lightning_qat.analysis.ladder.measurements import Ladder
 from lightning_qat.analysis.ladder.rows import PipelineRow, compare, format_falls, judged
@@ -39,23 +39,43 @@ OTHER_BATCH = 16.0
 """So many times fewer samples in a step make another training."""
 SHORT_MOMENTUM = 20
 """Steps over which momentum may average however short a training is."""
+LARGE_PART = 1 / 2
+"""Share of what the float run updates; a training without so much of it can hardly move the model."""
 
 
-def hindrances(reference: Fingerprint | None, here: Fingerprint | None, differences: PipelineDifferences) -> list[str]:
+def hindrances(reference: Fingerprint | None, here: Fingerprint | None) -> list[str]:
     """Return what keeps training from moving the model, with the setting: one sentence each, without its end.
 
     Args:
         reference: of the float run, if it is known.
         here: of this run, ahead of its first step.
-        differences: those of the two.
     """
-    found = [row.what for row in differences.rows if row.part == UPDATES and row.value == FROZEN]
     if here is None or here.plan is None:
-        return found
+        return []
     known = reference.plan if reference is not None else None
-    if reference is not None and known is not None:
-        found += _short_reach(reference, known, here, here.plan)
-    return found + list(_alone(here, here.plan, known))
+    reach = _short_reach(reference, known, here, here.plan) if reference is not None and known is not None else ()
+    return [*reach, *_alone(here, here.plan, known)]
+
+
+def frozen_parts(differences: PipelineDifferences) -> list[str]:
+    """Return what training updates in the float run only, in sentences as those of :func:`hindrances`.
+
+    Often it is a small part, such as one bias, and no reason why training wins nothing back.
+    """
+    return [row.what for row in differences.rows if row.part == UPDATES and row.value == FROZEN]
+
+
+def is_largely_frozen(reference: Fingerprint, here: Fingerprint) -> bool:
+    """Whether training does not update a large part of what the float run updates.
+
+    Args:
+        reference: of the float run.
+        here: of this run. Without the sizes of its parameters the answer is no.
+    """
+    sizes = {n: size for n, size in (here.sizes or {}).items() if n.rpartition(".")[0] in reference.weights}
+    updated = sum(size for name, size in sizes.items() if name not in (reference.untrained or ()))
+    frozen = sum(sizes.get(name, 0) for name in newly_frozen(reference, here))
+    return frozen > 0 and frozen >= LARGE_PART * updated
 
 
 def plan_rows(reference: Fingerprint | None, here: Fingerprint | None) -> list[PipelineRow]:

@@ -15,7 +15,7 @@ from lightning_qat.analysis.fingerprint.label_agreement import LABELS
 from lightning_qat.analysis.fingerprint.module_differences import MODULES, UPDATES
 from lightning_qat.analysis.ladder.doubts import doubts
 from lightning_qat.analysis.ladder.healthy import healthy
-from lightning_qat.analysis.ladder.hindrances import hindrances, plan_rows, prevention
+from lightning_qat.analysis.ladder.hindrances import frozen_parts, hindrances, is_largely_frozen, plan_rows, prevention
 from lightning_qat.analysis.ladder.measurements import Ladder
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.rows import TRAIN_LOSS, Evidence, skipped_row
@@ -147,9 +147,10 @@ def judge(
         blame = blame_after_zero_lr(zero_lr)
     else:
         blame = _blame(reference, here, differences, stood_still)
-    found = hindrances(known, here, differences)
+    frozen, found = frozen_parts(differences), hindrances(known, here)
+    proof = [*frozen, *found] if known and here and is_largely_frozen(known, here) else found
     rows, broken = _evidence(ladder, reference, here, rungs, pipeline_only, blame)
-    if known is not None and not pipeline_only and (prevented := prevention(ladder, found)):
+    if known is not None and not pipeline_only and (prevented := prevention(ladder, proof)):
         broken = [rung for rung in broken if rung.verdict != "quantization error"] + prevented
         broken.sort(key=lambda rung: rung.rung)
     stages = compare_stages(here) if here is not None else PipelineDifferences(())
@@ -162,7 +163,7 @@ def judge(
         return replace(result, verdict=doubt.verdict, note=note, rung=doubt.rung, cause=doubt.cause)
     strong = result.differences.strong or (result.stages.strong if known is None else ())
     note = healthy(ladder, rows, rungs, reference if isinstance(reference, Mapping) else None, pipeline_only)
-    if but := [*found, *(row.what for row in strong)]:
+    if but := [*frozen, *found, *(row.what for row in strong)]:
         return replace(result, verdict="healthy", note=f"healthy, but {ended(but[0])} {note[:1].upper()}{note[1:]}")
     return replace(result, verdict="healthy", note=f"healthy: {note}")
 

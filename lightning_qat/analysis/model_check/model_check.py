@@ -20,6 +20,7 @@ from lightning_qat.analysis.model_check.output_check import check_outputs
 from lightning_qat.analysis.model_check.scale_check import check_scales
 from lightning_qat.analysis.model_check.training_check import check_training
 from lightning_qat.analysis.model_check.weight_check import check_weights
+from lightning_qat.analysis.model_check.written_check import check_written_outputs
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
 from lightning_qat.quantization.region.region import Region
@@ -34,6 +35,7 @@ CHECKS: tuple[Check, ...] = (
     check_dtype_statistics,
     check_layer_configuration,
     check_outputs,
+    check_written_outputs,
     check_float_ops,
     check_configuration,
     check_profile,

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug  # type: ignore[attr-defined]
 
 from lightning_qat.analysis.captured_calls import capture_calls
 from lightning_qat.analysis.comparison.foreign_data import ForeignPoints, Moments, foreign_points, moments_of
@@ -19,10 +20,12 @@ from lightning_qat.callbacks.passes.calibration_batches import calibration_owner
 from lightning_qat.callbacks.passes.extra_batches import extra_batches
 from lightning_qat.callbacks.passes.fresh_loaders import Stage
 from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.quantized_run import evaluations_of
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.quantization.region.region import Region
 
 _BATCHES = 4
+_DATA: Mapping[Stage, str] = {"train": "training data", "validate": "validation data"}
 
 
 @dataclass(frozen=True)
@@ -64,26 +67,37 @@ def foreign_data(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str) -
 
     Data of a ``calibration_dataloader()`` are foreign if they are like neither; training data, if validation gets
     others. All are shown to the float model in evaluation mode, so that dropout and batch norm make no difference.
-    Call it on all ranks; the result is that of rank zero.
+    Data that the validation step cannot read (two views of each image) are left out.
+    Call it on all ranks; the result is that of rank zero, and callbacks share it.
 
     Args:
         trainer: the running trainer.
         pl_module: its module.
         who: the callback, for messages.
+
+    Returns:
+        None if the data are alike, or nothing is known of them.
     """
+    compare = partial(_compared, trainer, pl_module, who)
+    return evaluations_of(trainer).once(trainer, pl_module, "foreign data", compare)
+
+
+def _compared(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str) -> ForeignData | None:
     owner = calibration_owner(trainer)
     wanted: tuple[Stage, ...] = ("train", "validate") if owner is not None else ("validate",)
     stages = [stage for stage in wanted if _gives_batches_again(_compat.attached_loader(trainer, stage))]
+    others: dict[Stage, dict[str, ForeignPoints]] = {}
     with undisturbed_analysis(trainer, pl_module, who, "off") as regions:
-        own = _moments(trainer, pl_module, regions, "calibration")
-        others = [_foreign(regions, own, _moments(trainer, pl_module, regions, stage)) for stage in stages]
+        own = _readable_moments(trainer, pl_module, regions, "calibration") if stages else None
+        for stage in stages:
+            data = _readable_moments(trainer, pl_module, regions, stage) if own is not None else None
+            if own is not None and data is not None:
+                others[stage] = _foreign(regions, own, data)
     found = None
-    if others and all(others):
-        if owner is not None:
-            loader, others_are = f"calibration_dataloader() of {type(owner).__name__}", "training data"
-        else:
-            loader, others_are = "train_dataloader()", "validation data"
-        found = _described(others[0], stages[0], loader, others_are)
+    if others and all(others.values()):
+        loader = f"calibration_dataloader() of {type(owner).__name__}" if owner is not None else "train_dataloader()"
+        stage, points = next(iter(others.items()))
+        found = _described(points, stage, loader)
     shared: ForeignData | None = trainer.strategy.broadcast(found)
     return shared
 
@@ -94,6 +108,18 @@ def _gives_batches_again(loader: Any) -> bool:
         return False
     parts = (loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader)).flattened
     return not any(isinstance(part, Iterator) for part in parts)
+
+
+def _readable_moments(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, regions: Mapping[str, Region], stage: Stage
+) -> dict[str, dict[str, Moments]] | None:
+    """The moments of a stage; None on all ranks if the step fails on its batches on one of them."""
+    try:
+        found = _moments(trainer, pl_module, regions, stage)
+    except Exception as error:  # nobody asked for this step on these batches
+        rank_zero_debug(f"the {stage} data are not compared with others: {error!r}")
+        found = None
+    return found if trainer.strategy.reduce_boolean_decision(found is not None, all=True) else None
 
 
 def _moments(
@@ -122,7 +148,8 @@ def _foreign(
     return found
 
 
-def _described(regions: Mapping[str, ForeignPoints], stage: Stage, loader: str, others_are: str) -> ForeignData:
+def _described(regions: Mapping[str, ForeignPoints], stage: Stage, loader: str) -> ForeignData:
+    others_are = _DATA[stage]
     path, points = next(iter(regions.items()))
     name, (calibration, data) = next(iter(points.differing.items()))
     differing = sum(len(p.differing) for p in regions.values())

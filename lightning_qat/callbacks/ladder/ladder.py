@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug  # type: ignore[attr-defined]
 
 from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis
 from lightning_qat.analysis.ladder.measurements import Finetune, Ladder, Measurement
@@ -138,11 +139,15 @@ class _Rungs:
 def worst_points(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str, count: int = 3) -> tuple[str, ...]:
     """Describe the points that lose most on the float model's own values, with the reason for each.
 
-    These are causes: what an op makes of inputs that are off already counts for none of its own points.
+    These are causes: what an op makes of inputs that are off already counts for none of its own points. Empty if the
+    diagnosis fails.
     """
     try:
         diagnosis = diagnosed_module(trainer, pl_module, who)
-    except MisconfigurationException:  # a float model that computes NaN has a verdict of its own
+    except Exception as error:  # a float model that computes NaN has a verdict of its own
+        if trainer.world_size > 1 and not isinstance(error, MisconfigurationException):
+            raise  # other ranks would wait for this one forever
+        rank_zero_debug(f"{who} does not name the worst points: {error!r}")
         return ()
     return tuple(_format_point(row) for row in (diagnosis.culprits or diagnosis.rows)[:count])
 

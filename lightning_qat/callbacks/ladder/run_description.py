@@ -46,6 +46,15 @@ def untrained_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
     ]
 
 
+def parameter_sizes(pl_module: pl.LightningModule) -> dict[str, int]:
+    """Number of values of every parameter; lazy ones have none yet."""
+    return {
+        plain_path(name): p.numel()
+        for name, p in pl_module.named_parameters()
+        if not (is_in_region(name) or is_lazy(p))
+    }
+
+
 def described_optimizer(optimizer: Any, pl_module: pl.LightningModule) -> dict[str, Any]:
     """Class and settings of an optimizer, without learned scales, which a float run does not have."""
     scales = {id(p) for name, p in pl_module.named_parameters() if is_in_region(name)}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 
@@ -13,6 +15,7 @@ from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
 from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.quantization.region.switches import State
 
+T = TypeVar("T")
 ModelKey = tuple[int, int, str, frozenset[str]]
 """Step, epoch, digest of the tensors, and the points whose scale is about to follow the weight: the same key, the same
 model."""
@@ -44,6 +47,7 @@ class SharedEvaluations:
     def __init__(self) -> None:
         self._model: ModelKey | None = None
         self._known: dict[tuple[State, str, float], Evaluation] = {}
+        self._measured: dict[str, Any] = {}
 
     def evaluate(
         self,
@@ -66,9 +70,7 @@ class SharedEvaluations:
         Raises:
             MisconfigurationException: there is no data.
         """
-        model = model_key(trainer, pl_module)
-        if model != self._model:
-            self._model, self._known = model, {}
+        self._follow(trainer, pl_module)
         known = self._find(state, stage, limit)
         if trainer.strategy.reduce_boolean_decision(known is not None, all=True) and known is not None:
             return known
@@ -77,6 +79,27 @@ class SharedEvaluations:
                 stack.enter_context(region.state(state, updates=()))
             found = self._known[state, stage, limit] = evaluate(trainer, pl_module, stage=stage, limit=limit)
         return found
+
+    def once(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, measure: Callable[[], T]) -> T:
+        """Return something else that is measured on the model, such as what its data are like. Call it on all ranks.
+
+        Args:
+            trainer: the running trainer.
+            pl_module: its module, which is not changed.
+            name: of what is measured: a second request for the same model gets the result of the first.
+            measure: measures it, on all ranks.
+        """
+        self._follow(trainer, pl_module)
+        if not trainer.strategy.reduce_boolean_decision(name in self._measured, all=True):
+            self._measured[name] = measure()
+        found: T = self._measured[name]
+        return found
+
+    def _follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget what is known of another model."""
+        model = model_key(trainer, pl_module)
+        if model != self._model:
+            self._model, self._known, self._measured = model, {}, {}
 
     def _find(self, state: State, stage: str, limit: float) -> Evaluation | None:
         for (of_state, of_stage, of_limit), known in self._known.items():

@@ -18,6 +18,7 @@ from lightning_qat.quantization.numerics.observers import ObserverName, check_ob
 from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE, check_percentile
 from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics
 from lightning_qat.quantization.numerics.scales import (
+    MAX_SCALE,
     MIN_SCALE,
     greatest_scale,
     packed_ratios,
@@ -95,7 +96,7 @@ class FakeQuantize(QuantizationParameters):
             raise unknown_choice("scheme", scheme, get_args(Scheme))
         check_observer(observer, fixed_scale)
         check_percentile(percentile)
-        if fixed_scale is not None and not 2.0**-126 <= fixed_scale <= 2.0**126:
+        if fixed_scale is not None and not MIN_SCALE <= fixed_scale <= MAX_SCALE:
             raise ConfigurationError(f"fixed_scale must be a positive float32, such as 100/32768, not {fixed_scale}.")
         scales = channels if split_sizes is None else len(split_sizes)
         super().__init__(dtype, scheme, scales, split_sizes, fixed_scale, narrow_range)

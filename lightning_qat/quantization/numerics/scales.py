@@ -132,6 +132,10 @@ def greatest_scale(largest: int) -> float:
     return min(2.0**126, FLOAT32_MAX / largest) * (1 - 2.0**-23)
 
 
+MAX_SCALE = greatest_scale(1)
+"""The greatest scale that a point may have with any type."""
+
+
 def packed_ratios(ratio: Tensor, ema_ratio: Tensor) -> dict[str, list[list[float]]]:
     """Return two results of :func:`relative_range` for a checkpoint: nothing that is 1 or the same twice.
 

@@ -109,7 +109,7 @@ class SplitStatistics:
 
     def packed_state(self, limit: int) -> dict[str, Any]:
         """Return the state for a checkpoint, in few bytes; all groups together get ``limit`` characters."""
-        return {"groups": [group.packed_state(limit // len(self.groups)) for group in self.groups]}
+        return {"groups": [group.packed_state(max(1, limit // len(self.groups))) for group in self.groups]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the state of :meth:`state_dict` or of :meth:`packed_state`.

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_qat.quantization.fake_quant.fake_quant_dict import key_of
 from lightning_qat.quantization.numerics.dtypes import QuantizedDtypeName, quant_dtype
 from lightning_qat.quantization.numerics.observers import ObserverName
-from lightning_qat.quantization.numerics.scales import MIN_SCALE, greatest_scale
+from lightning_qat.quantization.numerics.scales import MAX_SCALE, MIN_SCALE
 from lightning_qat.quantization.numerics.stored_statistics import check_statistics, numbers
 from lightning_qat.quantization.planning.plan import PointPlan, QuantPlan
 from lightning_qat.quantization.planning.plan_compatibility import damaged, read_extra_state
@@ -150,8 +150,10 @@ def _check_scale(
     if stored.scale_source is None:
         return
     dtype = quant_dtype(stored.dtype)
-    least, most = (-_MOST, _MOST) if stored.learned else (MIN_SCALE, greatest_scale(1))  # training may take it below 0
-    numbers(found["scale"], tuple(found["scale"].shape), prefix + "scale", least, most)
+    if not stored.learned:
+        numbers(found["scale"], tuple(found["scale"].shape), prefix + "scale", MIN_SCALE, MAX_SCALE)
+    elif not found["scale"].is_floating_point():  # training may take its value anywhere, as that of a weight
+        raise UnreadableValueError("must be floating-point numbers", prefix + "scale")
     numbers(
         found["zero_point"], tuple(found["zero_point"].shape), prefix + "zero_point", dtype.quant_min, dtype.quant_max
     )

@@ -6,10 +6,13 @@ import dataclasses
 import math
 from typing import Any
 
+import pytest
+from torch import nn
+
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.fingerprint.fingerprint_differences import compare_fingerprints
 from lightning_qat.analysis.fingerprint.layer_calls import LayerCall, Sketch
-from lightning_qat.analysis.fingerprint.module_settings import ModuleSettings
+from lightning_qat.analysis.fingerprint.module_settings import ModuleSettings, module_settings
 from tests.analysis.ladder.test_verdict import HERE, finetune, judged, trained
 
 
@@ -84,3 +87,53 @@ def test_batch_size_is_named_before_the_loss_that_follows_from_it() -> None:
     )
     result = judged(reference, here, batch_norm_moving=finetune(0.2))
     assert (result.rung, result.cause) == (3, "settings batch_size: 64 -> 1")
+
+
+HARMLESS: dict[str, nn.Module] = {
+    "criterion": nn.CrossEntropyLoss(),
+    "triplet": nn.TripletMarginLoss(),  # its p is a norm
+    "act": nn.ReLU(),
+    "last": nn.Identity(),
+    "off": nn.Dropout(0.0),
+}
+
+
+def with_modules(optimizer: str, *names: str, **modules: nn.Module) -> Fingerprint:
+    """A run with this optimizer and these modules beside the usual layer."""
+    present = {name: HARMLESS[name] for name in names} | modules
+    own = {name: found for name, found in module_settings(nn.ModuleDict(present)).items() if name}
+    optimizers = [{"class": optimizer, "groups": [{"lr": 0.001}]}]
+    return dataclasses.replace(with_layers(layer("conv", 1.0)), modules=own, optimizers=optimizers)
+
+
+@pytest.mark.parametrize("names", [*([name] for name in HARMLESS), list(HARMLESS)])
+def test_module_that_does_nothing_is_named_in_the_table_and_not_as_the_cause(names: list[str]) -> None:
+    """A criterion as a module, in the QAT code only: the other optimizer is the likelier cause.
+
+    Siblings: activations and Identity, dropout that drops nothing, losses with a setting named p; and the same in the
+    float code only. What such a module computes shows in layers and losses.
+    """
+    for one, other, where in (([], names, "here"), (names, [], "in the reference")):
+        result = judged(with_modules("Adam", *one), with_modules("SGD", *other), float_finetune=trained(0.2))
+        assert (result.verdict, result.rung) == ("hyperparameters", 5)
+        assert result.cause == "optimizer class Adam -> SGD"
+        (row,) = (row for row in result.differences.rows if "exist only" in row.what)
+        assert f"modules that exist only {where}: {names[0]} (" in row.what
+        same = judged(with_modules("Adam", *one), with_modules("Adam", *other), float_finetune=trained(0.2))
+        assert not same.cause
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout])
+def test_dropout_that_only_one_run_has_is_named_as_the_cause(kind: type[nn.Module]) -> None:
+    """It acts only in training, so nothing else shows it; also beside a criterion that does nothing."""
+    here = with_modules("SGD", "criterion", drop=kind(0.9))  # type: ignore[call-arg]
+    result = judged(with_modules("Adam"), here, float_finetune=trained(0.2))
+    assert result.cause == f"modules that exist only here: drop ({kind.__name__})"
+
+
+def test_criterion_that_only_one_run_has_does_not_silence_the_guess_at_its_loss() -> None:
+    losses = {"train_loss (batch norm in eval)": 0.15}
+    here = dataclasses.replace(with_modules("Adam", "criterion"), losses=losses)
+    result = judged(with_modules("Adam"), here)
+    assert (result.verdict, result.rung) == ("pipeline misaligned", 2)
+    assert "scaled by 3?" in result.cause

@@ -43,6 +43,7 @@ def run(plan: dict[str, Any], reference: Any = FLOAT_RUN, results: Any = None, *
     return judged(reference, here, **(results or {}))
 
 
+SIZES = {"conv.weight": 400, "conv.bias": 5, "head.weight": 500, "head.bias": 10}
 CLIPPED = {"updates": (1e-5,), "kept": 1e-6}, {"settings": SETTINGS | {"gradient_clip_val": 1e-7}}
 KINDS = {
     "clipping": (*CLIPPED, "gradient_clip_val 1e-07 leaves 1e-06 of the gradient"),
@@ -61,7 +62,7 @@ KINDS = {
     "momentum": ({"horizon": 1000.0}, {}, "momentum averages over 1e+03 steps (float run: 10), and 1000 are planned"),
     "weight decay": ({"decays": (0.6,)}, {}, "weight decay takes 60% of the weights"),
     "warm-up": ({"first_rates": (0.01,), "rates": (0.01,)}, {}, "begins at 0.01, 10 times the learning rate"),
-    "frozen": ({}, {"untrained": ["head.weight"]}, "does not update head.weight here, and did"),
+    "frozen": ({}, {"untrained": ["head.weight"], "sizes": SIZES}, "does not update head.weight here, and did"),
     "batches of one": ({"samples": 1.0, "steps": 64000}, {}, "a step takes 1 sample (float run: 64)"),
 }
 
@@ -129,6 +130,51 @@ def test_small_gain_of_a_setting_is_not_blamed_where_the_float_run_had_it() -> N
     assert run(plan, same, untrained=["conv.weight"]).note.startswith("healthy: ")
     only_here = run({}, untrained=["adapter.weight"])  # what the float run did not have cannot have been trained there
     assert only_here.note.startswith("healthy: ")
+
+
+@pytest.mark.parametrize("results", [LOST, SLIGHT], ids=["collapsed", "fallen"])
+@pytest.mark.parametrize(
+    ("frozen", "before", "sizes", "is_blamed"),
+    [
+        (["head.bias"], [], SIZES, False),
+        (["head.bias", "conv.bias"], [], SIZES, False),
+        (["conv.weight"], [], SIZES, False),  # 400 of 915
+        (["conv.weight", "conv.bias"], [], SIZES | {"adapter.weight": 9000}, False),
+        (["head.weight"], [], SIZES, True),
+        (["head.weight"], [], SIZES | {"adapter.weight": 9000}, True),  # the float run had no adapter
+        (["conv.weight"], ["head.weight"], SIZES, True),  # 400 of the 415 that the float run updated
+        (["conv.bias"], ["head.weight"], SIZES, False),
+        (["head.weight"], [], None, False),  # a file of an earlier release
+    ],
+)
+def test_frozen_part_is_blamed_only_if_it_holds_half_of_what_the_float_run_updated(
+    frozen: list[str],
+    before: list[str],
+    sizes: dict[str, int] | None,
+    is_blamed: bool,
+    results: dict[str, Any],
+) -> None:
+    """One frozen bias, and clipped inputs: what calibration has lost is quantization error.
+
+    Siblings: several small parts, less than half of the weights, parts that only this run has, and unknown sizes.
+    A run that is healthy otherwise names the frozen part in any case.
+    """
+    reference = dataclasses.replace(FLOAT_RUN, untrained=before)
+    here: dict[str, Any] = {"untrained": [*before, *frozen], "sizes": sizes}
+    usual = run({}, results=results)
+    result = run({}, reference, results, **here)
+    assert result.verdict == ("hyperparameters" if is_blamed else usual.verdict), result.note
+    assert usual.verdict != "hyperparameters"
+    words = f"training does not update {', '.join(frozen)} here, and did in the float run"
+    assert (words in result.cause) is is_blamed
+    assert run({}, reference, **here).note.startswith(f"healthy, but {words}")
+
+
+def test_frozen_bias_does_not_hide_another_setting() -> None:
+    plan, kwargs, words = KINDS["clipping"]
+    result = run(plan, results=LOST, **kwargs, untrained=["head.bias"], sizes=SIZES)
+    assert (result.verdict, words in result.cause) == ("hyperparameters", True)
+    assert "head.bias" not in result.note
 
 
 @pytest.mark.parametrize(

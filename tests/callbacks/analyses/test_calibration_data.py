@@ -15,10 +15,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat.analysis.comparison.foreign_data import Moments, moments_of
+from lightning_qat.callbacks.analyses import calibration_data
 from lightning_qat.callbacks.early_analysis import EarlyAnalysis
 from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.callbacks.quantized_run import is_calibrated
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.qconfig import QConfig
@@ -227,3 +229,85 @@ def test_moments_are_those_of_the_float_model() -> None:
         assert found[name].deviations == pytest.approx(expected.deviations, rel=1e-5)
     assert not [name for name in found if name.endswith("weight")]
     assert net.training
+
+
+def two_views(x: Tensor) -> Tensor:
+    x = (x - MEAN) / STD
+    return torch.stack([x, 0.9 * x], 1)
+
+
+class TwoViews(Prepared):
+    """Each training sample is two views of an image; the validation step fails on that with a RuntimeError."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0].flatten(0, 1)), batch[1].repeat_interleave(2))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader(two_views, 0, 1200, shuffle=True)
+
+
+class Refusing(TwoViews):
+    """Sibling: its validation step checks the shape itself, and its training step needs the run."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        if not self.training:
+            raise RuntimeError("training only")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        if batch[0].dim() != 4:
+            raise ValueError("one view")
+        super().validation_step(batch, batch_idx)
+
+
+class Unreadable(Prepared):
+    """Sibling: the step cannot read the calibration data any more, so that no worst points are known either."""
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        if batch[0].abs().max() < 0.1 and is_calibrated(self):
+            raise RuntimeError("too small")
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("kind", [TwoViews, Refusing])
+@pytest.mark.parametrize("foreign", [True, False])
+@pytest.mark.filterwarnings("ignore:PipelineCheck")
+def test_data_that_the_step_cannot_read_are_left_out(foreign: bool, kind: type[Prepared], tmp_path: Path) -> None:
+    """The validation data still tell whether calibration got others, and the check gives its verdict."""
+
+    def change(x: Tensor) -> Tensor:
+        return (x - MEAN) / STD / (255 if foreign else 1)
+
+    check, comparison = PipelineCheck(batches=2), LayerComparison()
+    run(tmp_path, model(change, kind), check, comparison, bits="int8" if foreign else "int2")
+    assert check.result is not None
+    assert check.result.verdict != "cannot tell"
+    assert comparison.calibration_loss
+    early = json.loads((tmp_path / "lightning_qat" / "calibrated_diagnosis.json").read_text())
+    assert ("Calibration data are not the validation data" in check.result.note) == foreign
+    assert early.get("calibration", "").startswith("Calibration data are not the validation data") == foreign
+
+
+@pytest.mark.filterwarnings("ignore:PipelineCheck")
+def test_calibration_data_that_the_step_cannot_read_any_more_are_not_compared(tmp_path: Path) -> None:
+    check = PipelineCheck(batches=2)
+    run(tmp_path, model(lambda x: (x - MEAN) / STD / 255, Unreadable), check)
+    assert check.result is not None
+    assert check.result.verdict != "cannot tell"
+    assert "Calibration data" not in check.result.note
+
+
+@pytest.mark.filterwarnings(ZERO, "ignore:PipelineCheck")
+def test_callbacks_share_the_comparison_of_the_same_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made: list[str] = []
+    original = calibration_data._moments
+
+    def counted(trainer: Any, pl_module: Any, regions: Any, stage: Any) -> Any:
+        made.append(stage)
+        return original(trainer, pl_module, regions, stage)
+
+    monkeypatch.setattr(calibration_data, "_moments", counted)
+    comparison, sensitivity = LayerComparison(), SensitivityAnalysis()
+    run(tmp_path, model(torch.zeros_like), PipelineCheck(batches=2), sensitivity, comparison)
+    assert made == ["calibration", "train", "validate"]
+    assert comparison.foreign is sensitivity.foreign is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat.analysis.fingerprint.training_plan import TrainingPlan
 from lightning_qat.callbacks.ladder.training_plan import plan_of, with_updates
-from lightning_qat.callbacks.pipeline_fingerprint import PipelineFingerprint
-from tests.harness.trainers import quiet
+from lightning_qat.callbacks.pipeline_check import PipelineCheck
+from lightning_qat.callbacks.pipeline_fingerprint import PipelineFingerprint, take_fingerprint
+from tests.harness.trainers import qat_trainer, quiet
 
 
 class Linear(LightningModule):
@@ -178,3 +180,66 @@ def test_schedules_that_cannot_be_simulated_end_no_run(tmp_path: Path) -> None:
     Trainer(callbacks=[callback], default_root_dir=tmp_path, **(quiet() | {"max_epochs": 1})).fit(model)
     assert callback.fingerprint is not None
     assert callback.fingerprint.plan is None
+
+
+COSINE = per("step", lambda o: lr_scheduler.LambdaLR(o, lambda k: (1 + math.cos(math.pi * min(1, k / 100))) / 2))
+"""Over ten epochs of ten steps; from the ninth on, little is left of the rate."""
+SHARE = "mean of highest lr, group 0"
+
+
+def shares(check: PipelineCheck) -> list[float | None]:
+    """What the check knows of the schedule."""
+    assert check.result is not None
+    return [row.value for row in check.result.rows if row.metric == SHARE]
+
+
+@pytest.mark.filterwarnings("ignore:PipelineCheck. cannot tell:UserWarning")
+@pytest.mark.parametrize("resumed", [False, True])
+def test_schedule_is_not_judged_from_the_middle(resumed: bool, tmp_path: Path) -> None:
+    """QAT at the end of a cosine, by start_epoch or in a resumed run: what is left of it is no short schedule."""
+    seed_everything(0, verbose=False)
+    check = PipelineCheck(batches=4, at_epoch=9, rungs=[5])
+    qat = {"target": "linear", "start_epoch": 0 if resumed else 9}
+    if resumed:
+        early = qat_trainer(tmp_path, qat=qat, max_epochs=9)
+        early.fit(Linear(COSINE))
+        early.save_checkpoint(tmp_path / "nine.ckpt")
+    late = qat_trainer(tmp_path, check, qat=qat, max_epochs=10)
+    late.fit(Linear(COSINE), ckpt_path=tmp_path / "nine.ckpt" if resumed else None)
+    assert late.global_step == 100
+    assert shares(check) == []
+    assert check.result is not None
+    assert "the schedule leaves" not in check.result.note
+
+
+@pytest.mark.filterwarnings("ignore:PipelineCheck. cannot tell:UserWarning")
+@pytest.mark.parametrize("at_epoch", [0, 1])
+def test_later_check_knows_the_schedule_that_training_began_with(at_epoch: int, tmp_path: Path) -> None:
+    """It restores the start, and with it the schedule: half of a cosine's rate is its mean."""
+    seed_everything(0, verbose=False)
+    check = PipelineCheck(batches=4, at_epoch=at_epoch, rungs=[5])
+    settings: dict[str, Any] = {"max_epochs": 10, "max_steps": 100, "qat": {"target": "linear"}}
+    qat_trainer(tmp_path, check, **settings).fit(Linear(COSINE))
+    assert shares(check) == [pytest.approx(0.5, abs=0.01)]
+
+
+def test_fingerprint_of_a_training_in_progress_has_no_plan(tmp_path: Path) -> None:
+    """Also that of a float run whose callback was added when it was resumed."""
+    plans: list[TrainingPlan | None] = []
+
+    class Later(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            plans.append(take_fingerprint(trainer, pl_module, batches=1).plan)
+
+    seed_everything(0, verbose=False)
+    trainer = Trainer(callbacks=[Later()], default_root_dir=tmp_path, **(quiet() | {"max_epochs": 2}))
+    trainer.fit(Linear(COSINE))
+    assert [plan is None for plan in plans] == [False, True]
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    added = PipelineFingerprint(batches=1)
+    Trainer(callbacks=[added], default_root_dir=tmp_path, **(quiet() | {"max_epochs": 3})).fit(
+        Linear(COSINE), ckpt_path=tmp_path / "two.ckpt"
+    )
+    assert added.fingerprint is not None
+    assert added.fingerprint.plan is None
+    assert added.fingerprint.sizes == {"linear.weight": 4, "linear.bias": 1}

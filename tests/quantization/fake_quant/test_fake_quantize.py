@@ -601,6 +601,7 @@ def test_state_dict_keys_are_the_two_buffers() -> None:
         ({"ema_momentum": 0.0}, "ema_momentum"),
         ({"fixed_scale": 0.0}, "fixed_scale"),
         ({"fixed_scale": float("nan")}, "fixed_scale"),
+        ({"fixed_scale": 2.0**126}, "fixed_scale"),  # loading would refuse it
     ],
 )
 def test_a_wrong_argument_is_an_error_that_says_what_to_write(arguments: dict[str, Any], message: str) -> None:

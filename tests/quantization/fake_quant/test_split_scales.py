@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_qat.analysis.statistics.point_statistics import PointStatistics
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.numerics.split_statistics import SplitStatistics
 from lightning_qat.quantization.overrides import Override, Split
 from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.region.calibration import calibrate
@@ -204,3 +205,15 @@ def test_another_shape_at_run_time_is_an_error_that_names_it() -> None:
         point(torch.randn(2, 7))
     with pytest.raises(ConfigurationError, match=r"\(2, 7\) cannot be split into groups of \[3, 5\] along axis 1"):
         point.observe(torch.randn(2, 7))
+
+
+def test_a_point_with_more_groups_than_characters_for_their_counts_is_saved_and_loaded() -> None:
+    count, limit = 500, 384
+    values = torch.arange(1.0, 2 * count + 1)
+    statistics = SplitStatistics(axis=0, sizes=(2,) * count)
+    statistics.observe(values)
+    restored = SplitStatistics(axis=0, sizes=(2,) * count)
+    restored.load_state_dict(statistics.packed_state(limit))
+    low, high = restored.range
+    assert torch.equal(low.flatten().float(), values[0::2])
+    assert torch.equal(high.flatten().float(), values[1::2])

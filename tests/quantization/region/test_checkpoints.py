@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from typing import Any
 
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.quantization.errors import PlanMismatchError
+from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.numerics.range_search import expected_error
+from lightning_qat.quantization.numerics.scales import MAX_SCALE, MIN_SCALE
 from lightning_qat.quantization.planning.plan_compatibility import (
     STATE_VERSION,
     plan_differences,
     read_extra_state,
     rebound,
 )
+from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import attach, insert
 from lightning_qat.quantization.tracing.tracer import trace
 from tests.quantization.models import MINMAX, ZOO, ResNet, calibrated
@@ -309,3 +313,42 @@ def test_average_by_hand_of_the_tensors_of_a_state_dict() -> None:
     module.eval()(X)
     torch.testing.assert_close(region.points["a.weight"].scale, module.a.weight.detach().abs().amax(dim=1) / 127)
     assert region.is_calibrated
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_learned_scales_of_a_run_that_diverged_can_be_loaded(value: float) -> None:
+    """They are parameters, as weights are: what training made of them is there to be looked at."""
+    module = ResNet().eval()
+    region = calibrated(module, IMAGE)
+    region.learn_scales()
+    names = [name for name, point in region.points.items() if point.learned]
+    with torch.no_grad():
+        for name in names:
+            region.points[name].scale.fill_(value)
+    fresh = ResNet().eval()
+    again = insert(fresh, (IMAGE,))
+    fresh.load_state_dict(module.state_dict())
+    assert len(names) > 5
+    for name in names:
+        scale = again.points[name].scale
+        assert torch.allclose(scale, torch.full_like(scale, value), equal_nan=True)
+    again.set_state("quantize")
+    assert bool(fresh(IMAGE).isnan().any()) == math.isnan(value)
+    state = module.state_dict()
+    key = next(key for key in state if key.endswith(f"{names[0].replace('.', '/')}.scale"))
+    state[key] = state[key].to(torch.int64) if value == -1 else state[key].to(torch.complex64)
+    other = ResNet().eval()
+    insert(other, (IMAGE,))
+    with pytest.raises(PlanMismatchError, match="must be floating-point numbers"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("scale", [MIN_SCALE, 1.0, MAX_SCALE])
+def test_every_fixed_scale_that_a_point_takes_can_be_loaded(scale: float) -> None:
+    rules = [{"match": "a", "activation": {"fixed_scale": scale}}]
+    module, fresh = model(), model()
+    region = insert(module, (X,), overrides=rules)
+    calibrate(region, [Call((X,))])
+    restored = insert(fresh, (X,))
+    fresh.load_state_dict(module.state_dict())
+    assert {p.scale.item() for p in restored.points.values() if p.fixed_scale is not None} == {scale}
