@@ -120,6 +120,11 @@ def check_exportable(regions: Mapping[str, Region], opset: int) -> None:
                 f"the region {path or type(region.target).__name__} is not calibrated, so it has no codes to export: "
                 "call calibrate(region, batches), or load a checkpoint of a QAT run with load_quantized(...)."
             )
+        if any(p.dtype is torch.float64 for p in region.target.parameters()):
+            raise ConfigurationError(
+                f"the region {path or type(region.target).__name__} has float64 parameters, and QuantizeLinear has no "
+                "float64: call model.float() and calibrate again."
+            )
     known = list(EXPORTED) if opset >= FULL_OPSET else ["int8", "uint8"]
     lacking = [
         f"{f'{path}.' if path else ''}{name} ({fake_quant.dtype})"
@@ -192,7 +197,11 @@ def _activation(
     scale, zero_point = _parameters(fake_quant)
     use = QuantizeUse(name, point, fake_quant.dtype, scale, zero_point, fake_quant.axis)
     along = broadcast_to_axis(value, scale, fake_quant.axis)
-    codes = _codes_of(quantized, along, broadcast_to_axis(value, zero_point.int(), fake_quant.axis))
+    zero = broadcast_to_axis(value, zero_point.int(), fake_quant.axis)
+    if value.dtype is torch.float32:
+        codes = _codes_of(quantized, along, zero)
+    else:  # 16-bit floats do not tell 16-bit codes apart
+        codes = codes_before_clipping(value, along, zero).clamp(fake_quant.quant_min, fake_quant.quant_max).int()
     return use, Reference(value.detach().float().clone(), codes, along)
 
 
@@ -206,7 +215,7 @@ def _weight(
     along = broadcast_to_axis(value, scale, axis)
     zero = broadcast_to_axis(value, zero_point.int(), axis)
     codes = codes_before_clipping(value.detach(), along, zero).clamp(fake_quant.quant_min, fake_quant.quant_max).int()
-    reference = _codes_of(quantized, along, zero)
+    reference = _codes_of(quantized, along, zero) if value.dtype is torch.float32 else codes
     if folding is not None and axis is not None:
         zero_point = zero_point.int()
         codes = folding.codes(codes, zero_point, fake_quant, axis)

@@ -64,6 +64,17 @@ def test_types_that_onnx_lacks_are_listed_with_their_points(tmp_path: Path) -> N
     assert "int8, uint8, int16, uint16, int4, uint4" in message
 
 
+def test_float64_is_refused_and_float16_is_not_called_wrong(tmp_path: Path) -> None:
+    """Codes of float64 data differ from those of float32; codes of float16 data are computed in float32."""
+    model = small().double()
+    calibrated(model, X.double())
+    assert "has float64 parameters" in refused(model, tmp_path / "double", X.double())
+    model = small().half()
+    calibrated(model, X.half(), qconfig={"activation": {"dtype": "int16"}})
+    result = lightning_qat.export_onnx(model, tmp_path / "model.onnx", X.half())
+    assert {row.equal for row in result.rows} == {1.0}
+
+
 @pytest.mark.parametrize(("opset", "message"), [(20, "ONNX opset 20 has no quantized types"), (13, "opset 13 cannot")])
 def test_opsets_without_the_types_are_refused(opset: int, message: str, tmp_path: Path) -> None:
     model = small()
