@@ -4,9 +4,9 @@ A region quantizes a tensor where it is computed, in front of a reshape. In QDQ 
 data stands between the two nodes as every other op does, and then moves codes. This changes no value: quantizing whole
 multiples of a scale by the same scale returns the same codes.
 
-It matters, as onnxruntime adds these nodes itself where they are missing, with another type of codes: up to 1.24, int8
-becomes uint8 and negative values are lost (issue 27845 of microsoft/onnxruntime); from then on, it does not load int8
-graphs of opset 21 (issue 25526).
+It matters, as onnxruntime adds these nodes itself where they are missing, with another type of codes. In some versions
+int8 becomes uint8, and negative values are lost (issue 27845 of microsoft/onnxruntime). Version 1.32 does not load such
+int8 graphs of opset 21 (issue 25526).
 """
 
 from __future__ import annotations

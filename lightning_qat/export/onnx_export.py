@@ -23,6 +23,7 @@ from lightning_qat.export.deployed_mode import DeployedForward
 from lightning_qat.export.deployed_ops import translations
 from lightning_qat.export.export_errors import capture_error, conversion_error
 from lightning_qat.export.onnx_graph import finish_graph, named_uses
+from lightning_qat.export.onnx_sessions import integer_ops
 from lightning_qat.export.onnx_verification import VerifiedGraph, verified_outputs, verified_quantizers
 from lightning_qat.export.verification_result import ExportResult, OutputRow, QuantizerRow
 from lightning_qat.quantization.errors import ConfigurationError
@@ -120,9 +121,11 @@ def export_model(
     graph = VerifiedGraph(onnx.load(file), uses, references)  # what a reader of the file gets
     rows: tuple[QuantizerRow, ...] = ()
     outputs: tuple[OutputRow, ...] = ()
+    integers: tuple[tuple[str, int, int], ...] = ()
     if verify:
         inputs = _graph_inputs(found)
         rows = verified_quantizers(graph, inputs)
+        integers = integer_ops(graph.proto)
         outputs = verified_outputs(graph, inputs, _tensors(found.outputs), _tensors(found.float_outputs))
     return ExportResult(
         rows,
@@ -134,6 +137,7 @@ def export_model(
         kept=tuple((one.prefix + n, why) for one in found.deployed for n, why in one.form.kept_norms.items()),
         in_float=tuple(one.prefix + name for one in found.deployed for name in one.form.not_calibrated),
         shared=tuple(name for name in uses if name not in graph.dequantize),
+        integer_ops=integers,
         bytes=file.stat().st_size,
     )
 

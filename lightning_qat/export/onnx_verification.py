@@ -19,16 +19,10 @@ from torch import Tensor
 from lightning_qat.export.deployed_form import NARROW, Reference
 from lightning_qat.export.deployed_ops import USE_KEY
 from lightning_qat.export.onnx_graph import NamedUse
-from lightning_qat.export.verification_result import EXACT_MATMUL, OutputRow, QuantizerRow
+from lightning_qat.export.onnx_sessions import OPTIMIZATIONS, run
+from lightning_qat.export.verification_result import OutputRow, QuantizerRow
 
 Codes = NDArray[np.int64]
-OPTIMIZATIONS: Mapping[str, tuple[str, dict[str, str]]] = {
-    "off": ("ORT_DISABLE_ALL", {}),
-    "basic": ("ORT_ENABLE_BASIC", {}),
-    "full": ("ORT_ENABLE_ALL", {}),
-    "full, exact MatMul": ("ORT_ENABLE_ALL", {EXACT_MATMUL: "1"}),
-}
-"""Settings of onnxruntime: the level of its optimizations, and entries of the session configuration."""
 
 
 class ExportMismatchError(RuntimeError):
@@ -238,28 +232,6 @@ def verified_outputs(
             quantization, mean_quantization = _difference(other, one)
             rows.append(OutputRow(name, optimization, share, steps, largest, quantization, mean, mean_quantization))
     return tuple(rows)
-
-
-def run(proto: Any, inputs: Mapping[str, NDArray[Any]], optimization: str) -> list[NDArray[Any]]:
-    """Run a graph with onnxruntime on the CPU.
-
-    Args:
-        proto: the graph.
-        inputs: by name.
-        optimization: one of :data:`OPTIMIZATIONS`.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised
-    level, entries = OPTIMIZATIONS[optimization]
-    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
-    for key, value in entries.items():
-        options.add_session_config_entry(key, value)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    wanted = {value.name for value in session.get_inputs()}
-    values: list[NDArray[Any]] = session.run(None, {name: v for name, v in inputs.items() if name in wanted})
-    return values
 
 
 def _compared(found: Codes, expected: NDArray[Any]) -> tuple[float, int]:

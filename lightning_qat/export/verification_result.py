@@ -84,6 +84,8 @@ class ExportResult(Result[QuantizerRow]):
         kept: fused batch norms that are ops of their own, with the reason.
         in_float: points without a scale, which are in float as in the region.
         shared: quantizers that the graph computes once, as another one has the same input and scale.
+        integer_ops: for convolutions, matrix products and additions: the name, how many of them onnxruntime computes on
+            integers on this machine's CPU, and how many there are.
         bytes: size of the file.
     """
 
@@ -95,6 +97,7 @@ class ExportResult(Result[QuantizerRow]):
     kept: tuple[tuple[str, str], ...] = ()
     in_float: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
+    integer_ops: tuple[tuple[str, int, int], ...] = ()
     bytes: int = 0
 
     title: ClassVar[str] = "ONNX export"
@@ -128,6 +131,9 @@ class ExportResult(Result[QuantizerRow]):
                 f"{least.point}, the worst one; the largest difference is {most} {'step' if most == 1 else 'steps'}."
             )
         parts += self._optimizations()
+        if self.integer_ops:
+            counts = ", ".join(f"{integer} of {count} {name}" for name, integer, count in self.integer_ops)
+            parts.append(f"On this CPU, onnxruntime computes {counts} on integers and the others in float.")
         if self.kept:
             parts.append("Not folded: " + "; ".join(f"{name}, as {reason}" for name, reason in self.kept) + ".")
         return " ".join(parts)

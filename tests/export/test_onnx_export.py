@@ -325,7 +325,7 @@ def test_keyword_arguments_and_several_outputs(tmp_path: Path) -> None:
 
 
 def test_an_int8_transformer_loads_with_all_optimizations_in_opset_20(tmp_path: Path) -> None:
-    """onnxruntime 1.25 and later cannot load some int8 graphs of opset 21; the report says what to write."""
+    """onnxruntime 1.32 cannot load some int8 graphs of opset 21; the report says what to write."""
     model, args = ZOO["vit"].make()
     region = calibrated(model, *args)
     result = lightning_qat.export_onnx(model, tmp_path / "model.onnx", args, opset=20)
@@ -338,8 +338,21 @@ def test_an_int8_transformer_loads_with_all_optimizations_in_opset_20(tmp_path: 
         assert np.abs(found - model(*args).numpy()).max() < 0.05
 
 
+def test_under_the_profile_onnxruntime_computes_on_integers(tmp_path: Path) -> None:
+    """All convolutions and additions of a residual network."""
+    model, args = ZOO["resnet"].make()
+    config = qconfig("uint8", "affine")
+    region = calibrated(model, *args, qconfig=config, profile="onnxruntime_qdq")
+    result = lightning_qat.export_onnx(model, tmp_path / "model.onnx", args)
+    assert_proved(result, region)
+    integer = {name: (integer, count) for name, integer, count in result.integer_ops}
+    assert integer["convolutions"] == (6, 6)
+    assert integer["additions"] == (2, 2)
+    assert "onnxruntime computes 6 of 6 convolutions, 0 of 1 matrix products, 2 of 2 additions on int" in result.note
+
+
 def test_codes_that_are_only_moved_are_quantized_again(tmp_path: Path) -> None:
-    """Without that, onnxruntime does not load the file with its optimizations, or (up to 1.24) loses negative codes."""
+    """Without that, onnxruntime 1.32 does not load the file with its optimizations; others may lose negative codes."""
     model = Wired(lambda m, x: torch.sigmoid(m.fc(x).reshape(-1, 2, 2).transpose(1, 2)[:, :1]), fc=nn.Linear(4, 4))
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(5))
     calibrated(model, x, overrides=[{"match": "sigmoid_0", "activation": {"dtype": "float32"}}])
