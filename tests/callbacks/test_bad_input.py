@@ -185,8 +185,8 @@ def test_accuracy_table_before_weight_averaging(tmp_path: Path) -> None:
 def test_values_of_another_type() -> None:
     with pytest.raises(MisconfigurationException, match=r"Calibration\(batches='all'\): write a number"):
         Calibration(batches="all")  # type: ignore[arg-type]
-    with pytest.raises(MisconfigurationException, match=r"reference='f.json'.*'val_acc': 0.98"):
-        ZeroLRFinetune(reference="f.json")  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match=r"reference=0.98.*path of a fingerprint, or .'val_acc': 0.98"):
+        ZeroLRFinetune(reference=0.98)  # type: ignore[arg-type]
     with pytest.raises(MisconfigurationException, match=r"got 'Classifier.*give it the class itself"):
         load_quantized(Classifier(), "last.ckpt")  # type: ignore[type-var]
     with pytest.raises(MisconfigurationException, match=r"there is no file 'no.ckpt'"):
