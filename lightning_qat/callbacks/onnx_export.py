@@ -59,7 +59,7 @@ def export_onnx(
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> batch = torch.randn(16, 4)
         >>> region = lightning_qat.insert(model, (batch,))
-        >>> lightning_qat.calibrate(region, [batch])
+        >>> _ = lightning_qat.calibrate(region, [batch])
         >>> result = lightning_qat.export_onnx(model, f"{tempfile.mkdtemp()}/model.onnx", batch)
         >>> [(row.point, row.dtype, row.equal) for row in result.rows][:2]
         [('0.input0', 'int8', 1.0), ('0.weight', 'int8', 1.0)]
