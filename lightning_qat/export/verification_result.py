@@ -176,9 +176,10 @@ class ExportResult(Result[QuantizerRow]):
         return max((row.mean_difference for row in self.outputs if row.optimization == optimization), default=0.0)
 
     def blocks(self) -> tuple[Block, ...]:
-        """Return the outputs only: there are few of them, and all rows say that codes are equal."""
+        """Return the outputs only, without columns that are empty: all rows of points say that codes are equal."""
         block = self._outputs(self.title)
-        return (block.only([c for c in block.columns if not c.startswith("mean_")]),)
+        filled = [c for i, c in enumerate(block.columns) if any(row[i] not in (None, "") for row in block.rows)]
+        return (block.only([c for c in filled if not c.startswith("mean_")]),)
 
     def full_blocks(self) -> tuple[Block, ...]:
         """Return the outputs and every quantizer."""
