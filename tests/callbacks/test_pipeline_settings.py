@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -114,7 +115,8 @@ class AtStart(Callback):
 def float_run(epochs: int = 3) -> tuple[Fingerprint, dict[str, Tensor]]:
     seed_everything(0, verbose=False)
     callback, model = PipelineFingerprint(), Project(lr=1e-2)
-    Trainer(callbacks=[callback], **(quiet() | {"max_epochs": epochs})).fit(model)
+    with TemporaryDirectory() as root:  # the fingerprint is written there too
+        Trainer(callbacks=[callback], default_root_dir=root, **(quiet() | {"max_epochs": epochs})).fit(model)
     assert callback.fingerprint is not None
     return callback.fingerprint, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
