@@ -5,12 +5,11 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.rungs import FLOAT_FINETUNE, FLOAT_MODEL, Verdict
 from lightning_qat.analysis.ladder.verdict import judge
 from lightning_qat.callbacks.ladder.pipeline_callback import PipelineCallback
-from lightning_qat.callbacks.pipeline_fingerprint import take_answers, take_comparable
+from lightning_qat.callbacks.pipeline_fingerprint import take_to_compare
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 
@@ -63,10 +62,7 @@ class FloatFinetune(PipelineCallback):
         """Measure the float model before and after its training, and judge it."""
         ladder = self.measure_ladder(trainer, pl_module, _RUNGS)
         known = self.comparable(trainer.global_step)
-        if isinstance(known, Fingerprint):
-            here = take_comparable(trainer, pl_module, known)
-        else:
-            here = take_answers(trainer, pl_module)
+        here = take_to_compare(trainer, pl_module, known)
         zero_lr = _zero_lr_verdict(trainer)
         return judge(ladder, known, here, rungs=_RUNGS, pipeline_only=True, zero_lr=zero_lr)
 

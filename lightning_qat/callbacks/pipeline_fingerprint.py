@@ -227,6 +227,13 @@ def take_comparable(trainer: pl.Trainer, pl_module: pl.LightningModule, known: F
     return replace(here, modes=modes, untrained=None if here.untrained is None else untrained)
 
 
+def take_to_compare(trainer: pl.Trainer, pl_module: pl.LightningModule, known: object) -> Fingerprint:
+    """Take what can be compared with a reference: as much as its fingerprint has; else the answers in validation."""
+    if isinstance(known, Fingerprint):
+        return take_comparable(trainer, pl_module, known)
+    return take_answers(trainer, pl_module)
+
+
 def take_answers(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int = 8, seed: int = 0) -> Fingerprint:
     """Take the part of a fingerprint that tells a trained float model from one that guesses: its answers in validation.
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.rungs import FLOAT_MODEL, ZERO_LR_RUNGS
 from lightning_qat.analysis.ladder.verdict import judge
 from lightning_qat.callbacks.ladder.pipeline_callback import PipelineCallback
-from lightning_qat.callbacks.pipeline_fingerprint import take_answers, take_comparable
+from lightning_qat.callbacks.pipeline_fingerprint import take_to_compare
 
 _RUNGS = (FLOAT_MODEL, *ZERO_LR_RUNGS)
 
@@ -62,8 +61,5 @@ class ZeroLRFinetune(PipelineCallback):
         """Measure the rungs with learning rate 0 and judge them."""
         ladder = self.measure_ladder(trainer, pl_module, _RUNGS)
         known = self.comparable(trainer.global_step)
-        if isinstance(known, Fingerprint):
-            here = take_comparable(trainer, pl_module, known)
-        else:
-            here = take_answers(trainer, pl_module)
+        here = take_to_compare(trainer, pl_module, known)
         return judge(ladder, known, here, rungs=_RUNGS, pipeline_only=True)

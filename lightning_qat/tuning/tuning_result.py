@@ -11,38 +11,19 @@ from typing_extensions import override
 
 from lightning_qat.analysis.mixed_precision.op_costs import CostName
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
-from lightning_qat.analysis.results import Block, Result
+from lightning_qat.analysis.results import Block
+from lightning_qat.analysis.runs.accuracy import AccuracyRow, StageTable
 from lightning_qat.tuning.manifest import Manifest
 from lightning_qat.tuning.target_check import TargetCheck
 from lightning_qat.tuning.tuning_settings import TuningSettings
 
 
 @dataclass(frozen=True)
-class TuningRow:
-    """One metric over the stages.
-
-    Args:
-        metric: its name.
-        float_value: of the float model.
-        target: the value to reach; None if it is not judged.
-        values: by stage.
-        passed: whether the recommended stage reaches the target.
-    """
-
-    metric: str
-    float_value: float
-    target: float | None
-    values: Mapping[str, float]
-    passed: bool | None
-
-
-@dataclass(frozen=True)
-class TuningResult(Result[TuningRow]):
+class TuningResult(StageTable):
     """The outcome of a tuning; made by :func:`lightning_qat.tune`.
 
     Args:
         rows: one for each metric.
-        stages: the columns of the table, in order.
         recommended: the stage that meets the target at the least cost; empty if none does.
         folder: where everything is.
         raised: points at the wide type in the recommended stage.
@@ -55,7 +36,6 @@ class TuningResult(Result[TuningRow]):
         stopped: why it ended before all stages were run; empty otherwise.
     """
 
-    stages: tuple[str, ...] = ()
     recommended: str = ""
     folder: str = ""
     raised: tuple[str, ...] = ()
@@ -93,25 +73,6 @@ class TuningResult(Result[TuningRow]):
         after = f" Then it stopped: {self.stopped}" if self.stopped else ""
         bops = f"; {self.shares['bops']:.3g} times the bit operations of {self.narrow}" if "bops" in self.shares else ""
         return f"target met: {self.recommended} {mix} reaches {values}{bops}. Configuration: recommended.yaml.{after}"
-
-    @override
-    def columns(self) -> tuple[str, ...]:
-        """``metric``, ``float``, ``target``, one column per stage, ``passed``."""
-        return ("metric", "float", "target", *self.stages, "passed")
-
-    @override
-    def to_dicts(self) -> list[dict[str, Any]]:
-        """Return one flat dictionary per metric."""
-        return [
-            {
-                "metric": row.metric,
-                "float": row.float_value,
-                "target": row.target,
-                **{stage: row.values.get(stage) for stage in self.stages},
-                "passed": None if row.passed is None else ("pass" if row.passed else "FAIL"),
-            }
-            for row in self.rows
-        ]
 
     @override
     def blocks(self) -> tuple[Block, ...]:
@@ -158,7 +119,7 @@ def tuning_result(
             target = check.targets.get(name)
             by_stage = {stage: metrics[name] for stage, metrics in values.items() if name in metrics}
             passed = None if target is None else bool(recommended) and check.passes(values[recommended])
-            rows.append(TuningRow(name, value, target, by_stage, passed))
+            rows.append(AccuracyRow(name, value, target, by_stage, passed))
     chosen = manifest.stages.get(recommended)
     raised = chosen.raised if chosen is not None else ()
     return TuningResult(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_qat.analysis.captured_calls import analysis_mode
 from lightning_qat.analysis.influence import influence_on
 from lightning_qat.analysis.mixed_precision.measured_forwards import Pair, measure_forwards
 from lightning_qat.analysis.mixed_precision.model_hashes import hash_of_tensors, hashes_of
@@ -21,8 +20,8 @@ from lightning_qat.analysis.mixed_precision.point_quantizers import (
 from lightning_qat.analysis.mixed_precision.precision_errors import Check, PointError, PrecisionErrors
 from lightning_qat.analysis.mixed_precision.raised_together import raised_together
 from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.analysis.sensitivity.run_sketch import run_sketch
 from lightning_qat.analysis.sensitivity.sensitivity_sketch import Sketch, forwards_of_sketch
-from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves
@@ -143,23 +142,10 @@ class _Measuring:
         """Estimate all points at all types."""
         named = {p: {_name(p, dtype): fq for dtype, fq in own.items()} for p, own in self.quantizers.items()}
         sketch = Sketch(self.region, list(named), self.select, probes, self.seed, alternatives=named)
-        problem = None
-        with ranks.failing_together(self.across_ranks), analysis_mode(self.region, buffers=False):
-            try:
-                for call in calls:
-                    sketch.run(call)
-            except ConfigurationError:
-                raise
-            except Exception as error:  # whatever an op without a derivative raises
-                problem = error
-                sketch.failures += 1
-        if self.across_ranks:
-            sketch.all_reduce()
-        if sketch.failures:
+        if problem := run_sketch(sketch, calls, self.across_ranks):
             raise ConfigurationError(
-                f"errors cannot be measured, as gradients cannot be computed ({type(problem).__name__}: {problem}). "
-                "Choose an output before the op without a derivative."
-            ) from problem
+                f"errors cannot be measured, as {problem}. Choose an output before the op without a derivative."
+            )
         if sketch.batches == 0:
             raise ConfigurationError("there was no batch to measure errors on.")
         return sketch

@@ -39,21 +39,14 @@ class AccuracyRow:
 
 
 @dataclass(frozen=True)
-class AccuracyResult(Result[AccuracyRow]):
-    """The table over runs.
+class StageTable(Result[AccuracyRow]):
+    """Metrics over stages.
 
     Args:
         stages: the columns, oldest first.
-        run: the run that passes or fails.
-        own: its stages.
-        note: pass or fail as a sentence.
     """
 
     stages: tuple[str, ...] = ()
-    run: str = ""
-    own: tuple[str, ...] = ()
-    note: str = ""
-    title: ClassVar[str] = "Accuracy"
 
     def columns(self) -> tuple[str, ...]:
         """``metric``, ``float``, ``target``, one column per stage, ``passed``."""
@@ -71,6 +64,22 @@ class AccuracyResult(Result[AccuracyRow]):
             }
             for row in self.rows
         ]
+
+
+@dataclass(frozen=True)
+class AccuracyResult(StageTable):
+    """The table over runs.
+
+    Args:
+        run: the run that passes or fails.
+        own: its stages.
+        note: pass or fail as a sentence.
+    """
+
+    run: str = ""
+    own: tuple[str, ...] = ()
+    note: str = ""
+    title: ClassVar[str] = "Accuracy"
 
     def blocks(self) -> tuple[Block, ...]:
         """The current run; the files hold all runs."""

@@ -13,6 +13,7 @@ from lightning_qat.analysis.metrics import metric_of_sums
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.region_memory import RegionMemory
 from lightning_qat.analysis.sensitivity.isolation import Isolation, choose_points
+from lightning_qat.analysis.sensitivity.run_sketch import run_sketch
 from lightning_qat.analysis.sensitivity.sensitivity_metric import MetricLike, SensitivityMetric
 from lightning_qat.analysis.sensitivity.sensitivity_result import (
     SensitivityResult,
@@ -105,6 +106,7 @@ def sensitivity(
     Example:
         >>> import torch
         >>> from lightning_qat.quantization.region.insertion import insert
+        >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
         >>> region = insert(model, (torch.randn(8, 4),), qconfig={"weight": {"dtype": "int2"}})
         >>> with region.state("observe"):
@@ -191,20 +193,7 @@ class _Analysis:
     def sketch(self, calls: list[Call], probes: int, max_samples: int | None) -> tuple[Sketch | None, str]:
         """Estimate all points; return None and the reason if that is impossible."""
         sketch = Sketch(self.region, self.calibrated, self.select, probes, self.seed, max_samples, self.memory)
-        problem = "a rank could not compute gradients"
-        with ranks.failing_together(self.across_ranks), analysis_mode(self.region, buffers=False):
-            try:
-                for call in calls:
-                    sketch.run(call)
-            except ConfigurationError:
-                raise
-            except Exception as error:  # whatever an op without a derivative raises; isolation meets real errors again
-                text = str(error).strip().splitlines() or [""]
-                problem = f"gradients cannot be computed ({type(error).__name__}: {text[0]})"
-                sketch.failures += 1
-        if self.across_ranks:
-            sketch.all_reduce()
-        if sketch.failures:
+        if problem := run_sketch(sketch, calls, self.across_ranks):
             return None, problem
         if sketch.batches == 0:
             raise ConfigurationError(_NO_BATCH)
