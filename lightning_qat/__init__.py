@@ -23,6 +23,7 @@ from lightning_qat.callbacks.quantization_aware_training import QuantizationAwar
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
 from lightning_qat.export.plan_files import write_plan
+from lightning_qat.export.program_export import export_program
 from lightning_qat.quantization.interception.dynamic_block import dynamic_block
 from lightning_qat.quantization.overrides import ActivationOverride, Override, Split, WeightOverride
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
@@ -71,6 +72,7 @@ __all__ = [
     "diagnose",
     "dynamic_block",
     "export_onnx",
+    "export_program",
     "find_bad_cases",
     "find_regions",
     "find_violations",

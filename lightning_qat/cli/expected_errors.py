@@ -7,7 +7,7 @@ import sys
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_qat.atomic_files import NotWrittenError
-from lightning_qat.export.onnx_verification import ExportMismatchError
+from lightning_qat.export.export_errors import ExportMismatchError
 from lightning_qat.quantization.errors import ConfigurationError, TracingError
 from lightning_qat.reporting.plain_text import printable
 

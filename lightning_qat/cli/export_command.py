@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -21,6 +22,7 @@ from lightning_qat.callbacks.trainer.output_directory import shared_directory
 from lightning_qat.cli.command import Command, add_quantization_options
 from lightning_qat.cli.project import Project
 from lightning_qat.cli.run_project import run_project
+from lightning_qat.export.program_export import export_program
 from lightning_qat.export.verification_result import ExportResult
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
@@ -29,7 +31,12 @@ from lightning_qat.reporting.console import print_note, show
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", choices=["onnx"], default="onnx", help="onnx (the default)")
+    parser.add_argument(
+        "--format",
+        choices=list(_WRITERS),
+        default="onnx",
+        help="onnx (the default): a QDQ graph; program: an ExportedProgram of torch, for torch.export.load",
+    )
     parser.add_argument("--opset", type=int, default=21, metavar="N", help="of ONNX: 21, or 20 for 8-bit models")
     parser.add_argument(
         "--dynamic-batch",
@@ -41,8 +48,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) -> int:
-    def export(project: Project) -> tuple[list[ExportResult], list[str]]:
-        def work(trainer: pl.Trainer, module: pl.LightningModule) -> list[ExportResult]:
+    write = _WRITERS[options.format]
+
+    def export(project: Project) -> tuple[list[_Written], list[str]]:
+        def work(trainer: pl.Trainer, module: pl.LightningModule) -> list[_Written]:
             directory = options.output or shared_directory(trainer) / "export"
             with undisturbed_analysis(trainer, module, "export") as regions:
                 batch = chosen_samples(trainer, module, None)
@@ -55,7 +64,7 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
                     )
                 names = {path: path if len(regions) > 1 else "model" for path in regions}
                 return [
-                    _exported(region, calls[path][0], directory / f"{names[path]}.onnx", options)
+                    write(region, Call(calls[path][0].args, calls[path][0].kwargs), directory / names[path], options)
                     for path, region in regions.items()
                 ]
 
@@ -65,13 +74,33 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
     for note in notes:
         print_note(note)
     for result in results:
-        show(result, file=str(Path(result.file).with_name(f"{Path(result.file).stem}_export.txt")))
+        if isinstance(result, str):
+            print_note(result)
+        else:
+            show(result, file=str(Path(result.file).with_name(f"{Path(result.file).stem}_export.txt")))
     return 0
 
 
-def _exported(region: Region, call: Call, file: Path, options: argparse.Namespace) -> ExportResult:
+_Written: TypeAlias = ExportResult | str
+"""What was written: a result to show, or a sentence."""
+
+
+def _onnx(region: Region, call: Call, file: Path, options: argparse.Namespace) -> _Written:
     shapes = _batch_axes(region, call) if options.dynamic_batch else None
-    return export_onnx(region, file, Call(call.args, call.kwargs), shapes, options.opset, not options.no_verify)
+    return export_onnx(region, f"{file}.onnx", call, shapes, options.opset, not options.no_verify)
+
+
+def _program(region: Region, call: Call, file: Path, options: argparse.Namespace) -> _Written:
+    shapes = _batch_axes(region, call) if options.dynamic_batch else None
+    export_program(region, call, f"{file}.pt2", shapes, not options.no_verify)
+    proof = "not compared with the model" if options.no_verify else "its outputs equal those of the model, bit for bit"
+    return f"{file}.pt2: for torch.export.load, without lightning_qat; {proof}."
+
+
+_WRITERS: Mapping[str, Callable[[Region, Call, Path, argparse.Namespace], _Written]] = {
+    "onnx": _onnx,
+    "program": _program,
+}
 
 
 def _batch_axes(region: Region, call: Call) -> Any:
@@ -88,12 +117,15 @@ def _batch_axes(region: Region, call: Call) -> Any:
 
 EXPORT = Command(
     name="export",
-    summary="the quantized model of a checkpoint as ONNX, with the proof that its codes are those that were trained",
+    summary="the quantized model of a checkpoint as a file for deployment, proved to be what was trained",
     description="""Export the quantized model of a checkpoint, with the first batch of the validation data.
 
-Written to <output>: model.onnx and its report, model_export.txt and .json; with several targets, one file for each,
-under its name. Every quantizer of the file is computed by onnxruntime from the same input as in the model: all codes
-have to be equal. It needs the extra: pip install 'lightning-qat[onnx]'.
+Written to <output>, with several targets one file for each, under its name:
+
+  onnx     model.onnx and its report, model_export.txt and .json. Every quantizer of the file is computed by onnxruntime
+           from the same input as in the model: all codes have to be equal. It needs the extra:
+           pip install 'lightning-qat[onnx]'.
+  program  model.pt2, for torch.export.load, also where lightning_qat is not installed.
 """,
     example=" --ckpt_path best.ckpt --dynamic-batch",
     add_options=_add_options,

@@ -6,6 +6,7 @@ would be part of the exported graph.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.fake_quant.fake_quantize_function import broadcast_to_axis, codes_before_clipping
 from lightning_qat.quantization.numerics.channel_groups import swap_within_groups
+from lightning_qat.quantization.numerics.dtypes import quant_dtype
+from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm
 from lightning_qat.quantization.region.region import Region
 
 STORED = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "uint16": torch.uint16}
@@ -46,6 +49,8 @@ class QuantizeUse:
         codes: of a weight: its codes, in the layout in which ``axis`` counts. None for an activation.
         groups: of the weight of a grouped transposed convolution: swap the first two axes within these groups to get
             its own layout, see :mod:`~lightning_qat.quantization.numerics.channel_groups`.
+        factor: of a weight that is quantized with a batch norm folded into it, where the batch norm stays an op of its
+            own: the weight is divided by it. It broadcasts against ``(groups, ...)``. None otherwise.
     """
 
     name: str
@@ -56,6 +61,7 @@ class QuantizeUse:
     axis: int | None = None
     codes: Tensor | None = None
     groups: int = 1
+    factor: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,18 +108,25 @@ def use_name(point: str, number: int) -> str:
     return point if number == 0 else f"{point}#{number}"
 
 
-def check_exportable(regions: Mapping[str, Region], opset: int) -> None:
+def held_type(dtype: str) -> torch.dtype:
+    """Return the type that holds codes of a quantized type in torch.
+
+    Args:
+        dtype: ``int2`` ... ``int16`` or ``uint2`` ... ``uint16``.
+    """
+    known = quant_dtype(dtype)
+    return STORED[f"{'' if known.signed else 'u'}int{8 if known.bits <= 8 else 16}"]
+
+
+def check_calibrated(regions: Mapping[str, Region]) -> None:
     """Refuse regions that have no deployed form.
 
     Args:
         regions: by the path of their target.
-        opset: of ONNX.
 
     Raises:
-        ConfigurationError: a region is not calibrated, or points have a type that ONNX lacks.
+        ConfigurationError: a region is not calibrated, or computes in float64.
     """
-    if opset < MIN_OPSET:
-        raise ConfigurationError(f"opset {opset} cannot be written: write {FULL_OPSET}, or {MIN_OPSET} at least.")
     for path, region in regions.items():
         if not region.is_calibrated:
             raise ConfigurationError(
@@ -122,9 +135,23 @@ def check_exportable(regions: Mapping[str, Region], opset: int) -> None:
             )
         if any(p.dtype is torch.float64 for p in region.target.parameters()):
             raise ConfigurationError(
-                f"the region {path or type(region.target).__name__} has float64 parameters, and QuantizeLinear has no "
-                "float64: call model.float() and calibrate again."
+                f"the region {path or type(region.target).__name__} has float64 parameters, and the deployed form has "
+                "no float64: call model.float() and calibrate again."
             )
+
+
+def check_onnx_types(regions: Mapping[str, Region], opset: int) -> None:
+    """Refuse what ONNX cannot express.
+
+    Args:
+        regions: by the path of their target.
+        opset: of ONNX.
+
+    Raises:
+        ConfigurationError: points have a type that ONNX lacks, or torch.onnx cannot write the opset.
+    """
+    if opset < MIN_OPSET:
+        raise ConfigurationError(f"opset {opset} cannot be written: write {FULL_OPSET}, or {MIN_OPSET} at least.")
     known = list(EXPORTED) if opset >= FULL_OPSET else ["int8", "uint8"]
     lacking = [
         f"{f'{path}.' if path else ''}{name} ({fake_quant.dtype})"
@@ -140,17 +167,18 @@ def check_exportable(regions: Mapping[str, Region], opset: int) -> None:
 
 
 @torch.no_grad()
-def deployed_form(region: Region, forward: Any) -> DeployedForm:
+def deployed_form(region: Region, forward: Any, fold: bool = True) -> DeployedForm:
     """Compute the deployed form of a region from one forward.
 
     Args:
         region: calibrated, in eval mode and in the state ``quantize``.
         forward: runs the model once.
+        fold: whether fused batch norms are folded. It changes no code, but the last bits of sums.
 
     Raises:
         ConfigurationError: the region does not run in this forward.
     """
-    recorder = _Recorder(region)
+    recorder = _Recorder(region, fold)
     with region.tap(recorder):
         forward()
     if not recorder.form.uses and any(f.scale_source is not None for f in region.points.values()):
@@ -164,13 +192,15 @@ def deployed_form(region: Region, forward: Any) -> DeployedForm:
 class _Recorder:
     """A tap that makes the deployed form."""
 
-    def __init__(self, region: Region) -> None:
+    def __init__(self, region: Region, fold: bool) -> None:
         self.region = region
+        self.fold = fold
         self.form = DeployedForm()
         silent = [n for n, f in region.points.items() if f.scale_source is None or not f.enabled]
         self.form.not_calibrated = tuple(silent)
-        found = folded_batch_norms(region, frozenset(silent))
-        self.form.foldings, self.form.kept_norms = found
+        if fold:
+            found = folded_batch_norms(region, frozenset(silent))
+            self.form.foldings, self.form.kept_norms = found
         self._calls: Counter[str] = Counter()
 
     def __call__(self, point: str, value: Tensor, quantized: Tensor) -> None:
@@ -184,6 +214,9 @@ class _Recorder:
             use, reference = _activation(name, point, fake_quant, value, quantized)
         else:
             use, reference = _weight(name, point, fake_quant, value, quantized, self._folding(planned.op))
+            norm = None if self.fold else FoldedBatchNorm.of(self.region.graph, planned, self.region.target)
+            if norm is not None:
+                use = dataclasses.replace(use, factor=_divisor(norm.factor(value)))
         self.form.uses[name], self.form.references[name] = use, reference
 
     def _folding(self, op: str) -> Folding | None:
@@ -223,16 +256,21 @@ def _weight(
         zero_point = folding.codes(zero_point, zero_point, fake_quant, 0)
         scale = folding.scaled(scale)
         along = broadcast_to_axis(value, scale, axis)
-    held = EXPORTED[fake_quant.dtype]
+    held = held_type(fake_quant.dtype)
     use = QuantizeUse(
         name, point, fake_quant.dtype, scale, zero_point.to(held), axis, codes.to(held).contiguous(), groups
     )
     return use, Reference(value.new_empty(0), reference, along)
 
 
+def _divisor(factor: Tensor) -> Tensor:
+    """What the weight is divided by; where the factor is 0 or not finite, the channel adds nothing."""
+    return torch.where(factor.isfinite() & (factor != 0), factor, 1.0)
+
+
 def _parameters(fake_quant: FakeQuantize) -> tuple[Tensor, Tensor]:
     scale = fake_quant.channel_scale.detach().clone()
-    return scale, fake_quant.channel_zero_point.detach().to(EXPORTED[fake_quant.dtype])
+    return scale, fake_quant.channel_zero_point.detach().to(held_type(fake_quant.dtype))
 
 
 def _codes_of(quantized: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

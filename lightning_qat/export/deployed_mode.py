@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from lightning_qat.export.deployed_form import DeployedForm, QuantizeUse, use_name
-from lightning_qat.export.deployed_ops import NO_AXIS
+from lightning_qat.export.deployed_ops import CUSTOM_OPS, NO_AXIS, DeployedOps
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.interception.interception import InterceptionMode
 from lightning_qat.quantization.interception.op_identity import OpIdentity
@@ -44,11 +44,13 @@ class DeployedTensors(nn.Module):
             self._add(use.name, "zero_point", use.zero_point, use.dtype)
             if use.codes is not None:
                 self._add(use.name, "codes", use.codes, use.dtype)
+            if use.factor is not None:
+                self._add(use.name, "factor", use.factor, "float32")
         for folding in form.foldings.values():
             self._add(folding.layer, "bias", folding.bias, "float32")
 
     def of(self, name: str, kind: str) -> Tensor:
-        """Return a tensor of a use or of a layer: ``scale``, ``zero_point``, ``codes`` or ``bias``."""
+        """Return a tensor of a use or of a layer: ``scale``, ``zero_point``, ``codes``, ``factor`` or ``bias``."""
         tensor: Tensor = getattr(self, self._places[name, kind])
         return tensor
 
@@ -71,10 +73,12 @@ class DeployedForward(ReplacedForward):
         region: the region; it runs in eval mode.
         form: its deployed form.
         prefix: stands in front of the names of the uses: the path of the target and a dot, or nothing.
+        ops: how quantizers are computed.
     """
 
-    def __init__(self, region: Region, form: DeployedForm, prefix: str = "") -> None:
+    def __init__(self, region: Region, form: DeployedForm, prefix: str = "", ops: DeployedOps = CUSTOM_OPS) -> None:
         super().__init__(region)
+        self.ops = ops
         self.form = form
         self.prefix = prefix
         self.tensors = DeployedTensors(form)
@@ -155,7 +159,7 @@ class _DeployedMode(InspectingMode):
         scale, zero_point = tensors.of(use.name, "scale"), tensors.of(use.name, "zero_point")
         codes = (fake_quant.quant_min, fake_quant.quant_max)
         axis = NO_AXIS if use.axis is None else use.axis
-        quantized: Tensor = torch.ops.lightning_qat.quantize_dequantize(
+        quantized: Tensor = self.deployed.ops.quantize_dequantize(
             tensor, scale, zero_point, *codes, axis, self.deployed.prefix + use.name
         )
         return quantized
@@ -164,5 +168,10 @@ class _DeployedMode(InspectingMode):
         tensors = self.deployed.tensors
         parts = [tensors.of(use.name, kind) for kind in ("codes", "scale", "zero_point")]
         axis = NO_AXIS if use.axis is None else use.axis
-        weight: Tensor = torch.ops.lightning_qat.dequantize(*parts, axis, self.deployed.prefix + use.name)
-        return weight if use.groups == 1 else swap_within_groups(weight, use.groups)
+        weight: Tensor = self.deployed.ops.dequantize(*parts, axis, self.deployed.prefix + use.name)
+        if use.groups > 1:
+            weight = swap_within_groups(weight, use.groups)
+        if use.factor is not None:
+            factor = tensors.of(use.name, "factor")
+            weight = (weight.reshape(len(factor), -1, *weight.shape[1:]) / factor).reshape(weight.shape)
+        return weight

@@ -7,7 +7,7 @@ and DequantizeLinear, whatever is around it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,18 @@ from lightning_qat.quantization.fake_quant.fake_quantize_function import broadca
 USE_KEY = "lightning_qat.use"
 """The metadata of a node that says which use of a point it computes."""
 NO_AXIS = -1
+
+
+class DeployedOps(NamedTuple):
+    """How quantizers are computed while a model is exported.
+
+    Args:
+        quantize_dequantize: called as :func:`quantize_dequantize`.
+        dequantize: called as :func:`dequantize`.
+    """
+
+    quantize_dequantize: Callable[..., Any]
+    dequantize: Callable[..., Any]
 
 
 @torch.library.custom_op("lightning_qat::quantize_dequantize", mutates_args=())
@@ -53,14 +65,23 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int, use:
         axis: of the channels; -1 without.
         use: the name of the quantization.
     """
-    along = None if axis == NO_AXIS else axis
-    wide = codes.float() - broadcast_to_axis(codes, zero_point.float(), along)
-    return wide * broadcast_to_axis(codes, scale, along)
+    return dequantized(codes, scale, zero_point, axis)
 
 
 @dequantize.register_fake
 def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int, use: str) -> Tensor:
     return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+
+
+def dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    """Compute :func:`dequantize` in plain operators."""
+    along = None if axis == NO_AXIS else axis
+    wide = codes.float() - broadcast_to_axis(codes, zero_point.float(), along)
+    return wide * broadcast_to_axis(codes, scale, along)
+
+
+CUSTOM_OPS = DeployedOps(torch.ops.lightning_qat.quantize_dequantize, torch.ops.lightning_qat.dequantize)
+"""What translations() makes QuantizeLinear and DequantizeLinear of."""
 
 
 def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:

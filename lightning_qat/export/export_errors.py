@@ -18,6 +18,10 @@ _DATA_DEPENDENT = ("GuardOnDataDependentSymNode", "DataDependent", "data-depende
 _CAUSES = 8
 
 
+class ExportMismatchError(RuntimeError):
+    """An exported model that computes something else than the region; the message names the first difference."""
+
+
 def capture_error(model: nn.Module, error: Exception) -> ConfigurationError:
     """Return the error about a forward that torch.export cannot follow.
 

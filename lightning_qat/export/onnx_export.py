@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import importlib
-import io
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from lightning_qat.atomic_files import write_atomically
-from lightning_qat.export.deployed_form import FULL_OPSET, DeployedForm, check_exportable, deployed_form
+from lightning_qat.export.capture import captured, evaluating, quantized_regions, quiet, tensors_of
+from lightning_qat.export.deployed_form import (
+    FULL_OPSET,
+    DeployedForm,
+    check_calibrated,
+    check_onnx_types,
+    deployed_form,
+)
 from lightning_qat.export.deployed_mode import DeployedForward
 from lightning_qat.export.deployed_ops import translations
-from lightning_qat.export.export_errors import capture_error, conversion_error
+from lightning_qat.export.export_errors import conversion_error
 from lightning_qat.export.onnx_graph import finish_graph, named_uses
 from lightning_qat.export.onnx_sessions import integer_ops
 from lightning_qat.export.onnx_verification import VerifiedGraph, verified_outputs, verified_quantizers
 from lightning_qat.export.verification_result import ExportResult, OutputRow, QuantizerRow
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
-from lightning_qat.quantization.region.region import Region, find_regions
 
 _LARGEST_FILE = 2**31 - 1
 _EXTRA = ("onnx", "onnxscript", "onnxruntime")
@@ -81,10 +82,11 @@ def exported(
         ConfigurationError: the model cannot be exported; the message names the cause.
     """
     check_extra()
-    model, regions = _regions(model_or_region)
-    check_exportable(regions, opset)
+    model, regions = quantized_regions(model_or_region)
+    check_calibrated(regions)
+    check_onnx_types(regions, opset)
     call = Call.of(example_inputs)
-    with torch.no_grad(), _evaluating(model, regions):
+    with torch.no_grad(), evaluating(model, regions):
         forms: dict[str, DeployedForm] = {}
 
         def run() -> Any:
@@ -126,7 +128,7 @@ def export_model(
         inputs = _graph_inputs(found)
         rows = verified_quantizers(graph, inputs)
         integers = integer_ops(graph.proto)
-        outputs = verified_outputs(graph, inputs, _tensors(found.outputs), _tensors(found.float_outputs))
+        outputs = verified_outputs(graph, inputs, tensors_of(found.outputs), tensors_of(found.float_outputs))
     return ExportResult(
         rows,
         outputs,
@@ -144,24 +146,8 @@ def export_model(
 
 def _graph_inputs(found: Exported) -> dict[str, Any]:
     names = [value.name for value in found.proto.graph.input]
-    tensors = _tensors((found.call.args, found.call.kwargs))
+    tensors = tensors_of((found.call.args, found.call.kwargs))
     return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
-
-
-def _shapes(given: Any) -> Any:
-    """Return dynamic shapes as torch.export knows them: an axis that is given by its name is a dynamic one."""
-    if isinstance(given, str):
-        return torch.export.Dim.DYNAMIC
-    if isinstance(given, Mapping):
-        return {key: _shapes(value) for key, value in given.items()}
-    if isinstance(given, (tuple, list)):
-        return type(given)(_shapes(value) for value in given)
-    return given
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in the order in which torch.export numbers them."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def write_onnx(proto: Any, path: str | os.PathLike[str]) -> Path:
@@ -183,49 +169,6 @@ def write_onnx(proto: Any, path: str | os.PathLike[str]) -> Path:
     return write_atomically(path, proto.SerializeToString())
 
 
-def _regions(model_or_region: nn.Module) -> tuple[nn.Module, dict[str, Region]]:
-    if isinstance(model_or_region, Region):
-        return model_or_region.target, {"": model_or_region}
-    regions = find_regions(model_or_region)
-    if not regions:
-        raise ConfigurationError(
-            f"{type(model_or_region).__name__} has no fake-quants, so there is no deployed form to export: quantize "
-            "it first, by load_quantized(...) from the checkpoint of a QAT run or by insert(...) and calibrate(...)."
-        )
-    return model_or_region, regions
-
-
-@contextmanager
-def _evaluating(model: nn.Module, regions: Mapping[str, Region]) -> Iterator[None]:
-    """Quantize in eval mode for the duration of a block."""
-    modes = {module: module.training for module in model.modules()}
-    with ExitStack() as stack:
-        for region in regions.values():
-            region.scales.refresh_weights()
-            stack.enter_context(region.state("quantize"))
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch's exporter from warning about itself; what goes wrong is raised."""
-    logger = logging.getLogger("torch")
-    disabled = logger.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                yield
-        finally:
-            logging.disable(disabled)
-
-
 def _proto(model: nn.Module, deployed: list[DeployedForward], call: Call, dynamic_shapes: Any, opset: int) -> Any:
     import onnx
     import onnx_ir
@@ -233,15 +176,8 @@ def _proto(model: nn.Module, deployed: list[DeployedForward], call: Call, dynami
     with ExitStack() as stack:
         for one in deployed:
             stack.enter_context(one)
-        stack.enter_context(_quiet())
-        try:
-            program = torch.export.export(
-                model, call.args, call.kwargs, dynamic_shapes=_shapes(dynamic_shapes), strict=False
-            )
-        except ConfigurationError:
-            raise
-        except Exception as error:  # torch raises many kinds
-            raise capture_error(model, error) from error
+        stack.enter_context(quiet())
+        program = captured(model, call, dynamic_shapes)
         try:
             found = torch.onnx.export(
                 program,

@@ -18,15 +18,12 @@ from torch import Tensor
 
 from lightning_qat.export.deployed_form import NARROW, Reference
 from lightning_qat.export.deployed_ops import USE_KEY
+from lightning_qat.export.export_errors import ExportMismatchError
 from lightning_qat.export.onnx_graph import NamedUse
 from lightning_qat.export.onnx_sessions import OPTIMIZATIONS, run
 from lightning_qat.export.verification_result import OutputRow, QuantizerRow
 
 Codes = NDArray[np.int64]
-
-
-class ExportMismatchError(RuntimeError):
-    """An exported graph with other codes than the region; the message names the first quantizer that differs."""
 
 
 class VerifiedGraph:

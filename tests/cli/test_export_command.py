@@ -74,6 +74,19 @@ def test_export_writes_the_model_of_a_checkpoint(
         np.testing.assert_allclose(found, model(images), atol=0.05)
 
 
+def test_export_writes_a_program(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    command = ["export", str(tmp_path / "train.py"), str(tmp_path / "out"), "--format", "program", "--dynamic-batch"]
+    assert main([*command, "--ckpt_path", str(checkpoint), f"--output={tmp_path / 'files'}"]) == 0
+    assert [p.name for p in (tmp_path / "files").iterdir()] == ["model.pt2"]
+    assert "its outputs equal those of the model, bit for bit" in " ".join(capsys.readouterr().out.split())
+    model = load_quantized(Classifier, checkpoint).eval()
+    images = next(iter(loader(5)))[0][:5]
+    program = torch.export.load(tmp_path / "files" / "model.pt2")
+    with torch.no_grad():
+        assert torch.equal(program.module()(images), model(images))
+
+
 def test_what_cannot_be_exported_is_one_line(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import lightning_qat
 import lightning_qat.export.onnx_export as onnx_export
 from lightning_qat.atomic_files import NotWrittenError
-from lightning_qat.export.onnx_verification import ExportMismatchError
+from lightning_qat.export.export_errors import ExportMismatchError
 from lightning_qat.export.verification_result import EXACT_MATMUL, ExportResult, OutputRow, QuantizerRow
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.insertion import insert
