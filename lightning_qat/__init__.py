@@ -12,6 +12,7 @@ from lightning_qat.callbacks.accuracy_table import AccuracyTable
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
 from lightning_qat.callbacks.float_finetune import FloatFinetune
+from lightning_qat.callbacks.html_report import HTMLReport
 from lightning_qat.callbacks.insertion.quantized_checkpoint import load_quantized
 from lightning_qat.callbacks.layer_comparison import LayerComparison
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
@@ -47,6 +48,7 @@ __all__ = [
     "Calibration",
     "ConvergenceMonitor",
     "FloatFinetune",
+    "HTMLReport",
     "HardwareProfile",
     "LayerComparison",
     "LayerStatistics",

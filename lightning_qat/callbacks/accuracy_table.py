@@ -23,14 +23,20 @@ from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
-from lightning_qat.callbacks.trainer.output_directory import console_of, leaves_files, shared_directory
+from lightning_qat.callbacks.trainer.output_directory import (
+    console_of,
+    leaves_files,
+    run_directory,
+    shared_directory,
+)
 from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.callbacks.trainer.stored_state import read_state
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.reading.checks import AT_LEAST_ZERO
 from lightning_qat.quantization.region.switches import State
-from lightning_qat.reporting.accuracy_table_files import RunEntry, read_result_table, write_accuracy
+from lightning_qat.reporting.accuracy_table_files import OWN_TABLE, RunEntry, read_result_table, write_accuracy
 from lightning_qat.reporting.console import show
+from lightning_qat.reporting.files import write_json
 from lightning_qat.reporting.loggers import log_table
 from lightning_qat.reporting.tensorboard_tags import RESULT_TABLE
 
@@ -42,7 +48,8 @@ class AccuracyTable(ReportingCallback):
     ``QAT`` is evaluated. The callback also runs in ``trainer.validate`` and ``trainer.test``.
 
     The values of all runs are kept in ``result_table.json`` (also ``.md`` and ``.csv``) in
-    ``<default_root_dir>/lightning_qat``; the table is printed at the end. A new run whose name is taken becomes
+    ``<default_root_dir>/lightning_qat``; the table is printed at the end. ``accuracy.json`` in the run's own
+    ``lightning_qat`` folder holds it as seen from this run, with the target. A new run whose name is taken becomes
     ``name (2)``. A resumed run, and an evaluation of its checkpoint, continue the entry of that run. Several processes
     may write the table at the same time. ``fast_dev_run`` leaves no files.
 
@@ -184,11 +191,13 @@ class AccuracyTable(ReportingCallback):
 
     def _recorded(self, trainer: pl.Trainer, column: str, metrics: dict[str, float]) -> AccuracyResult:
         """Add the values to the table and return it on all ranks. Only rank zero reads and writes files."""
-        name = self._name(trainer)
+        name, directory = self._name(trainer), run_directory(trainer)  # broadcast: on all ranks
         outcome: Any = None
         if trainer.is_global_zero:
             try:
                 outcome = self._noted(trainer, name, column, metrics)
+                if leaves_files(trainer):
+                    self._reports.write(directory / OWN_TABLE, partial(write_json, outcome[1], directory / OWN_TABLE))
             except ConfigurationError as error:
                 outcome = str(error)
         outcome = trainer.strategy.broadcast(outcome)

@@ -20,6 +20,7 @@ from lightning_qat.cli.export_command import EXPORT
 from lightning_qat.cli.fingerprint_command import FINGERPRINT
 from lightning_qat.cli.inspect_command import INSPECT
 from lightning_qat.cli.pipeline_check_command import PIPELINE_CHECK
+from lightning_qat.cli.report_command import REPORT
 from lightning_qat.cli.tune_command import TUNE
 
 COMMANDS: tuple[Command, ...] = (
@@ -30,6 +31,7 @@ COMMANDS: tuple[Command, ...] = (
     ANALYSE,
     EXPORT,
     TUNE,
+    REPORT,
     COMPARE_RUNS,
     COMPARE_PIPELINES,
 )

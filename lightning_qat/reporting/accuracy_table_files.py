@@ -13,11 +13,15 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_qat.analysis.runs.accuracy import RESULT_TABLE_VERSION, AccuracyResult, ResultTable
+from lightning_qat.analysis.runs.accuracy import RESULT_TABLE_VERSION, AccuracyResult, AccuracyRow, ResultTable
 from lightning_qat.atomic_files import NotWrittenError, json_value, write_atomically
+from lightning_qat.quantization.reading.files import Document
+from lightning_qat.quantization.reading.plain_values import must
+from lightning_qat.quantization.reading.schema import read_as
 from lightning_qat.reporting.files import write_csv
 from lightning_qat.reporting.plain_text import digest, file_name
 from lightning_qat.reporting.tables import escape_markdown, markdown
@@ -62,6 +66,45 @@ def write_accuracy(result: AccuracyResult, path: str | os.PathLike[str], note: s
     """
     text = f"{markdown(result.columns(), result.to_dicts())}\n\n{escape_markdown(note)}\n"
     return [write_csv(result, Path(path).with_suffix(".csv")), write_atomically(Path(path).with_suffix(".md"), text)]
+
+
+OWN_TABLE = "accuracy.json"
+"""In the folder of a run: the table as seen from this run, with its target, as ``write_json`` writes it."""
+_PASSED = {"pass": True, "FAIL": False, None: None}
+
+
+def read_own_accuracy(path: str | os.PathLike[str]) -> AccuracyResult:
+    """Read the accuracy table of one run back.
+
+    Args:
+        path: of its ``accuracy.json``.
+
+    Raises:
+        DamagedFileError: it is no such file.
+    """
+    document = Document(path, "the accuracy table of a run", "evaluate the run again with AccuracyTable()")
+    found = document.as_json(_OwnTable, ignore_unknown=True)
+    with document.checked():
+        rows = tuple(_own_row(row, found.stages) for row in found.rows)
+    return AccuracyResult(rows, found.stages, found.run, found.own, found.note)
+
+
+@dataclass(frozen=True)
+class _OwnTable:
+    rows: tuple[dict[str, Any], ...]
+    stages: tuple[str, ...]
+    run: str
+    own: tuple[str, ...]
+    note: str = ""
+
+
+def _own_row(row: dict[str, Any], stages: tuple[str, ...]) -> AccuracyRow:
+    passed = row.get("passed")
+    if not (passed is None or isinstance(passed, str)) or passed not in _PASSED:
+        raise must("pass or FAIL", passed, ".passed")
+    values = {stage: read_as(float, row[stage]) for stage in stages if row.get(stage) is not None}
+    known = {name: None if row.get(name) is None else read_as(float, row[name]) for name in ("float", "target")}
+    return AccuracyRow(read_as(str, row.get("metric")), known["float"], known["target"], values, _PASSED[passed])
 
 
 class RunEntry:

@@ -1,0 +1,49 @@
+"""``python -m lightning_qat report``: the page of a run, from its files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lightning_qat.cli.command import Command
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.reporting.console import print_text
+from lightning_qat.reporting.html.page import FILE_NAME, write_report
+
+_USAGE = "python -m lightning_qat report RUN_DIR [RUN_DIR ...] [--output FILE]"
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"the file to write; {FILE_NAME} beside the files of the last run if not given",
+    )
+
+
+def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) -> int:
+    unknown = [word for word in arguments if word.startswith("-")]
+    if script is None or unknown:
+        problem = f"there is no option {unknown[0]}" if unknown else "report takes the log directory of a run"
+        raise ConfigurationError(f"{problem}: {_USAGE}")
+    output = options.output
+    if output is not None and output.is_dir():
+        output = output / FILE_NAME
+    print_text(f"Report: {write_report([script, *arguments], output).resolve()}")
+    return 0
+
+
+REPORT = Command(
+    name="report",
+    summary="one HTML page about a run: verdict, findings, metrics, all points; several runs side by side",
+    description="""Write one HTML page about a run from the files in its log directory.
+
+With several runs, the earliest first, the page is about the last one and compares it with the others. The page needs no
+network and no other file, so it can be sent to a colleague. It needs Jinja2: pip install 'lightning-qat[html]'.
+""",
+    example="",
+    add_options=_add_options,
+    run=_run,
+    usage=_USAGE,
+)

@@ -1,0 +1,145 @@
+"""The findings of a run, from all its reports, as advice: the most severe first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from lightning_qat.analysis.convergence.training_series import ConvergenceRow
+from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis, DiagnosisResult
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
+from lightning_qat.analysis.model_check.finding import SEVERITIES
+from lightning_qat.analysis.results import Advice
+from lightning_qat.reporting.html.run_folder import RunFolder
+
+SOURCES = {
+    "pipeline_check": "pipeline check",
+    "zero_lr_finetune": "finetune with learning rate 0",
+    "float_finetune": "finetune in float",
+    "convergence": "convergence",
+    "calibration": "calibration",
+    "model_check": "model check",
+    "diagnosis": "diagnosis",
+    "calibrated_diagnosis": "diagnosis of the calibrated model",
+}
+"""What found something, in the order in which its findings stand within a severity."""
+_MOST_DIFFERENCES = 8
+
+
+@dataclass(frozen=True)
+class ReportFinding:
+    """One finding.
+
+    Args:
+        source: a key of :data:`SOURCES`.
+        advice: what was found, why, and what to do.
+        points: names of the points concerned, as the table of points has them.
+    """
+
+    source: str
+    advice: Advice
+    points: tuple[str, ...] = ()
+
+
+def find_all(run: RunFolder, target_reached: bool) -> tuple[ReportFinding, ...]:
+    """Collect the findings of a run.
+
+    Args:
+        run: its files.
+        target_reached: then what a point might gain is worth knowing, and no warning.
+    """
+    found = [*_of_ladders(run), *_of_convergence(run), *_of_diagnoses(run, target_reached), *_of_model_check(run)]
+    order = list(SOURCES)
+    found.sort(key=lambda f: (SEVERITIES.index(f.advice.level), order.index(f.source)))
+    return tuple(found)
+
+
+def _of_ladders(run: RunFolder) -> Iterator[ReportFinding]:
+    for name, result in run.ladders.items():
+        if result.is_bad:
+            broken = [row for row in result.rows if row.status in ("breaks", "falls")]
+            facts = [("cause", result.cause)] if result.cause else []
+            facts += [(f"rung {r.rung}", f"{r.what}: {r.metric} {_change(r.expected, r.value)}") for r in broken]
+            facts += [("difference", difference) for difference in _differences(result)]
+            advice = Advice(result.verdict, "error", without_verdict(result.verdict, result.note), facts=tuple(facts))
+            yield ReportFinding(name, advice)
+
+
+def _differences(result: PipelineResult) -> list[str]:
+    rows = [row for table in (result.differences, result.stages) for row in table.rows if row.suspicion == "strong"]
+    texts = [row.what for row in rows if row.what != result.cause]
+    more = len(texts) - _MOST_DIFFERENCES
+    return [*texts[:_MOST_DIFFERENCES], *([f"and {more} more, in the table below"] if more > 0 else [])]
+
+
+def _of_convergence(run: RunFolder) -> Iterator[ReportFinding]:
+    if run.convergence is not None:
+        for row in run.convergence.rows:
+            if row.status == "flagged":
+                yield ReportFinding("convergence", _convergence_advice(row, "error"), row.names)
+
+
+def _convergence_advice(row: ConvergenceRow, level: str) -> Advice:
+    facts = (("do", row.next_step),) if row.next_step else ()
+    return Advice(row.check, level, row.evidence, row.names, facts)
+
+
+def _of_diagnoses(run: RunFolder, target_reached: bool) -> Iterator[ReportFinding]:
+    both = {"diagnosis": run.diagnosis, "calibrated_diagnosis": run.start_diagnosis}
+    for name, result in both.items():
+        if result is None:
+            continue
+        if result.calibration:
+            yield ReportFinding("calibration", Advice("calibration data", "error", result.calibration))
+        level = "info" if target_reached else "warning"
+        for row in result.for_people().rows:
+            if row.verdict not in ("fine", "inherited") and not (result.calibration and row.verdict == _CALIBRATION):
+                yield ReportFinding(name, _diagnosis_advice(row, level), (_full_name(row),))
+
+
+_CALIBRATION = "calibration data"
+
+
+def _diagnosis_advice(row: Diagnosis, level: str) -> Advice:
+    facts = [("do", row.action)] if row.action else []
+    if row.factor is not None:
+        of_what = "relative error" if row.relative else "error"
+        facts.append(("gain", f"the {of_what} falls at least {row.factor:.3g} times"))
+    return Advice(row.verdict, level, row.evidence, (_full_name(row),), tuple(facts), row.yaml)
+
+
+def _of_model_check(run: RunFolder) -> Iterator[ReportFinding]:
+    if run.model_check is not None:
+        (block,) = run.model_check.blocks()
+        for finding, advice in zip(run.model_check.findings, block.advice, strict=True):
+            prefix = f"{finding.region}." if finding.region else ""
+            yield ReportFinding("model_check", advice, tuple(f"{prefix}{name}" for name in finding.names))
+
+
+def first_action(findings: tuple[ReportFinding, ...], *sources: str) -> str:
+    """Return what to do about the first finding of some sources; empty without one."""
+    for finding in findings:
+        if finding.source in sources:
+            action = next((text for label, text in finding.advice.facts if label == "do"), "")
+            return action or finding.advice.text
+    return ""
+
+
+def culprits(result: DiagnosisResult | None) -> tuple[Diagnosis, ...]:
+    """The points that a diagnosis wants to be looked at, the worst first; the worst round of a loop."""
+    return () if result is None else replace(result, rows=result.for_people().rows).culprits
+
+
+def _full_name(row: Diagnosis) -> str:
+    return f"{row.region}.{row.point}" if row.region else row.point
+
+
+def without_verdict(verdict: str, note: str) -> str:
+    """Return a note without the verdict at its beginning, which stands in the heading."""
+    head, colon, rest = note.partition(": ")
+    return rest[:1].upper() + rest[1:] if colon and head.startswith(verdict) else note
+
+
+def _change(before: float | None, after: float | None) -> str:
+    numbers = ["?" if number is None else f"{number:.4g}" for number in (before, after)]
+    return " -> ".join(numbers)

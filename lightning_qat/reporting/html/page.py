@@ -1,0 +1,145 @@
+"""Render a run as one HTML file that needs nothing else: no network, no other file, no relaxed security policy."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_qat.analysis.results import Block
+from lightning_qat.atomic_files import write_atomically
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.reporting.html.findings import SOURCES
+from lightning_qat.reporting.html.overview import judge_run
+from lightning_qat.reporting.html.page_data import as_json_element, page_data
+from lightning_qat.reporting.html.point_table import COLUMNS, point_table
+from lightning_qat.reporting.html.run_folder import RunFolder, read_run
+from lightning_qat.reporting.plain_text import one_line, printable
+from lightning_qat.reporting.tables import cell_text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment, Template
+
+FILE_NAME = "report.html"
+_ASSETS = Path(__file__).parent / "assets"
+_SCRIPTS = ("format.js", "table.js", "main.js")
+"""In the order in which they stand in the one script of the page."""
+_MOST_NAMES = 30
+"""Names of one finding; the file of the finding has all."""
+_STATIC_ROWS = 50
+"""Rows of the table of points that can be read without JavaScript."""
+
+
+def write_report(runs: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str] | None = None) -> Path:
+    """Write the report of a run as one HTML file, from the files that the run has written.
+
+    Args:
+        runs: log directories, the earliest first. The page is about the last one, and compares it with the others.
+        path: the file; ``report.html`` in the run's ``lightning_qat`` folder if not given. A file that exists is
+            replaced at once.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ConfigurationError: Jinja2 is missing, or one of the runs has no files.
+        NotWrittenError: the file cannot be written.
+    """
+    found = [read_run(run) for run in runs]
+    return write_atomically(path or found[-1].path / FILE_NAME, render(found))
+
+
+def render(runs: Sequence[RunFolder]) -> str:
+    """Return the page about the last of some runs.
+
+    Args:
+        runs: their files, the earliest run first.
+
+    Raises:
+        ConfigurationError: Jinja2 is missing.
+    """
+    template = _template()
+    run, points = runs[-1], point_table(runs[-1])
+    overview = judge_run(run)
+    style, script = _assets()
+    visible = [index for index, column in enumerate(COLUMNS) if column.shown]
+    static = Block(
+        columns=tuple(COLUMNS[index].label for index in visible),
+        rows=tuple(tuple(row[index] for index in visible) for row in points.rows[:_STATIC_ROWS]),
+    )
+    return template.render(
+        run=run,
+        overview=overview,
+        sources=SOURCES,
+        sections=[("verdict", "Verdict"), ("findings", "Findings"), ("results", "Results"), ("points", "Points")],
+        most_names=_MOST_NAMES,
+        results=run.accuracy.full_blocks() if run.accuracy is not None else (),
+        points=points,
+        point_places={name: place for place, name in enumerate(points.names)},
+        static=static,
+        columns=COLUMNS,
+        style=style,
+        script=script,
+        policy=f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'",
+        data=as_json_element(page_data(run, points)),
+    )
+
+
+@cache
+def _assets() -> tuple[str, str]:
+    """The style and the script of the page."""
+    script = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    return (_ASSETS / "report.css").read_text(encoding="utf-8"), f'"use strict";\n(() => {{\n{script}\n}})();\n'
+
+
+@cache
+def _template() -> Template:
+    return _environment().get_template("report.html.j2")
+
+
+def require_jinja() -> None:
+    """Check that pages can be rendered.
+
+    Raises:
+        ConfigurationError: Jinja2 is missing.
+    """
+    try:
+        import jinja2  # noqa: F401
+    except ImportError as error:
+        raise ConfigurationError("the HTML report needs Jinja2: pip install 'lightning-qat[html]'.") from error
+
+
+def _environment() -> Environment:
+    require_jinja()
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(cell=_cell, shown=printable, line=one_line)
+    environment.tests["numeric"] = _is_number
+    return environment
+
+
+def _cell(value: Any) -> str:
+    """A cell as the terminal and Markdown have it."""
+    return one_line(cell_text(value, digits=4))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _hash(content: str) -> str:
+    """The source of a security policy that allows one inline element."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

@@ -1,0 +1,94 @@
+"""The data that the page's script draws: plain lists, one entry per point in the order of the table of points."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_qat.atomic_files import json_value
+from lightning_qat.reporting.html.point_table import COLUMNS, PointTable
+from lightning_qat.reporting.html.run_folder import RunFolder
+from lightning_qat.reporting.plain_text import one_line, printable
+
+_DIGITS = 4
+"""Significant digits of what is only drawn. The table of points has all digits."""
+_MOST_CELLS = 2_000_000
+"""Cells of all series together. Of more, epochs are left out: a page of 10,000 points stays usable."""
+
+
+def page_data(run: RunFolder, points: PointTable) -> dict[str, Any]:
+    """Return everything the script needs.
+
+    Args:
+        run: the files of the run.
+        points: its points.
+    """
+    return {
+        "run": one_line(run.name),
+        "points": {
+            "columns": [vars(column) for column in COLUMNS],
+            "rows": [list(map(_cell, row)) for row in points.rows],
+        },
+        "advice": {
+            str(place): {name: printable(getattr(row, name)) for name in ("evidence", "action", "yaml")}
+            for place, key in enumerate(points.keys)
+            if (row := points.diagnoses.get(key)) is not None and row.verdict != "fine"
+        },
+        "series": _series(run, points),
+    }
+
+
+def as_json_element(data: Mapping[str, Any]) -> str:
+    """Return data as JSON for a script element: no character in it means anything in HTML.
+
+    Example:
+        >>> print(as_json_element({"name": "</script>&"}))
+        {"name":"\\u003c/script\\u003e\\u0026"}
+    """
+    text = json.dumps(json_value(data), separators=(",", ":"))  # ASCII: line separators and surrogates are escapes
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def short(value: Any) -> Any:
+    """Return a number with the digits that a drawing needs.
+
+    Example:
+        >>> short(0.123456), short(None), short(12345678.9), short(2.0)
+        (0.1235, None, 12350000, 2)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if not math.isfinite(value):
+        return str(value)
+    number = float(f"{value:.{_DIGITS}g}")
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
+def _cell(value: Any) -> Any:
+    return one_line(value) if isinstance(value, str) else value
+
+
+def _series(run: RunFolder, points: PointTable) -> dict[str, Any]:
+    """Columns over the epochs, from both growing tables, each with its epochs."""
+    found = {}
+    for history in (run.statistics, run.sensitivity):
+        columns = [column for column, values in history.series.items() if _is_worth_it(values.values())]
+        stride = max(1, math.ceil(len(columns) * len(points.keys) * len(history.epochs) / _MOST_CELLS))
+        kept = sorted({*range(0, len(history.epochs), stride), max(0, len(history.epochs) - 1)})
+        for column in columns:
+            values = history.series[column]
+            rows = [[short(values[key][place]) for place in kept] if key in values else [] for key in points.keys]
+            found[column] = {"epochs": [history.epochs[place] for place in kept], "values": rows}
+    return found
+
+
+def _is_worth_it(rows: Any) -> bool:
+    """Whether any point has a value."""
+    return any(value is not None for row in rows for value in row)
+
+
+def names_of(places: Sequence[int], points: PointTable) -> list[str]:
+    """Return names as the page shows them."""
+    return [one_line(points.names[place]) for place in places]

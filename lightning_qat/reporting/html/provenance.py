@@ -1,0 +1,120 @@
+"""How a run came about: its command, seed, versions and configuration. What looks like a secret is left out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning_qat.atomic_files import json_value, write_atomically
+
+FILE_NAME = "provenance.json"
+_PACKAGES = ("lightning-qat", "torch", "lightning", "torchmetrics", "numpy")
+_CONFIGURATIONS = ("config.yaml", "hparams.yaml")
+_HASHED = ("quant_plan.json", "pipeline_fingerprint.json")
+_LARGEST = 200_000
+"""Characters of a configuration that the page holds."""
+_LEFT_OUT = "(left out)"
+_SECRET = r"(?:\w*[._-])?(?:password|passwd|secret|token|api_?key|access_?key|credentials?)"
+_SECRET_LINE = re.compile(rf"(?im)^(?P<head>[ \t-]*['\"]?{_SECRET}['\"]?[ \t]*:[ \t]*)(?P<value>[^\s#].*)$")
+_SECRET_OPTION = re.compile(rf"(?i)--?{_SECRET}")
+
+
+def describe_process(finished: bool) -> dict[str, Any]:
+    """Return what the running process knows about itself.
+
+    Args:
+        finished: whether the run is complete.
+    """
+    return {
+        "command": without_secrets([os.path.basename(sys.executable), *sys.argv]),
+        "seed": os.environ.get("PL_GLOBAL_SEED"),
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "finished": finished,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "platform": platform.platform(),
+    }
+
+
+def write_provenance(directory: str | os.PathLike[str], finished: bool) -> Path:
+    """Write ``provenance.json`` into the folder of a run.
+
+    Args:
+        directory: the run's ``lightning_qat`` folder.
+        finished: whether the run is complete.
+    """
+    text = json.dumps(json_value(describe_process(finished)), indent=2) + "\n"
+    return write_atomically(Path(directory) / FILE_NAME, text)
+
+
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """Return a command line without the values of options that are called like a secret.
+
+    Example:
+        >>> without_secrets(["fit", "--logger.api_key=x1", "--token", "x2", "--model.width", "16"])
+        ['fit', '--logger.api_key=(left out)', '--token', '(left out)', '--model.width', '16']
+    """
+    found: list[str] = []
+    hides_next = False
+    for word in words:
+        option, equals, _ = word.partition("=")
+        is_secret = _SECRET_OPTION.fullmatch(option.replace("-", "_").replace("__", "--", 1)) is not None
+        if hides_next:
+            found.append(_LEFT_OUT)
+        else:
+            found.append(f"{option}={_LEFT_OUT}" if is_secret and equals else word)
+        hides_next = is_secret and not equals and not hides_next
+    return found
+
+
+def read_configurations(directory: Path) -> dict[str, str]:
+    """Return the configuration files that Lightning keeps in a log directory, without secrets.
+
+    Args:
+        directory: the log directory.
+    """
+    found = {}
+    for name in _CONFIGURATIONS:
+        path = directory / name
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        except OSError:
+            continue
+        if text.strip() and len(text) <= _LARGEST:
+            found[name] = _SECRET_LINE.sub(rf"\g<head>{_LEFT_OUT}", text)
+    return found
+
+
+def read_hashes(folder: Path, root: Path) -> dict[str, str]:
+    """Return the SHA-256 of the files that decide what was run.
+
+    Args:
+        folder: the run's ``lightning_qat`` folder.
+        root: its log directory.
+    """
+    paths = [*(root / name for name in _CONFIGURATIONS), *(folder / name for name in _HASHED)]
+    found = {}
+    for path in paths:
+        try:
+            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError:
+            continue
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

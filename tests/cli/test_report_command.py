@@ -1,0 +1,50 @@
+"""``python -m lightning_qat report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_qat.cli.command_line import main
+from tests.harness import run_folder
+from tests.harness.parsed_page import ParsedPage
+
+
+def test_page_of_a_log_directory_or_of_the_folder_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_folder.write_run(tmp_path)
+    assert main(["report", str(run)]) == 0
+    path = run / "lightning_qat" / "report.html"
+    assert str(path) in capsys.readouterr().out
+    assert main(["report", str(run / "lightning_qat"), "--output", str(tmp_path / "a.html")]) == 0
+    assert (tmp_path / "a.html").read_text() == path.read_text()
+    assert main(["report", str(run), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_text() == path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "takes the log directory of a run"),
+        (["nowhere"], "there is no folder nowhere"),
+        (["."], "holds no file of a run"),
+        ([".", "--colour", "red"], "there is no option --colour"),
+    ],
+)
+def test_what_cannot_be_reported_is_one_sentence(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_damaged_file_is_left_out_and_said(tmp_path: Path) -> None:
+    run = run_folder.write_run(tmp_path)
+    (run / "lightning_qat" / "convergence.json").write_text("{")
+    (run / "lightning_qat" / "sensitivity.csv").write_text("epoch,point\n0\n")
+    assert main(["report", str(run)]) == 0
+    page = ParsedPage((run / "lightning_qat" / "report.html").read_text())
+    assert len(page.data["points"]["rows"]) == 12

@@ -1,0 +1,158 @@
+"""The page as a file: what it says is what the files say, names are text, and the security policy fits it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.reporting.console import console_text
+from lightning_qat.reporting.html.page import require_jinja, write_report
+from lightning_qat.reporting.html.page_data import as_json_element
+from lightning_qat.reporting.html.point_table import COLUMNS
+from lightning_qat.reporting.html.run_folder import read_run
+from lightning_qat.reporting.plain_text import one_line
+from lightning_qat.reporting.reports import text_report
+from lightning_qat.reporting.tables import cell_text
+from tests.harness import run_folder
+from tests.harness.parsed_page import ParsedPage
+from tests.reporting.test_hostile_names import HOSTILE, is_harmless
+
+EVENTS = re.compile(r"on[a-z]+")
+
+
+def page_of(run: Path) -> ParsedPage:
+    return ParsedPage(write_report([run]).read_text(encoding="utf-8"))
+
+
+def full_run(tmp_path: Path, *names: str) -> Path:
+    run = run_folder.write_run(tmp_path / "run", names or 12)
+    points = list(names) or run_folder.point_names(12)
+    run_folder.write_accuracy(run, passed=False)
+    run_folder.write_ladder(run, cause=points[0])
+    run_folder.write_convergence(run, names=tuple(points[:2]))
+    run_folder.write_diagnosis(run, *points[:3])
+    run_folder.write_diagnosis(run, points[0], name="calibrated_diagnosis")
+    run_folder.write_model_check(run, *points[:3])
+    return run
+
+
+def test_the_policy_allows_exactly_the_one_script_and_the_one_style(tmp_path: Path) -> None:
+    page = page_of(full_run(tmp_path))
+    policy = next(a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a)
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    for content in (*page.scripts[""], *page.styles):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+    assert len(page.scripts[""]) == len(page.styles) == 1
+
+
+def test_nothing_on_the_page_needs_another_file_or_an_inline_handler(tmp_path: Path) -> None:
+    page = page_of(full_run(tmp_path))
+    names = {name for _, attributes in page.elements for name in attributes}
+    assert not [name for name in names if EVENTS.fullmatch(name)]
+    assert "style" not in names
+    assert not page.attributes("src")
+    assert all(link.startswith(("#", "data:")) for link in page.attributes("href"))
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page.scripts[""][0])
+    assert not re.search(r"\burl\(|@import", page.styles[0])
+
+
+@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_names_are_text_everywhere(tmp_path: Path, name: str) -> None:
+    """Names of points, metrics, runs, checks; causes, notes, evidence, YAML, configuration, command line."""
+    run = full_run(tmp_path, f"{name}.weight", "fc.output", "fc.weight")
+    folder = run / "lightning_qat"
+    table = json.loads((folder / "accuracy.json").read_text())
+    table |= {"run": name, "note": name, "stages": [name], "own": [], "rows": [
+        {"metric": name, "float": 1.0, "target": None, name: 0.5, "passed": None}]}  # fmt: skip
+    (folder / "accuracy.json").write_text(json.dumps(table))
+    (folder / "provenance.json").write_text(json.dumps({"command": ["fit", name], "versions": {name: name}}))
+    page = page_of(run)
+    clean = page_of(full_run(tmp_path / "clean", "x.weight", "fc.output", "fc.weight"))
+    assert {tag for tag, _ in page.elements} <= {tag for tag, _ in clean.elements} | {"dd", "dt", "p", "ul", "li"}
+    assert {n for _, a in page.elements for n in a} <= {n for _, a in clean.elements for n in a}
+    assert all(is_harmless(data) for _, data in page.texts)
+    assert page.data["points"]["rows"][0][0] == one_line(f"{name}.weight")
+
+
+def test_a_name_of_500_characters_is_whole(tmp_path: Path) -> None:
+    name = "very_long." * 50
+    page = page_of(full_run(tmp_path, f"{name}weight", "fc.output", "fc.weight"))
+    assert f"{name}weight" in page.text
+
+
+def test_no_text_ends_the_data_element() -> None:
+    hostile = {"a": "</script><script>alert(1)</script>", "b": "<!--", "c": "\u2028\u2029", "d": "\ud800", "e": "&lt;"}
+    text = as_json_element(hostile)
+    assert not set(text) & set("<>&\u2028\u2029")
+    assert json.loads(text) == hostile
+
+
+def test_the_table_of_points_holds_the_numbers_of_the_csv_files(tmp_path: Path) -> None:
+    run = full_run(tmp_path)
+    columns = [column.key for column in COLUMNS]
+    rows = {row[0]: dict(zip(columns, row, strict=True)) for row in page_of(run).data["points"]["rows"]}
+    for name, wanted in (
+        ("layer_statistics", ("min", "max", "clipped_share", "rounding_energy", "sqnr", "scale_drift", "flip_rate")),
+        ("sensitivity", ("score", "standard_error", "flops_share")),
+    ):
+        with open(run / "lightning_qat" / f"{name}.csv", newline="") as file:
+            lines = [line for line in csv.DictReader(file) if line["epoch"] == "2"]
+        assert len(lines) == len(rows)
+        for line in lines:
+            for column in wanted:
+                assert rows[line["point"]][column] == float(line[column])
+
+
+def test_terminal_text_csv_and_page_say_the_same(tmp_path: Path) -> None:
+    """One source: the accuracy, the findings of the model check and the diagnosis, cell by cell."""
+    run = full_run(tmp_path)
+    found = read_run(run)
+    page = page_of(run)
+    assert found.accuracy is not None
+    assert found.model_check is not None
+    shown = {data.strip() for _, data in page.texts}
+    for row in found.accuracy.to_dicts():
+        for value in row.values():
+            assert cell_text(value, 4) in shown
+            assert cell_text(value, 4) in console_text(found.accuracy, 200)
+            assert cell_text(value) in text_report(found.accuracy)
+    for result in (found.model_check, found.diagnosis):
+        assert result is not None
+        terminal = " ".join(console_text(result, 400).split())
+        txt = " ".join(text_report(result).split())
+        for item in result.to_dicts():
+            for part in ("what", "evidence", "action"):
+                if part in item:
+                    assert item[part] in page.text
+                    assert item[part] in terminal
+                    assert item[part] in txt
+    with open(run / "lightning_qat" / "diagnosis.csv", newline="") as file:
+        for line in csv.DictReader(file):
+            assert line["evidence"] in page.text
+            assert " ".join(line["yaml"].split()) in page.text
+
+
+def test_a_page_is_replaced_at_once_and_ends_where_it_should(tmp_path: Path) -> None:
+    run = full_run(tmp_path)
+    first = write_report([run])
+    again = write_report([run])
+    assert first == again == run / "lightning_qat" / "report.html"
+    assert again.read_text().endswith("</html>\n")
+    assert not list(first.parent.glob(".lightning_qat*"))
+
+
+def test_a_missing_jinja_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ConfigurationError, match=r"needs Jinja2: pip install 'lightning-qat\[html\]'"):
+        require_jinja()
