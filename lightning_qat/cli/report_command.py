@@ -9,6 +9,7 @@ from lightning_qat.cli.command import Command
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.console import print_text
 from lightning_qat.reporting.html.page import FILE_NAME, write_report
+from lightning_qat.reporting.html.run_folder import require_run
 
 _USAGE = "python -m lightning_qat report RUN_DIR [RUN_DIR ...] [--output FILE]"
 
@@ -27,10 +28,10 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
     if script is None or unknown:
         problem = f"there is no option {unknown[0]}" if unknown else "report takes the log directory of a run"
         raise ConfigurationError(f"{problem}: {_USAGE}")
-    output = options.output
+    runs, output = [require_run(run) for run in (script, *arguments)], options.output
     if output is not None and output.is_dir():
         output = output / FILE_NAME
-    print_text(f"Report: {write_report([script, *arguments], output).resolve()}")
+    print_text(f"Report: {write_report(runs, output).resolve()}")
     return 0
 
 

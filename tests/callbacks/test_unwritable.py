@@ -33,7 +33,7 @@ FILES = {
     "quant_plan.json", "model_check_result.txt", "model_check_result.json", "pipeline_check.txt", "pipeline_check.json",
     "zero_lr_finetune.txt", "zero_lr_finetune.json", "float_finetune.txt", "float_finetune.json", "convergence.txt",
     "convergence.json", "result_table.json", "result_table.md", "result_table.csv", "pipeline_fingerprint.json",
-    "figures/sqnr_by_depth.png", "figures/sensitivity.png",
+    "figures/sqnr_by_depth.png", "figures/sensitivity.png", "accuracy.json", "provenance.json", "report.html",
     *(f"{name}.{ending}" for name in GROWING for ending in ("csv", "txt", "json")),
 }  # fmt: skip
 

@@ -46,7 +46,7 @@ def write_report(runs: Sequence[str | os.PathLike[str]], path: str | os.PathLike
         The path of the file.
 
     Raises:
-        ConfigurationError: Jinja2 is missing, or one of the runs has no files.
+        ConfigurationError: Jinja2 is missing.
         NotWrittenError: the file cannot be written.
     """
     found = [read_run(run) for run in runs]

@@ -29,6 +29,10 @@ LADDER_FILES = ("pipeline_check", "zero_lr_finetune", "float_finetune")
 """The most complete first."""
 STATISTICS_SERIES = ("scale", "clipped_share", "flip_rate", "scale_drift", "sqnr")
 SENSITIVITY_SERIES = ("score",)
+_FILES_OF_A_RUN = (
+    "quant_plan.json", "layer_statistics.csv", "sensitivity.csv", "layer_comparison.json", "model_check_result.json",
+    "convergence.json", OWN_TABLE, "front.json", "search/front.json", *(f"{name}.json" for name in LADDER_FILES),
+)  # fmt: skip
 _REMEDY = "the report is made without it"
 
 
@@ -98,7 +102,17 @@ class RunFolder:
 
 
 def read_run(path: str | os.PathLike[str]) -> RunFolder:
-    """Read the files of a run.
+    """Read the files of a run; of a run without any, everything is empty.
+
+    Args:
+        path: its log directory, or the folder ``lightning_qat`` in it.
+    """
+    place = Path(path)
+    return _Reader(place / FOLDER if (place / FOLDER).is_dir() else place).run()
+
+
+def require_run(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a run that has files.
 
     Args:
         path: its log directory, or the folder ``lightning_qat`` in it.
@@ -110,14 +124,12 @@ def read_run(path: str | os.PathLike[str]) -> RunFolder:
     if not place.is_dir():
         raise ConfigurationError(f"there is no folder {place}: give the log directory of a run.")
     folder = place / FOLDER if (place / FOLDER).is_dir() else place
-    reader = _Reader(folder)
-    run = reader.run()
-    if not any(file.suffix in (".json", ".csv") for file in folder.iterdir()):
+    if not any((folder / name).is_file() for name in _FILES_OF_A_RUN):
         raise ConfigurationError(
             f"{folder} holds no file of a run: give the log directory of a run with QuantizationAwareTraining(), "
             f"which has a folder {FOLDER}."
         )
-    return run
+    return place
 
 
 class _Reader:
