@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -43,26 +44,40 @@ def capture_calls(regions: Mapping[str, Region], run: Callable[[], Any]) -> dict
         >>> capture_calls({"": region}, lambda: model(torch.zeros(1, 2)))[""][0].args
         (tensor([[0., 0.]]),)
     """
+    calls: dict[str, list[Call]] = {name: [] for name in regions}
+    watch_calls(regions, run, lambda name, call, _: calls[name].append(call))
+    return calls
+
+
+def watch_calls(regions: Mapping[str, Region], run: Callable[[], Any], note: Callable[[str, Call, Any], None]) -> None:
+    """Call ``note(name, call, result)`` after every forward of some regions' targets that happens while ``run`` runs.
+
+    Recursive entries and written inputs are treated as in :func:`capture_calls`.
+
+    Args:
+        regions: the regions whose targets are watched, by any name.
+        run: a function that calls the targets.
+        note: is given the name of the region, the arguments and the result; it must not change them.
+    """
     contents: list[TensorContents] = []
     try:
         with ExitStack() as stack:
-            calls = {name: stack.enter_context(_recorded(region, contents)) for name, region in regions.items()}
+            for name, region in regions.items():
+                stack.enter_context(_watched(region, contents, partial(note, name)))
             run()
     finally:
         for content in reversed(contents):  # a tensor that several calls share gets what the first call saw
             content.restore()
-    return calls
 
 
 @contextmanager
-def _recorded(region: Region, contents: list[TensorContents]) -> Iterator[list[Call]]:
-    """Record the forwards of a region's target inside the block, and the contents of their tensors."""
+def _watched(region: Region, contents: list[TensorContents], note: Callable[[Call, Any], None]) -> Iterator[None]:
+    """Note the forwards of a region's target inside the block, and keep the contents of their tensors."""
     target = region.target
     forward = target.forward
-    calls: list[Call] = []
     depth = 0
 
-    def recording(*args: Any, **kwargs: Any) -> Any:
+    def watching(*args: Any, **kwargs: Any) -> Any:
         nonlocal depth
         outermost = depth == 0
         if outermost:
@@ -73,11 +88,11 @@ def _recorded(region: Region, contents: list[TensorContents]) -> Iterator[list[C
         finally:
             depth -= 1
         if outermost:  # a step that cannot read the batch may fail in the forward, before another step takes it
-            calls.append(Call(args, kwargs))
+            note(Call(args, kwargs), result)
         return result
 
-    with replaced_attribute(target, "forward", recording):
-        yield calls
+    with replaced_attribute(target, "forward", watching):
+        yield
 
 
 @contextmanager

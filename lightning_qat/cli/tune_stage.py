@@ -8,10 +8,13 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import lightning.pytorch as pl
+
 from lightning_qat.cli.expected_errors import EXPECTED, fail
 from lightning_qat.cli.project import Project
 from lightning_qat.cli.run_project import run_project
-from lightning_qat.tuning.stage_callbacks import configure, prepare_training
+from lightning_qat.tuning.manifest import StageOutcome
+from lightning_qat.tuning.stage_callbacks import configure, prepare_training, rules_in_effect
 from lightning_qat.tuning.stage_configuration import write_configuration
 from lightning_qat.tuning.stage_request import StageRequest, write_outcome
 from lightning_qat.tuning.stage_work import stage_work
@@ -28,12 +31,20 @@ def run_stage(path: str) -> None:
 
     def work(project: Project) -> None:
         configured = configure(project.trainer, request, project.arguments)
-        write_configuration(Path(request.folder), configured, project.cli)
+        folder = Path(request.folder)
+
+        def write(module: pl.LightningModule) -> None:
+            write_configuration(folder, configured, project.cli, rules_in_effect(module))
+
+        def without_training(trainer: pl.Trainer, module: pl.LightningModule) -> StageOutcome:
+            write(module)
+            return stage_work(trainer, module, request)
+
         if request.kind == "train":
-            prepare_training(project.trainer, request, project.arguments, configured.inputs)
+            prepare_training(project.trainer, request, project.arguments, configured.inputs, write)
             project.fit(project.module, **project.arguments)
         else:
-            outcome = project.before_training(lambda trainer, module: stage_work(trainer, module, request))
+            outcome = project.before_training(without_training)
             write_outcome(request.folder, replace(outcome, inputs=configured.inputs))
 
     ckpt_path = settings.ckpt_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from typing_extensions import override
 
+from lightning_qat.analysis.mixed_precision.merged_errors import naming
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.convergence_monitor import ConvergenceMonitor
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
@@ -25,7 +26,7 @@ from lightning_qat.callbacks.trainer.output_directory import move_outputs
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.qconfig import QConfig
-from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.region import Region, find_regions
 from lightning_qat.tuning.manifest import StageOutcome
 from lightning_qat.tuning.stage_request import StageRequest, raising, write_outcome
 from lightning_qat.tuning.tuning_settings import file_hash
@@ -85,7 +86,11 @@ def configure(trainer: pl.Trainer, request: StageRequest, arguments: dict[str, A
 
 
 def prepare_training(
-    trainer: pl.Trainer, request: StageRequest, arguments: dict[str, Any], inputs: Mapping[str, str]
+    trainer: pl.Trainer,
+    request: StageRequest,
+    arguments: dict[str, Any],
+    inputs: Mapping[str, str],
+    started: Callable[[pl.LightningModule], object],
 ) -> None:
     """Let a fit write everything into the folder of its stage, go on from its own last checkpoint, and note its end.
 
@@ -94,6 +99,7 @@ def prepare_training(
         request: of the stage.
         arguments: those of ``trainer.fit``.
         inputs: SHA-256 of the files that the run reads.
+        started: called with the module when fake-quant is in it.
     """
     folder = Path(request.folder)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -102,7 +108,7 @@ def prepare_training(
     callbacks.append(LastCheckpoint(folder))
     if not listed(trainer, ConvergenceMonitor):
         callbacks.append(ConvergenceMonitor(stop=True))
-    callbacks.append(StageEnd(request, inputs))
+    callbacks.append(StageEnd(request, inputs, started))
     if (folder / LAST).exists():  # killed in the middle
         arguments["ckpt_path"] = str(folder / LAST)
 
@@ -128,19 +134,26 @@ class LastCheckpoint(ModelCheckpoint):
 class StageEnd(FinalReport):
     """Evaluates the trained model and writes what the stage gave; also where a killed run had only that left to do."""
 
-    def __init__(self, request: StageRequest, inputs: Mapping[str, str]) -> None:
+    def __init__(
+        self, request: StageRequest, inputs: Mapping[str, str], started: Callable[[pl.LightningModule], object]
+    ) -> None:
         self.request = request
         self.inputs = dict(inputs)
+        self._started = started
         self._began = time.monotonic()
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._started(pl_module)
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        region = the_region(trainer, pl_module)
         metrics = evaluations_of(trainer).evaluate(trainer, pl_module, "quantize").metrics
         monitors = [m.result for m in listed(trainer, ConvergenceMonitor) if m.result is not None]
         remarks = tuple(result.note for result in monitors if result.is_bad)
         outcome = replace(
-            outcome_of(self.request, region),
+            outcome_of(self.request, require_regions(trainer, pl_module, WHO)),
             metrics={"QAT": metrics},
             inputs=self.inputs,
             remarks=remarks,
@@ -150,33 +163,30 @@ class StageEnd(FinalReport):
             write_outcome(self.request.folder, outcome)
 
 
-def outcome_of(request: StageRequest, region: Region) -> StageOutcome:
+def outcome_of(request: StageRequest, regions: Mapping[str, Region]) -> StageOutcome:
     """Return what a stage gave but for its metrics; the types are those in effect, not those that were asked for.
 
     Raises:
         ConfigurationError: a point did not get the type that was asked for.
     """
-    owners = [point for point in region.plan.points if point.same_as is None]
-    wide = tuple(p.name for p in owners if p.dtype == request.settings.wide and p.dtype != request.dtype)
+    names = naming(regions)
+    points = [
+        (names[path](point.name), point.dtype)
+        for path, region in regions.items()
+        for point in region.plan.points
+        if point.same_as is None
+    ]
+    wide = tuple(name for name, dtype in points if dtype == request.settings.wide and dtype != request.dtype)
     missing = [name for name in request.raised if name not in wide]
     if missing:
         raise ConfigurationError(
             f"stage {request.name}: {', '.join(missing[:3])} did not become {request.settings.wide}. Either the model "
             "has changed, or the project inserts fake-quant without QuantizationAwareTraining."
         )
-    return StageOutcome(raised=wide, points=len(owners))
+    return StageOutcome(raised=wide, points=len(points))
 
 
-def the_region(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Region:
-    """Return the one region of a module.
-
-    Raises:
-        ConfigurationError: there are several: errors of different outputs cannot be compared.
-    """
-    regions = require_regions(trainer, pl_module, WHO)
-    if len(regions) > 1:
-        raise ConfigurationError(
-            f"tune works on one quantized part, and this project has {len(regions)} ({', '.join(regions)}). Write "
-            "target: with the part that holds them, or with the one to tune."
-        )
-    return next(iter(regions.values()))
+def rules_in_effect(pl_module: pl.LightningModule) -> list[Override]:
+    """Return the overrides that a module was planned with: rules that named a table name its points."""
+    regions = find_regions(pl_module)
+    return Override.list_of(next(iter(regions.values())).plan.overrides) if regions else []

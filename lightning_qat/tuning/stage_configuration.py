@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,28 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_qat.atomic_files import write_atomically
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat.quantization.overrides import Override
 from lightning_qat.tuning.stage_callbacks import Configured
 
 _NAME = "QuantizationAwareTraining"
 
 
-def write_configuration(folder: Path, configured: Configured, cli: LightningCLI | None) -> Path:
+def write_configuration(
+    folder: Path, configured: Configured, cli: LightningCLI | None, rules: Iterable[Override]
+) -> Path:
     """Write ``config.yaml``: for LightningCLI the whole configuration of a run, else what the callback is given.
+
+    It stands alone: sensitivity tables that the project's rules name are not read again.
 
     Args:
         folder: where the file goes.
         configured: what the stage has made of the run.
         cli: the LightningCLI of the project; None for a script of another kind.
+        rules: the overrides in effect.
     """
     own = {
         "qconfig": _without_none(asdict(configured.quantization.qconfig)),
-        "overrides": [_without_none(asdict(rule)) for rule in configured.quantization.overrides],
+        "overrides": [_without_none(asdict(rule)) for rule in rules],
     }
     path = folder / "config.yaml"
     if cli is None:

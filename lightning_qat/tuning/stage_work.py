@@ -5,26 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_qat.analysis.mixed_precision.measure_errors import measure_errors
+from lightning_qat.analysis.mixed_precision.measure_errors import measure_regions
 from lightning_qat.analysis.mixed_precision.measured_forwards import quantized_by
+from lightning_qat.analysis.mixed_precision.merged_errors import naming
 from lightning_qat.analysis.mixed_precision.point_quantizers import plans_by_dtype, quantizers_by_dtype
 from lightning_qat.analysis.mixed_precision.precision_choice import PrecisionChoice, PrecisionFront
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
+from lightning_qat.analysis.mixed_precision.region_errors import MeasuringOptions
 from lightning_qat.atomic_files import json_value, write_atomically
 from lightning_qat.callbacks.analyses.diagnosed_regions import diagnosed_module
 from lightning_qat.callbacks.analyses.region_inputs import RegionInputs
-from lightning_qat.callbacks.analyses.undisturbed_analysis import undisturbed_analysis
+from lightning_qat.callbacks.analyses.undisturbed_analysis import sampled_steps, undisturbed_analysis
 from lightning_qat.callbacks.model_check import ModelCheck
 from lightning_qat.callbacks.pipeline_check import PipelineCheck
-from lightning_qat.callbacks.quantized_run import evaluations_of, require_quantization
+from lightning_qat.callbacks.quantized_run import evaluations_of, require_quantization, require_regions
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.reading.files import Document
 from lightning_qat.quantization.region.region import Region
@@ -33,7 +35,7 @@ from lightning_qat.reporting.precision_figures import error_against_cost
 from lightning_qat.reporting.sensitivity_figures import write_figure
 from lightning_qat.tuning.manifest import StageOutcome
 from lightning_qat.tuning.size_search import smallest_passing
-from lightning_qat.tuning.stage_callbacks import WHO, outcome_of, the_region
+from lightning_qat.tuning.stage_callbacks import WHO, outcome_of
 from lightning_qat.tuning.stage_request import StageRequest
 from lightning_qat.tuning.target_check import TargetCheck
 
@@ -50,24 +52,25 @@ def stage_work(trainer: pl.Trainer, module: pl.LightningModule, request: StageRe
         request: of the stage.
     """
     began = time.monotonic()
-    region = the_region(trainer, module)
+    regions = require_regions(trainer, module, WHO)
     work = {"float": _float, "calibrated": _calibrated, "search": _search, "ladder": _ladder}[request.kind]
-    found = work(trainer, module, region, request)
-    return replace(outcome_of(request, region), seconds=time.monotonic() - began, **found)
+    found = work(trainer, module, regions, request)
+    return replace(outcome_of(request, regions), seconds=time.monotonic() - began, **found)
 
 
+Regions = Mapping[str, Region]
 Found = dict[str, Any]
 """Fields of the outcome."""
 
 
-def _float(trainer: pl.Trainer, module: pl.LightningModule, region: Region, request: StageRequest) -> Found:
+def _float(trainer: pl.Trainer, module: pl.LightningModule, regions: Regions, request: StageRequest) -> Found:
     metrics = evaluations_of(trainer).evaluate(trainer, module, "off").metrics
     check = ModelCheck().check(trainer, module)
     write_result(check, Path(request.folder), "model_check_result", formats=("txt", "json"))
     return {"metrics": {"float": metrics}, "remarks": (check.note,) if check.note else ()}
 
 
-def _calibrated(trainer: pl.Trainer, module: pl.LightningModule, region: Region, request: StageRequest) -> Found:
+def _calibrated(trainer: pl.Trainer, module: pl.LightningModule, regions: Regions, request: StageRequest) -> Found:
     metrics = evaluations_of(trainer).evaluate(trainer, module, "quantize").metrics
     remarks: tuple[str, ...] = ()
     if TargetCheck(request.settings, request.float_metrics).collapsed(metrics):
@@ -79,18 +82,18 @@ def _calibrated(trainer: pl.Trainer, module: pl.LightningModule, region: Region,
     return {"metrics": {"calibrated": metrics}, "remarks": remarks}
 
 
-def _ladder(trainer: pl.Trainer, module: pl.LightningModule, region: Region, request: StageRequest) -> Found:
+def _ladder(trainer: pl.Trainer, module: pl.LightningModule, regions: Regions, request: StageRequest) -> Found:
     result = PipelineCheck().check(trainer, module)
     write_result(result, Path(request.folder), PipelineCheck.name, formats=("txt", "json"))
     return {"remarks": (result.note,)}
 
 
-def _search(trainer: pl.Trainer, module: pl.LightningModule, region: Region, request: StageRequest) -> Found:
+def _search(trainer: pl.Trainer, module: pl.LightningModule, regions: Regions, request: StageRequest) -> Found:
     settings, folder = request.settings, Path(request.folder)
-    errors = _errors(trainer, module, region, request)
+    errors = _errors(trainer, module, regions, request)
     check = TargetCheck(settings, request.float_metrics)
     mixes = distinct_mixes(errors, settings.always)
-    evaluate = _Evaluations(trainer, module, region, request, errors)
+    evaluate = _Evaluations(trainer, module, regions, request, errors)
     leaders = len(errors.choose(top="leaders", always=settings.always).rows)
     start = next((i for i, mix in enumerate(mixes) if len(mix.rows) >= leaders), 1)
     found = smallest_passing(
@@ -135,18 +138,17 @@ class _Evaluations:
         self,
         trainer: pl.Trainer,
         module: pl.LightningModule,
-        region: Region,
+        regions: Regions,
         request: StageRequest,
         errors: PrecisionErrors,
     ) -> None:
-        self._trainer, self._module, self._region = trainer, module, region
+        self._trainer, self._module, self._regions = trainer, module, regions
         self._wide = request.settings.wide
         self._path = Path(request.folder) / EVALUATIONS
         self._model = errors.hashes
         profile = require_quantization(trainer, WHO).profile
-        self._quantizers = quantizers_by_dtype(
-            region, plans_by_dtype(region, (request.settings.narrow, self._wide), profile)
-        )
+        plans = plans_by_dtype(regions, (request.settings.narrow, self._wide), profile)
+        self._quantizers = {path: quantizers_by_dtype(region, plans[path]) for path, region in regions.items()}
         remedy = "remove it"
         exists = self._path.exists()
         document = Document(self._path, "a list of evaluations", remedy)
@@ -161,28 +163,36 @@ class _Evaluations:
         return self._known[key]
 
     def _evaluated(self, mix: PrecisionChoice) -> dict[str, float]:
-        chosen = {name: self._quantizers[name][self._wide] for name in mix.raised}
-        with quantized_by(self._region, chosen):
+        with ExitStack() as stack:
+            names = naming(self._regions)
+            for path, region in self._regions.items():
+                own = self._quantizers[path].items()
+                chosen = {point: at[self._wide] for point, at in own if names[path](point) in mix.raised}
+                stack.enter_context(quantized_by(region, chosen))
             return evaluations_of(self._trainer).evaluate(self._trainer, self._module, "quantize").metrics
 
 
-def _errors(trainer: pl.Trainer, module: pl.LightningModule, region: Region, request: StageRequest) -> PrecisionErrors:
+def _errors(
+    trainer: pl.Trainer, module: pl.LightningModule, regions: Regions, request: StageRequest
+) -> PrecisionErrors:
     path = Path(request.folder) / ERRORS
     if path.exists():
         try:
-            return PrecisionErrors.load(path, region)
+            return PrecisionErrors.load(path, regions)
         except ConfigurationError:  # of a run that was killed before it changed: measure again
             pass
     settings = request.settings
-    with undisturbed_analysis(trainer, module, WHO, "quantize") as regions:
+    options = MeasuringOptions(require_quantization(trainer, WHO).profile)
+    with (
+        undisturbed_analysis(
+            trainer, module, WHO, "off"
+        ) as regions,  # a region gets what the float ones before it give
+        trainer.precision_plugin.forward_context(),
+    ):
         calls = RegionInputs().of(trainer, module, regions, settings.batches)
-        errors = measure_errors(
-            region,
-            next(iter(calls.values())),
-            (settings.narrow, settings.wide),
-            settings.output,
-            profile=require_quantization(trainer, WHO).profile,
-        )
+        steps = sampled_steps(trainer, module, settings.batches)
+        types = (settings.narrow, settings.wide)
+        errors = measure_regions(regions, calls, steps, types, settings.output, options=options)
     write_json(errors, path)
     write_csv(errors, path.with_suffix(".csv"))
     return errors

@@ -103,6 +103,18 @@ def test_tuning_meets_the_target_with_few_wide_points(project: Path) -> None:
     assert again == []  # nothing is done twice
 
 
+def test_a_configuration_stands_alone_where_a_rule_named_a_sensitivity_table(project: Path) -> None:
+    """The rule is written as the points that it took, so the table is not read again."""
+    (project / "sensitivity.csv").write_text("point,score\nconv1.weight,2.0\nconv2.weight,1.0\nhead.weight,0.5\n")
+    rule = 'overrides=[{"sensitivity": "sensitivity.csv", "top": 1, "weight": {"dtype": "int4"}}]'
+    (project / "train.py").write_text(SCRIPT.replace("LR", "1e-3").replace('"float.ckpt"', f'"float.ckpt", {rule}'))
+    result = tuned(skip=("wide QAT", "narrow QAT", "mixed QAT"))
+    assert result.recommended == "mixed calibrated"
+    own, *raised = yaml.safe_load((project / "out" / "recommended.yaml").read_text())["overrides"]
+    assert own == {"match": "conv1.weight", "weight": {"dtype": "int4"}}
+    assert {rule["match"] for rule in raised} == set(result.raised)
+
+
 class Killed(BaseException):
     """Stands in for the end of the process."""
 

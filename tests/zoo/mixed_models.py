@@ -70,13 +70,7 @@ def sentence_encoder() -> Subject:
     Raises:
         MissingPackageError: the package with its weights is not installed.
     """
-    from transformers import AutoModel, AutoTokenizer
-
-    try:
-        folder = Path(str(importlib.import_module(ENCODER).__file__)).parent / "model"
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(f"its weights are not installed: {INSTALL}") from error
-    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = pretrained_encoder()
     pieces, documents = [], []
     for number, text in enumerate(_descriptions()):
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -97,6 +91,21 @@ def sentence_encoder() -> Subject:
     return Subject(
         model, _ids(calibration), _ids(held_out), "last_hidden_state", "nearest is of the same text", nearest
     )
+
+
+def pretrained_encoder() -> tuple[nn.Module, Any]:
+    """Return all-MiniLM-L6-v2 in eval mode, and its tokenizer.
+
+    Raises:
+        MissingPackageError: the package with its weights is not installed.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        folder = Path(str(importlib.import_module(ENCODER).__file__)).parent / "model"
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(f"its weights are not installed: {INSTALL}") from error
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def vit() -> Subject:

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning_qat.analysis.influence import influence_on
-from lightning_qat.analysis.mixed_precision.measured_forwards import Pair, measure_forwards
+import torch
+from torch import nn
+
+from lightning_qat.analysis.captured_calls import RepeatableForward, capture_calls
+from lightning_qat.analysis.mixed_precision.merged_errors import merged_errors, naming
 from lightning_qat.analysis.mixed_precision.model_hashes import hash_of_tensors, hashes_of
-from lightning_qat.analysis.mixed_precision.op_costs import op_costs
-from lightning_qat.analysis.mixed_precision.point_quantizers import (
-    Quantizers,
-    ordered_dtypes,
-    plans_by_dtype,
-    quantizers_by_dtype,
-)
-from lightning_qat.analysis.mixed_precision.precision_errors import Check, PointError, PrecisionErrors
-from lightning_qat.analysis.mixed_precision.raised_together import raised_together
+from lightning_qat.analysis.mixed_precision.point_quantizers import ordered_dtypes, plans_by_dtype, quantizers_by_dtype
+from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
+from lightning_qat.analysis.mixed_precision.region_effects import Step, region_effects
+from lightning_qat.analysis.mixed_precision.region_errors import MeasuringOptions, region_errors
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.analysis.sensitivity.run_sketch import run_sketch
-from lightning_qat.analysis.sensitivity.sensitivity_sketch import Sketch, forwards_of_sketch
+from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.modules.preservation import preserved
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile, planned_profile
-from lightning_qat.quantization.region.region import Region
+from lightning_qat.quantization.region.region import Region, find_regions
 
 
 def measure_errors(
-    region: Region,
+    region: Region | nn.Module,
     batches: Iterable[object],
     dtypes: Sequence[str] = ("int8", "int16"),
     output: str | Callable[[Any], Any] | None = None,
@@ -53,12 +53,19 @@ def measure_errors(
     :meth:`~lightning_qat.analysis.mixed_precision.precision_errors.PrecisionErrors.choose`. One forward per type with
     all points quantized tells how good that sum is. Nothing of the region is changed.
 
+    If several tensors are chosen, their squared errors count relative to the mean square of each: a task is not lost
+    beside one of larger numbers. Of a module with several regions, the errors of each are measured at its own output,
+    and weighted by what the region as a whole does to the outputs that no other region reads from.
+
     Args:
-        region: a calibrated region. Its type at present does not matter: scales for each type are derived from the
-            statistics that calibration kept.
-        batches: see :meth:`~lightning_qat.quantization.modules.call.Call.of`.
-        dtypes: at least two types; points are raised from the narrowest. Overrides that give a point a type stay.
-        output: path into the output such as ``map.layer_3``, or a callable on it; None: all its tensors.
+        region: a calibrated region; or a module that contains calibrated regions.
+        batches: those of the region's target, or of the module's forward; see
+            :meth:`~lightning_qat.quantization.modules.call.Call.of`.
+        dtypes: at least two types; points are raised from the narrowest. Overrides that give a point a type stay. The
+            type that the region has at present does not matter: scales for each type are derived from the statistics
+            that calibration kept.
+        output: path into the output such as ``map.layer_3``, or a callable on it; None: all its tensors. With several
+            regions the path begins with that of a region (``head.map``).
         post_process: applied to the chosen output in float, such as ``torch.sigmoid``.
         profile: the hardware that the region was planned for; needed only if it is not a shipped one.
         probes: backward passes per batch.
@@ -83,120 +90,117 @@ def measure_errors(
         >>> len(choice.overrides), choice.predicted < choice.narrowest
         (1, True)
     """
+    options = MeasuringOptions(hardware_profile(profile), probes, confirm, seed, across_ranks)
+    calls = [Call.of(batch) for batch in batches]
+    if isinstance(region, Region):
+        return measure_regions({"": region}, {"": calls}, (), dtypes, output, post_process, options)
+    regions = find_regions(region)
+    if not regions:
+        raise ConfigurationError(f"{type(region).__name__} has no fake-quants: insert and calibrate them first.")
+    steps = [partial(_run, region, call, seed) for call in calls]
+    with _evaluating(region, regions):
+        found: dict[str, list[Call]] = {path: [] for path in regions}
+        for step in steps:
+            for path, of_step in capture_calls(regions, step).items():
+                found[path] += of_step
+        return measure_regions(regions, found, steps, dtypes, output, post_process, options)
+
+
+def measure_regions(
+    regions: Mapping[str, Region],
+    calls: Mapping[str, Sequence[Call]],
+    steps: Iterable[Step],
+    dtypes: Sequence[str],
+    output: str | Callable[[Any], Any] | None = None,
+    post_process: Callable[[Any], Any] | None = None,
+    options: MeasuringOptions | None = None,
+) -> PrecisionErrors:
+    """Measure all regions of a model together; see :func:`measure_errors`.
+
+    Args:
+        regions: all regions of the model, calibrated, by the path of their target.
+        calls: what each target is called with.
+        steps: functions that run the whole model on a batch, in evaluation mode; of one region they are not needed.
+        dtypes: at least two types.
+        output: path into the output of a region, which begins with the region's path if there are several.
+        post_process: applied to the chosen output.
+        options: how errors are measured.
+    """
+    options = options or MeasuringOptions()
     types = ordered_dtypes(dtypes)
-    hardware = hardware_profile(profile) or planned_profile(region.plan)
-    plans = plans_by_dtype(region, types, hardware)
-    quantizers = quantizers_by_dtype(region, plans)
-    if not quantizers:
+    hardware = options.profile or planned_profile(next(iter(regions.values())).plan)
+    plans = plans_by_dtype(regions, types, hardware)
+    quantizers = {path: quantizers_by_dtype(region, plans[path]) for path, region in regions.items()}
+    if not any(quantizers.values()):
         raise ConfigurationError("no point has a scale: calibrate the region before measuring errors.")
-    raisable = {name: own for name, own in quantizers.items() if len(own) > 1}
-    if not raisable:
+    if all(len(own) < 2 for points in quantizers.values() for own in points.values()):
         raise ConfigurationError(
             f"there is nothing to raise: the hardware and the overrides leave every point one of {', '.join(types)}. "
             "Name other dtypes, or take out overrides that fix the type."
         )
-    calls = [Call.of(batch) for batch in batches]
-    select = OutputSelector(output, post_process)
-    measuring = _Measuring(region, select, quantizers, seed, across_ranks)
-    sketch = measuring.sketch(calls, probes)
-    alone = measuring.without_gradient(sketch, output if isinstance(output, str) else None)
-    alone += measuring.largest(sketch, set(alone), forwards_of_sketch(probes) if confirm is None else confirm)
-    measured, power, together = measure_forwards(
-        region, calls, select, measuring.quantizers, alone, seed, across_ranks=across_ranks
-    )
-    rows, not_reached = _rows(region, quantizers, sketch, measured)
-    reached = {row.point for row in rows}
-    narrow = {name: next(iter(own)) for name, own in raisable.items() if name in reached}
-    wide = {name: list(raisable[name])[-1] for name in narrow}
-    return PrecisionErrors(
-        tuple(rows),
-        dtypes=types,
-        output=select.description,
-        batches=sketch.batches,
-        power=power,
-        checks=tuple(Check(d, _predicted(rows, d), error) for d, error in together.items()),
-        together=raised_together(region, hardware, narrow, wide),
-        ops=op_costs(region),
-        latency=dict(hardware.cost) if hardware is not None else {},
-        not_reached=tuple(not_reached),
-        hashes={
-            **hashes_of(region),
-            "data": hash_of_tensors(t for call in calls for t in call_leaves(call.args, call.kwargs)),
-        },
-    )
+    selectors, final = _selectors(list(regions), output, post_process)
+    ran = _that_ran(calls, options.across_ranks) or list(regions)
+    if final is not None and final not in ran:
+        raise ConfigurationError(f"output {output!r}: {final!r} did not run on these batches; {', '.join(ran)} did.")
+    results = {
+        path: region_errors(regions[path], quantizers[path], calls[path], selectors[path], options) for path in ran
+    }
+    if len(regions) == 1:
+        merged = results[ran[0]]
+    else:
+        running = {path: regions[path] for path in ran}
+        effects = region_effects(
+            running, quantizers, steps, types, selectors, final, options.seed, across_ranks=options.across_ranks
+        )
+        names = naming(regions)
+        merged = merged_errors(results, effects, names, types[0])
+        idle = (names[p](point.name) for p, region in regions.items() if p not in ran for point in region.plan.points)
+        merged = replace(merged, not_reached=(*merged.not_reached, *idle))
+    data = hash_of_tensors(t for path in regions for c in calls[path] for t in call_leaves(c.args, c.kwargs))
+    return replace(merged, dtypes=types, hashes={**hashes_of(regions), "data": data})
 
 
-class _Measuring:
-    """The forwards and backward passes."""
-
-    def __init__(
-        self, region: Region, select: OutputSelector, quantizers: Quantizers, seed: int, across_ranks: bool
-    ) -> None:
-        self.region = region
-        self.select = select
-        self.quantizers = {name: own for name, own in quantizers.items() if own}
-        self.seed = seed
-        self.across_ranks = across_ranks
-
-    def sketch(self, calls: list[Call], probes: int) -> Sketch:
-        """Estimate all points at all types."""
-        named = {p: {_name(p, dtype): fq for dtype, fq in own.items()} for p, own in self.quantizers.items()}
-        sketch = Sketch(self.region, list(named), self.select, probes, self.seed, alternatives=named)
-        if problem := run_sketch(sketch, calls, self.across_ranks):
-            raise ConfigurationError(
-                f"errors cannot be measured, as {problem}. Choose an output before the op without a derivative."
-            )
-        if sketch.batches == 0:
-            raise ConfigurationError("there was no batch to measure errors on.")
-        return sketch
-
-    def without_gradient(self, sketch: Sketch, path: str | None) -> list[Pair]:
-        """Return the points and types that the sketch cannot see, though they act on the output."""
-        influence = influence_on(self.region.graph, path)
-        return [
-            (point, dtype)
-            for point, own in self.quantizers.items()
-            for dtype in own
-            if sketch.estimates[_name(point, dtype)].failed
-            and (sketch.left_torch or influence.reaches(self.region.plan.by_name[point].op))
-        ]
-
-    def largest(self, sketch: Sketch, known: Container[Pair], count: int) -> list[Pair]:
-        """Return so many points with the largest estimates at their narrowest type."""
-        narrowest = [(point, next(iter(own))) for point, own in self.quantizers.items()]
-        unknown = [pair for pair in narrowest if pair not in known and sketch.estimates[_name(*pair)].reached]
-        return sorted(unknown, key=lambda pair: -sketch.mse(_name(*pair))[0])[:count]
+def _that_ran(calls: Mapping[str, Sequence[Call]], across_ranks: bool) -> list[str]:
+    """Return the regions that were called, on any rank."""
+    called = {path for path, found in calls.items() if found}
+    if across_ranks:
+        called = set().union(*ranks.gathered_objects(called))
+    return [path for path in calls if path in called]
 
 
-def _rows(
-    region: Region, quantizers: Quantizers, sketch: Sketch, measured: Mapping[Pair, float]
-) -> tuple[list[PointError], list[str]]:
-    rows, not_reached = [], []
-    for point, own in quantizers.items():
-        planned = region.plan.by_name[point]
-        names = point, planned.op, region.graph.by_name[planned.op].kind, planned.scale_role
-        if not own or not any(sketch.estimates[_name(point, dtype)].reached for dtype in own):
-            not_reached.append(point)
-            continue
-        for dtype in own:
-            exact = (point, dtype) in measured
-            mse, standard_error = (measured[point, dtype], 0.0) if exact else sketch.mse(_name(point, dtype))
-            error = None if math.isnan(standard_error) else standard_error
-            rows.append(PointError(*names, dtype, mse if mse < _INFINITE else _INFINITE, error, exact))
-    return rows, not_reached
+@contextmanager
+def _evaluating(module: nn.Module, regions: Mapping[str, Region]) -> Iterator[None]:
+    """Evaluate in the block: no gradients, and regions get what the float ones before them give. Exit restores all."""
+    with ExitStack() as stack:
+        stack.enter_context(preserved(module))
+        for region in regions.values():
+            stack.enter_context(region.state("off"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        module.eval()
+        yield
 
 
-_INFINITE = 1e100
-"""Stands for an error that is no finite number: sums and differences of it are still numbers."""
+def _run(module: nn.Module, call: Call, seed: int) -> None:
+    with RepeatableForward(module, call, seed) as forward:
+        forward()
 
 
-def _predicted(rows: list[PointError], dtype: str) -> float:
-    """Sum of the errors with all points at a type, or at their widest where they do not have it."""
-    by_point: dict[str, dict[str, float]] = {}
-    for row in rows:
-        by_point.setdefault(row.point, {})[row.dtype] = row.mse
-    return math.fsum(own.get(dtype, list(own.values())[-1]) for own in by_point.values())
-
-
-def _name(point: str, dtype: str) -> str:
-    return f"{point} {dtype}"
+def _selectors(
+    paths: list[str], output: str | Callable[[Any], Any] | None, post_process: Callable[[Any], Any] | None
+) -> tuple[dict[str, OutputSelector], str | None]:
+    """Return what is looked at of each region, and the region whose output alone counts, if one was named."""
+    if len(paths) == 1:
+        return {paths[0]: OutputSelector(output, post_process)}, None
+    selectors = {path: OutputSelector(None, post_process) for path in paths}
+    if output is None:
+        return selectors, None
+    named = [p for p in paths if isinstance(output, str) and f"{output}.".startswith(f"{p}." if p else "")]
+    if not isinstance(output, str) or not named:
+        raise ConfigurationError(
+            f"output {output!r}: there are several quantized parts ({', '.join(paths)}), so write the path of one of "
+            f"them first, such as {paths[-1]}."
+        )
+    final = max(named, key=len)
+    selectors[final] = OutputSelector(output[len(final) :].lstrip(".") or None, post_process)
+    return selectors, final

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,10 +11,18 @@ from torch import Tensor
 from lightning_qat.quantization.region.region import Region
 
 
-def hashes_of(region: Region) -> dict[str, str]:
-    """Return the SHA-256 of the plan and of the weights of a region."""
-    plan = hashlib.sha256(region.plan.to_json(None).encode()).hexdigest()
-    return {"plan": plan, "weights": hash_of_tensors(region.target.parameters())}
+def hashes_of(regions: Mapping[str, Region]) -> dict[str, str]:
+    """Return the SHA-256 of the plan and of the weights of each region.
+
+    Args:
+        regions: by the path of the target.
+    """
+    found = {}
+    for path, region in regions.items():
+        of = f" of {path!r}" if len(regions) > 1 else ""
+        found[f"plan{of}"] = hashlib.sha256(region.plan.to_json(None).encode()).hexdigest()
+        found[f"weights{of}"] = hash_of_tensors(region.target.parameters())
+    return found
 
 
 def hash_of_tensors(tensors: Iterable[Tensor]) -> str:

@@ -12,7 +12,7 @@ from lightning_qat.quantization.fake_quant.fake_quant_dict import fake_quant_of
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
-from lightning_qat.quantization.planning.make_plan import make_plan
+from lightning_qat.quantization.planning.make_plan import make_plans
 from lightning_qat.quantization.planning.plan import PointPlan, QuantPlan
 from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.quantization.region.effective_dtypes import bits
@@ -40,22 +40,32 @@ def ordered_dtypes(dtypes: Sequence[str]) -> tuple[str, ...]:
 
 
 def plans_by_dtype(
-    region: Region, dtypes: Sequence[str], profile: HardwareProfile | None = None
-) -> dict[str, QuantPlan]:
-    """Plan the region once for each type, as if it were the default of all points.
+    regions: Mapping[str, Region], dtypes: Sequence[str], profile: HardwareProfile | None = None
+) -> dict[str, dict[str, QuantPlan]]:
+    """Plan regions once for each type, as if it were the default of all points.
 
     Overrides of the user stay in effect, so points that they give a type keep it.
 
     Args:
-        region: its graph, defaults and overrides are used.
+        regions: all regions of a model by the path of their target: overrides may begin with it. The graph, defaults
+            and overrides of each are used.
         dtypes: the types.
-        profile: the hardware the region was planned for.
+        profile: the hardware the regions were planned for.
+
+    Returns:
+        By region, then by type.
     """
-    plans = {}
-    for dtype in dtypes:
-        qconfig = QConfig.of(copy.deepcopy(region.plan.qconfig))
-        qconfig.activation.dtype = qconfig.weight.dtype = dtype  # type: ignore[assignment]
-        plans[dtype] = make_plan(region.graph, qconfig, region.plan.overrides, profile)
+    graphs = {path: region.graph for path, region in regions.items()}
+    plans: dict[str, dict[str, QuantPlan]] = {path: {} for path in regions}
+    made: dict[str, dict[str, QuantPlan]] = {}  # mostly all regions have one configuration
+    for path, region in regions.items():
+        for dtype in dtypes:
+            qconfig, overrides = QConfig.of(copy.deepcopy(region.plan.qconfig)), region.plan.overrides
+            qconfig.activation.dtype = qconfig.weight.dtype = dtype  # type: ignore[assignment]
+            key = repr((qconfig, overrides))
+            if key not in made:
+                made[key] = make_plans(graphs, qconfig, overrides, profile)
+            plans[path][dtype] = made[key][path]
     return plans
 
 
@@ -67,7 +77,7 @@ def quantizers_by_dtype(region: Region, plans: Mapping[str, QuantPlan]) -> Quant
 
     Args:
         region: a calibrated region. Only statistics of weights that a checkpoint left out are taken again.
-        plans: the plans of :func:`plans_by_dtype`.
+        plans: those of this region that :func:`plans_by_dtype` returns.
     """
     region.scales.refresh_weights()
     region.scales.observe_weights_again()

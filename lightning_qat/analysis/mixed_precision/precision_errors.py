@@ -31,6 +31,9 @@ from lightning_qat.quantization.reading.files import Document
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.shares import count_of
 
+INFINITE_ERROR = 1e100
+"""Stands for an error that is no finite number: sums and differences of it are still numbers."""
+
 
 @dataclass(frozen=True)
 class PointError:
@@ -105,12 +108,13 @@ class PrecisionErrors(Result[PointError]):
     shown: ClassVar[tuple[str, ...]] = ("point", "op_type", "dtype", "mse", "standard_error", "exact")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], region: Region | None = None) -> PrecisionErrors:
+    def load(cls, path: str | os.PathLike[str], region: Region | Mapping[str, Region] | None = None) -> PrecisionErrors:
         """Read the file that :func:`lightning_qat.write_json` wrote.
 
         Args:
             path: the file.
-            region: refuse errors that were measured with another plan or other weights than this region has.
+            region: refuse errors that were measured with another plan or other weights than this region has; several
+                regions by the paths of their targets.
 
         Raises:
             ConfigurationError: the file is damaged, or belongs to another model; the message says what differs.
@@ -122,7 +126,8 @@ class PrecisionErrors(Result[PointError]):
                 if name not in errors.by_point:
                     raise document.error(f"'together' names {name!r}, which has no errors")
         if region is not None:
-            differing = [name for name, value in hashes_of(region).items() if errors.hashes.get(name) != value]
+            regions = region if isinstance(region, Mapping) else {"": region}
+            differing = [name for name, value in hashes_of(regions).items() if errors.hashes.get(name) != value]
             if differing:
                 raise ConfigurationError(
                     f"{os.fspath(path)} was measured with another model: {' and '.join(differing)} of this one differ. "

@@ -1,0 +1,191 @@
+"""What the error of a region does to the final outputs of a model that has several regions."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qat.analysis.captured_calls import seed_generators, watch_calls
+from lightning_qat.analysis.mixed_precision.balanced_outputs import count_and_squares
+from lightning_qat.analysis.mixed_precision.measured_forwards import quantized_by
+from lightning_qat.analysis.mixed_precision.point_quantizers import Quantizers
+from lightning_qat.analysis.mixed_precision.precision_errors import INFINITE_ERROR
+from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.quantization import ranks
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.modules.tensor_leaves import call_leaves
+from lightning_qat.quantization.region.region import Region
+
+Step = Callable[[], Any]
+"""Runs all regions on one batch, the same way each time."""
+
+
+@dataclass(frozen=True)
+class RegionEffects:
+    """Errors of the final outputs, relative to their mean square in float.
+
+    A final output is one of a region that no other region reads from. The relative errors of several outputs, and of
+    several tensors of an output, are averaged, so that all tasks count alike.
+
+    Args:
+        alone: by region, if it alone is quantized at the narrowest type.
+        together: by type, if all regions are quantized.
+        finals: the regions that give the final outputs.
+        compared: False if outputs had other shapes than in float, as behind a selection of boxes: then ``alone`` and
+            ``together`` are about each region's own output.
+    """
+
+    alone: Mapping[str, float]
+    together: Mapping[str, float]
+    finals: tuple[str, ...]
+    compared: bool = True
+
+
+def region_effects(
+    regions: Mapping[str, Region],
+    quantizers: Mapping[str, Quantizers],
+    steps: Iterable[Step],
+    types: Sequence[str],
+    selectors: Mapping[str, OutputSelector],
+    final: str | None = None,
+    seed: int = 0,
+    *,
+    across_ranks: bool = False,
+) -> RegionEffects:
+    """Measure what each region, quantized alone, does to the final outputs: one step for each region and type more.
+
+    Args:
+        regions: calibrated regions by the path of their target.
+        quantizers: of their points at each type.
+        steps: one for each batch.
+        types: all types, the narrowest first.
+        selectors: the chosen output of each region; those of other regions than the final ones are not used.
+        final: the region whose output alone counts; None for all that no other region reads from.
+        seed: of the random numbers that the steps draw.
+        across_ranks: add up what all ranks measure.
+    """
+    sums = _Sums(list(regions), list(types))
+    for step in steps:
+        run = _Recording(regions, selectors, step, seed)
+        with _quantized(regions, {}):
+            reference = run()
+        rows = [{path: _at(quantizers[path], types[0])} for path in regions]
+        rows += [{path: _at(quantizers[path], dtype) for path in regions} for dtype in types]
+        for row, chosen in enumerate(rows):
+            with _quantized(regions, chosen):
+                sums.add(row, reference, run())
+    if across_ranks:
+        sums.add_ranks()
+    return sums.effects(final)
+
+
+def _at(quantizers: Quantizers, dtype: str) -> dict[str, FakeQuantize]:
+    """The quantizers of a type; of a point that does not have it, those of its widest type."""
+    return {point: own.get(dtype) or list(own.values())[-1] for point, own in quantizers.items() if own}
+
+
+@contextmanager
+def _quantized(regions: Mapping[str, Region], chosen: Mapping[str, Mapping[str, FakeQuantize]]) -> Iterator[None]:
+    """Quantize the chosen points of the regions with the chosen quantizers inside the block, and no others."""
+    with ExitStack() as stack, torch.no_grad():
+        for path, region in regions.items():
+            own = chosen.get(path, {})
+            stack.enter_context(region.state("quantize", updates=()))
+            stack.enter_context(quantized_by(region, own))
+            stack.enter_context(region.only(own))
+        yield
+
+
+@dataclass
+class _Recorded:
+    """What one region received and returned in a step."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+class _Recording:
+    """Runs a step and records what the regions receive and return."""
+
+    def __init__(
+        self, regions: Mapping[str, Region], selectors: Mapping[str, OutputSelector], step: Step, seed: int
+    ) -> None:
+        self._regions, self._selectors, self._step, self._seed = regions, selectors, step, seed
+
+    def __call__(self) -> dict[str, _Recorded]:
+        found = {path: _Recorded() for path in self._regions}
+
+        def note(path: str, call: Call, result: Any) -> None:
+            found[path].inputs += [t.detach().clone() for t in call_leaves(call.args, call.kwargs)]
+            found[path].outputs += [t.clone() for t in self._selectors[path](result)]
+
+        seed_generators(self._seed)
+        watch_calls(self._regions, self._step, note)
+        return found
+
+
+class _Sums:
+    """Sums over steps, from which the effects follow; one row for each region and each type, a column per region."""
+
+    def __init__(self, paths: list[str], types: list[str]) -> None:
+        self._paths, self._rows = paths, [*paths, *types]
+        self._relative = torch.zeros(len(self._rows), len(paths), dtype=torch.float64)
+        self._compared = torch.zeros_like(self._relative)
+        self._reads = torch.zeros(len(paths), len(paths), dtype=torch.float64)
+        self._ran = torch.zeros(len(paths), dtype=torch.float64)
+
+    def add(self, row: int, reference: Mapping[str, _Recorded], found: Mapping[str, _Recorded]) -> None:
+        """Add the errors of a step with the region or the type of a row."""
+        for column, path in enumerate(self._paths):
+            base, other = reference[path], found[path]
+            if row < len(self._paths):
+                self._reads[row, column] += not _same(base.inputs, other.inputs)
+                self._ran[column] += bool(base.outputs)
+            error = _relative_error(base.outputs, other.outputs)
+            if error is not None:
+                self._relative[row, column] += error
+                self._compared[row, column] += 1
+
+    def add_ranks(self) -> None:
+        """Add the sums of all ranks."""
+        for name in ("_relative", "_compared", "_reads", "_ran"):
+            setattr(self, name, ranks.summed(getattr(self, name)))
+
+    def effects(self, final: str | None) -> RegionEffects:
+        """Return what follows from the sums."""
+        ran = [i for i in range(len(self._paths)) if self._ran[i]]
+        last = [i for i in ran if not any(self._reads[i, j] for j in ran if i != j)] or ran
+        if final is not None:
+            last = [self._paths.index(final)]
+        finals = tuple(self._paths[i] for i in last)
+        steps = self._ran[last] / len(self._paths)
+        compared = bool((self._compared[:, last] == steps).all())
+        own = torch.where(self._compared > 0, self._relative / self._compared, 0.0)
+        alone = {self._paths[i]: float(own[i, last].mean() if compared else own[i, i]) for i in ran}
+        types = {self._rows[i]: float(own[i, last].mean()) for i in range(len(self._paths), len(self._rows))}
+        return RegionEffects(alone, types if compared else {}, finals, compared)
+
+
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _relative_error(reference: list[Tensor], found: list[Tensor]) -> float | None:
+    """Return the mean over tensors of the squared error relative to the square; None if they cannot be compared."""
+    if not reference or [t.shape for t in reference] != [t.shape for t in found]:
+        return None
+    ratios = []
+    for base, other in zip(reference, found, strict=True):
+        finite = base.isfinite()
+        _, power = count_and_squares(base)
+        if power > 0:
+            error = (base[finite].double() - other[finite].double()).square().sum()
+            ratios.append(min(float(error) / float(power), INFINITE_ERROR))
+    return statistics.fmean(ratios) if ratios else 0.0

@@ -1,0 +1,162 @@
+"""Measuring what every point of one region at every type does to the region's output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+
+from lightning_qat.analysis.influence import influence_on
+from lightning_qat.analysis.mixed_precision.balanced_outputs import balanced
+from lightning_qat.analysis.mixed_precision.measured_forwards import Pair, measure_forwards
+from lightning_qat.analysis.mixed_precision.op_costs import op_costs
+from lightning_qat.analysis.mixed_precision.point_quantizers import Quantizers
+from lightning_qat.analysis.mixed_precision.precision_errors import INFINITE_ERROR, Check, PointError, PrecisionErrors
+from lightning_qat.analysis.mixed_precision.raised_together import raised_together
+from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.analysis.sensitivity.run_sketch import run_sketch
+from lightning_qat.analysis.sensitivity.sensitivity_sketch import Sketch, forwards_of_sketch
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
+from lightning_qat.quantization.planning.hardware_profile_files import planned_profile
+from lightning_qat.quantization.region.region import Region
+
+
+@dataclass(frozen=True)
+class MeasuringOptions:
+    """How errors are measured.
+
+    Args:
+        profile: the hardware that the regions were planned for; None for that of their plan, if it is a shipped one.
+        probes: backward passes per batch.
+        confirm: how many of the largest estimates are measured; as many as cost what the sketch costs if not given.
+        seed: of the probes, and of the random numbers that the forward draws.
+        across_ranks: every rank measures with its own batches; the result is that of all batches.
+    """
+
+    profile: HardwareProfile | None = None
+    probes: int = 4
+    confirm: int | None = None
+    seed: int = 0
+    across_ranks: bool = False
+
+
+def region_errors(
+    region: Region,
+    quantizers: Quantizers,
+    calls: Sequence[Call],
+    select: OutputSelector,
+    options: MeasuringOptions,
+) -> PrecisionErrors:
+    """Measure the output error of every point of one region at every type.
+
+    Args:
+        region: a calibrated region.
+        quantizers: of its points at each type.
+        calls: the inputs.
+        select: the chosen output.
+        options: of the measurement.
+
+    Raises:
+        ConfigurationError: there is no batch, the output does not exist, or no gradient reaches the points.
+    """
+    select = balanced(region, calls, select, options.seed, options.across_ranks)
+    measuring = _Measuring(region, select, quantizers, options)
+    sketch = measuring.sketch(calls)
+    alone = measuring.without_gradient(sketch)
+    alone += measuring.largest(sketch, set(alone))
+    measured, power, together = measure_forwards(
+        region, calls, select, measuring.quantizers, alone, options.seed, across_ranks=options.across_ranks
+    )
+    rows, not_reached = _rows(region, quantizers, sketch, measured)
+    reached = {row.point for row in rows}
+    narrow = {name: next(iter(own)) for name, own in quantizers.items() if len(own) > 1 and name in reached}
+    wide = {name: list(quantizers[name])[-1] for name in narrow}
+    hardware = options.profile or planned_profile(region.plan)
+    return PrecisionErrors(
+        tuple(rows),
+        output=select.description,
+        batches=sketch.batches,
+        power=power,
+        checks=tuple(Check(d, _predicted(rows, d), error) for d, error in together.items()),
+        together=raised_together(region, hardware, narrow, wide),
+        ops=op_costs(region),
+        latency=dict(hardware.cost) if hardware is not None else {},
+        not_reached=tuple(not_reached),
+    )
+
+
+class _Measuring:
+    """The forwards and backward passes."""
+
+    def __init__(
+        self, region: Region, select: OutputSelector, quantizers: Quantizers, options: MeasuringOptions
+    ) -> None:
+        self.region = region
+        self.select = select
+        self.quantizers = {name: own for name, own in quantizers.items() if own}
+        self.options = options
+
+    def sketch(self, calls: Sequence[Call]) -> Sketch:
+        """Estimate all points at all types."""
+        named = {p: {_name(p, dtype): fq for dtype, fq in own.items()} for p, own in self.quantizers.items()}
+        options = self.options
+        sketch = Sketch(self.region, list(named), self.select, options.probes, options.seed, alternatives=named)
+        if problem := run_sketch(sketch, calls, options.across_ranks):
+            raise ConfigurationError(
+                f"errors cannot be measured, as {problem}. Choose an output before the op without a derivative."
+            )
+        if sketch.batches == 0:
+            raise ConfigurationError("there was no batch to measure errors on.")
+        return sketch
+
+    def without_gradient(self, sketch: Sketch) -> list[Pair]:
+        """Return the points and types that the sketch cannot see, though they act on the output."""
+        path = self.select.output if isinstance(self.select.output, str) else None
+        influence = influence_on(self.region.graph, path)
+        return [
+            (point, dtype)
+            for point, own in self.quantizers.items()
+            for dtype in own
+            if sketch.estimates[_name(point, dtype)].failed
+            and (sketch.left_torch or influence.reaches(self.region.plan.by_name[point].op))
+        ]
+
+    def largest(self, sketch: Sketch, known: Container[Pair]) -> list[Pair]:
+        """Return the points with the largest estimates, at their narrowest type."""
+        options = self.options
+        count = forwards_of_sketch(options.probes) if options.confirm is None else options.confirm
+        narrowest = [(point, next(iter(own))) for point, own in self.quantizers.items()]
+        unknown = [pair for pair in narrowest if pair not in known and sketch.estimates[_name(*pair)].reached]
+        return sorted(unknown, key=lambda pair: -sketch.mse(_name(*pair))[0])[:count]
+
+
+def _rows(
+    region: Region, quantizers: Quantizers, sketch: Sketch, measured: Mapping[Pair, float]
+) -> tuple[list[PointError], list[str]]:
+    rows, not_reached = [], []
+    for point, own in quantizers.items():
+        planned = region.plan.by_name[point]
+        names = point, planned.op, region.graph.by_name[planned.op].kind, planned.scale_role
+        if not own or not any(sketch.estimates[_name(point, dtype)].reached for dtype in own):
+            not_reached.append(point)
+            continue
+        for dtype in own:
+            exact = (point, dtype) in measured
+            mse, standard_error = (measured[point, dtype], 0.0) if exact else sketch.mse(_name(point, dtype))
+            error = None if math.isnan(standard_error) else standard_error
+            rows.append(PointError(*names, dtype, mse if mse < INFINITE_ERROR else INFINITE_ERROR, error, exact))
+    return rows, not_reached
+
+
+def _predicted(rows: list[PointError], dtype: str) -> float:
+    """Sum of the errors with all points at a type, or at their widest where they do not have it."""
+    by_point: dict[str, dict[str, float]] = {}
+    for row in rows:
+        by_point.setdefault(row.point, {})[row.dtype] = row.mse
+    return math.fsum(own.get(dtype, list(own.values())[-1]) for own in by_point.values())
+
+
+def _name(point: str, dtype: str) -> str:
+    return f"{point} {dtype}"
