@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.optim.lr_scheduler import LinearLR, StepLR
+from torch.optim.lr_scheduler import LinearLR, OneCycleLR, StepLR
 
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.callbacks.float_finetune import FloatFinetune
@@ -331,3 +331,21 @@ def test_files_are_written(tmp_path: Path) -> None:
     result = checked(tmp_path, pretrained())
     assert result.note in (tmp_path / "lightning_qat" / "float_finetune.txt").read_text()
     assert (tmp_path / "lightning_qat" / "float_finetune.json").is_file()
+
+
+def test_a_copy_trains_longer_than_a_schedule_that_knows_its_length(tmp_path: Path) -> None:
+    """C3: OneCycleLR raises behind its last step; a check before a short run takes more batches than the run has."""
+
+    class OneCycle(Digits):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+            scheduler = OneCycleLR(optimizer, 0.01, total_steps=int(self.trainer.estimated_stepping_batches))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    model = OneCycle()
+    model.load_state_dict(pretrained().state_dict())
+    check = FloatFinetune(batches=5)
+    qat_trainer(tmp_path, check, max_epochs=1, max_steps=2).fit(model)
+    assert check.result is not None
+    assert "5 batches" in check.result.note, check.result.note
+    assert not check.failures

@@ -229,7 +229,10 @@ class TrainingCopy:
 
     def _step_schedulers(self, interval: str, index: int) -> None:
         for config in self._schedulers:
-            if config.interval == interval and not config.reduce_on_plateau and (index + 1) % config.frequency == 0:
+            # a copy may train longer than a short run: at the last learning rate, where OneCycleLR would raise
+            is_over = config.scheduler.last_epoch >= getattr(config.scheduler, "total_steps", math.inf)
+            is_due = config.interval == interval and not config.reduce_on_plateau and not is_over
+            if is_due and (index + 1) % config.frequency == 0:
                 self.module.lr_scheduler_step(config.scheduler, None)
 
     def _watch(self, optimizer: Optimizer) -> None:
