@@ -30,8 +30,8 @@ class BevModule(LightningModule):
         warm_up: share of the training in which the learning rate rises.
         annotate: mark the loop over the cameras, whose number varies, as a dynamic block.
         force_sharing: let all calls of the position embedding share their scales.
-        brightness: in which order training changes the brightness of images: ``before`` they are normalised, or
-            ``after``, as if they were still bytes.
+        brightened: what training's change of brightness makes of images: ``bytes``, which are normalised next, or
+            ``shares`` of 255, which are then divided by 255 once more.
     """
 
     reference_points: Tensor
@@ -44,11 +44,11 @@ class BevModule(LightningModule):
         warm_up: float = 0.05,
         annotate: bool = True,
         force_sharing: bool = False,
-        brightness: Literal["before", "after"] = "before",
+        brightened: Literal["bytes", "shares"] = "bytes",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.lr, self.weight_decay, self.warm_up, self.brightness = lr, weight_decay, warm_up, brightness
+        self.lr, self.weight_decay, self.warm_up, self.brightened = lr, weight_decay, warm_up, brightened
         self.model = BevNet(width, annotate, force_sharing)
         self.register_buffer("reference_points", reference_points(), persistent=False)
         self.dynamic = DetectionAP(len(VEHICLE_CLASSES), (0.5, 1.0, 2.0))
@@ -61,7 +61,7 @@ class BevModule(LightningModule):
         return found
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images = self.brightened(batch.images.float())
+        images = normalised(self.with_brightness(batch.images.float()))
         loss = self._loss(self.detect(images, batch), batch)
         self.log("train_loss", loss)
         return loss
@@ -80,12 +80,11 @@ class BevModule(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
 
-    def brightened(self, images: Tensor) -> Tensor:
-        """Images of bytes, normalised, each a little brighter or darker."""
+    def with_brightness(self, images: Tensor) -> Tensor:
+        """Images of bytes, each a little brighter or darker."""
         factor = torch.empty(len(images), 1, 1, 1, 1, device=images.device).uniform_(0.9, 1.1)
-        if self.brightness == "before":
-            return normalised((images * factor).clamp(0, 255))
-        return (normalised(images) * 255 * factor).clamp(0, 255)
+        images = (images * factor).clamp(0, 255)
+        return images if self.brightened == "bytes" else images / 255
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)

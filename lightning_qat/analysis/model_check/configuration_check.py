@@ -13,6 +13,9 @@ from lightning_qat.quantization.overrides import yaml_name
 from lightning_qat.quantization.planning.profile_violations import ProfileViolation, find_violations
 from lightning_qat.quantization.region.effective_dtypes import FLOAT, bits
 
+_EXCLUDED = "float32 by override"
+"""Begins the reason of a point that a rule keeps in float."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -155,7 +158,7 @@ def _winner(checked: CheckedRegion, point: str, asked: list[tuple[str, str]], ef
 def _lowered(checked: CheckedRegion, requests: Iterable[Request]) -> Iterable[Finding]:
     grouped: dict[tuple[str, str, str, str], list[Request]] = {}
     for request in requests:
-        if request.is_lowered:
+        if request.is_lowered and not _is_taken_back(checked, request):
             key = (request.winner, request.effective, request.requested, request.by)
             grouped.setdefault(key, []).append(request)
     for (winner, effective, requested, by), found in grouped.items():
@@ -175,17 +178,43 @@ def _lowered(checked: CheckedRegion, requests: Iterable[Request]) -> Iterable[Fi
         )
 
 
+def _is_taken_back(checked: CheckedRegion, request: Request) -> bool:
+    """Whether a rule that names this very point comes behind the override that asks: then that is on purpose.
+
+    What reports print to paste is such a rule.
+    """
+    asking, winning = (re.match(r"override (\d+) ", rule) for rule in (request.by, request.winner))
+    return asking is not None and winning is not None and checked.rules[int(winning[1]) - 1].match == request.point
+
+
 def _raised(checked: CheckedRegion, rules: tuple[str, str], names: tuple[str, ...], dtype: str) -> str:
     """Overrides that give these points a type: with the selectors of one of the rules if it selects no others."""
     roles = dict.fromkeys(map(role_of, names))
     numbers = [int(found[1]) for rule in rules if (found := re.match(r"override (\d+) ", rule)) is not None]
+    excluded = [name for name, reason in checked.plan.float_points.items() if reason.startswith(_EXCLUDED)]
+    known = [name for name in (*checked.plan.by_name, *excluded) if name.rpartition(".")[0] in checked.graph.by_name]
     for rule in (checked.rules[number - 1] for number in numbers):
-        selected = {n for n, p in checked.plan.by_name.items() if rule.selects(n, checked.graph.by_name[p.op].kind)}
+        selected = {n for n in known if rule.selects(n, checked.graph.by_name[n.rpartition(".")[0]].kind)}
         if selected == set(names):
             selectors = [f"match: {yaml_name(rule.match)}"] if rule.match is not None else []
             selectors += [f"op_type: {rule.op_type}"] if rule.op_type is not None else []
             return overrides_yaml(f"{', '.join(selectors)}, {role}: {{dtype: {dtype}}}" for role in roles)
-    return overrides_yaml(f"match: {yaml_name(name)}, {role_of(name)}: {{dtype: {dtype}}}" for name in names)
+    lasting = [name for name in names if not _stands_in(checked, name)]
+    if not lasting:
+        return ""
+    return overrides_yaml(f"match: {yaml_name(name)}, {role_of(name)}: {{dtype: {dtype}}}" for name in lasting)
+
+
+def _stands_in(checked: CheckedRegion, point: str) -> bool:
+    """Whether an input point is only there because a rule keeps the op before it in float.
+
+    Without that rule, which the same report advises to drop, the point is gone and its name matches nothing.
+    """
+    plan = checked.plan.by_name[point]
+    operands = checked.graph.by_name[plan.op].operands if plan.role == "input" else ()
+    sources = (s for o in operands if o.index == plan.operand for s in o.sources)
+    makers = (checked.plan.float_points.get(f"{o.name}.output", "") for o in checked.dtypes.origins(sources))
+    return any(reason.startswith(_EXCLUDED) for reason in makers)
 
 
 def _switched_off(checked: CheckedRegion) -> Iterable[Finding]:

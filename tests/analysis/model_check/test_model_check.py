@@ -202,6 +202,25 @@ def test_rule_that_an_older_one_beats_is_raised_for_its_points_alone() -> None:
     )
 
 
+def test_what_a_report_prints_about_several_mistakes_can_be_pasted_together() -> None:
+    """A12, A13: an input point behind an op that is float by mistake is gone as soon as that mistake is mended."""
+    qconfig = {"activation": {"dtype": "int16"}, "weight": {"dtype": "int16"}}
+    rules = [
+        {"match": "*", "activation": {"dtype": "int8"}, "weight": {"dtype": "int8"}},
+        {"match": "1.output", "activation": {"dtype": "float32"}},
+    ]
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    region = insert(model, (torch.ones(2, 4),), qconfig=qconfig, overrides=rules)
+    findings = check(region).findings
+    (lowered,) = (f for f in findings if f.kind == "configuration not applied")
+    assert "2.input0" in lowered.names
+    printed = [rule for f in findings if f.severity != "info" for rule in yaml.safe_load(f.yaml)["overrides"]]
+    region.remove()
+    mended = insert(model, (torch.ones(2, 4),), qconfig=qconfig, overrides=[*rules, *printed])
+    assert not [f for f in check(mended).findings if f.kind in ("configuration not applied", "float op")]
+    assert {point.dtype for point in mended.points.values()} == {"int16"}
+
+
 def test_overrides_of_several_regions_name_their_target() -> None:
     """Both targets have a ``1.output``: what is printed about one is about that one alone."""
     models = {name: nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()) for name in ("backbone", "head")}
