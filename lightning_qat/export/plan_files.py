@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_qat.atomic_files import json_value, write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.tracing.op_graph import Op
 
 FILE_NAME = "quant_plan.json"
 FORMAT_VERSION = 1
@@ -96,7 +97,15 @@ def _described(region: Region) -> dict[str, Any]:
             }
         )
     kinds = region.graph.by_name
-    ops = [{**json_value(op), "op_type": kinds[op.name].kind, "location": kinds[op.name].location} for op in plan.ops]
+    ops = [
+        {
+            **json_value(op),
+            "op_type": kinds[op.name].kind,
+            "location": kinds[op.name].location,
+            "inputs": _producers(kinds[op.name]),
+        }
+        for op in plan.ops
+    ]
     return {
         "target_type": region.graph.target_type,
         "profile": plan.profile,
@@ -108,6 +117,12 @@ def _described(region: Region) -> dict[str, Any]:
         "fusions": json_value(plan.fusions),
         "misses": json_value(plan.misses),
     }
+
+
+def _producers(op: Op) -> list[str]:
+    """The ops whose results an op takes."""
+    sources = (source for operand in op.operands for source in operand.sources)
+    return list(dict.fromkeys(source.name for source in sources if source.kind in ("op", "mutated")))
 
 
 def _numbers(values: Tensor) -> Any:

@@ -115,7 +115,7 @@ def write_ladder(folder: Path, verdict: Verdict = "pipeline misaligned", note: s
 def write_convergence(folder: Path, verdict: str = "diverging", names: tuple[str, ...] = ()) -> None:
     """Write a convergence report with one flag, or a healthy one."""
     flagged = ConvergenceRow("loss", "flagged", 9.0, 1.0, "The loss rises.", "Lower the learning rate.", names)
-    rows = () if verdict == "healthy" else (flagged,)
+    rows = () if verdict in ("healthy", "too early") else (flagged,)
     result = ConvergenceResult(rows, verdict, f"{verdict}: see the rows.", 10, 2)  # type: ignore[arg-type]
     write_json(result, folder / "lightning_qat" / "convergence.json")
 

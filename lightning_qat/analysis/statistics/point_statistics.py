@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.fake_quant.fake_quantize_function import codes_before_clipping
 from lightning_qat.quantization.numerics.channel_groups import channel_rows
 
+BINS = 32
+"""Bins of the histogram of the codes, at most."""
 CHUNK = 1 << 20
 """Values processed at a time: temporary memory is a few dozen MB, whatever the size of the tensor."""
 
@@ -38,9 +41,11 @@ class PointStatistics:
         clipping: sum of squared errors of the values outside the range.
         flipped: weight codes that differ from the last snapshot.
         compared: weight codes that were compared with it.
+        above: how many of the clipped values were above the range; the others were below.
         code_low: smallest code hit per channel, float64 ``(channels,)``, counted from the smallest of the type.
         code_high: largest code hit per channel.
         hits: one bit per code of the type, set if any value (of any channel) had it; uint8, packed: 8 KB for int16.
+        bins: values inside the range by their code, ``bin_width`` codes to a bin, the smallest first; float64.
     """
 
     channels: int
@@ -57,16 +62,23 @@ class PointStatistics:
     clipping: float = 0.0
     flipped: float = 0.0
     compared: float = 0.0
+    above: float = 0.0
 
     def __post_init__(self) -> None:
         self.code_low = torch.full((self.channels,), math.inf, dtype=torch.float64)
         self.code_high = torch.full((self.channels,), -math.inf, dtype=torch.float64)
         self.hits = np.zeros((self.levels + 7) // 8, dtype=np.uint8)
+        self.bins = torch.zeros(-(-self.levels // self.bin_width), dtype=torch.float64)
 
     @classmethod
     def of(cls, fake_quant: FakeQuantize) -> PointStatistics:
         """Empty statistics that fit a point."""
         return cls(fake_quant.channel_scale.numel(), fake_quant.quant_max - fake_quant.quant_min + 1)
+
+    @property
+    def bin_width(self) -> int:
+        """Number of codes in a bin of the histogram."""
+        return -(-self.levels // BINS)
 
     @property
     def var(self) -> float | None:
@@ -110,24 +122,26 @@ class PointStatistics:
         """Add the statistics of another object for the same point."""
         self._merge_moments(other.count, other.mean, other.m2)
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
-        for name in ("non_finite", "quantized", "clipped", "rounding", "clipping", "flipped", "compared"):
+        for name in ("non_finite", "quantized", "clipped", "rounding", "clipping", "flipped", "compared", "above"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.code_low = torch.minimum(self.code_low, other.code_low)
         self.code_high = torch.maximum(self.code_high, other.code_high)
         self.hits |= other.hits
+        self.bins += other.bins
 
     def to_tensors(self) -> tuple[Tensor, Tensor]:
         """Everything as one float64 and one uint8 tensor of fixed sizes, to send to other ranks."""
         numbers = torch.tensor([getattr(self, name) for name in _NUMBERS], dtype=torch.float64)
-        return torch.cat([numbers, self.code_low, self.code_high]), torch.from_numpy(self.hits)
+        return torch.cat([numbers, self.code_low, self.code_high, self.bins]), torch.from_numpy(self.hits)
 
     @classmethod
     def from_tensors(cls, numbers: Tensor, hits: Tensor, channels: int, levels: int) -> PointStatistics:
         """The reverse of :meth:`to_tensors`."""
-        values, code_low, code_high = numbers.split([len(_NUMBERS), channels, channels])
+        sizes = [len(_NUMBERS), channels, channels, len(numbers) - len(_NUMBERS) - 2 * channels]
+        values, code_low, code_high, bins = numbers.split(sizes)
         statistics = cls(channels, levels, **dict(zip(_NUMBERS, values.tolist(), strict=True)))
         statistics.code_low, statistics.code_high = code_low.clone(), code_high.clone()
-        statistics.hits = hits.numpy().copy()
+        statistics.bins, statistics.hits = bins.clone(), hits.numpy().copy()
         return statistics
 
     def _add(self, x: Tensor, q: Tensor, fake_quant: FakeQuantize | None) -> None:
@@ -158,7 +172,7 @@ class PointStatistics:
         else:
             lowest = torch.where(finite, codes, torch.inf).amin(dim=1)
             highest = torch.where(finite, codes, -torch.inf).amax(dim=1)
-            codes, outside = codes[finite], outside[finite]
+            codes, outside, unclipped = codes[finite], outside[finite], unclipped[finite]
         outside = outside.reshape(-1)
         clipped = int(outside.count_nonzero())
         clipping = float(error[outside].sum()) if clipped else 0.0
@@ -166,8 +180,15 @@ class PointStatistics:
         self.clipped += clipped
         self.clipping += clipping
         self.rounding += float((error.masked_fill_(outside, 0.0) if clipped else error).sum())
-        hits = torch.bincount(codes.reshape(-1).int(), minlength=self.levels) > 0
-        self.hits |= np.packbits(hits.cpu().numpy())
+        counts = torch.bincount(codes.reshape(-1).int(), minlength=self.levels).cpu()
+        self.hits |= np.packbits((counts > 0).numpy())
+        above = int((unclipped > self.levels - 1).count_nonzero()) if clipped else 0
+        self.above += above
+        counts[0] -= clipped - above  # what is clipped has the first or the last code
+        counts[-1] -= above
+        self.bins += (
+            F.pad(counts, (0, len(self.bins) * self.bin_width - self.levels)).reshape(len(self.bins), -1).sum(1)
+        )
         self.code_low = torch.minimum(self.code_low, lowest.double().cpu())
         self.code_high = torch.maximum(self.code_high, highest.double().cpu())
 

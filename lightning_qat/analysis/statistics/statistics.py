@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_qat.analysis.captured_calls import RepeatableForward, analysis_mode
 from lightning_qat.analysis.metrics import metric_of_sums
 from lightning_qat.analysis.results import Result
+from lightning_qat.analysis.statistics.code_histogram import CodeHistogram
 from lightning_qat.analysis.statistics.point_statistics import PointStatistics, weight_codes
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
@@ -80,7 +81,13 @@ class LayerStatisticsRow:
 
 @dataclass(frozen=True)
 class LayerStatisticsResult(Result[LayerStatisticsRow]):
-    """One row per point of the plan, in execution order."""
+    """One row per point of the plan, in execution order.
+
+    Args:
+        histograms: of the points that were quantized.
+    """
+
+    histograms: tuple[CodeHistogram, ...] = field(default=(), repr=False)
 
     title: ClassVar[str] = "Layer statistics"
     shown: ClassVar[tuple[str, ...]] = ("point", "dtype", "clipped_share", "used_share", "sqnr")
@@ -96,7 +103,10 @@ class LayerStatisticsResult(Result[LayerStatisticsRow]):
     @classmethod
     def merged(cls, results: Mapping[str, LayerStatisticsResult]) -> LayerStatisticsResult:
         """Put the results of several regions together, by the paths of their targets."""
-        return cls(tuple(replace(row, region=name) for name, result in results.items() for row in result.rows))
+        return cls(
+            tuple(replace(row, region=name) for name, result in results.items() for row in result.rows),
+            tuple(replace(one, region=name) for name, result in results.items() for one in result.histograms),
+        )
 
 
 def layer_statistics(
@@ -230,7 +240,12 @@ class StatisticsCollector:
             tuple(
                 self._row(plan, kinds[plan.op].kind, self._points[plan.name], self._statistics.get(plan.name))
                 for plan in self.region.plan.points
-            )
+            ),
+            tuple(
+                CodeHistogram.of(plan.name, self._points[plan.name], self._statistics[plan.name])
+                for plan in self.region.plan.points
+                if plan.name in self._statistics and self._statistics[plan.name].quantized
+            ),
         )
 
     def _row(

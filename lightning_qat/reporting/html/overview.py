@@ -99,9 +99,10 @@ def _verdict(run: RunFolder, passed: bool | None, findings: tuple[ReportFinding,
     ladder = _bad_ladder(run)
     if ladder is not None:
         name, result = ladder
-        return result.verdict, "bad", result.note, name
+        return result.verdict, "bad", without_verdict(result.verdict, result.note), name
     if run.convergence is not None and run.convergence.is_bad:
-        return run.convergence.verdict, "bad", run.convergence.note, "convergence"
+        note = without_verdict(run.convergence.verdict, run.convergence.note)
+        return run.convergence.verdict, "bad", note, "convergence"
     if passed is False and _is_calibrated_only(run):
         if run.provenance.get("finished") is False:
             text = "The calibrated model misses the target. Training goes on, and may win it back."

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 from lightning_qat.analysis.results import Block
 from lightning_qat.atomic_files import write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.reporting.html.background import background, compared_runs, find_gaps, float_places
 from lightning_qat.reporting.html.findings import SOURCES
+from lightning_qat.reporting.html.front import front_choices
+from lightning_qat.reporting.html.glossary import GLOSSARY
 from lightning_qat.reporting.html.overview import judge_run
 from lightning_qat.reporting.html.page_data import as_json_element, page_data
-from lightning_qat.reporting.html.point_table import COLUMNS, point_table
+from lightning_qat.reporting.html.point_table import COLUMNS, PointTable, point_table
 from lightning_qat.reporting.html.run_folder import RunFolder, read_run
 from lightning_qat.reporting.plain_text import one_line, printable
 from lightning_qat.reporting.tables import cell_text
@@ -26,8 +29,24 @@ if TYPE_CHECKING:
 
 FILE_NAME = "report.html"
 _ASSETS = Path(__file__).parent / "assets"
-_SCRIPTS = ("format.js", "table.js", "main.js")
+_SCRIPTS = ("format.js", "table.js", "charts.js", "sections.js", "point.js", "main.js")
 """In the order in which they stand in the one script of the page."""
+SECTIONS = {
+    "verdict": "Verdict",
+    "findings": "Findings",
+    "results": "Results",
+    "front": "Cost",
+    "points": "Points",
+    "depth": "Depth",
+    "epochs": "Epochs",
+    "graph": "Model",
+    "comparison": "Other runs",
+    "gaps": "Not analysed",
+    "checks": "Evidence",
+    "provenance": "Provenance",
+    "glossary": "Glossary",
+}
+"""Id and title of the sections, in their order."""
 _MOST_NAMES = 30
 """Names of one finding; the file of the finding has all."""
 _STATIC_ROWS = 50
@@ -64,30 +83,54 @@ def render(runs: Sequence[RunFolder]) -> str:
     """
     template = _template()
     run, points = runs[-1], point_table(runs[-1])
-    overview = judge_run(run)
     style, script = _assets()
-    visible = [index for index, column in enumerate(COLUMNS) if column.shown]
-    static = Block(
-        columns=tuple(COLUMNS[index].label for index in visible),
-        rows=tuple(tuple(row[index] for index in visible) for row in points.rows[:_STATIC_ROWS]),
-    )
+    data = page_data(run, points)
+    parts = {
+        "results": run.accuracy.full_blocks() if run.accuracy is not None else (),
+        "choices": front_choices(run),
+        "comparisons": compared_runs(runs),
+    }
+    present = {"results": parts["results"], "front": parts["choices"], "comparison": parts["comparisons"],
+               "depth": data["depth"]["names"], "epochs": data["series"], "graph": data["graph"]["ops"]}  # fmt: skip
     return template.render(
+        **parts,
         run=run,
-        overview=overview,
+        overview=judge_run(run),
         sources=SOURCES,
-        sections=[("verdict", "Verdict"), ("findings", "Findings"), ("results", "Results"), ("points", "Points")],
+        sections=[(name, title) for name, title in SECTIONS.items() if present.get(name, True)],
         most_names=_MOST_NAMES,
-        results=run.accuracy.full_blocks() if run.accuracy is not None else (),
-        points=points,
         point_places={name: place for place, name in enumerate(points.names)},
-        static=static,
-        columns=COLUMNS,
+        static=_static_table(points),
+        places_in_float=float_places(run),
+        gaps=find_gaps(run),
+        evidence=_evidence(run),
+        background=background(run),
+        glossary=GLOSSARY,
         style=style,
         script=script,
         policy=f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
         "base-uri 'none'; form-action 'none'",
-        data=as_json_element(page_data(run, points)),
+        data=as_json_element(data),
     )
+
+
+def _static_table(points: PointTable) -> Block:
+    """The first points, for readers without JavaScript."""
+    visible = [index for index, column in enumerate(COLUMNS) if column.shown]
+    return Block(
+        columns=tuple(COLUMNS[index].label for index in visible),
+        rows=tuple(tuple(row[index] for index in visible) for row in points.rows[:_STATIC_ROWS]),
+    )
+
+
+def _evidence(run: RunFolder) -> list[tuple[str, tuple[Block, ...]]]:
+    """The tables of the checks, as the txt files have them."""
+    found = [(SOURCES[name], result.full_blocks()) for name, result in run.ladders.items()]
+    if run.convergence is not None:
+        found.append((SOURCES["convergence"], run.convergence.full_blocks()))
+    if run.model_check is not None:
+        found.append((f"{SOURCES['model_check']}: tables", run.model_check.full_blocks()[1:]))
+    return found
 
 
 @cache

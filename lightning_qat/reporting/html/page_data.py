@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_qat.atomic_files import json_value
+from lightning_qat.reporting.html.drawings import depth, graph, histograms, short
+from lightning_qat.reporting.html.front import front_chart
 from lightning_qat.reporting.html.point_table import COLUMNS, PointTable
 from lightning_qat.reporting.html.run_folder import RunFolder
 from lightning_qat.reporting.plain_text import one_line, printable
 
-_DIGITS = 4
-"""Significant digits of what is only drawn. The table of points has all digits."""
 _MOST_CELLS = 2_000_000
 """Cells of all series together. Of more, epochs are left out: a page of 10,000 points stays usable."""
 
@@ -37,6 +37,10 @@ def page_data(run: RunFolder, points: PointTable) -> dict[str, Any]:
             if (row := points.diagnoses.get(key)) is not None and row.verdict != "fine"
         },
         "series": _series(run, points),
+        "histograms": histograms(run, points),
+        "depth": depth(run, points),
+        "graph": graph(run, points),
+        "front": front_chart(run),
     }
 
 
@@ -49,21 +53,6 @@ def as_json_element(data: Mapping[str, Any]) -> str:
     """
     text = json.dumps(json_value(data), separators=(",", ":"))  # ASCII: line separators and surrogates are escapes
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def short(value: Any) -> Any:
-    """Return a number with the digits that a drawing needs.
-
-    Example:
-        >>> short(0.123456), short(None), short(12345678.9), short(2.0)
-        (0.1235, None, 12350000, 2)
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return value
-    if not math.isfinite(value):
-        return str(value)
-    number = float(f"{value:.{_DIGITS}g}")
-    return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
 def _cell(value: Any) -> Any:
@@ -87,8 +76,3 @@ def _series(run: RunFolder, points: PointTable) -> dict[str, Any]:
 def _is_worth_it(rows: Any) -> bool:
     """Whether any point has a value."""
     return any(value is not None for row in rows for value in row)
-
-
-def names_of(places: Sequence[int], points: PointTable) -> list[str]:
-    """Return names as the page shows them."""
-    return [one_line(points.names[place]) for place in places]

@@ -56,12 +56,34 @@ const openPoint = (index) => {
 };
 const grid = new PointGrid(data.points, byId("grid"), byId("tools"), state, openPoint);
 
+const pointPage = new PointPage(data, byId("point"), () => {
+  if (state.get().point) state.set({ point: "" });
+});
+
 function showState() {
   grid.show();
+  const index = places.get(state.get().point);
+  if (index === undefined) pointPage.hide();
+  else pointPage.show(index);
 }
+
+const pointNames = data.points.rows.map((row) => row[0]);
+showDepth(data.depth);
+showEpochs(data.series, pointNames, openPoint);
+showGraph(data.graph);
+showFront(data.front);
 
 enableCopying(document);
 enableTheme();
+/* A link to a point keeps the filters that are in the URL. */
+document.addEventListener("click", (event) => {
+  const link = event.target.closest('a[href^="#point="]');
+  const index = link && places.get(decodeURIComponent(link.getAttribute("href").slice(7)));
+  if (index === undefined || index === null) return;
+  event.preventDefault();
+  openPoint(index);
+});
 window.addEventListener("popstate", showState);
+window.addEventListener("hashchange", showState);
 showState();
 document.documentElement.dataset.ready = "true";

@@ -1,0 +1,132 @@
+/* Charts as SVG, made element by element. Colours come from the style sheet; shapes and texts say the same. */
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function draw(tag, attributes = {}, ...children) {
+  const element = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === "text") element.textContent = value;
+    else if (name === "tip") element.append(draw("title", { text: value }));
+    else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== null) element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+const finite = (value) => typeof value === "number" && Number.isFinite(value);
+
+/** The smallest and the largest of many numbers; a range of some width if all are equal. */
+function extent(values, withZero = false) {
+  let [low, high] = withZero ? [0, 0] : [Infinity, -Infinity];
+  for (const value of values) {
+    if (!finite(value)) continue;
+    low = Math.min(low, value);
+    high = Math.max(high, value);
+  }
+  if (low > high) return [0, 1];
+  const room = low === high ? Math.abs(low) / 2 || 1 : (high - low) * 0.05;
+  return [withZero && low === 0 ? 0 : low - room, high + room];
+}
+
+const scaleTo = ([low, high], from, to) => (value) => from + ((value - low) / (high - low)) * (to - from);
+
+/** Lines over common x places, with dots where there are few. Each line: {name, values, kind}. */
+function lineChart(lines, options) {
+  const [width, height, left, bottom] = [options.width || 360, options.height || 170, 52, 26];
+  const count = Math.max(...lines.map((line) => line.values.length));
+  const range = extent(lines.flatMap((line) => line.values.filter(finite)), options.withZero);
+  const x = scaleTo([0, Math.max(1, count - 1)], left + 6, width - 10);
+  const y = scaleTo(range, height - bottom, 12);
+  const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": options.label });
+  for (const value of [range[0], (range[0] + range[1]) / 2, range[1]]) {
+    svg.append(draw("line", { class: "axis", x1: left, x2: width - 6, y1: y(value), y2: y(value) }));
+    svg.append(draw("text", { x: left - 4, y: y(value) + 4, "text-anchor": "end", text: formatNumber(Number(value.toPrecision(3))) }));
+  }
+  const marks = count < 2 ? [0] : count < 4 ? [0, count - 1] : [0, Math.floor((count - 1) / 2), count - 1];
+  for (const place of marks) {
+    svg.append(draw("text", { x: x(place), y: height - 8, "text-anchor": place === 0 ? "start" : place === count - 1 ? "end" : "middle", text: options.place(place) }));
+  }
+  for (const line of lines) {
+    const path = [];
+    let isOpen = false;
+    line.values.forEach((value, place) => {
+      if (finite(value)) path.push(`${isOpen ? "L" : "M"}${x(place).toFixed(1)} ${y(value).toFixed(1)}`);
+      isOpen = finite(value);
+    });
+    svg.append(draw("path", { class: `line ${line.kind || ""}`, d: path.join("") }));
+    if (count <= 400) line.values.forEach((value, place) => {
+      if (!finite(value)) return;
+      const dot = { class: `dot ${line.kind || ""}`, tip: `${options.place(place)}: ${line.name} ${formatNumber(value)}` };
+      svg.append(line.kind === "own" ? draw("rect", { ...dot, x: x(place) - 2.5, y: y(value) - 2.5, width: 5, height: 5 })
+        : draw("circle", { ...dot, cx: x(place), cy: y(value), r: 2.6 }));
+    });
+  }
+  if (options.mark !== null && options.mark !== undefined) {
+    const at = x(options.mark);
+    svg.append(draw("line", { class: "mark", x1: at, x2: at, y1: 10, y2: height - bottom }));
+    const isRight = at > width / 2;
+    svg.append(draw("text", { class: "strong", x: at + (isRight ? -5 : 5), y: 18, "text-anchor": isRight ? "end" : "start", text: options.markText }));
+  }
+  return svg;
+}
+
+/** Values by their code; what is clipped stands hatched beyond the ends of the range. Counts are logarithmic. */
+function histogramChart([firstCode, width, counts, below, above], scale, zero) {
+  const [wide, high, left, bottom] = [640, 210, 46, 40];
+  const all = [below, ...counts, above];
+  const most = Math.log10(1 + Math.max(1, ...all));
+  const step = (wide - left - 16) / (all.length + 1);
+  const svg = draw("svg", { viewBox: `0 0 ${wide} ${high}`, role: "img", "aria-label": "Histogram of the values by code" });
+  svg.append(hatching("clipped-hatch", "var(--own)"));
+  const y = (count) => high - bottom - (Math.log10(1 + count) / most) * (high - bottom - 22);
+  all.forEach((count, place) => {
+    const isClipped = place === 0 || place === all.length - 1;
+    const x = left + place * step + (place === 0 ? 0 : place === all.length - 1 ? step : step / 2);
+    const from = firstCode + (place - 1) * width;
+    const tip = isClipped ? `${count} values clipped ${place ? "above" : "below"} the range` : `codes ${from} to ${from + width - 1}: ${count} values`;
+    svg.append(draw("rect", { class: isClipped ? "clipped" : "bar", fill: isClipped ? "url(#clipped-hatch)" : null,
+      x: x + 0.5, y: y(count), width: Math.max(1, step - 1), height: Math.max(0, high - bottom - y(count)), tip }));
+  });
+  const ends = [left + step * 1.25, left + (all.length - 1) * step + step * 0.75];
+  const codes = [firstCode, firstCode + counts.length * width - 1];
+  ends.forEach((x, side) => {
+    svg.append(draw("line", { class: "mark", x1: x, x2: x, y1: 16, y2: high - bottom }));
+    const anchor = side ? "end" : "start";
+    svg.append(draw("text", { x: x + (side ? -4 : 4), y: high - bottom + 15, "text-anchor": anchor, text: `code ${codes[side]}` }));
+    if (scale !== null) svg.append(draw("text", { x: x + (side ? -4 : 4), y: high - bottom + 30, "text-anchor": anchor, text: formatNumber((codes[side] - zero) * scale) }));
+  });
+  if (below) svg.append(draw("text", { class: "strong", x: left, y: 12, text: `${below} clipped below` }));
+  if (above) svg.append(draw("text", { class: "strong", x: wide - 10, y: 12, "text-anchor": "end", text: `${above} clipped above` }));
+  for (const count of [0, Math.max(...all)]) svg.append(draw("text", { x: left - 5, y: y(count) + 4, "text-anchor": "end", text: String(count) }));
+  return svg;
+}
+
+/** A pattern, so that what it fills is told apart without colours. */
+function hatching(id, color) {
+  const line = draw("path", { d: "M0 6L6 0", stroke: color, "stroke-width": 1.6 });
+  return draw("defs", {}, draw("pattern", { id, width: 6, height: 6, patternUnits: "userSpaceOnUse" }, line));
+}
+
+/** Rows of cells, the stronger the larger. Each row: {name, values, open}. */
+function heatChart(rows, epochs, label) {
+  const [left, cell, line] = [8, Math.max(10, Math.min(26, 520 / epochs.length)), 20];
+  const most = Math.max(1e-30, ...rows.flatMap((row) => row.values.filter(finite).map(Math.abs)));
+  const names = left + epochs.length * cell + 8;
+  const [width, height] = [names + 520, 24 + rows.length * line];
+  const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, width, height, class: "fixed", role: "img", "aria-label": label });
+  svg.append(draw("text", { x: left, y: 13, text: `epoch ${epochs[0]} to ${epochs[epochs.length - 1]}` }));
+  rows.forEach((row, index) => {
+    const y = 20 + index * line;
+    row.values.forEach((value, place) => {
+      const strength = finite(value) ? Math.sqrt(Math.abs(value) / most) : 0;
+      svg.append(draw("rect", { class: "heat", x: left + place * cell, y, width: cell - 1, height: line - 2,
+        "fill-opacity": finite(value) ? (0.06 + 0.94 * strength).toFixed(3) : 0,
+        tip: `${row.name}, epoch ${epochs[place]}: ${finite(value) ? formatNumber(value) : "no value"}` }));
+    });
+    const last = row.values.filter(finite).at(-1);
+    const name = row.name.length > 48 ? `${row.name.slice(0, 20)}…${row.name.slice(-26)}` : row.name;
+    svg.append(draw("text", { x: names, y: y + 13, text: `${last === undefined ? "" : formatNumber(last)}  ${name}`, class: "link", onclick: row.open, tip: row.name }));
+  });
+  return svg;
+}

@@ -1,0 +1,154 @@
+"""What the charts of the page draw: histograms, the error along the depth, the graph of ops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_qat.reporting.html.point_history import PointKey
+from lightning_qat.reporting.html.point_table import PointTable
+from lightning_qat.reporting.html.run_folder import RunFolder
+from lightning_qat.reporting.plain_text import one_line
+
+JUMP = 6.0
+"""Decibels (one bit). The first place where the ratio falls so far below the lowest before it is marked."""
+_DIGITS = 4
+
+
+def short(value: Any) -> Any:
+    """Return a number with the digits that a drawing needs.
+
+    Example:
+        >>> short(0.123456), short(None), short(12345678.9), short(2.0)
+        (0.1235, None, 12350000, 2)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if not math.isfinite(value):
+        return str(value)
+    number = float(f"{value:.{_DIGITS}g}")
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
+def histograms(run: RunFolder, points: PointTable) -> list[list[Any] | None]:
+    """Return, for each point, the first code, codes per bin, counts, and what is clipped below and above.
+
+    Args:
+        run: the files of the run.
+        points: its points.
+    """
+    held = run.statistics_table.about.get("histograms")
+    found: dict[PointKey, list[Any]] = {}
+    for one in held if isinstance(held, list) else []:
+        if isinstance(one, dict) and isinstance(one.get("counts"), list):
+            numbers = [one.get(name) for name in ("first_code", "codes_per_bin", "counts", "below", "above")]
+            found[str(one.get("region") or ""), str(one.get("point"))] = numbers
+    return [found.get(key) for key in points.keys]
+
+
+def depth(run: RunFolder, points: PointTable) -> dict[str, Any]:
+    """Return the signal to noise ratio along the execution order, and where it jumps first.
+
+    Taken from the layer comparison, which knows what is inherited; without one, of each point alone.
+
+    Args:
+        run: the files of the run.
+        points: its points.
+    """
+    places = {key: place for place, key in enumerate(points.keys)}
+    rows = [row for row in run.comparison.rows if row.get("base_op_type") != "weight" and _number(row.get("SQNR"))]
+    if rows:
+        return {
+            "names": [one_line(_tensor(row)) for row in rows],
+            "points": [places.get((str(row.get("region") or ""), str(row.get("point") or ""))) for row in rows],
+            "accumulated": [short(row.get("SQNR")) for row in rows],
+            "own": [short(row.get("own_SQNR")) for row in rows],
+            "jump": first_jump([row.get("SQNR") for row in rows]),
+        }
+    own = points.column("sqnr")
+    kept = [place for place, value in enumerate(own) if _number(value)]
+    return {
+        "names": [one_line(points.names[place]) for place in kept],
+        "points": kept,
+        "accumulated": [],
+        "own": [short(own[place]) for place in kept],
+        "jump": None,
+    }
+
+
+def first_jump(values: list[Any]) -> int | None:
+    """Return the first place where a value falls by :data:`JUMP` below the lowest before it; None without one.
+
+    Example:
+        >>> first_jump([50.0, 48.0, 47.0, 38.0, 20.0])
+        3
+    """
+    lowest = math.inf
+    for place, value in enumerate(values):
+        if not _number(value):
+            continue
+        if value <= lowest - JUMP and lowest < math.inf:
+            return place
+        lowest = min(lowest, value)
+    return None
+
+
+def graph(run: RunFolder, points: PointTable) -> dict[str, Any]:
+    """Return all ops in execution order: name, torch function, type in effect, producers, point of the result.
+
+    Args:
+        run: the files of the run.
+        points: its points.
+    """
+    places = {key: place for place, key in enumerate(points.keys)}
+    ops: list[list[Any]] = []
+    for region, held in run.regions.items():
+        numbers = {str(op.get("name")): len(ops) + place for place, op in enumerate(held.get("ops", []))}
+        dtypes, results = _types(held)
+        for op in held.get("ops", []):
+            name = str(op.get("name"))
+            inputs = op.get("inputs") if isinstance(op.get("inputs"), list) else []
+            status = str(op.get("status"))
+            ops.append(
+                [
+                    one_line(f"{region}.{name}" if region else name),
+                    one_line(str(op.get("op_type"))),
+                    "float" if status == "float" else dtypes.get(name, ""),
+                    [numbers[source] for source in inputs if isinstance(source, str) and source in numbers],
+                    places.get((region, results.get(name, ""))),
+                    one_line(str(op.get("reason") or "")) if status == "float" else "",
+                ]
+            )
+    return {"ops": ops, "op_of_point": _op_of_point(run, points, {op[0]: place for place, op in enumerate(ops)})}
+
+
+def _types(held: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """The type of each op, that of its result if there is a choice; and the point of its result."""
+    dtypes: dict[str, str] = {}
+    results: dict[str, str] = {}
+    for point in held.get("points", []):
+        op = str(point.get("op"))
+        if point.get("role") == "output":
+            results[op] = str(point.get("name"))
+        if point.get("role") == "output" or op not in dtypes:
+            dtypes[op] = str(point.get("dtype"))
+    return dtypes, results
+
+
+def _op_of_point(run: RunFolder, points: PointTable, numbers: Mapping[str, int]) -> list[int | None]:
+    ops = {}
+    for region, held in run.regions.items():
+        for point in held.get("points", []):
+            name = str(point.get("op"))
+            ops[region, str(point.get("name"))] = numbers.get(one_line(f"{region}.{name}" if region else name))
+    return [ops.get(key) for key in points.keys]
+
+
+def _tensor(row: Mapping[str, Any]) -> str:
+    region, name = row.get("region"), str(row.get("mod_name"))
+    return f"{region}.{name}" if region else name
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,137 @@
+"""The first screen: which of the verdicts in a run's files is the verdict, and what is to be done next.
+
+A wrong verdict costs more than a crash, so every combination that a run can leave stands here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_qat.reporting.html.findings import ReportFinding
+from lightning_qat.reporting.html.overview import Overview, judge_run
+from lightning_qat.reporting.html.run_folder import read_run
+from tests.harness import run_folder as folder
+
+Write = Callable[[Path], None]
+
+
+def judged(run: Path, *writes: Write) -> Overview:
+    folder.write_run(run, 3)
+    for write in writes:
+        write(run)
+    return judge_run(read_run(run))
+
+
+def accuracy(passed: bool | None, *stages: str) -> Write:
+    return lambda run: folder.write_accuracy(run, passed, stages or ("calibrated", "QAT"))
+
+
+def ladder(verdict: str, note: str = "", cause: str = "") -> Write:
+    return lambda run: folder.write_ladder(run, verdict, note, cause)  # type: ignore[arg-type]
+
+
+def convergence(verdict: str) -> Write:
+    return lambda run: folder.write_convergence(run, verdict)
+
+
+def diagnosis(*points: str) -> Write:
+    return lambda run: folder.write_diagnosis(run, *points)
+
+
+def model_check(severity: str) -> Write:
+    return lambda run: folder.write_model_check(run, "fc", severity=severity)
+
+
+def finished(value: bool) -> Write:
+    def write(run: Path) -> None:
+        (run / "lightning_qat" / "provenance.json").write_text(json.dumps({"finished": value}))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("writes", "verdict", "level"),
+    [
+        ([accuracy(True), ladder("healthy"), convergence("healthy")], "target reached", "good"),
+        ([accuracy(True), diagnosis("a.weight"), model_check("warning")], "target reached", "good"),
+        ([accuracy(True), ladder("cannot tell"), convergence("too early")], "target reached", "good"),
+        ([accuracy(True), model_check("error")], "target reached", "good"),
+        ([accuracy(True), convergence("diverging")], "target reached", "warning"),
+        ([accuracy(True), ladder("pipeline misaligned")], "target reached", "warning"),
+        ([accuracy(True, "calibrated")], "target reached by calibration", "good"),
+        ([accuracy(False), ladder("pipeline misaligned"), convergence("diverging")], "pipeline misaligned", "bad"),
+        ([accuracy(False), ladder("healthy"), convergence("diverging")], "diverging", "bad"),
+        ([accuracy(False), ladder("healthy"), convergence("healthy")], "target missed", "bad"),
+        ([accuracy(False, "calibrated")], "target missed by calibration alone", "warning"),
+        ([ladder("hyperparameters")], "hyperparameters", "bad"),
+        ([accuracy(None), ladder("healthy")], "nothing wrong found", "unknown"),
+        ([diagnosis("a.weight")], "not judged", "unknown"),
+        ([model_check("error")], "unfused", "bad"),
+        ([model_check("info")], "nothing wrong found", "unknown"),
+        ([], "nothing wrong found", "unknown"),
+    ],
+)
+def test_the_verdict_is_that_of_the_check_that_looks_deepest(
+    tmp_path: Path, writes: list[Write], verdict: str, level: str
+) -> None:
+    found = judged(tmp_path, *writes)
+    assert (found.verdict, found.level) == (verdict, level)
+    assert found.next_action
+    assert found.sentence
+
+
+def test_a_running_training_is_not_called_sick_by_what_calibration_lost(tmp_path: Path) -> None:
+    found = judged(tmp_path, accuracy(False, "calibrated"), finished(False))
+    assert (found.verdict, found.level) == ("training goes on", "unknown")
+
+
+@pytest.mark.parametrize(
+    ("writes", "action"),
+    [
+        (
+            [ladder("pipeline misaligned", "pipeline misaligned (rung 2): it falls. Compare the data.")],
+            "Compare the data.",
+        ),
+        ([ladder("pipeline misaligned", cause="channels are swapped")], "Mend this first: channels are swapped."),
+        ([convergence("diverging")], "Lower the learning rate."),
+        ([accuracy(False), diagnosis("a.weight")], "Calibrate anew."),
+        ([accuracy(False), ladder("quantization error"), diagnosis("a.weight")], "Calibrate anew."),
+        ([accuracy(False), model_check("error"), diagnosis("a.weight")], "Mark it."),
+        ([accuracy(False), ladder("healthy")], "PipelineCheck() says whether it is quantization."),
+        ([], "Add AccuracyTable(target=...)"),
+    ],
+)
+def test_the_next_action_is_that_of_the_verdict(tmp_path: Path, writes: list[Write], action: str) -> None:
+    assert action in judged(tmp_path, *writes).next_action
+
+
+def test_points_to_look_at_are_those_of_the_diagnosis_unless_the_target_is_reached(tmp_path: Path) -> None:
+    assert judged(tmp_path / "a", accuracy(False), diagnosis("b.weight", "a.weight")).look_at == (
+        "b.weight",
+        "a.weight",
+    )
+    assert judged(tmp_path / "b", accuracy(True), diagnosis("b.weight")).look_at == ()
+
+
+def test_what_a_point_might_gain_is_no_warning_if_the_target_is_reached(tmp_path: Path) -> None:
+    def levels(findings: tuple[ReportFinding, ...]) -> list[str]:
+        return [finding.advice.level for finding in findings if finding.source == "diagnosis"]
+
+    assert levels(judged(tmp_path / "a", accuracy(True), diagnosis("a.weight")).findings) == ["info"]
+    assert levels(judged(tmp_path / "b", accuracy(False), diagnosis("a.weight")).findings) == ["warning"]
+
+
+def test_findings_are_sorted_by_severity_and_then_by_what_looks_deepest(tmp_path: Path) -> None:
+    found = judged(
+        tmp_path, diagnosis("a.weight"), model_check("warning"), convergence("diverging"), ladder("scales drift")
+    )
+    assert [(f.source, f.advice.level) for f in found.findings] == [
+        ("pipeline_check", "error"),
+        ("convergence", "error"),
+        ("model_check", "warning"),
+        ("diagnosis", "warning"),
+    ]
