@@ -8,6 +8,8 @@ from pathlib import Path
 from lightning_qat.cli.command import Command
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.console import print_text, show
+from lightning_qat.tuning.manifest import ManifestFile
+from lightning_qat.tuning.time_estimate import estimate, most_trainings
 from lightning_qat.tuning.tune import tune
 from lightning_qat.tuning.tuning_settings import SKIPPABLE, TuningSettings, default_directory, read_target
 
@@ -47,7 +49,18 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
     skip = [*options.skip, *(name for name in SKIPPABLE if options.calibration_only and name.endswith("QAT"))]
     folder = options.output or default_directory(script)
     if options.dry_run:
-        settings = TuningSettings(script, tuple(arguments), *dtypes, target, skip=tuple(skip))
+        settings = TuningSettings(
+            script,
+            tuple(arguments),
+            *dtypes,
+            target,
+            tuple(options.metric),
+            tuple(options.always),
+            options.ckpt_path,
+            tuple(skip),
+            options.explore,
+            output=options.model_output,
+        )
         print_text(planned(settings, folder))
         return 0
     result = tune(
@@ -83,11 +96,19 @@ def planned(settings: TuningSettings, folder: Path) -> str:
         ("mixed QAT", f"at most {settings.trainings} trainings, of smaller or larger mixes"),
     ]
     lines = [f"  {name:18} {what}" for name, what in stages if name not in settings.skip]
-    trainings = settings.trainings * ("mixed QAT" not in settings.skip) + sum(
-        name not in settings.skip for name in ("wide QAT", "narrow QAT")
-    )
-    head = f"At most {trainings} trainings; everything goes to {folder}."
-    return "\n".join([head, *lines])
+    head = f"At most {most_trainings(settings)} trainings; everything goes to {folder}."
+    return "\n".join([head, *lines, f"Time: {_time(settings, folder)}."])
+
+
+def _time(settings: TuningSettings, folder: Path) -> str:
+    """The estimate of a tuning whose first stage has run; else when there will be one."""
+    first = ManifestFile(folder, settings).outcome("float")
+    if first is None:
+        return (
+            "nothing has run yet; the first stage measures an evaluation and a few training steps on a copy, and says "
+            "how long the others take"
+        )
+    return estimate(settings, first.seconds, first.times)
 
 
 TUNE = Command(

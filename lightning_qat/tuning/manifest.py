@@ -28,6 +28,7 @@ class StageOutcome:
         sizes: of a search: the ``chosen`` number of points, the smallest ``passing`` and the largest ``failing`` one.
         remarks: what was noticed, such as findings or a verdict.
         seconds: how long it took.
+        times: of the float stage: seconds of an ``evaluation``, and of a ``training`` if that is known before one.
         inputs: SHA-256 of the files that the project reads beside those on its command line, such as ``init_from``.
         made_from: what it was made from: SHA-256 of the project, and of the stages before it.
     """
@@ -38,6 +39,7 @@ class StageOutcome:
     sizes: Mapping[str, int] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
     seconds: float = 0.0
+    times: Mapping[str, float] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
     made_from: Mapping[str, str] = field(default_factory=dict)
 
@@ -57,6 +59,11 @@ class Manifest:
     project: str
     settings: dict[str, Any]
     stages: dict[str, StageOutcome]
+
+
+def without_times(outcome: StageOutcome) -> StageOutcome:
+    """Return what a stage gave, apart from how long it took."""
+    return replace(outcome, seconds=0.0, times={})
 
 
 class ManifestFile:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,7 +139,6 @@ class StageEnd(FinalReport):
         self.request = request
         self.inputs = dict(inputs)
         self._started = started
-        self._began = time.monotonic()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -157,7 +155,6 @@ class StageEnd(FinalReport):
             metrics={"QAT": metrics},
             inputs=self.inputs,
             remarks=remarks,
-            seconds=time.monotonic() - self._began,
         )
         if trainer.is_global_zero:
             write_outcome(self.request.folder, outcome)

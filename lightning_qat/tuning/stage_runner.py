@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning_qat.atomic_files import json_value, write_atomically
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
-from lightning_qat.tuning.manifest import ManifestFile, StageOutcome
+from lightning_qat.tuning.manifest import ManifestFile, StageOutcome, without_times
 from lightning_qat.tuning.stage_request import StageKind, StageRequest, read_outcome
 from lightning_qat.tuning.tuning_settings import TuningSettings, file_hash
 
@@ -112,7 +113,7 @@ class StageRunner:
         for name in after:
             before = self.manifest.outcome(name)
             if before is not None:
-                hashes[name] = _sha(json_value(replace(before, seconds=0.0)))
+                hashes[name] = _sha(json_value(without_times(before)))
         return hashes
 
     def _launched(self, request: StageRequest) -> StageOutcome:
@@ -124,14 +125,14 @@ class StageRunner:
         else:
             _forget(folder)
             write_atomically(path, text)
-        log = folder / LOG
+        log, began = folder / LOG, time.monotonic()
         before = log.stat().st_size if log.exists() else 0
         status = (self.launch or _in_own_process)(path)
         if status != 0:
             raise ConfigurationError(
                 f"stage {request.name!r} failed: {_last_error(log, before, status)} (all of it: {log})"
             )
-        return read_outcome(folder)
+        return replace(read_outcome(folder), seconds=time.monotonic() - began)  # with all that comes before the work
 
 
 def _in_own_process(request: Path) -> int:

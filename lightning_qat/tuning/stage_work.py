@@ -38,6 +38,7 @@ from lightning_qat.tuning.size_search import smallest_passing
 from lightning_qat.tuning.stage_callbacks import WHO, outcome_of
 from lightning_qat.tuning.stage_request import StageRequest
 from lightning_qat.tuning.target_check import TargetCheck
+from lightning_qat.tuning.time_estimate import most_trainings, training_seconds
 
 ERRORS = "errors.json"
 EVALUATIONS = "evaluations.json"
@@ -51,11 +52,10 @@ def stage_work(trainer: pl.Trainer, module: pl.LightningModule, request: StageRe
         module: its module, with fake-quant as the stage asks for.
         request: of the stage.
     """
-    began = time.monotonic()
     regions = require_regions(trainer, module, WHO)
     work = {"float": _float, "calibrated": _calibrated, "search": _search, "ladder": _ladder}[request.kind]
     found = work(trainer, module, regions, request)
-    return replace(outcome_of(request, regions), seconds=time.monotonic() - began, **found)
+    return replace(outcome_of(request, regions), **found)
 
 
 Regions = Mapping[str, Region]
@@ -64,10 +64,15 @@ Found = dict[str, Any]
 
 
 def _float(trainer: pl.Trainer, module: pl.LightningModule, regions: Regions, request: StageRequest) -> Found:
+    began = time.monotonic()
     metrics = evaluations_of(trainer).evaluate(trainer, module, "off").metrics
+    times = {"evaluation": time.monotonic() - began}
+    if most_trainings(request.settings):
+        training = training_seconds(trainer, module, times["evaluation"])
+        times |= {"training": training} if training is not None else {}
     check = ModelCheck().check(trainer, module)
     write_result(check, Path(request.folder), "model_check_result", formats=("txt", "json"))
-    return {"metrics": {"float": metrics}, "remarks": (check.note,) if check.note else ()}
+    return {"metrics": {"float": metrics}, "remarks": (check.note,) if check.note else (), "times": times}
 
 
 def _calibrated(trainer: pl.Trainer, module: pl.LightningModule, regions: Regions, request: StageRequest) -> Found:

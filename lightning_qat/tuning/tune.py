@@ -16,6 +16,7 @@ from lightning_qat.tuning.stage_request import StageKind
 from lightning_qat.tuning.stage_runner import StageRunner
 from lightning_qat.tuning.stage_work import ERRORS, distinct_mixes
 from lightning_qat.tuning.target_check import TargetCheck
+from lightning_qat.tuning.time_estimate import estimate
 from lightning_qat.tuning.tuning_result import TuningResult, tuning_result
 from lightning_qat.tuning.tuning_settings import TuningSettings, default_directory
 
@@ -123,7 +124,9 @@ class Tuning:
     def run(self) -> TuningResult:
         """Run what is left to do, and write the result."""
         stopped = ""
-        self.float_metrics = dict(self.stages.run("float", "float", self.settings.wide).metrics["float"])
+        first = self.stages.run("float", "float", self.settings.wide)
+        self.float_metrics = dict(first.metrics["float"])
+        self.say(estimate(self.settings, first.seconds, first.times))
         self.check = TargetCheck(self.settings, self.float_metrics)
         try:
             self._wide()
@@ -192,7 +195,7 @@ class Tuning:
         metrics = outcome.metrics["QAT"]
         if not self._has_trained:
             self._has_trained = True
-            self.say(f"a training takes about {outcome.seconds:.0f} s; the stages to come take at most five of them")
+            self.say(f"that stage took {outcome.seconds:.0f} s; so may each training to come")
         if self._meets(name, metrics):
             return True
         if self.check.collapsed(metrics):

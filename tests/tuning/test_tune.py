@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -59,9 +60,9 @@ def settings(**others: Any) -> TuningSettings:
     return TuningSettings("train.py", (), **{**given, **others})
 
 
-def tuned(launches: list[str] | None = None, **others: Any) -> TuningResult:
-    """Run or go on with a tuning in the present folder; note the stages that are launched."""
-    tuning = Tuning(settings(**others), Path("out"), lambda line: None)
+def tuned(launches: list[str] | None = None, say: list[str] | None = None, **others: Any) -> TuningResult:
+    """Run or go on with a tuning in the present folder; note the stages that are launched, and what is said."""
+    tuning = Tuning(settings(**others), Path("out"), ([] if say is None else say).append)
 
     def noted(request: Path) -> int:
         if launches is not None:
@@ -291,7 +292,29 @@ def test_dry_run_prints_the_stages_and_runs_nothing(project: Path, capsys: pytes
     text = capsys.readouterr().out
     assert "At most 4 trainings" in text
     assert "wide QAT" not in text
+    assert "Time: nothing has run yet" in text
     assert not (project / "tuning_train").exists()
+
+
+def test_time_is_estimated_before_the_first_training(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From an evaluation and a few steps on a copy; the dry run of a tuning that has begun says it again."""
+    lines: list[str] = []
+    tuned(say=lines, skip=("wide QAT",), target=0.5)
+    text = r"an evaluation takes about \d+ s, a training about \d+ s; all stages together at most about \d+ s"
+    first = next(line for line in lines if line.startswith("an evaluation"))
+    assert re.fullmatch(text, first)
+    assert lines.index(first) == 1  # behind "float: started"
+    command = ["tune", "train.py", "--dry-run", "--output", "out", "--dtypes", "int3,int8", "--skip", "wide QAT"]
+    assert main(command) == 0
+    assert re.search(f"Time: {text}", capsys.readouterr().out.replace("\n", " "))
+
+
+def test_a_training_whose_length_is_not_known_has_no_estimate(project: Path) -> None:
+    """A run without a last epoch ends by itself."""
+    (project / "train.py").write_text(SCRIPT.replace("LR", "1e-3").replace('"max_epochs": 1', '"max_epochs": -1'))
+    lines: list[str] = []
+    tuned(say=lines, skip=("wide QAT",), target=0.5)
+    assert any(line.endswith("how long a training takes is not known before the first one") for line in lines)
 
 
 CLI_SCRIPT = """
