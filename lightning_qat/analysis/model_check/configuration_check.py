@@ -27,6 +27,8 @@ class Request:
         by: the rule that asks.
         effective: the type in effect.
         winner: the rule, or the reason, that won.
+        taken_back: a rule that names this very point comes behind the override that asks. That is on purpose: what
+            reports print to paste is such a rule.
     """
 
     point: str
@@ -34,11 +36,12 @@ class Request:
     by: str
     effective: str
     winner: str
+    taken_back: bool = False
 
     @property
     def is_lowered(self) -> bool:
-        """Whether fewer bits are in effect than were asked for."""
-        return bits(self.effective) < bits(self.requested)
+        """Whether fewer bits are in effect than were asked for, and not on purpose."""
+        return bits(self.effective) < bits(self.requested) and not self.taken_back
 
 
 def check_configuration(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
@@ -87,7 +90,8 @@ def unmet_requests(checked: CheckedRegion) -> Iterable[Request]:
             continue
         for requested, by in asked:
             if requested != effective:
-                yield Request(name, requested, by, effective, _winner(checked, name, asked, effective))
+                winner = _winner(checked, name, asked, effective)
+                yield Request(name, requested, by, effective, winner, _is_taken_back(checked, name, by, winner))
 
 
 def hardware_types(checked: CheckedRegion) -> dict[str, tuple[str, ...]]:
@@ -155,10 +159,15 @@ def _winner(checked: CheckedRegion, point: str, asked: list[tuple[str, str]], ef
     return rule if dtype == effective else planned.reason
 
 
+def _is_taken_back(checked: CheckedRegion, point: str, by: str, winner: str) -> bool:
+    asking, winning = (re.match(r"override (\d+) ", rule) for rule in (by, winner))
+    return asking is not None and winning is not None and checked.rules[int(winning[1]) - 1].match == point
+
+
 def _lowered(checked: CheckedRegion, requests: Iterable[Request]) -> Iterable[Finding]:
     grouped: dict[tuple[str, str, str, str], list[Request]] = {}
     for request in requests:
-        if request.is_lowered and not _is_taken_back(checked, request):
+        if request.is_lowered:
             key = (request.winner, request.effective, request.requested, request.by)
             grouped.setdefault(key, []).append(request)
     for (winner, effective, requested, by), found in grouped.items():
@@ -176,15 +185,6 @@ def _lowered(checked: CheckedRegion, requests: Iterable[Request]) -> Iterable[Fi
             action=f"If this is not on purpose, remove what sets {effective}, or paste this behind it.",
             yaml=_raised(checked, (winner, by), names, requested) if winner.startswith(("override", "default")) else "",
         )
-
-
-def _is_taken_back(checked: CheckedRegion, request: Request) -> bool:
-    """Whether a rule that names this very point comes behind the override that asks: then that is on purpose.
-
-    What reports print to paste is such a rule.
-    """
-    asking, winning = (re.match(r"override (\d+) ", rule) for rule in (request.by, request.winner))
-    return asking is not None and winning is not None and checked.rules[int(winning[1]) - 1].match == request.point
 
 
 def _raised(checked: CheckedRegion, rules: tuple[str, str], names: tuple[str, ...], dtype: str) -> str:

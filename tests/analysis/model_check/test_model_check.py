@@ -9,6 +9,8 @@ import torch
 import yaml
 from torch import nn
 
+from lightning_qat.analysis.comparison.comparison import compare
+from lightning_qat.analysis.diagnosis.diagnosis import diagnose
 from lightning_qat.analysis.model_check.finding import Finding
 from lightning_qat.analysis.model_check.long_loops import LONG_LOOP
 from lightning_qat.analysis.model_check.model_check import check
@@ -219,6 +221,9 @@ def test_what_a_report_prints_about_several_mistakes_can_be_pasted_together() ->
     mended = insert(model, (torch.ones(2, 4),), qconfig=qconfig, overrides=[*rules, *printed])
     assert not [f for f in check(mended).findings if f.kind in ("configuration not applied", "float op")]
     assert {point.dtype for point in mended.points.values()} == {"int16"}
+    batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    calibrate(mended, [batch])
+    assert "config not applied" not in {row.verdict for row in diagnose(compare(mended, [batch])).rows}
 
 
 def test_overrides_of_several_regions_name_their_target() -> None:
