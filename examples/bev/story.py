@@ -322,6 +322,8 @@ def main() -> None:
     if not options.without_tune:
         story.tuned("tune", at_int8(settings))
     print(table(story.chapters, story.floats))
+    columns = {name: values for chapter in story.chapters for name, values in chapter.columns.items()}
+    (root / "columns.json").write_text(json.dumps({"float": story.floats, **columns}, indent=1))
     write_into(root / "story.md" if options.quick else HERE / "README.md", text(story.chapters, story.floats))
 
 
