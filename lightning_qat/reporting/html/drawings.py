@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_qat.reporting.html.point_history import PointKey
+from lightning_qat.reporting.html.point_history import PointKey, point_key
 from lightning_qat.reporting.html.point_table import PointTable
 from lightning_qat.reporting.html.run_folder import RunFolder
 from lightning_qat.reporting.plain_text import one_line
@@ -43,7 +43,7 @@ def histograms(run: RunFolder, points: PointTable) -> list[list[Any] | None]:
     for one in held if isinstance(held, list) else []:
         if isinstance(one, dict) and isinstance(one.get("counts"), list):
             numbers = [one.get(name) for name in ("first_code", "codes_per_bin", "counts", "below", "above")]
-            found[str(one.get("region") or ""), str(one.get("point"))] = numbers
+            found[point_key(one.get("region"), one.get("point"))] = numbers
     return [found.get(key) for key in points.keys]
 
 
@@ -61,7 +61,7 @@ def depth(run: RunFolder, points: PointTable) -> dict[str, Any]:
     if rows:
         return {
             "names": [one_line(_tensor(row)) for row in rows],
-            "points": [places.get((str(row.get("region") or ""), str(row.get("point") or ""))) for row in rows],
+            "points": [places.get(point_key(row.get("region"), row.get("point") or "")) for row in rows],
             "accumulated": [short(row.get("SQNR")) for row in rows],
             "own": [short(row.get("own_SQNR")) for row in rows],
             "jump": first_jump([row.get("SQNR") for row in rows]),
@@ -116,7 +116,7 @@ def graph(run: RunFolder, points: PointTable) -> dict[str, Any]:
                     one_line(str(op.get("op_type"))),
                     "float" if status == "float" else dtypes.get(name, ""),
                     [numbers[source] for source in inputs if isinstance(source, str) and source in numbers],
-                    places.get((region, results.get(name, ""))),
+                    places.get(point_key(region, results.get(name, ""))),
                     one_line(str(op.get("reason") or "")) if status == "float" else "",
                 ]
             )
@@ -141,7 +141,7 @@ def _op_of_point(run: RunFolder, points: PointTable, numbers: Mapping[str, int])
     for region, held in run.regions.items():
         for point in held.get("points", []):
             name = str(point.get("op"))
-            ops[region, str(point.get("name"))] = numbers.get(one_line(f"{region}.{name}" if region else name))
+            ops[point_key(region, point.get("name"))] = numbers.get(one_line(f"{region}.{name}" if region else name))
     return [ops.get(key) for key in points.keys]
 
 

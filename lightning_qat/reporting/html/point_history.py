@@ -35,6 +35,25 @@ class PointHistory:
     series: dict[str, dict[PointKey, list[Cell]]] = field(default_factory=dict)
 
 
+def point_key(region: object, point: object) -> PointKey:
+    """Return the key of a point, the same whether its name was read from csv or JSON.
+
+    Args:
+        region: path of the region; None for the model itself.
+        point: name of the point.
+
+    Example:
+        >>> point_key(None, "a\\0.output") == point_key("", r"a\\x00.output")
+        True
+    """
+    return _as_in_csv(region or ""), _as_in_csv(point)
+
+
+def _as_in_csv(name: object) -> str:
+    """A name as a csv file holds it, which has neither NUL nor halves of characters."""
+    return str(name).replace("\0", r"\x00").encode("utf-8", "backslashreplace").decode()
+
+
 def read_history(path: Path, columns: Sequence[str], most: int = MOST_EPOCHS) -> PointHistory:
     """Read a table that grows by epochs, such as ``layer_statistics.csv``. Memory does not grow with the epochs.
 
@@ -84,7 +103,7 @@ def _by_epoch(lines: Iterable[str]) -> Iterator[tuple[int, dict[PointKey, dict[s
             yield epoch, rows
             rows = {}
         epoch = present
-        rows[str(row.get("region") or ""), str(row["point"])] = row
+        rows[point_key(row.get("region"), row["point"])] = row
     if epoch is not None:
         yield epoch, rows
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis
-from lightning_qat.reporting.html.point_history import PointKey
+from lightning_qat.reporting.html.point_history import PointKey, point_key
 from lightning_qat.reporting.html.run_folder import RunFolder
 
 
@@ -96,8 +96,8 @@ def point_table(run: RunFolder) -> PointTable:
     Args:
         run: its files.
     """
-    planned = {(path, str(p.get("name"))): p for path, held in run.regions.items() for p in held.get("points", [])}
-    compared = {(str(r.get("region") or ""), str(r["point"])): r for r in run.comparison.rows if r.get("point")}
+    planned = {point_key(path, p.get("name")): p for path, held in run.regions.items() for p in held.get("points", [])}
+    compared = {point_key(r.get("region"), r["point"]): r for r in run.comparison.rows if r.get("point")}
     keys = dict.fromkeys([*planned, *run.statistics.latest, *run.sensitivity.latest, *compared])
     diagnoses = _diagnoses(run)
     requested = _requested(run)
@@ -138,7 +138,7 @@ def _diagnoses(run: RunFolder) -> dict[PointKey, Diagnosis]:
     results = [result for result in (run.start_diagnosis, run.diagnosis) if result is not None]
     found: dict[PointKey, Diagnosis] = {}
     for result in results:
-        found.update({(row.region, row.point): row for row in result.rows})
+        found.update({point_key(row.region, row.point): row for row in result.rows})
     return found
 
 
@@ -147,7 +147,7 @@ def _requested(run: RunFolder) -> dict[PointKey, str]:
     found = {}
     for section in run.model_check.sections if run.model_check is not None else ():
         if section.columns[:2] == ("point", "requested"):
-            found.update({(section.region, str(row[0])): str(row[1]) for row in section.rows})
+            found.update({point_key(section.region, row[0]): str(row[1]) for row in section.rows})
     return found
 
 

@@ -146,7 +146,7 @@ class PointGrid {
 
   drawRows(most = 0) {
     if (!this.body) return;
-    const height = this.grid.clientHeight || 600;
+    const height = Math.max(this.grid.clientHeight, window.innerHeight);  // before the first rows it has no height
     const first = most ? 0 : Math.max(0, Math.floor(this.grid.scrollTop / ROW_HEIGHT) - SPARE_ROWS);
     const last = Math.min(this.order.length, most || first + Math.ceil(height / ROW_HEIGHT) + 2 * SPARE_ROWS);
     const rows = [];

@@ -1,0 +1,219 @@
+"""The page in a real browser: nothing is loaded, nothing complains, and everything that can be used works."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_qat.analysis.statistics.statistics import LayerStatisticsResult
+from lightning_qat.reporting.files import write_csv
+from lightning_qat.reporting.growing_table import GrowingTable
+from lightning_qat.reporting.html.page import write_report
+from lightning_qat.reporting.plain_text import one_line
+from lightning_qat.reporting.tables import cell_text
+from tests.harness import chromium, run_folder
+from tests.harness.chromium import Chromium, Page
+from tests.reporting.html.test_page import full_run
+from tests.reporting.test_hostile_names import HOSTILE
+
+pytestmark = pytest.mark.skipif(chromium.EXECUTABLE is None, reason=chromium.MISSING)
+NAMES = "[...document.querySelectorAll('#grid tbody a')].map((a) => a.textContent)"
+COLUMN = "[...document.querySelectorAll('#grid tbody tr:not(.spacer) td:nth-child({})')].map((c) => c.textContent)"
+TYPE = """(() => {{ const field = document.querySelector('#tools input');
+field.value = {}; field.dispatchEvent(new Event('input')); }})()"""
+
+INJECTED = """document.body.insertAdjacentHTML('beforeend', `<img src=x onerror="window.hacked = 1">
+<a id=bad href="javascript:window.hacked = 1" onclick="window.hacked = 1">x</a>`);
+document.getElementById('bad').click();
+const script = document.createElement('script');
+script.textContent = 'window.hacked = 1';
+document.body.append(script);"""
+
+Opened = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    with Chromium(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report([full_run(tmp_path_factory.mktemp("run"))])
+
+
+@pytest.fixture
+def opened(browser: Chromium) -> Iterator[Opened]:
+    pages: list[Page] = []
+
+    def open_page(path: Path, anchor: str = "", **options: Any) -> Page:
+        pages.append(browser.page(**options))
+        pages[-1].open(path, anchor)
+        return pages[-1]
+
+    yield open_page
+    for page in pages:
+        page.close()
+
+
+def test_page_loads_without_a_request_or_a_complaint(opened: Opened, report: Path) -> None:
+    page = opened(report)
+    assert page.complaints == []
+    assert page.requests == [report.as_uri()]
+
+
+def test_sorting_filtering_and_columns_are_in_the_url(opened: Opened, report: Path) -> None:
+    page = opened(report)
+    page.click("#grid th:nth-child(4) button")
+    clipped = page.run(COLUMN.format(4))
+    assert [float(text) for text in clipped] == sorted(map(float, clipped), reverse=True)
+    page.run(TYPE.format("'conv1 WEI'"))
+    assert page.run(NAMES) == ["stage0.block0.conv1.weight"]
+    assert page.run("document.querySelector('#tools .count').textContent") == "1 of 12 points"
+    page.run(TYPE.format("''"))
+    page.run(
+        "(() => { const s = document.querySelector('#tools select'); s.value = 'output';"
+        "s.dispatchEvent(new Event('change')); })()"
+    )
+    page.run("document.querySelector('#tools input[value=max]').click()")
+    rows, url = page.run(NAMES), page.run("location.href")
+    assert len(rows) == 4
+    assert set(dict(part.split("=") for part in url.partition("#")[2].split("&"))) == {"sort", "role", "cols"}
+    again = opened(report, "#" + url.partition("#")[2])
+    assert again.run(NAMES) == rows
+    head = again.run("[...document.querySelectorAll('#grid th')].map((h) => h.textContent)")
+    assert "max" in head
+    assert again.run("document.querySelector('#grid th[aria-sort=descending]').textContent").startswith("clipped")
+    again.click("#tools > button")
+    assert len(again.run(NAMES)) == 12
+    assert again.run("location.hash") in ("", "#")
+
+
+def test_a_link_to_a_point_opens_it_and_escape_closes_it(opened: Opened, report: Path) -> None:
+    name = "stage0.block0.conv1.output"
+    page = opened(report, f"#point={name}&sort=-score")
+    assert page.run("document.getElementById('point').open")
+    assert page.run("document.getElementById('point-name').textContent") == name
+    assert "stage0.block0.conv0" in page.run("document.getElementById('point').textContent")  # its producer
+    page.press("Escape")
+    page.until("!document.getElementById('point').open")
+    page.until("location.hash === '#sort=-score'")
+    page.click("#grid tbody a")
+    page.until("document.getElementById('point').open")
+    page.run("history.back()")
+    page.until("!document.getElementById('point').open")
+    assert page.complaints == []
+
+
+def test_the_keyboard_moves_through_the_table_and_opens_points(opened: Opened, report: Path) -> None:
+    page = opened(report)
+    page.run("document.getElementById('grid').focus()")
+    for key in ("ArrowDown", "ArrowDown", "ArrowUp", "Enter"):
+        page.press(key)
+    assert page.run("document.getElementById('point-name').textContent") == page.run(NAMES)[1]
+
+
+def test_copying_puts_the_yaml_on_the_clipboard(opened: Opened, report: Path) -> None:
+    page = opened(report)
+    page.browser.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    page.call("Page.bringToFront")
+    page.click("#findings .warning button.copy")
+    page.until("document.getElementById('said').textContent === 'Copied.'")
+    assert page.run("navigator.clipboard.readText()") == page.run(
+        "document.querySelector('#findings .warning code').textContent"
+    )
+
+
+def test_colours_follow_the_reader_and_the_button(opened: Opened, report: Path) -> None:
+    def background(page: Page) -> int:
+        colour: str = page.run("getComputedStyle(document.body).backgroundColor")
+        return sum(int(part) for part in colour.strip("rgb()").split(","))
+
+    light, dark = opened(report), opened(report, dark=True)
+    assert background(light) > 600
+    assert background(dark) < 150
+    dark.click("#theme")
+    assert background(dark) > 600
+
+
+def test_print_has_all_rows_and_no_tools(opened: Opened, tmp_path: Path) -> None:
+    page = opened(write_report([run_folder.write_run(tmp_path, 200)]), height=500)
+    assert len(page.run(NAMES)) < 100
+    page.run("window.dispatchEvent(new Event('beforeprint'))")
+    page.emulate(media="print")
+    assert len(page.run(NAMES)) == 200
+    assert page.run("getComputedStyle(document.getElementById('tools')).display") == "none"
+    page.run("window.dispatchEvent(new Event('afterprint'))")
+    assert len(page.call("Page.printToPDF")["data"]) > 10_000
+
+
+@pytest.mark.parametrize("width", [1280, 380])
+def test_nothing_is_wider_than_the_window(opened: Opened, report: Path, width: int) -> None:
+    page = opened(report, width=width)
+    assert page.run("document.documentElement.scrollWidth") <= width
+    page.run("location.hash = '#point=stage0.block0.conv1.output'")
+    page.until("document.getElementById('point').open")
+    assert page.run("document.getElementById('point').scrollWidth") <= width
+
+
+@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.full)])
+def test_many_points_scroll_with_few_rows_in_the_document(opened: Opened, tmp_path: Path, count: int) -> None:
+    page = opened(write_report([run_folder.write_run(tmp_path, count, epochs=1)]))
+    assert len(page.run(NAMES)) < 100
+    page.run("document.getElementById('grid').scrollTop = 1e9")
+    page.until(f"{NAMES}.at(-1) === {json.dumps(run_folder.point_names(count)[-1])}")
+    assert len(page.run(NAMES)) < 100
+    page.run(TYPE.format("'stage10.block2 weight'"))
+    assert len(page.run(NAMES)) == 4
+    assert page.complaints == []
+
+
+def test_hostile_names_are_shown_and_do_nothing(opened: Opened, tmp_path: Path) -> None:
+    names = [f"{name}.{number}.weight" for number, name in enumerate(HOSTILE.values())]
+    page = opened(write_report([full_run(tmp_path, *names)]), height=2000)
+    assert page.run(NAMES) == [one_line(name) for name in names]
+    page.run("document.querySelectorAll('#scope-tree details').forEach((d) => { d.open = true; })")
+    page.run("document.querySelectorAll('#grid tbody a')[5].click()")
+    assert page.run("document.getElementById('point-name').textContent") == one_line(names[5])
+    assert page.run("document.querySelectorAll('script').length") == 2
+    assert page.complaints == []
+    assert len(page.requests) == 1
+
+
+def test_the_policy_stops_what_would_be_injected(opened: Opened, report: Path) -> None:
+    page = opened(report)
+    page.run(INJECTED)
+    page.until("document.querySelector('img').complete")
+    assert page.run("window.hacked") is None
+    assert page.complaints  # of the policy: this test would see one
+
+
+def test_numbers_are_written_as_on_the_terminal_and_missing_ones_come_last(opened: Opened, tmp_path: Path) -> None:
+    """The same four digits, ties included, as ``cell_text`` has for every other rendering."""
+    numbers = [0.0, -0.0, 1.0, 0.71875, 0.90625, 2.5e-5, 1e22, -123456.0, 0.00012345, 9999.5, 99995.0, 1024.5, 1025.5,
+               12345.0, 1 / 3, 5e-324, 1.7e308, float("inf"), -float("inf"), float("nan"), None]  # fmt: skip
+    draw = random.Random(0)
+    numbers += [draw.choice((1, -1)) * draw.randrange(1, 1 << 20) / (1 << draw.randrange(24)) for _ in range(150)]
+    run = run_folder.write_run(tmp_path, len(numbers))
+    names = run_folder.point_names(len(numbers))
+    rows = [
+        replace(run_folder.statistics_row(name, draw), max=number) for name, number in zip(names, numbers, strict=True)
+    ]
+    result = LayerStatisticsResult(tuple(rows))
+    (run / "lightning_qat" / "layer_statistics.csv").unlink()
+    GrowingTable(run / "lightning_qat" / "layer_statistics.csv").write(result, 0)
+    write_csv(result, tmp_path / "statistics.csv")
+    page = opened(write_report([run]), "#cols=max", height=9000)
+    page.run("document.getElementById('grid').style.maxHeight = 'none'; window.dispatchEvent(new Event('resize'))")
+    assert page.run(COLUMN.format(2)) == [cell_text(number, 4) for number in numbers]
+    for sort in ("max", "-max"):
+        page.run(f"location.hash = '#cols=max&sort={sort}'")
+        page.until(f"new URLSearchParams(location.hash.slice(1)).get('sort') === '{sort}'")
+        page.until(f"{COLUMN.format(2)}.at(-1) === ''")
