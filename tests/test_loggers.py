@@ -41,8 +41,8 @@ def run(root: Path, checkpoint: Path, logger: Logger | bool) -> DigitsClassifier
             Calibration(batches=2),
             ZeroLRFinetune(batches=2),
             FloatFinetune(batches=2),
-            LayerStatistics(),
-            SensitivityAnalysis(),
+            LayerStatistics(per_point=True),
+            SensitivityAnalysis(per_point=True),
             AccuracyTable(),
         ],
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -39,6 +40,7 @@ from lightning_qat.reporting.sensitivity_figures import (
     require_matplotlib,
     sensitivity_bars,
     sensitivity_over_epochs,
+    shows_figures,
     sqnr_by_depth,
     write_figure,
 )
@@ -64,7 +66,8 @@ class LayerComparison(EarlyAnalysis):
     Goes to: ``layer_comparison.csv|txt|json`` and ``diagnosis.csv|txt|json`` in the run's ``lightning_qat`` directory
     (with ``every_n_epochs`` the csv files hold the rows of every epoch, txt and json the latest); the same with
     ``calibrated_`` before the name, about a calibrated model that has lost accuracy; to the loggers
-    ``layer_comparison.<column>/<tensor>`` and the tables; to the terminal the list of what to do; through ``self.log``,
+    ``layer_comparison.<column>/<tensor>`` of the worst tensors (with ``per_point`` of all), a figure of the error along
+    the depth if matplotlib is there, and the tables; to the terminal the list of what to do; through ``self.log``,
     at the end of an epoch: ``layer_comparison/min_own_sqnr`` and ``layer_comparison/output_sqnr`` (both in dB).
     Columns: ``lightning_qat/reporting/README.md``.
 
@@ -77,8 +80,9 @@ class LayerComparison(EarlyAnalysis):
             reports a scale that does not fit the declared range.
         figures: at the end of training, draw SQNR along the depth, the worst point's histogram, and the sensitivities
             if ``SensitivityAnalysis`` ran, to ``figures/*.png`` and the loggers. Needs the ``plots`` extra.
-        log: also send the numbers of every tensor to the loggers.
+        log: also send charts and tables to the loggers: curves of the worst tensors, counts, distributions.
         seed: decides which batches are drawn from shuffled data.
+        per_point: send curves of every tensor to the loggers.
 
     Raises:
         MisconfigurationException: a value is not one of the choices, QuantizationAwareTraining or (for figures)
@@ -107,6 +111,7 @@ class LayerComparison(EarlyAnalysis):
         figures: bool = False,
         log: bool = True,
         seed: int = 0,
+        per_point: bool = False,
     ) -> None:
         require_at_least("LayerComparison", every_n_epochs=every_n_epochs, batches=batches)
         super().__init__(every_n_epochs or 1, LAYER_COMPARISON)
@@ -120,6 +125,7 @@ class LayerComparison(EarlyAnalysis):
         self.ranges = dict(ranges or {})
         self.figures = figures
         self.log_points = log
+        self.per_point = per_point
         self.seed = seed
         self._diagnosis_outputs = RunOutputs("diagnosis", WHAT_TO_DO, self._reports)
         self.result: LayerComparisonResult | None = None
@@ -221,7 +227,16 @@ class LayerComparison(EarlyAnalysis):
             step = _compat.steps_taken(trainer)
             self._diagnosis_outputs.log(self.diagnosis, trainer.loggers, step, rows=culprits)
         if self.log_points:
-            self.log_result(trainer, replace(result, what_to_do=()))  # the list is a text of its own
+            self.log_result(trainer, replace(result, what_to_do=()), self.per_point)  # the list is a text of its own
+
+            if not self.figures and find_spec("matplotlib") and any(map(shows_figures, trainer.loggers)):
+                self._reports.attempt(
+                    lambda: self._log_depth(trainer, result), "The error along the depth was not drawn"
+                )
+
+    def _log_depth(self, trainer: pl.Trainer, result: LayerComparisonResult) -> None:
+        step, tag = _compat.steps_taken(trainer), f"{LAYER_COMPARISON.name}/sqnr_by_depth"
+        self._reports.send(trainer.loggers, partial(log_figure, tag=tag, figure=sqnr_by_depth(result), step=step))
 
     def _draw(
         self,

@@ -39,7 +39,8 @@ class LayerStatistics(EpochEndAnalysis):
     bit-identical.
 
     Goes to: ``layer_statistics.csv`` in the run's ``lightning_qat`` directory, which holds the rows of every epoch, and
-    ``layer_statistics.txt|json``, the latest table; to the loggers ``layer_statistics.<column>/<point>``; through
+    ``layer_statistics.txt|json``, the latest table; to the loggers ``layer_statistics.<column>/<point>`` of the worst
+    points (with ``per_point`` of all), counts, and histograms of codes; through
     ``self.log``, for callbacks that monitor: ``layer_statistics/max_clipped_share``, ``.../min_sqnr`` (dB),
     ``.../max_scale_drift`` (absolute) and ``.../max_flip_rate``. Columns: ``lightning_qat/reporting/README.md``.
 
@@ -49,9 +50,11 @@ class LayerStatistics(EpochEndAnalysis):
     Args:
         every_n_epochs: number of epochs from one measurement to the next.
         batches: batches per rank. Statistics of all ranks are merged.
-        log: also send the numbers of every point to the loggers. Files and monitored numbers are written in any case.
-        columns: the columns that go to the loggers; all numeric ones if not given.
+        log: also send charts and tables to the loggers: curves of the worst points, counts, distributions. Files and
+            monitored numbers are written in any case.
+        columns: the columns of which every point has a curve, as with ``per_point``; all numeric ones if not given.
         seed: decides which batches are drawn from shuffled data.
+        per_point: send curves of every point to the loggers.
 
     Raises:
         MisconfigurationException: a value is not one of the choices, or QuantizationAwareTraining is missing.
@@ -78,6 +81,7 @@ class LayerStatistics(EpochEndAnalysis):
         log: bool = True,
         columns: list[str] | None = None,
         seed: int = 0,
+        per_point: bool = False,
     ) -> None:
         require_at_least("LayerStatistics", every_n_epochs=every_n_epochs, batches=batches)
         for column in columns or ():
@@ -90,6 +94,7 @@ class LayerStatistics(EpochEndAnalysis):
         super().__init__(every_n_epochs, LAYER_STATISTICS.with_curves(self.columns))
         self.batches = batches
         self.log_points = log
+        self.per_point = per_point or columns is not None
         self.seed = seed
         self.result: LayerStatisticsResult | None = None
         self.codes: dict[str, WeightCodes] = {}
@@ -153,7 +158,7 @@ class LayerStatistics(EpochEndAnalysis):
         self._reported = self._report_id(trainer)
         self.write(trainer, result)
         if self.log_points:
-            self.log_result(trainer, result)
+            self.log_result(trainer, result, self.per_point)
         return result
 
     def measure_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LayerStatisticsResult:

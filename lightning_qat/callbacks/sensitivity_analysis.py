@@ -57,7 +57,8 @@ class SensitivityAnalysis(EarlyAnalysis):
     Goes to: ``sensitivity.csv`` in the run's ``lightning_qat`` directory, which holds the rows of every epoch (those of
     the last epoch are from the end of training), and ``sensitivity.txt|json``, the latest table;
     ``calibrated_sensitivity.csv|txt|json``, the table of a calibrated model that has lost accuracy; to the loggers
-    ``sensitivity.<metric>/<point>`` and ``sensitivity.score/<point>``; through ``self.log``, so that EarlyStopping and
+    ``sensitivity.<metric>/<point>`` and ``sensitivity.score/<point>`` of the worst points (with ``per_point`` of all);
+    through ``self.log``, so that EarlyStopping and
     ModelCheckpoint can monitor it, ``sensitivity/max_score``. If the first row was measured, its metric is logged too,
     as ``sensitivity/max`` (``sensitivity/min`` for Cosine and SQNR). Columns: ``lightning_qat/reporting/README.md``.
 
@@ -84,8 +85,10 @@ class SensitivityAnalysis(EarlyAnalysis):
         final_max_points: the same for the analysis at the end of training.
         evaluation_batches: validation batches per rank on which a metric of the validation step is measured, the same
             ones for each point; None for all.
-        log: also send the numbers of every point to the loggers. Files and monitored numbers are written in any case.
+        log: also send charts and tables to the loggers: curves of the worst points, counts, distributions. Files and
+            monitored numbers are written in any case.
         seed: decides which batches are drawn from shuffled data, the probes, and the order in which points take turns.
+        per_point: send curves of every point to the loggers.
 
     Raises:
         MisconfigurationException: a value is not one of the choices, QuantizationAwareTraining is missing, or (raised
@@ -122,6 +125,7 @@ class SensitivityAnalysis(EarlyAnalysis):
         evaluation_batches: int | None = 8,
         log: bool = True,
         seed: int = 0,
+        per_point: bool = False,
     ) -> None:
         require_at_least(
             "SensitivityAnalysis",
@@ -159,6 +163,7 @@ class SensitivityAnalysis(EarlyAnalysis):
         self.final_max_points = final_max_points
         self.evaluation_batches = evaluation_batches
         self.log_points = log
+        self.per_point = per_point
         self.seed = seed
         self.result: SensitivityResult | None = None
         self._task = TaskMetric(self.metric_name, evaluation_batches, seed) if is_task else None
@@ -262,7 +267,7 @@ class SensitivityAnalysis(EarlyAnalysis):
     def _report(self, trainer: pl.Trainer, result: SensitivityResult) -> None:
         self.write(trainer, result)
         if self.log_points:
-            self.log_result(trainer, result)
+            self.log_result(trainer, result, self.per_point)
 
     @override
     def state_dict(self) -> dict[str, Any]:

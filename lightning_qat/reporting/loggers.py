@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lightning_qat.analysis.results import Result
+from lightning_qat.analysis.statistics.code_histogram import CodeHistogram
 from lightning_qat.reporting.reports import markdown_report
 
 
@@ -93,3 +94,47 @@ def log_histogram(loggers: Iterable[Any], tag: str, values: Iterable[float | Non
         add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
         if callable(add_histogram):
             add_histogram(tag, finite, global_step=step)
+
+
+def log_code_histogram(loggers: Iterable[Any], tag: str, histogram: CodeHistogram, step: int) -> None:
+    """Send how the values of a point are spread over its codes to every logger that takes histograms in bins.
+
+    Args:
+        loggers: ``trainer.loggers``.
+        tag: where the logger files it.
+        histogram: of the point; what is clipped has bins of its own beyond the ends.
+        step: the x-axis.
+    """
+    width = histogram.codes_per_bin
+    counts = np.array([histogram.below, *histogram.counts, histogram.above], dtype=np.float64)
+    limits = histogram.first_code - 0.5 + width * np.arange(len(counts), dtype=np.float64)
+    centers = limits - width / 2
+    if not counts.sum():
+        return
+    for logger in loggers:
+        add_raw = getattr(getattr(logger, "experiment", None), "add_histogram_raw", None)
+        if callable(add_raw):
+            add_raw(
+                tag,
+                min=float(centers[0]),
+                max=float(centers[-1]),
+                num=int(counts.sum()),
+                sum=float((counts * centers).sum()),
+                sum_squares=float((counts * centers**2).sum()),
+                bucket_limits=limits.tolist(),
+                bucket_counts=counts.tolist(),
+                global_step=step,
+            )
+
+
+def log_layout(loggers: Iterable[Any], layout: Mapping[str, Any]) -> None:
+    """Send a layout of charts to every logger that has a tab for it.
+
+    Args:
+        loggers: ``trainer.loggers``.
+        layout: charts by category and title.
+    """
+    for logger in loggers:
+        add_custom_scalars = getattr(getattr(logger, "experiment", None), "add_custom_scalars", None)
+        if callable(add_custom_scalars):
+            add_custom_scalars(layout)

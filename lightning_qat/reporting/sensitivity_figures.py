@@ -187,10 +187,17 @@ def log_figure(loggers: Iterable[Any], tag: str, figure: Figure, step: int) -> N
         figure: the figure.
         step: the x-axis.
     """
-    for logger in loggers:
-        add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
-        if callable(add_figure):
-            add_figure(tag, figure, global_step=step, close=False)  # closing would need pyplot
+    for logger in filter(shows_figures, loggers):
+        logger.experiment.add_figure(tag, figure, global_step=step, close=False)  # closing would need pyplot
+
+
+def shows_figures(logger: Any) -> bool:
+    """Whether a logger shows figures.
+
+    Args:
+        logger: one of ``trainer.loggers``.
+    """
+    return callable(getattr(getattr(logger, "experiment", None), "add_figure", None))
 
 
 def _new_figure(title: str, height: float = 4.2) -> tuple[Figure, Axes]:

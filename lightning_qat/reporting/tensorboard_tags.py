@@ -1,7 +1,9 @@
 """The tags of the numbers and tables that go to TensorBoard and other loggers at the end of an epoch.
 
 ===================================  =====================================================
-``sensitivity.score/<point>``        a number of one point, drawn as a curve
+``sensitivity.score/<point>``        a number of one point, drawn as a curve: of the worst
+                                     points, and with ``per_point`` of all
+``layer_statistics.count/<word>``    how many points a column calls so
 ``sensitivity/score``                the same number of all points (a histogram)
 ``sensitivity``                      the first rows of the table (text)
 ``sensitivity/max_score``            a number of the worst point, logged by ``self.log``
@@ -14,12 +16,28 @@ The texts of the other callbacks have the name of their file as tag, such as ``p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_qat.analysis.results import Result
 from lightning_qat.reporting.plain_text import one_line
+
+
+@dataclass(frozen=True)
+class Worst:
+    """Which points have curves of their own by default.
+
+    Args:
+        column: what decides.
+        largest: whether large values are bad; of signed numbers, the largest without its sign.
+        also: further columns of these points.
+    """
+
+    column: str
+    largest: bool
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,6 +50,8 @@ class Tags:
         histograms: columns whose distribution over all points is shown.
         table: columns of the table; the result's short selection if not given.
         point: column with the name of the point.
+        worst: which points have curves by default.
+        counted: columns of words; the number of points with each word is a curve.
     """
 
     name: str
@@ -39,6 +59,8 @@ class Tags:
     histograms: tuple[str, ...] = ()
     table: tuple[str, ...] = ()
     point: str = "point"
+    worst: tuple[Worst, ...] = ()
+    counted: tuple[str, ...] = ()
 
     def with_curves(self, columns: Sequence[str]) -> Tags:
         """The same with other columns as curves."""
@@ -57,11 +79,20 @@ class Tags:
         """
         found = {}
         for row in result.to_dicts():
-            point = f"{row['region']}.{row[self.point]}" if row["region"] else row[self.point]
+            point = self.full_name(row)
             for column in self.curves if not row.get("loop") else ():
                 if row[column] is not None:
                     found[f"{self.name}.{column}/{one_line(point)}"] = float(row[column])
         return found
+
+    def full_name(self, row: Mapping[str, Any]) -> str:
+        """The name of a row's point, with the path of its region."""
+        return f"{row['region']}.{row[self.point]}" if row["region"] else str(row[self.point])
+
+    def counts(self, result: Result[Any]) -> dict[str, float]:
+        """How many points each word of the counted columns stands for: ``<name>.count/<word>``."""
+        found = Counter(row[column] for row in result.to_dicts() for column in self.counted if row[column])
+        return {f"{self.name}.count/{word}": float(number) for word, number in sorted(found.items())}
 
     def distributions(self, result: Result[Any]) -> Iterator[tuple[str, list[float | None]]]:
         """The values of all points: ``<name>/<column>``."""
@@ -77,6 +108,8 @@ LAYER_STATISTICS = Tags(
     ),
     histograms=("clipped_share", "sqnr"),
     table=("point", "dtype", "scale", "min", "max", "clipped_share", "used_share", "sqnr", "scale_drift", "flip_rate"),
+    worst=(Worst("clipped_share", True), Worst("sqnr", False), Worst("scale_drift", True), Worst("flip_rate", True)),
+    counted=("error_source",),
 )  # fmt: skip
 
 LAYER_COMPARISON = Tags(
@@ -85,6 +118,8 @@ LAYER_COMPARISON = Tags(
     histograms=("SQNR", "own_SQNR"),
     table=("mod_name", "analy_op_type", "quant_dtype", "qscale", "SQNR", "own_SQNR", "max_qscale_diff", "origin"),
     point="mod_name",
+    worst=(Worst("own_SQNR", False), Worst("SQNR", False)),
+    counted=("origin",),
 )
 
 WHAT_TO_DO = Tags("layer_comparison/what_to_do", table=("point", "verdict", "evidence", "action", "yaml"))
@@ -103,4 +138,5 @@ def sensitivity_tags(metric: str) -> Tags:
     Args:
         metric: the metric of its table.
     """
-    return Tags("sensitivity", curves=(metric, "score"), histograms=(metric, "score"))
+    worst = (Worst("score", True, also=(metric,)),)
+    return Tags("sensitivity", curves=(metric, "score"), histograms=(metric, "score"), worst=worst)

@@ -76,7 +76,7 @@ def test_rows_are_those_of_the_public_function(tmp_path: Path) -> None:
 
 def test_what_to_do_is_said_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """B4: in the txt file, on the terminal, in json and in TensorBoard, in the order of the sensitivity."""
-    callback = LayerComparison(every_n_epochs=1)
+    callback = LayerComparison(every_n_epochs=1, per_point=True)
     logger = TensorBoardLogger(tmp_path)
     _, trainer = run(tmp_path, SensitivityAnalysis(), callback, logger=logger, quantization=too_wide())
     line = "1. relu_0.output: rounding."
@@ -91,6 +91,7 @@ def test_what_to_do_is_said_everywhere(tmp_path: Path, capsys: pytest.CaptureFix
     assert "activation: {fixed_scale: " in text
     assert [e.step for e in events.Scalars("layer_comparison.own_SQNR/relu_0")] == [3, 6]
     assert {"layer_comparison/min_own_sqnr", "layer_comparison/output_sqnr"} <= set(events.Tags()["scalars"])
+    assert "layer_comparison/sqnr_by_depth" in events.Tags()["images"]
 
 
 def test_aggregates_can_be_monitored(tmp_path: Path) -> None:

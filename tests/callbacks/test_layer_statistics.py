@@ -76,7 +76,7 @@ def test_numbers_are_those_of_the_validation_step_on_the_sampled_batches(tmp_pat
 
 def test_scalars_tables_and_aggregates_reach_tensorboard(tmp_path: Path) -> None:
     """Foundation 8: read back with tensorboard's reader."""
-    callback = LayerStatistics()
+    callback = LayerStatistics(per_point=True)
     _, trainer = run(tmp_path, callback, logger=TensorBoardLogger(tmp_path))
     assert trainer.log_dir is not None
     events = EventAccumulator(trainer.log_dir).Reload()

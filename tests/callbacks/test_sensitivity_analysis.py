@@ -105,7 +105,7 @@ def test_epochs_are_compared_on_the_same_batches(tmp_path: Path) -> None:
 
 def test_scalars_and_tables_reach_tensorboard(tmp_path: Path) -> None:
     """Foundation 8: read back with tensorboard's reader."""
-    callback = SensitivityAnalysis()
+    callback = SensitivityAnalysis(per_point=True)
     _, trainer = run(tmp_path, callback, logger=TensorBoardLogger(tmp_path))
     events = EventAccumulator(str(trainer.log_dir)).Reload()
     for point in POINTS:

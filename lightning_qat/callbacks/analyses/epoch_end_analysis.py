@@ -90,9 +90,9 @@ class EpochEndAnalysis(ReportingCallback):
         if leaves_files(trainer):
             (outputs or self._outputs).write(result, directory, self._epoch)
 
-    def log_result(self, trainer: pl.Trainer, result: Result[Any]) -> None:
-        """Send numbers, table and histograms to the loggers."""
-        self._outputs.log(result, trainer.loggers, _compat.steps_taken(trainer))
+    def log_result(self, trainer: pl.Trainer, result: Result[Any], per_point: bool = False) -> None:
+        """Send numbers, table and histograms to the loggers; with ``per_point`` the numbers of every point."""
+        self._outputs.log(result, trainer.loggers, _compat.steps_taken(trainer), per_point=per_point)
 
     @override
     def _note_failure(self, trainer: pl.Trainer, error: Exception) -> None:

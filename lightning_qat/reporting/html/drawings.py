@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_qat.analysis.results import Block
+from lightning_qat.quantization.planning.deployed_part import TRAIN_ONLY
 from lightning_qat.reporting.html.point_history import PointKey, point_key
 from lightning_qat.reporting.html.point_table import PointTable
 from lightning_qat.reporting.html.run_folder import RunFolder
@@ -106,21 +108,48 @@ def graph(run: RunFolder, points: PointTable) -> dict[str, Any]:
     for region, held in run.regions.items():
         numbers = {str(op.get("name")): len(ops) + place for place, op in enumerate(held.get("ops", []))}
         dtypes, results = _types(held)
+        floats = _float_ops(run, region, held)
         for op in held.get("ops", []):
             name = str(op.get("name"))
             inputs = op.get("inputs") if isinstance(op.get("inputs"), list) else []
-            status = str(op.get("status"))
             ops.append(
                 [
                     one_line(f"{region}.{name}" if region else name),
                     one_line(str(op.get("op_type"))),
-                    "float" if status == "float" else dtypes.get(name, ""),
+                    "float" if name in floats else dtypes.get(name, ""),
                     [numbers[source] for source in inputs if isinstance(source, str) and source in numbers],
                     places.get(point_key(region, results.get(name, ""))),
-                    one_line(str(op.get("reason") or "")) if status == "float" else "",
+                    one_line(floats.get(name, "")),
                 ]
             )
     return {"ops": ops, "op_of_point": _op_of_point(run, points, {op[0]: place for place, op in enumerate(ops)})}
+
+
+def segments(run: RunFolder) -> tuple[Block, ...]:
+    """Return the model check's tables of the segments of the deployed model.
+
+    Args:
+        run: the files of the run.
+    """
+    sections = run.model_check.sections if run.model_check is not None else ()
+    return tuple(
+        Block(f"Segments of {section.region}" if section.region else "Segments", section.columns, section.rows)
+        for section in sections
+        if section.title.startswith("Segments of the deployed model")
+    )
+
+
+def _float_ops(run: RunFolder, region: str, held: Mapping[str, Any]) -> dict[str, str]:
+    """The ops that compute in float32, with the reason. Without a model check, what the plan does not quantize."""
+    if run.model_check is not None:
+        return {
+            str(row[0]): str(row[-1])
+            for section in run.model_check.sections
+            if section.region == region and "float32 inputs" in section.columns
+            for row in section.rows
+        }
+    ops = ((str(op.get("name")), str(op.get("reason") or ""), op.get("status")) for op in held.get("ops", []))
+    return {name: reason for name, reason, status in ops if status == "float" and reason != TRAIN_ONLY}
 
 
 def _types(held: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:

@@ -19,8 +19,8 @@ SOURCES = {
     "convergence": "convergence",
     "calibration": "calibration",
     "model_check": "model check",
-    "diagnosis": "diagnosis",
     "calibrated_diagnosis": "diagnosis of the calibrated model",
+    "diagnosis": "diagnosis",
 }
 """What found something, in the order in which its findings stand within a severity."""
 _MOST_DIFFERENCES = 8
@@ -41,14 +41,15 @@ class ReportFinding:
     points: tuple[str, ...] = ()
 
 
-def find_all(run: RunFolder, target_reached: bool) -> tuple[ReportFinding, ...]:
+def find_all(run: RunFolder, is_innocent: bool) -> tuple[ReportFinding, ...]:
     """Collect the findings of a run.
 
     Args:
         run: its files.
-        target_reached: then what a point might gain is worth knowing, and no warning.
+        is_innocent: quantization is not to blame: the target is reached, or the pipeline is at fault. Then what a point
+            might gain is worth knowing, and no warning.
     """
-    found = [*_of_ladders(run), *_of_convergence(run), *_of_diagnoses(run, target_reached), *_of_model_check(run)]
+    found = [*_of_ladders(run), *_of_convergence(run), *_of_diagnoses(run, is_innocent), *_of_model_check(run)]
     order = list(SOURCES)
     found.sort(key=lambda f: (SEVERITIES.index(f.advice.level), order.index(f.source)))
     return tuple(found)
@@ -84,16 +85,20 @@ def _convergence_advice(row: ConvergenceRow, level: str) -> Advice:
     return Advice(row.check, level, row.evidence, row.names, facts)
 
 
-def _of_diagnoses(run: RunFolder, target_reached: bool) -> Iterator[ReportFinding]:
-    both = {"diagnosis": run.diagnosis, "calibrated_diagnosis": run.start_diagnosis}
-    for name, result in both.items():
+def _of_diagnoses(run: RunFolder, is_innocent: bool) -> Iterator[ReportFinding]:
+    """That of the model that training started from comes first; the later one adds what is new."""
+    level = "info" if is_innocent else "warning"
+    known: set[tuple[str, str, str]] = set()
+    for name, result in (("calibrated_diagnosis", run.start_diagnosis), ("diagnosis", run.diagnosis)):
         if result is None:
             continue
         if result.calibration:
             yield ReportFinding("calibration", Advice("calibration data", "error", result.calibration))
-        level = "info" if target_reached else "warning"
         for row in result.for_people().rows:
-            if row.verdict not in ("fine", "inherited") and not (result.calibration and row.verdict == _CALIBRATION):
+            about = (row.region, row.point, row.verdict)
+            is_said = about in known or (result.calibration and row.verdict == _CALIBRATION)
+            if row.verdict not in ("fine", "inherited") and not is_said:
+                known.add(about)
                 yield ReportFinding(name, _diagnosis_advice(row, level), (_full_name(row),))
 
 
@@ -120,8 +125,8 @@ def first_action(findings: tuple[ReportFinding, ...], *sources: str) -> str:
     """Return what to do about the first finding of some sources; empty without one."""
     for finding in findings:
         if finding.source in sources:
-            action = next((text for label, text in finding.advice.facts if label == "do"), "")
-            return action or finding.advice.text
+            action = next((text for label, text in finding.advice.facts if label == "do"), "") or finding.advice.text
+            return f"{finding.points[0]}: {action}" if len(finding.points) == 1 else action
     return ""
 
 

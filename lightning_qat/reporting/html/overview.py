@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis
@@ -63,7 +63,9 @@ def judge_run(run: RunFolder) -> Overview:
         run: its files.
     """
     passed = _passed(run)
-    findings = find_all(run, passed is True)
+    ladder = _bad_ladder(run)
+    is_innocent = passed is True or (ladder is not None and ladder[1].verdict != "quantization error")
+    findings = find_all(run, is_innocent)
     verdict, level, sentence, source = _verdict(run, passed, findings)
     action = _next_action(run, source, level, findings)
     named = [name for row in _culprits(run)[:5] for name in [f"{row.region}.{row.point}" if row.region else row.point]]
@@ -74,10 +76,15 @@ def judge_run(run: RunFolder) -> Overview:
         action,
         SOURCES.get(source, source),
         remarks=_remarks(run, source),
-        look_at=tuple(named) if level != "good" else (),
-        metrics=run.accuracy.blocks() if run.accuracy is not None else (),
+        look_at=() if is_innocent else tuple(named),
+        metrics=_metrics(run, with_note=source != "accuracy"),
         findings=findings,
     )
+
+
+def _metrics(run: RunFolder, with_note: bool) -> tuple[Block, ...]:
+    blocks = run.accuracy.blocks() if run.accuracy is not None else ()
+    return blocks if with_note else tuple(replace(block, note="") for block in blocks)
 
 
 def _passed(run: RunFolder) -> bool | None:
@@ -124,8 +131,9 @@ def _next_action(run: RunFolder, source: str, level: Level, findings: tuple[Repo
         return _REACHED
     ladder = run.ladders.get(source)
     if ladder is not None and ladder.verdict != "quantization error":
-        cause = f"Mend this first: {ladder.cause.rstrip('.')}. " if ladder.cause else ""
-        return f"{cause}{_last_part(without_verdict(ladder.verdict, ladder.note))}"
+        if ladder.cause:
+            return f"Mend this first: {ladder.cause.rstrip('.?')}. Then run again: the check says whether it was that."
+        return _last_part(without_verdict(ladder.verdict, ladder.note))
     if source == "convergence":
         return first_action(findings, "convergence")
     of_points = first_action(findings, "calibration") or _model_check_error(findings)

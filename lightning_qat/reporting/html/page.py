@@ -14,6 +14,7 @@ from lightning_qat.analysis.results import Block
 from lightning_qat.atomic_files import write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.html.background import background, compared_runs, find_gaps, float_places
+from lightning_qat.reporting.html.drawings import segments
 from lightning_qat.reporting.html.findings import SOURCES
 from lightning_qat.reporting.html.front import front_choices
 from lightning_qat.reporting.html.glossary import GLOSSARY
@@ -102,6 +103,7 @@ def render(runs: Sequence[RunFolder]) -> str:
         point_places={name: place for place, name in enumerate(points.names)},
         static=_static_table(points),
         places_in_float=float_places(run),
+        segments=segments(run),
         gaps=find_gaps(run),
         evidence=_evidence(run),
         background=background(run),

@@ -117,6 +117,24 @@ def test_points_to_look_at_are_those_of_the_diagnosis_unless_the_target_is_reach
     assert judged(tmp_path / "b", accuracy(True), diagnosis("b.weight")).look_at == ()
 
 
+def test_no_point_is_blamed_where_the_pipeline_is_at_fault(tmp_path: Path) -> None:
+    misaligned = judged(tmp_path, accuracy(False), ladder("pipeline misaligned"), diagnosis("b.weight"))
+    assert misaligned.look_at == ()
+    assert [f.advice.level for f in misaligned.findings if f.source == "diagnosis"] == ["info"]
+
+
+def test_a_later_diagnosis_adds_what_the_first_has_not_said(tmp_path: Path) -> None:
+    def write(run: Path) -> None:
+        folder.write_diagnosis(run, "a.weight", name="calibrated_diagnosis")
+
+    found = judged(tmp_path, accuracy(False), write, diagnosis("b.weight", "a.weight"))
+    assert [(f.source, f.points) for f in found.findings] == [
+        ("calibrated_diagnosis", ("a.weight",)),
+        ("diagnosis", ("b.weight",)),
+    ]
+    assert found.look_at == ("a.weight",)
+
+
 def test_what_a_point_might_gain_is_no_warning_if_the_target_is_reached(tmp_path: Path) -> None:
     def levels(findings: tuple[ReportFinding, ...]) -> list[str]:
         return [finding.advice.level for finding in findings if finding.source == "diagnosis"]
@@ -127,7 +145,7 @@ def test_what_a_point_might_gain_is_no_warning_if_the_target_is_reached(tmp_path
 
 def test_findings_are_sorted_by_severity_and_then_by_what_looks_deepest(tmp_path: Path) -> None:
     found = judged(
-        tmp_path, diagnosis("a.weight"), model_check("warning"), convergence("diverging"), ladder("scales drift")
+        tmp_path, diagnosis("a.weight"), model_check("warning"), convergence("diverging"), ladder("quantization error")
     )
     assert [(f.source, f.advice.level) for f in found.findings] == [
         ("pipeline_check", "error"),

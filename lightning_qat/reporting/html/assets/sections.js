@@ -3,6 +3,9 @@
 const HEAT_ROWS = 40;
 const HEAT_COLUMNS = { scale_drift: "drift of the scale", flip_rate: "flips of weight codes", clipped_share: "clipped share", score: "sensitivity" };
 
+/** How wide a chart may be, so that its letters have their size. */
+const roomIn = (id) => Math.max(320, byId(id).clientWidth);
+
 function showDepth(depth) {
   if (!depth.names.length) return;
   byId("depth").hidden = false;
@@ -10,8 +13,8 @@ function showDepth(depth) {
   if (depth.accumulated.some(finite)) lines.push({ name: "accumulated", values: depth.accumulated });
   if (depth.own.some(finite)) lines.push({ name: "own", values: depth.own, kind: "own" });
   const chart = lineChart(lines, {
-    width: 1100, height: 280, label: "Signal to noise ratio along the execution order",
-    place: (index) => depth.names[index].slice(-36), mark: depth.jump, markText: "first jump",
+    width: roomIn("depth-chart"), height: 280, label: "Signal to noise ratio along the execution order",
+    place: (index) => depth.names[index].slice(roomIn("depth-chart") < 700 ? -14 : -36), mark: depth.jump, markText: "first jump",
   });
   const legend = make("p", { class: "legend" }, ...lines.map((line) => make("span", { class: `key ${line.kind || ""}`, text: line.name })));
   byId("depth-chart").append(legend, chart);
@@ -81,13 +84,13 @@ function showGraph(graph) {
     if (piece.type === "float") svg.append(draw("rect", { fill: "url(#float-hatch)", x, y: 2, width: Math.max(size, 2), height: height - 4, tip }));
     x += size;
   }
-  const segments = pieces.filter((piece) => piece.type === "float").length;
   const legend = make("p", { class: "legend" });
   for (const type of new Set(graph.ops.map((op) => op[2]).filter(Boolean))) {
     const count = graph.ops.filter((op) => op[2] === type).length;
     legend.append(make("span", { class: `key type ${typeClass(type)}`, text: `${type}: ${count} ops` }));
   }
-  const said = segments ? `${segments} segments run in float (hatched).` : "No op of the region runs in float.";
+  const isFloat = graph.ops.some((op) => op[2] === "float");
+  const said = isFloat ? "Hatched: it computes in float." : "No op of the region computes in float.";
   byId("strip-chart").append(legend, svg, make("p", { class: "note", text: `In execution order. ${said}` }));
   byId("scope-tree").append(...scopeNodes(graph.ops.map((op, index) => ({ parts: op[0].split("."), index })), 0, graph));
 }
@@ -128,7 +131,7 @@ function showFront(front) {
   if (!choices.length || !byId("front-chart")) return;
   const line = { name: "SQNR", values: choices.map(([, sqnr]) => sqnr) };
   byId("front-chart").append(lineChart([line], {
-    width: 1100, height: 240, label: "Predicted signal to noise ratio against cost",
+    width: roomIn("front-chart"), height: 240, label: "Predicted signal to noise ratio against cost",
     place: (index) => `cost ${formatNumber(choices[index][0])}`,
   }));
 }

@@ -141,7 +141,7 @@ class PointGrid {
     let longest = this.columns[at].label.length + 2;
     for (let row = 0; row < this.rows.length; row += step) longest = Math.max(longest, formatCell(this.rows[row][at]).length);
     const most = at === 0 ? Math.min(52, Math.max(16, Math.floor(window.innerWidth / 20))) : 34;
-    return Math.round(Math.min(longest, most) * (at === 0 ? 8.6 : 8)) + 24;
+    return Math.round(Math.min(longest, most) * 8.8) + 26;
   }
 
   drawRows(most = 0) {
