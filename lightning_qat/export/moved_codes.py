@@ -13,7 +13,23 @@ from __future__ import annotations
 
 from typing import Any
 
-_MOVING = frozenset(["MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Flatten"])
+_MOVING = frozenset(
+    [
+        "Reshape",
+        "Transpose",
+        "Squeeze",
+        "Unsqueeze",
+        "Slice",
+        "Flatten",
+        "Gather",
+        "Expand",
+        "Tile",
+        "MaxPool",
+        "GlobalMaxPool",
+        "ReduceMax",
+        "ReduceMin",
+    ]
+)
 """Ops of ONNX whose result holds values of the first input only."""
 _LEAST_BITS = 8
 """These ops have no 4-bit types."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,11 @@ from lightning_qat.export.deployed_form import (
 from lightning_qat.export.deployed_mode import DeployedForward
 from lightning_qat.export.deployed_ops import translations
 from lightning_qat.export.export_errors import conversion_error
+from lightning_qat.export.float_twin import float_twin, milliseconds
+from lightning_qat.export.integer_ops import integer_ops
 from lightning_qat.export.onnx_graph import finish_graph, named_uses
-from lightning_qat.export.onnx_sessions import integer_ops
 from lightning_qat.export.onnx_verification import VerifiedGraph, verified_outputs, verified_quantizers
-from lightning_qat.export.verification_result import ExportResult, OutputRow, QuantizerRow
+from lightning_qat.export.verification_result import ExportResult, OpRow, OutputRow, QuantizerRow
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
 
@@ -123,11 +125,13 @@ def export_model(
     graph = VerifiedGraph(onnx.load(file), uses, references)  # what a reader of the file gets
     rows: tuple[QuantizerRow, ...] = ()
     outputs: tuple[OutputRow, ...] = ()
-    integers: tuple[tuple[str, int, int], ...] = ()
+    integers: tuple[OpRow, ...] = ()
+    cost: dict[str, Any] = {}
     if verify:
         inputs = _graph_inputs(found)
         rows = verified_quantizers(graph, inputs)
         integers = integer_ops(graph.proto)
+        cost = _cost(graph.proto, inputs)
         outputs = verified_outputs(graph, inputs, tensors_of(found.outputs), tensors_of(found.float_outputs))
     return ExportResult(
         rows,
@@ -141,7 +145,18 @@ def export_model(
         shared=tuple(name for name in uses if name not in graph.dequantize),
         integer_ops=integers,
         bytes=file.stat().st_size,
+        **cost,
     )
+
+
+def _cost(proto: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Size and time beside those of the graph without quantizers."""
+    twin = float_twin(proto)
+    try:
+        quantized, in_float = milliseconds((proto, twin), inputs)
+    except Exception:  # onnxruntime lacks an op, or does not load the file: the rows of the outputs say so
+        quantized, in_float = 0.0, 0.0
+    return {"float_bytes": twin.ByteSize(), "milliseconds": quantized, "float_milliseconds": in_float}
 
 
 def _graph_inputs(found: Exported) -> dict[str, Any]:
@@ -165,7 +180,13 @@ def write_onnx(proto: Any, path: str | os.PathLike[str]) -> Path:
             f"the model takes {size / 2**30:.1f} GiB; a single ONNX file holds 2 GiB at most, and weights in files "
             "beside it are not written yet. Export parts of the model as regions of their own."
         )
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        line = " ".join(str(error).split())
+        raise ConfigurationError(
+            f"torch.onnx made a graph that is not valid ONNX, so nothing is written: {line}"
+        ) from error
     return write_atomically(path, proto.SerializeToString())
 
 

@@ -11,6 +11,8 @@ import torch
 from lightning_qat.export.deployed_form import NARROW, QuantizeUse
 from lightning_qat.export.deployed_mode import CHILD, DeployedForward
 from lightning_qat.export.deployed_ops import USE_KEY
+from lightning_qat.export.graph_repairs import keep_matrix_products, part_large_biases, register_constants
+from lightning_qat.export.integer_biases import quantize_biases
 from lightning_qat.export.moved_codes import quantize_moved
 from lightning_qat.quantization.modules.module_walk import REGION_NAME
 
@@ -59,6 +61,7 @@ def finish_graph(model: Any, deployed: Iterable[DeployedForward]) -> None:
     deployed = list(deployed)
     uses = named_uses(deployed)
     _strip(model)
+    register_constants(graph)
     names = _Names(graph)
     nodes: set[str] = {node.name for node in graph}
     for one in deployed:
@@ -80,9 +83,23 @@ def finish_graph(model: Any, deployed: Iterable[DeployedForward]) -> None:
         if named.use.dtype in NARROW:
             _narrow(graph, node, named, names)
     quantize_moved(graph)
+    quantize_biases(graph, _uses_with_integer_bias(deployed))
+    part_large_biases(graph)
+    keep_matrix_products(graph)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
+
+
+def _uses_with_integer_bias(deployed: Iterable[DeployedForward]) -> set[str]:
+    """The weights in regions whose profile asks for biases of int32."""
+    return {
+        one.prefix + use.name
+        for one in deployed
+        if (one.region.plan.profile or {}).get("bias") == "int32"
+        for use in one.form.uses.values()
+        if use.codes is not None
+    }
 
 
 class _Names:

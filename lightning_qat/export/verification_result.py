@@ -10,6 +10,8 @@ from lightning_qat.analysis.results import Block, Result
 
 EXACT_MATMUL = "session.qdq_matmulnbits_accuracy_level"
 """With "1", onnxruntime keeps the input of a MatMul with quantized weights as it is. Without, it makes 8 bits of it."""
+ROUNDED_BIASES = "WeightBiasQuantization"
+"""The optimizer of onnxruntime that makes int32 codes of biases, of convolutions that it computes in float too."""
 MARGIN = 4.0
 """Differences from end to end vary by factors, as a code that flips makes others flip. Within this factor they are the
 same, and so they are below a tenth of what quantization itself changes, where only some codes have flipped."""
@@ -47,8 +49,8 @@ class OutputRow:
 
     Args:
         output: name of the output.
-        optimization: ``off``, ``basic``, ``full`` (what onnxruntime does unless told otherwise), or ``full, exact
-            MatMul``, with :data:`EXACT_MATMUL`.
+        optimization: ``off``, ``basic``, ``full`` (what onnxruntime does unless told otherwise); ``basic, float
+            biases``, without :data:`ROUNDED_BIASES`; or ``full, exact MatMul``, with :data:`EXACT_MATMUL`.
         equal_codes: share of equal codes; None for an output that is not quantized.
         steps: the largest difference in steps of its scale; None for an output that is not quantized.
         difference: the largest absolute difference to the region's output; ``nan`` if one has NaN where the other has
@@ -71,6 +73,23 @@ class OutputRow:
 
 
 @dataclass(frozen=True)
+class OpRow:
+    """One convolution, matrix product or addition, as onnxruntime computes it with all optimizations.
+
+    Args:
+        op: name of its node.
+        kind: ``convolution``, ``matrix product`` or ``addition``.
+        integer: whether it is computed on integers.
+        cause: why it is not; empty if it is.
+    """
+
+    op: str
+    kind: str
+    integer: bool
+    cause: str = ""
+
+
+@dataclass(frozen=True)
 class ExportResult(Result[QuantizerRow]):
     """An exported model, and the proof that it computes what the region computes.
 
@@ -84,9 +103,11 @@ class ExportResult(Result[QuantizerRow]):
         kept: fused batch norms that are ops of their own, with the reason.
         in_float: points without a scale, which are in float as in the region.
         shared: quantizers that the graph computes once, as another one has the same input and scale.
-        integer_ops: for convolutions, matrix products and additions: the name, how many of them onnxruntime computes on
-            integers on this machine's CPU, and how many there are.
+        integer_ops: convolutions, matrix products and additions, as onnxruntime computes them on this machine's CPU.
         bytes: size of the file.
+        float_bytes: size of the same graph without quantizers; 0 if not known, as is the time.
+        milliseconds: time of one forward by onnxruntime on this machine, with all optimizations.
+        float_milliseconds: the same of the graph without quantizers.
     """
 
     outputs: tuple[OutputRow, ...] = ()
@@ -97,8 +118,11 @@ class ExportResult(Result[QuantizerRow]):
     kept: tuple[tuple[str, str], ...] = ()
     in_float: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
-    integer_ops: tuple[tuple[str, int, int], ...] = ()
+    integer_ops: tuple[OpRow, ...] = ()
     bytes: int = 0
+    float_bytes: int = 0
+    milliseconds: float = 0.0
+    float_milliseconds: float = 0.0
 
     title: ClassVar[str] = "ONNX export"
     shown: ClassVar[tuple[str, ...]] = (
@@ -131,12 +155,38 @@ class ExportResult(Result[QuantizerRow]):
                 f"{least.point}, the worst one; the largest difference is {most} {'step' if most == 1 else 'steps'}."
             )
         parts += self._optimizations()
-        if self.integer_ops:
-            counts = ", ".join(f"{integer} of {count} {name}" for name, integer, count in self.integer_ops)
-            parts.append(f"On this CPU, onnxruntime computes {counts} on integers and the others in float.")
+        parts += self._cost()
         if self.kept:
             parts.append("Not folded: " + "; ".join(f"{name}, as {reason}" for name, reason in self.kept) + ".")
         return " ".join(parts)
+
+    def integer_counts(self) -> dict[str, tuple[int, int]]:
+        """Map each kind of op to how many onnxruntime computes on integers, and how many there are."""
+        kinds = dict.fromkeys(row.kind for row in self.integer_ops)
+        return {
+            kind: (
+                sum(row.integer for row in self.integer_ops if row.kind == kind),
+                sum(row.kind == kind for row in self.integer_ops),
+            )
+            for kind in kinds
+        }
+
+    def _cost(self) -> list[str]:
+        """What onnxruntime computes on integers, the size and the time."""
+        found = []
+        if self.integer_ops:
+            counts = ", ".join(f"{some} of {count} {kind}s" for kind, (some, count) in self.integer_counts().items())
+            found.append(f"On this CPU, onnxruntime computes {counts} on integers and the others in float.")
+        if self.float_bytes:
+            found.append(
+                f"The file takes {self.bytes / 1000:.4g} kB, and the same model in float {self.float_bytes / 1000:.4g}."
+            )
+        if self.float_milliseconds:
+            found.append(
+                f"A forward takes {self.milliseconds:.3g} ms with onnxruntime on this machine, and "
+                f"{self.float_milliseconds:.3g} ms in float."
+            )
+        return found
 
     def _optimizations(self) -> list[str]:
         """Where onnxruntime's optimizations change the result, and why if the cause is known."""
@@ -150,12 +200,19 @@ class ExportResult(Result[QuantizerRow]):
         if refused:
             name, why = next(iter(refused.items()))
             return [f"onnxruntime cannot run the file with optimizations {name}: {why}"]
-        off, basic, full, exact = (self._worst(name) for name in ("off", "basic", "full", "full, exact MatMul"))
+        settings = ("off", "basic", "basic, float biases", "full", "full, exact MatMul")
+        off, basic, unrounded, full, exact = (self._worst(name) for name in settings)
         found = []
         if self._is_more(basic, off):
             found.append(
                 f"Basic optimization changes the result: the mean difference is {basic:.3g} instead of {off:.3g}."
             )
+            if unrounded < basic / 2:
+                found.append(
+                    "The cause: onnxruntime rounds biases to whole multiples of the input's scale times the weight's, "
+                    "and codes that lie near a tie flip. Open the session with "
+                    f'disabled_optimizers=["{ROUNDED_BIASES}"]: then the mean difference is {unrounded:.3g}.'
+                )
         if self._is_more(full, basic):
             found.append(
                 f"Full optimization changes more than basic: the mean difference is {full:.3g} instead of {basic:.3g}."
@@ -182,8 +239,14 @@ class ExportResult(Result[QuantizerRow]):
         return (block.only([c for c in filled if not c.startswith("mean_")]),)
 
     def full_blocks(self) -> tuple[Block, ...]:
-        """Return the outputs and every quantizer."""
-        return self._outputs(self.title), dataclasses.replace(super().full_blocks()[0], title="Quantizers", note="")
+        """Return the outputs, every quantizer, and which ops are computed on integers."""
+        ops = [dataclasses.asdict(row) for row in self.integer_ops]
+        columns = [field.name for field in dataclasses.fields(OpRow)]
+        return (
+            self._outputs(self.title),
+            dataclasses.replace(super().full_blocks()[0], title="Quantizers", note=""),
+            *([Block.of("Ops on integers", columns, ops)] if ops else []),
+        )
 
     def _outputs(self, title: str) -> Block:
         rows: list[dict[str, Any]] = [dataclasses.asdict(row) for row in self.outputs]

@@ -19,7 +19,8 @@ import lightning_qat
 import lightning_qat.export.onnx_export as onnx_export
 from lightning_qat.atomic_files import NotWrittenError
 from lightning_qat.export.export_errors import ExportMismatchError
-from lightning_qat.export.verification_result import EXACT_MATMUL, ExportResult, OutputRow, QuantizerRow
+from lightning_qat.export.onnx_sessions import OPTIMIZATIONS
+from lightning_qat.export.verification_result import EXACT_MATMUL, ROUNDED_BIASES, ExportResult, OutputRow, QuantizerRow
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.reporting.reports import text_report
@@ -222,7 +223,7 @@ def test_report_is_written_beside_the_file(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["digits.onnx", "digits_export.json", "digits_export.txt"]
     stored = json.loads((tmp_path / "digits_export.json").read_text())
     assert [row["point"] for row in stored["rows"]] == list(region.points)
-    assert {row["optimization"] for row in stored["outputs"]} == {"off", "basic", "full", "full, exact MatMul"}
+    assert {row["optimization"] for row in stored["outputs"]} == set(OPTIMIZATIONS)
     assert stored["bytes"] == (tmp_path / "digits.onnx").stat().st_size
     text = (tmp_path / "digits_export.txt").read_text()
     assert text.strip() == text_report(result).strip()
@@ -231,8 +232,12 @@ def test_report_is_written_beside_the_file(tmp_path: Path) -> None:
     assert f"all {codes} codes of {len(region.points)} quantizers equal those of the region" in text
 
 
-def outputs(off: float, basic: float, full: float, exact: float, problem: str = "") -> tuple[OutputRow, ...]:
-    levels = {"off": off, "basic": basic, "full": full, "full, exact MatMul": exact}
+def outputs(
+    off: float, basic: float, full: float, exact: float, problem: str = "", unrounded: float | None = None
+) -> tuple[OutputRow, ...]:
+    biases = basic if unrounded is None else unrounded
+    levels = {"off": off, "basic": basic, "basic, float biases": biases, "full": full, "full, exact MatMul": exact}
+    assert levels.keys() == OPTIMIZATIONS.keys()
     return tuple(
         OutputRow("y", name, None, None, 9.0, 9.0, value, 0.01, problem if name.startswith("full") else "")
         for name, value in levels.items()
@@ -248,6 +253,8 @@ def outputs(off: float, basic: float, full: float, exact: float, problem: str = 
         (outputs(1e-6, 1e-6, 0.02, 1e-6), f'add_session_config_entry("{EXACT_MATMUL}", "1")', "Basic"),
         (outputs(1e-6, 1e-6, 0.02, 0.02), "Full optimization changes more than basic", "The cause"),
         (outputs(1e-6, 0.5, 0.5, 0.5), "Basic optimization changes the result", "Full"),
+        (outputs(1e-6, 0.5, 0.5, 0.5), "Basic optimization changes the result", "The cause"),
+        (outputs(1e-6, 0.5, 0.5, 0.5, "", 1e-6), f'disabled_optimizers=["{ROUNDED_BIASES}"]', "MatMulNBits"),
         (
             outputs(0, 0, 0, 0, "output_dtype INT8 does not match y_zero_point type UINT8"),
             "export with opset=20",

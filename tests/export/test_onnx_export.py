@@ -345,10 +345,8 @@ def test_under_the_profile_onnxruntime_computes_on_integers(tmp_path: Path) -> N
     region = calibrated(model, *args, qconfig=config, profile="onnxruntime_qdq")
     result = lightning_qat.export_onnx(model, tmp_path / "model.onnx", args)
     assert_proved(result, region)
-    integer = {name: (integer, count) for name, integer, count in result.integer_ops}
-    assert integer["convolutions"] == (6, 6)
-    assert integer["additions"] == (2, 2)
-    assert "onnxruntime computes 6 of 6 convolutions, 0 of 1 matrix products, 2 of 2 additions on int" in result.note
+    assert result.integer_counts() == {"convolution": (6, 6), "addition": (2, 2), "matrix product": (1, 1)}
+    assert "onnxruntime computes 6 of 6 convolutions, 2 of 2 additions, 1 of 1 matrix products on int" in result.note
 
 
 def test_codes_that_are_only_moved_are_quantized_again(tmp_path: Path) -> None:

@@ -66,9 +66,14 @@ def differences(plan: QuantPlan, request: InsertionRequest) -> list[str]:
     if there != wanted:
         lines.append(f"overrides: {list(map(_short, plan.overrides))} there, {list(map(_short, wanted))} here")
     profile = request.profile.identity() if request.profile is not None else None
-    if plan.profile != profile:
+    if _allowed(plan.profile) != _allowed(profile):
         lines.append(f"profile: {_profile_name(plan.profile)} there, {_profile_name(profile)} here")
     return lines
+
+
+def _allowed(identity: dict[str, str] | None) -> dict[str, str] | None:
+    """What training depends on; the type of biases only concerns exported files."""
+    return {k: v for k, v in identity.items() if k != "bias"} if identity is not None else None
 
 
 def _profile_name(identity: dict[str, str] | None) -> str:

@@ -94,6 +94,8 @@ class HardwareProfile:
         unsupported: kinds that have no rule on purpose, each with the reason.
         cost: time per operation by kind of op and type, relative to any unit; ``*`` is every kind without an entry.
             Only the choice of types in :func:`lightning_qat.measure_errors` uses it.
+        bias: ``float32``, or ``int32``: exported files hold the biases of layers as integers, with the scale of the
+            input times that of the weight.
 
     Example:
         >>> from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile
@@ -110,6 +112,7 @@ class HardwareProfile:
     source: str = ""
     unsupported: Mapping[str, str] = field(default_factory=dict)
     cost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    bias: str = FLOAT
 
     def why_unsupported(self, kind: str) -> str:
         """Say why an op without a rule runs in float."""
@@ -134,7 +137,8 @@ class HardwareProfile:
 
     def identity(self) -> dict[str, str]:
         """Return what a plan stores about the profile it was made under."""
-        return {"name": self.name, "version": self.version, "sha256": self.digest}
+        found = {"name": self.name, "version": self.version, "sha256": self.digest}
+        return found if self.bias == FLOAT else {**found, "bias": self.bias}
 
 
 def nearest_dtype(wanted: str, options: Iterable[str]) -> str:

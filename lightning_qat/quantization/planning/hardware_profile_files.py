@@ -19,9 +19,10 @@ from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.plan import QuantPlan
 from lightning_qat.quantization.reading.files import Document
 
-_PROFILE_KEYS = ("name", "version", "description", "source", "groups", "ops", "unsupported", "fusions", "cost")
+_PROFILE_KEYS = ("name", "version", "description", "source", "groups", "ops", "unsupported", "fusions", "cost", "bias")
 _RULE_KEYS = ("kinds", "signatures", "schemes", "weight_granularity")
 _SIGNATURE_KEYS = ("input", "weight", "output")
+_BIAS_TYPES = ("float32", "int32")
 
 GROUPS: dict[str, frozenset[str]] = {
     "conv": frozenset(["conv1d", "conv2d", "conv3d"]),
@@ -153,7 +154,10 @@ def parse_profile(data: Any, where: str) -> HardwareProfile:
     texts = {key: _text(data[key], f"{where}: {key}") for key in keys}
     cost = _costs(data.get("cost"), groups, f"{where}: cost")
     name = _text(data["name"], f"{where}: name")
-    return HardwareProfile(name, rules, patterns, unsupported=unsupported, cost=cost, **texts)
+    bias = data.get("bias", "float32")
+    if bias not in _BIAS_TYPES:
+        raise unknown_choice(f"{where}: bias", bias, _BIAS_TYPES)
+    return HardwareProfile(name, rules, patterns, unsupported=unsupported, cost=cost, bias=bias, **texts)
 
 
 def _costs(item: Any, groups: Mapping[str, frozenset[str]], where: str) -> dict[str, dict[str, float]]:

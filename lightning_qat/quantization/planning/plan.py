@@ -104,7 +104,8 @@ class QuantPlan:
         misses: groups that match a pattern and are not fused.
         qconfig: the defaults it was made from.
         overrides: the rules it was made from.
-        profile: ``name``, ``version`` and ``sha256`` of the hardware profile it was made under, None without one.
+        profile: ``name``, ``version`` and ``sha256`` of the hardware profile it was made under, and its ``bias`` if
+            that is int32; None without one.
     """
 
     points: tuple[PointPlan, ...]
