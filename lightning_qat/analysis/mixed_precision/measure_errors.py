@@ -20,6 +20,7 @@ from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErr
 from lightning_qat.analysis.mixed_precision.region_effects import Step, region_effects
 from lightning_qat.analysis.mixed_precision.region_errors import MeasuringOptions, region_errors
 from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.analysis.sensitivity.sensitivity_sketch import forwards_of_sketch
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
@@ -54,8 +55,9 @@ def measure_errors(
     all points quantized tells how good that sum is. Nothing of the region is changed.
 
     If several tensors are chosen, their squared errors count relative to the mean square of each: a task is not lost
-    beside one of larger numbers. Of a module with several regions, the errors of each are measured at its own output,
-    and weighted by what the region as a whole does to the outputs that no other region reads from.
+    beside one of larger numbers. Of a module with several regions, the errors of each are estimated at its own output
+    and weighted by what the region as a whole does to the outputs that no other region reads from; the largest of each
+    are measured there.
 
     Args:
         region: a calibrated region; or a module that contains calibrated regions.
@@ -142,15 +144,23 @@ def measure_regions(
     ran = _that_ran(calls, options.across_ranks) or list(regions)
     if final is not None and final not in ran:
         raise ConfigurationError(f"output {output!r}: {final!r} did not run on these batches; {', '.join(ran)} did.")
-    results = {
-        path: region_errors(regions[path], quantizers[path], calls[path], selectors[path], options) for path in ran
-    }
+    own = options if len(regions) == 1 else replace(options, confirm=0)  # several are confirmed at the final outputs
+    results = {path: region_errors(regions[path], quantizers[path], calls[path], selectors[path], own) for path in ran}
     if len(regions) == 1:
         merged = results[ran[0]]
     else:
         running = {path: regions[path] for path in ran}
+        largest = [(path, point) for path in ran for point in _largest(results[path], types[0], options)]
         effects = region_effects(
-            running, quantizers, steps, types, selectors, final, options.seed, across_ranks=options.across_ranks
+            running,
+            quantizers,
+            steps,
+            types,
+            largest,
+            selectors,
+            final,
+            options.seed,
+            across_ranks=options.across_ranks,
         )
         names = naming(regions)
         merged = merged_errors(results, effects, names, types[0])
@@ -158,6 +168,13 @@ def measure_regions(
         merged = replace(merged, not_reached=(*merged.not_reached, *idle))
     data = hash_of_tensors(t for path in regions for c in calls[path] for t in call_leaves(c.args, c.kwargs))
     return replace(merged, dtypes=types, hashes={**hashes_of(regions), "data": data})
+
+
+def _largest(errors: PrecisionErrors, dtype: str, options: MeasuringOptions) -> list[str]:
+    """Return the points of a region whose errors at a type are the largest, as many as are measured."""
+    count = forwards_of_sketch(options.probes) if options.confirm is None else options.confirm
+    rows = sorted((row for row in errors.rows if row.dtype == dtype), key=lambda row: -row.mse)
+    return [row.point for row in rows[:count]]
 
 
 def _that_ran(calls: Mapping[str, Sequence[Call]], across_ranks: bool) -> list[str]:

@@ -19,8 +19,8 @@ def merged_errors(
 ) -> PrecisionErrors:
     """Put the errors of regions together; points get the path of their region before their name, as in overrides.
 
-    The errors of a region are about its own output. They are multiplied by what the error of the whole region does to
-    the final outputs: two regions are compared by measurement, the points of a region among themselves as before.
+    The errors of a region are about its own output. Those of the largest points were measured at the final outputs too;
+    the others are multiplied by what the error of the whole region does to the final outputs.
 
     Args:
         results: the errors of each region, measured at its own output.
@@ -38,7 +38,9 @@ def merged_errors(
         measured = {check.dtype: check.measured for check in result.checks}
         own = measured.get(narrowest, next(iter(measured.values()), 0.0))
         factor = effects.alone.get(path, 0.0) / own if own > 0 else 0.0
-        rows += [_row(row, name, factor) for row in result.rows]
+        for row in result.rows:
+            known = effects.points.get((path, row.point)) if row.dtype == narrowest else None
+            rows.append(_row(row, name, factor, known))
         ops += [_op(op, name) for op in result.ops]
         together |= {name(point): tuple(map(name, others)) for point, others in result.together.items()}
         not_reached += map(name, result.not_reached)
@@ -76,10 +78,12 @@ def _named(prefix: str, name: str) -> str:
     return f"{prefix}{name}"
 
 
-def _row(row: PointError, name: Callable[[str], str], factor: float) -> PointError:
-    error = None if row.standard_error is None else row.standard_error * factor
-    mse = min(row.mse * factor, INFINITE_ERROR)
-    return replace(row, point=name(row.point), op_name=name(row.op_name), mse=mse, standard_error=error)
+def _row(row: PointError, name: Callable[[str], str], factor: float, measured: float | None) -> PointError:
+    named = replace(row, point=name(row.point), op_name=name(row.op_name))
+    if measured is not None:
+        return replace(named, mse=measured, standard_error=0.0, exact=True)
+    error = None if row.standard_error is None or row.exact else row.standard_error * factor
+    return replace(named, mse=min(row.mse * factor, INFINITE_ERROR), standard_error=error, exact=False)
 
 
 def _op(op: OpCost, name: Callable[[str], str]) -> OpCost:

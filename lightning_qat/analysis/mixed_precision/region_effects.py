@@ -36,13 +36,15 @@ class RegionEffects:
 
     Args:
         alone: by region, if it alone is quantized at the narrowest type.
+        points: by region and point, for some points: if the point alone is quantized at the narrowest type.
         together: by type, if all regions are quantized.
         finals: the regions that give the final outputs.
-        compared: False if outputs had other shapes than in float, as behind a selection of boxes: then ``alone`` and
-            ``together`` are about each region's own output.
+        compared: False if outputs had other shapes than in float, as behind a selection of boxes: then ``alone`` is
+            about each region's own output, and the others are empty.
     """
 
     alone: Mapping[str, float]
+    points: Mapping[tuple[str, str], float]
     together: Mapping[str, float]
     finals: tuple[str, ...]
     compared: bool = True
@@ -53,31 +55,34 @@ def region_effects(
     quantizers: Mapping[str, Quantizers],
     steps: Iterable[Step],
     types: Sequence[str],
+    points: Sequence[tuple[str, str]],
     selectors: Mapping[str, OutputSelector],
     final: str | None = None,
     seed: int = 0,
     *,
     across_ranks: bool = False,
 ) -> RegionEffects:
-    """Measure what each region, quantized alone, does to the final outputs: one step for each region and type more.
+    """Measure what regions and some points do to the final outputs: a step for each of them, and for each type.
 
     Args:
         regions: calibrated regions by the path of their target.
         quantizers: of their points at each type.
         steps: one for each batch.
         types: all types, the narrowest first.
+        points: regions and points to measure alone.
         selectors: the chosen output of each region; those of other regions than the final ones are not used.
         final: the region whose output alone counts; None for all that no other region reads from.
         seed: of the random numbers that the steps draw.
         across_ranks: add up what all ranks measure.
     """
-    sums = _Sums(list(regions), list(types))
+    sums = _Sums(list(regions), list(types), points)
     for step in steps:
         run = _Recording(regions, selectors, step, seed)
         with _quantized(regions, {}):
             reference = run()
         rows = [{path: _at(quantizers[path], types[0])} for path in regions]
         rows += [{path: _at(quantizers[path], dtype) for path in regions} for dtype in types]
+        rows += [{path: {point: next(iter(quantizers[path][point].values()))}} for path, point in points]
         for row, chosen in enumerate(rows):
             with _quantized(regions, chosen):
                 sums.add(row, reference, run())
@@ -132,11 +137,11 @@ class _Recording:
 
 
 class _Sums:
-    """Sums over steps, from which the effects follow; one row for each region and each type, a column per region."""
+    """Sums over steps, from which the effects follow; a row for each region, type and point, a column per region."""
 
-    def __init__(self, paths: list[str], types: list[str]) -> None:
-        self._paths, self._rows = paths, [*paths, *types]
-        self._relative = torch.zeros(len(self._rows), len(paths), dtype=torch.float64)
+    def __init__(self, paths: list[str], types: list[str], points: Sequence[tuple[str, str]]) -> None:
+        self._paths, self._types, self._points = paths, types, points
+        self._relative = torch.zeros(len(paths) + len(types) + len(points), len(paths), dtype=torch.float64)
         self._compared = torch.zeros_like(self._relative)
         self._reads = torch.zeros(len(paths), len(paths), dtype=torch.float64)
         self._ran = torch.zeros(len(paths), dtype=torch.float64)
@@ -168,9 +173,16 @@ class _Sums:
         steps = self._ran[last] / len(self._paths)
         compared = bool((self._compared[:, last] == steps).all())
         own = torch.where(self._compared > 0, self._relative / self._compared, 0.0)
-        alone = {self._paths[i]: float(own[i, last].mean() if compared else own[i, i]) for i in ran}
-        types = {self._rows[i]: float(own[i, last].mean()) for i in range(len(self._paths), len(self._rows))}
-        return RegionEffects(alone, types if compared else {}, finals, compared)
+        if not compared:
+            return RegionEffects({self._paths[i]: float(own[i, i]) for i in ran}, {}, {}, finals, compared)
+        errors = own[:, last].mean(1).tolist()
+        regions, types = len(self._paths), len(self._types)
+        return RegionEffects(
+            {self._paths[i]: errors[i] for i in ran},
+            dict(zip(self._points, errors[regions + types :], strict=True)),
+            dict(zip(self._types, errors[regions : regions + types], strict=True)),
+            finals,
+        )
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:

@@ -89,14 +89,15 @@ def noise(model: nn.Module, float_model: nn.Module) -> float:
     return sum(ratios) / 2
 
 
-def test_predicted_errors_of_subsets_rank_as_the_measured_ones() -> None:
+@pytest.mark.parametrize(("confirm", "least"), [(None, 0.95), (0, 0.85)])
+def test_predicted_errors_of_subsets_rank_as_the_measured_ones(confirm: int | None, least: float) -> None:
     """Spearman over 40 random subsets of the points of all regions, of their effect on both final outputs.
 
-    It is lower than within one region: what a region does to the final outputs is known for all its points together.
+    Sibling: without a measurement at the final outputs, a region weighs its points by its own output.
     """
     float_model = TwoHeads().eval()
     model, regions = quantized(float_model)
-    errors = measure_errors(model, data(), dtypes=("int6", "int8"))
+    errors = measure_errors(model, data(), dtypes=("int6", "int8"), confirm=confirm)
     wide = quantized(float_model, dtype="int8")[1]
     assert errors.power == 1.0
     assert errors.output == "the outputs of near, far, relative to their mean square"
@@ -114,7 +115,7 @@ def test_predicted_errors_of_subsets_rank_as_the_measured_ones() -> None:
                 point.scale.copy_(source[name].scale)
         predicted.append(choice.predicted)
         measured.append(noise(model, float_model))
-    assert spearman_corrcoef(torch.tensor(predicted), torch.tensor(measured)) >= 0.9
+    assert spearman_corrcoef(torch.tensor(predicted), torch.tensor(measured)) >= least
 
 
 def test_overrides_of_a_choice_raise_those_points_and_no_others() -> None:
