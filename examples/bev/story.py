@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: find examples.bev
 
 from examples.bev.chapters import METRICS, Chapter, meets, table, text, write_into
@@ -243,13 +245,13 @@ def quoted(rows: list[dict[str, Any]], most: int = 6) -> list[str]:
 
 
 def pasted(story: Story, settings: Settings, rows: list[dict[str, Any]]) -> Settings:
-    """Settings with what rows of a report print, and the chapter says so."""
+    """Settings with what rows of a report print; the chapter says so."""
     new = rules(rows)
     story.last.said += quoted(rows)
-    story.last.done += [
-        f"pasted {len(new)} overrides that the report prints" if len(new) > 4 else f"pasted `{r}`"
-        for r in new[: 1 if len(new) > 4 else 4]
-    ]
+    shown = [f"`{yaml.safe_dump(rule, default_flow_style=True, width=1000, sort_keys=False).strip()}`" for rule in new]
+    if new:
+        more = f" and {len(new) - 4} more" if len(new) > 4 else ""
+        story.last.done.append(f"pasted {', '.join(shown[:4])}{more}")
     return with_overrides(settings, new)
 
 
@@ -274,7 +276,7 @@ def at_int16(story: Story) -> Settings:
     blamed = story.pipeline("pipeline check", settings)
     settings = pasted(story, settings, fixed.pasted_diagnoses(("non-uniform",)))
     story.calibrated("int16 calibration, split dim_t", settings)
-    if blamed.names_brightness():
+    if blamed.blames_training_images():
         settings = with_model(settings, **BRIGHTNESS.arguments)
         story.last.done.append(f"aligned the training script with the float one: `{BRIGHTNESS.arguments}`")
     story.trained("int16 QAT, pipeline fixed", settings)
@@ -289,7 +291,7 @@ def at_int8_and_int16(story: Story, settings: Settings) -> Settings:
         path for name in ("calibrated_sensitivity.csv", "sensitivity.csv") if (path := collapsed.folder / name).exists()
     )
     leading = [f"{row['point']} ({row['score']:.3g})" for row in collapsed.rows("sensitivity")[:9]]
-    story.last.said.append(f"most sensitive: {', '.join(leading)}")
+    story.last.said += [f"most sensitive: {', '.join(leading)}", *quoted(collapsed.findings)]
     story.trained("int8 QAT", narrow)
     rule = {"sensitivity": str(table_of_points), "activation": {"dtype": "int16"}}
     best = with_overrides(narrow, [{**rule, "top": "leaders"}])
