@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ from examples.bev.reports import BRIGHTNESS, Reports, rules
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE, MAIN = Path("examples/bev"), "examples/bev/main.py"
+TUNE = "tune"
 SHARES = ("1%", "2%", "3%")
 """Shares of the points to try at int16, from the smallest on."""
 
@@ -187,7 +189,9 @@ class Story:
         return {metric: values[metric] for metric in METRICS}
 
     def chapter(self, name: str, command: list[str], failing: int = 0) -> Chapter:
-        """Begin a chapter with a command, and run it."""
+        """Begin a chapter with a command, and run it; what a try that was killed has left is removed."""
+        if not (self.root / f"{slug(name)}.done").exists() and name != TUNE:  # tune goes on by itself
+            shutil.rmtree(self.root / slug(name), ignore_errors=True)
         self.chapters.append(Chapter(name, " ".join(map(shlex.quote, command)).replace(sys.executable, "python")))
         self.run(slug(name), command, failing)
         return self.last
@@ -322,7 +326,7 @@ def main() -> None:
     settings = at_int16(story)
     at_int8_and_int16(story, settings)
     if not options.without_tune:
-        story.tuned("tune", at_int8(settings))
+        story.tuned(TUNE, at_int8(settings))
     print(table(story.chapters, story.floats))
     columns = {name: values for chapter in story.chapters for name, values in chapter.columns.items()}
     (root / "columns.json").write_text(json.dumps({"float": story.floats, **columns}, indent=1))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
+from examples.bev.configuration import callback, read, without, write
 from examples.bev.data import BevDataModule
+from examples.bev.main import main
 from examples.bev.module import BevModule
 from lightning_qat import Calibration, QuantizationAwareTraining
 from lightning_qat.quantization.region.region import find_regions
@@ -49,3 +52,25 @@ def test_the_network_answers_for_a_batch_that_lacks_a_camera() -> None:
     found = module.detect(batches[1].images.float(), batches[1])  # type: ignore[attr-defined,arg-type]
     assert found["map"][-1]["points"].shape == (32, 6, 8, 2)
     assert torch.isfinite(found["obstacles"][-1]["places"]).all()
+
+
+def test_the_configurations_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a few scenes, and the analyses left out: those of faults.yaml are parts of the story."""
+    configs = Path(__file__).parents[3] / "examples" / "bev" / "configs"
+    analyses = ("SensitivityAnalysis", "LayerComparison", "AccuracyTable", "ConvergenceMonitor")
+    for name in ("float", "faults"):
+        settings = without(read(configs / f"{name}.yaml"), *analyses)
+        settings["data"] = {"train_scenes": 4, "val_scenes": 4, "batch_size": 4, "folder": str(tmp_path)}
+        settings["trainer"] |= {
+            "max_epochs": 1,
+            "default_root_dir": str(tmp_path / "logs" / name),
+            "enable_progress_bar": False,
+        }
+        settings["trainer"]["logger"] = False
+        callback(settings, "ModelCheckpoint")["dirpath"] = str(tmp_path / name)
+        if name == "faults":
+            callback(settings, "QuantizationAwareTraining")["init_from"] = str(tmp_path / "float" / "float.ckpt")
+        config = write(settings, tmp_path / f"{name}.yaml")
+        monkeypatch.setattr(sys, "argv", ["main.py", "fit", f"--config={config}"])
+        main()
+        assert (tmp_path / name / f"{name}.ckpt").exists()
