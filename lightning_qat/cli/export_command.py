@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map
 from lightning_qat.analysis.captured_calls import capture_calls
 from lightning_qat.callbacks.analyses.chosen_samples import chosen_samples
 from lightning_qat.callbacks.analyses.undisturbed_analysis import undisturbed_analysis
+from lightning_qat.callbacks.exported_metrics import exported_metrics
 from lightning_qat.callbacks.onnx_export import export_onnx
 from lightning_qat.callbacks.passes.run_step import run_step
 from lightning_qat.callbacks.trainer.output_directory import shared_directory
@@ -28,6 +30,7 @@ from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.reporting.console import print_note, show
+from lightning_qat.reporting.files import write_result
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +66,13 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
                         "lightning_qat.export_onnx(model, path, example_inputs) takes inputs of your own."
                     )
                 names = {path: path if len(regions) > 1 else "model" for path in regions}
-                return [
-                    write(region, Call(calls[path][0].args, calls[path][0].kwargs), directory / names[path], options)
+                written = {
+                    path: write(
+                        region, Call(calls[path][0].args, calls[path][0].kwargs), directory / names[path], options
+                    )
                     for path, region in regions.items()
-                ]
+                }
+            return _with_task(trainer, module, regions, written, options)
 
         return project.before_training(work, options.calibration_batches), project.notes
 
@@ -88,6 +94,29 @@ _Written: TypeAlias = ExportResult | str
 def _onnx(region: Region, call: Call, file: Path, options: argparse.Namespace) -> _Written:
     shapes = _batch_axes(region, call) if options.dynamic_batch else None
     return export_onnx(region, f"{file}.onnx", call, shapes, options.opset, not options.no_verify)
+
+
+def _with_task(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    regions: Mapping[str, Region],
+    written: Mapping[str, _Written],
+    options: argparse.Namespace,
+) -> list[_Written]:
+    """Add what the task measures, and write the reports again."""
+    results = {path: result for path, result in written.items() if isinstance(result, ExportResult)}
+    if options.no_verify or not results:
+        return list(written.values())
+    try:
+        rows = exported_metrics(trainer, module, regions, {path: Path(r.file) for path, r in results.items()})
+    except ConfigurationError as error:
+        return [*written.values(), f"The metrics of the validation data were not compared: {error}"]
+    found: list[_Written] = []
+    for result in results.values():
+        file = Path(result.file)
+        found.append(dataclasses.replace(result, task=rows))
+        write_result(found[-1], file.parent, f"{file.stem}_export", formats=("txt", "json"))  # type: ignore[arg-type]
+    return found
 
 
 def _program(region: Region, call: Call, file: Path, options: argparse.Namespace) -> _Written:
@@ -123,8 +152,8 @@ EXPORT = Command(
 Written to <output>, with several targets one file for each, under its name:
 
   onnx     model.onnx and its report, model_export.txt and .json. Every quantizer of the file is computed by onnxruntime
-           from the same input as in the model: all codes have to be equal. It needs the extra:
-           pip install 'lightning-qat[onnx]'.
+           from the same input as in the model: all codes have to be equal. The validation data are evaluated in float,
+           with fake-quant and with onnxruntime. It needs the extra: pip install 'lightning-qat[onnx]'.
   program  model.pt2, for torch.export.load, also where lightning_qat is not installed.
 """,
     example=" --ckpt_path best.ckpt --dynamic-batch",

@@ -90,6 +90,23 @@ class OpRow:
 
 
 @dataclass(frozen=True)
+class TaskRow:
+    """One metric of the validation data.
+
+    Args:
+        metric: its name, as it is logged.
+        in_float: its value in float.
+        fake_quant: its value with fake-quant.
+        onnxruntime: its value where onnxruntime computes the exported file, with all optimizations.
+    """
+
+    metric: str
+    in_float: float
+    fake_quant: float
+    onnxruntime: float
+
+
+@dataclass(frozen=True)
 class ExportResult(Result[QuantizerRow]):
     """An exported model, and the proof that it computes what the region computes.
 
@@ -108,6 +125,7 @@ class ExportResult(Result[QuantizerRow]):
         float_bytes: size of the same graph without quantizers; 0 if not known, as is the time.
         milliseconds: time of one forward by onnxruntime on this machine, with all optimizations.
         float_milliseconds: the same of the graph without quantizers.
+        task: what the validation data measure, where a Trainer is at hand.
     """
 
     outputs: tuple[OutputRow, ...] = ()
@@ -123,6 +141,7 @@ class ExportResult(Result[QuantizerRow]):
     float_bytes: int = 0
     milliseconds: float = 0.0
     float_milliseconds: float = 0.0
+    task: tuple[TaskRow, ...] = ()
 
     title: ClassVar[str] = "ONNX export"
     shown: ClassVar[tuple[str, ...]] = (
@@ -155,6 +174,11 @@ class ExportResult(Result[QuantizerRow]):
                 f"{least.point}, the worst one; the largest difference is {most} {'step' if most == 1 else 'steps'}."
             )
         parts += self._optimizations()
+        parts += [
+            f"{row.metric}: {row.in_float:.6g} in float, {row.fake_quant:.6g} with fake-quant, "
+            f"{row.onnxruntime:.6g} with onnxruntime."
+            for row in self.task
+        ]
         parts += self._cost()
         if self.kept:
             parts.append("Not folded: " + "; ".join(f"{name}, as {reason}" for name, reason in self.kept) + ".")

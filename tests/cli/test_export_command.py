@@ -63,8 +63,14 @@ def test_export_writes_the_model_of_a_checkpoint(
         "model.onnx", "model_export.json", "model_export.txt",
     ]  # fmt: skip
     assert not (tmp_path / "out" / "trained").exists()
-    rows = json.loads((tmp_path / "files" / "model_export.json").read_text())["rows"]
-    assert {row["equal"] for row in rows} == {1.0}
+    stored = json.loads((tmp_path / "files" / "model_export.json").read_text())
+    assert {row["equal"] for row in stored["rows"]} == {1.0}
+    (row,) = [row for row in stored["task"] if row["metric"] == "val_loss"]
+    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    (expected,) = trainer.validate(load_quantized(Classifier, checkpoint), loader(16), verbose=False)
+    assert row["fake_quant"] == pytest.approx(expected["val_loss"], abs=1e-6)
+    assert row["onnxruntime"] == pytest.approx(row["fake_quant"], abs=0.05)
+    assert "val_loss: " in " ".join((tmp_path / "files" / "model_export.txt").read_text().split())
     assert "equal those of the region" in " ".join(capsys.readouterr().out.split())
     model = load_quantized(Classifier, checkpoint).eval()
     images = next(iter(loader(5)))[0][:5]
