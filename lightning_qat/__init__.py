@@ -23,6 +23,7 @@ from lightning_qat.callbacks.pipeline_fingerprint import PipelineFingerprint
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat.callbacks.sensitivity_analysis import SensitivityAnalysis
 from lightning_qat.callbacks.zero_lr_finetune import ZeroLRFinetune
+from lightning_qat.export.encodings.written_encodings import read_encodings, write_encodings
 from lightning_qat.export.plan_files import write_plan
 from lightning_qat.export.program_export import export_program
 from lightning_qat.quantization.interception.dynamic_block import dynamic_block
@@ -82,11 +83,13 @@ __all__ = [
     "load_quantized",
     "measure_errors",
     "parameter_groups",
+    "read_encodings",
     "sensitivity",
     "show",
     "split_shared_modules",
     "tune",
     "write_csv",
+    "write_encodings",
     "write_json",
     "write_plan",
 ]

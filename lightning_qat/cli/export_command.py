@@ -24,6 +24,7 @@ from lightning_qat.callbacks.trainer.output_directory import shared_directory
 from lightning_qat.cli.command import Command, add_quantization_options
 from lightning_qat.cli.project import Project
 from lightning_qat.cli.run_project import run_project
+from lightning_qat.export.encodings.written_encodings import FILE_NAMES, write_encodings
 from lightning_qat.export.program_export import export_program
 from lightning_qat.export.verification_result import ExportResult
 from lightning_qat.quantization.errors import ConfigurationError
@@ -38,7 +39,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=list(_WRITERS),
         default="onnx",
-        help="onnx (the default): a QDQ graph; program: an ExportedProgram of torch, for torch.export.load",
+        help="onnx (the default), program (an ExportedProgram of torch), or encodings: qnn, horizon, tidl",
     )
     parser.add_argument("--opset", type=int, default=21, metavar="N", help="of ONNX: 21, or 20 for 8-bit models")
     parser.add_argument(
@@ -126,9 +127,21 @@ def _program(region: Region, call: Call, file: Path, options: argparse.Namespace
     return f"{file}.pt2: for torch.export.load, without lightning_qat; {proof}."
 
 
+def _encodings(region: Region, call: Call, file: Path, options: argparse.Namespace) -> _Written:
+    name = FILE_NAMES[options.format]
+    found = write_encodings(
+        region, file.with_name(name if file.name == "model" else f"{file.name}.{name}"), options.format
+    )
+    lost = sorted({one.what for one in found.not_held})
+    return f"{found.file}: {found.points} entries. " + (f"It has no place for {'; '.join(lost)}." if lost else "")
+
+
 _WRITERS: Mapping[str, Callable[[Region, Call, Path, argparse.Namespace], _Written]] = {
     "onnx": _onnx,
     "program": _program,
+    "qnn": _encodings,
+    "horizon": _encodings,
+    "tidl": _encodings,
 }
 
 
@@ -155,6 +168,9 @@ Written to <output>, with several targets one file for each, under its name:
            from the same input as in the model: all codes have to be equal. The validation data are evaluated in float,
            with fake-quant and with onnxruntime. It needs the extra: pip install 'lightning-qat[onnx]'.
   program  model.pt2, for torch.export.load, also where lightning_qat is not installed.
+  qnn      model.encodings: encodings JSON 2.0.0 of AIMET, for QNN.
+  horizon  quant_config.json of HMCT: the type that each node of model.onnx reads.
+  tidl     quant_params.prototxt: the ranges of layers for TI's TIDL.
 """,
     example=" --ckpt_path best.ckpt --dynamic-batch",
     add_options=_add_options,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_qat import Calibration, QuantizationAwareTraining, load_quantized
+from lightning_qat import Calibration, QuantizationAwareTraining, load_quantized, read_encodings
 from lightning_qat.cli.command_line import main
 from tests.harness.classifier import Classifier, loader
 
@@ -21,6 +22,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is mis
 SCRIPT = """
 import sys
 from pathlib import Path
+from typing import Any
 from lightning.pytorch import Trainer
 from lightning_qat import Calibration, QuantizationAwareTraining
 from tests.harness.classifier import Classifier, loader
@@ -91,6 +93,21 @@ def test_export_writes_a_program(tmp_path: Path, checkpoint: Path, capsys: pytes
     program = torch.export.load(tmp_path / "files" / "model.pt2")
     with torch.no_grad():
         assert torch.equal(program.module()(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("qnn", "model.encodings"), ("horizon", "quant_config.json"), ("tidl", "quant_params.prototxt")],
+)
+def test_export_writes_encodings(
+    kind: Any, name: str, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    command = ["export", str(tmp_path / "train.py"), str(tmp_path / "out"), "--format", kind]
+    assert main([*command, "--ckpt_path", str(checkpoint), f"--output={tmp_path / 'files'}"]) == 0
+    assert [p.name for p in (tmp_path / "files").iterdir()] == [name]
+    assert read_encodings(tmp_path / "files" / name, kind)
+    assert "It has no place for" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_cannot_be_exported_is_one_line(
