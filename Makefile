@@ -50,6 +50,7 @@ zoo: $(VENV)/.dev ## quantize the models of tests/zoo and write the tables
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.table
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.mixed_precision
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.onnx_export
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.tuning
 
 format: $(VENV)/.dev ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .

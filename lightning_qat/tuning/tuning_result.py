@@ -71,7 +71,7 @@ class TuningResult(StageTable):
             else f"with all points at {self.narrow if 'narrow' in self.recommended else self.wide}"
         )
         after = f" Then it stopped: {self.stopped}" if self.stopped else ""
-        bops = f"; {self.shares['bops']:.3g} times the bit operations of {self.narrow}" if "bops" in self.shares else ""
+        bops = f"; {self.shares['bops']:.2f} times the bit operations of {self.narrow}" if "bops" in self.shares else ""
         return f"target met: {self.recommended} {mix} reaches {values}{bops}. Configuration: recommended.yaml.{after}"
 
     @override
