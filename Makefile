@@ -21,6 +21,7 @@ demo: $(VENV)/.examples ## digits in float, in int16 without training, in int8 w
 	$(DIGITS) test --config configs/digits_int16.yaml
 	$(DIGITS) fit --config configs/digits_int8.yaml
 	$(DIGITS) test --config configs/digits_int8.yaml --ckpt_path logs/digits/int8/int8.ckpt
+	$(BIN)/python -m lightning_qat report $$(dirname $$(ls -t logs/digits/runs/int8/*/lightning_qat/quant_plan.json | head -1))
 
 test: lint types layers unit ## everything a change must pass
 

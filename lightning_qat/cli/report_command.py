@@ -8,10 +8,12 @@ from pathlib import Path
 from lightning_qat.cli.command import Command
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.console import print_text
+from lightning_qat.reporting.html.node_data import write_node_data
 from lightning_qat.reporting.html.page import FILE_NAME, write_report
-from lightning_qat.reporting.html.run_folder import require_run
+from lightning_qat.reporting.html.point_table import PointTable, point_table
+from lightning_qat.reporting.html.run_folder import read_run, require_run
 
-_USAGE = "python -m lightning_qat report RUN_DIR [RUN_DIR ...] [--output FILE]"
+_USAGE = "python -m lightning_qat report RUN_DIR [RUN_DIR ...] [--output FILE] [--node-data COLUMN]"
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +22,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help=f"the file to write; {FILE_NAME} beside the files of the last run if not given",
+    )
+    parser.add_argument(
+        "--node-data",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="also write this column of the points, such as score, for Model Explorer; may be given several times",
     )
 
 
@@ -31,7 +40,11 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
     runs, output = [require_run(run) for run in (script, *arguments)], options.output
     if output is not None and output.is_dir():
         output = output / FILE_NAME
-    print_text(f"Report: {write_report(runs, output).resolve()}")
+    path = write_report(runs, output)
+    points = point_table(read_run(runs[-1])) if options.node_data else PointTable()
+    for column in options.node_data:
+        print_text(f"Node data: {write_node_data(points, column, path.parent).resolve()}")
+    print_text(f"Report: {path.resolve()}")
     return 0
 
 
@@ -42,6 +55,9 @@ REPORT = Command(
 
 With several runs, the earliest first, the page is about the last one and compares it with the others. The page needs no
 network and no other file, so it can be sent to a colleague. It needs Jinja2: pip install 'lightning-qat[html]'.
+
+--node-data COLUMN writes node_data_COLUMN.json beside it. Google's Model Explorer colours the ONNX file of
+"python -m lightning_qat export" with it.
 """,
     example="",
     add_options=_add_options,

@@ -48,3 +48,12 @@ def test_a_damaged_file_is_left_out_and_said(tmp_path: Path) -> None:
     assert main(["report", str(run)]) == 0
     page = ParsedPage((run / "lightning_qat" / "report.html").read_text())
     assert len(page.data["points"]["rows"]) == 12
+
+
+def test_columns_for_model_explorer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_folder.write_run(tmp_path, 3)
+    assert main(["report", str(run), "--node-data", "score", "--node-data", "dtype"]) == 0
+    folder = run / "lightning_qat"
+    assert {path.name for path in folder.glob("node_data*")} == {"node_data_score.json", "node_data_dtype.json"}
+    assert main(["report", str(run), "--node-data", "scores"]) == 2
+    assert "score" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_qat.analysis.results import Block
+from lightning_qat.atomic_files import json_value
 from lightning_qat.quantization.planning.deployed_part import TRAIN_ONLY
 from lightning_qat.reporting.html.point_history import PointKey, point_key
 from lightning_qat.reporting.html.point_table import PointTable
@@ -45,7 +46,7 @@ def histograms(run: RunFolder, points: PointTable) -> list[list[Any] | None]:
     for one in held if isinstance(held, list) else []:
         if isinstance(one, dict) and isinstance(one.get("counts"), list):
             numbers = [one.get(name) for name in ("first_code", "codes_per_bin", "counts", "below", "above")]
-            found[point_key(one.get("region"), one.get("point"))] = numbers
+            found[point_key(one.get("region"), one.get("point"))] = json_value(numbers)
     return [found.get(key) for key in points.keys]
 
 
@@ -68,10 +69,10 @@ def depth(run: RunFolder, points: PointTable) -> dict[str, Any]:
             "own": [short(row.get("own_SQNR")) for row in rows],
             "jump": first_jump([row.get("SQNR") for row in rows]),
         }
-    own = points.column("sqnr")
+    own, names = points.column("sqnr"), points.names
     kept = [place for place, value in enumerate(own) if _number(value)]
     return {
-        "names": [one_line(points.names[place]) for place in kept],
+        "names": [one_line(names[place]) for place in kept],
         "points": kept,
         "accumulated": [],
         "own": [short(own[place]) for place in kept],

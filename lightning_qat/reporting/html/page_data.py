@@ -51,12 +51,12 @@ def as_json_element(data: Mapping[str, Any]) -> str:
         >>> print(as_json_element({"name": "</script>&"}))
         {"name":"\\u003c/script\\u003e\\u0026"}
     """
-    text = json.dumps(json_value(data), separators=(",", ":"))  # ASCII: line separators and surrogates are escapes
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)  # ASCII: line separators, surrogates are escapes
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _cell(value: Any) -> Any:
-    return one_line(value) if isinstance(value, str) else value
+    return one_line(value) if isinstance(value, str) else json_value(value)
 
 
 def _series(run: RunFolder, points: PointTable) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def point_key(region: object, point: object) -> PointKey:
 
 def _as_in_csv(name: object) -> str:
     """A name as a csv file holds it, which has neither NUL nor halves of characters."""
-    return str(name).replace("\0", r"\x00").encode("utf-8", "backslashreplace").decode()
+    text = str(name)
+    return text if text.isprintable() else text.replace("\0", r"\x00").encode("utf-8", "backslashreplace").decode()
 
 
 def read_history(path: Path, columns: Sequence[str], most: int = MOST_EPOCHS) -> PointHistory:
@@ -68,42 +69,47 @@ def read_history(path: Path, columns: Sequence[str], most: int = MOST_EPOCHS) ->
     if not path.is_file():
         return PointHistory()
     document = Document(path, "a table of points that grows by epochs", _REMEDY)
-    latest: dict[PointKey, dict[str, Cell]] = {}
+    latest: dict[PointKey, list[str]] = {}
     kept: list[tuple[int, dict[PointKey, list[Cell]]]] = []
     stride = 1
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
-            for number, (epoch, rows) in enumerate(_by_epoch(file)):
+            reader = csv.reader((line for line in file if line.endswith("\n")), strict=True)  # a half line is cut off
+            heading = next(reader, [])
+            wanted = [(column, heading.index(column) if column in heading else -1) for column in columns]
+            for number, (epoch, rows) in enumerate(_by_epoch(reader, heading)):
                 latest.update(rows)
                 if kept and (number - 1) % stride:
                     kept.pop()  # it was there as the last one only
-                kept.append((epoch, {key: [row.get(column) for column in columns] for key, row in rows.items()}))
+                numbers = {k: [_cell(c, r[at]) if at >= 0 else None for c, at in wanted] for k, r in rows.items()}
+                kept.append((epoch, numbers))
                 if len(kept) > 2 * most:
                     kept, stride = kept[::2], 2 * stride
-    except (OSError, ValueError, KeyError, csv.Error) as error:
+    except (OSError, ValueError, IndexError, csv.Error) as error:
         raise document.error(f"it cannot be read ({error})") from error
     series: dict[str, dict[PointKey, list[Cell]]] = {}
     for place, column in enumerate(columns):
         series[column] = {key: [rows[key][place] if key in rows else None for _, rows in kept] for key in latest}
-    return PointHistory(latest, tuple(epoch for epoch, _ in kept), series)
+    typed = {key: {c: _cell(c, text) for c, text in zip(heading, row, strict=True)} for key, row in latest.items()}
+    return PointHistory(typed, tuple(epoch for epoch, _ in kept), series)
 
 
-def _by_epoch(lines: Iterable[str]) -> Iterator[tuple[int, dict[PointKey, dict[str, Cell]]]]:
-    """The rows of one epoch after the other. A last line without an end is left out: its writer was killed."""
-    reader = csv.reader((line for line in lines if line.endswith("\n")), strict=True)
-    heading = next(reader, [])
+def _by_epoch(reader: Iterable[list[str]], heading: list[str]) -> Iterator[tuple[int, dict[PointKey, list[str]]]]:
+    """The rows of one epoch after the other."""
+    at = {name: heading.index(name) for name in ("epoch", "region", "point") if name in heading}
     epoch: int | None = None
-    rows: dict[PointKey, dict[str, Cell]] = {}
+    rows: dict[PointKey, list[str]] = {}
     for cells in reader:
         if not cells:
             continue
-        row = {column: _cell(column, text) for column, text in zip(heading, cells, strict=True)}
-        present = int(row.pop("epoch", 0) or 0)
+        if len(cells) != len(heading) or "point" not in at:
+            raise ValueError(f"{len(cells)} cells in a row of {len(heading)} columns, which must have a point")
+        present = int(cells[at["epoch"]] or 0) if "epoch" in at else 0
         if epoch is not None and present != epoch:
             yield epoch, rows
             rows = {}
         epoch = present
-        rows[point_key(row.get("region"), row["point"])] = row
+        rows[point_key(cells[at["region"]] if "region" in at else "", cells[at["point"]])] = cells
     if epoch is not None:
         yield epoch, rows
 
