@@ -64,16 +64,27 @@ class Reports:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Rows of a report, the one about the calibrated model if there is one; nothing if there is no such report."""
-        for path in (self.folder / f"calibrated_{name}.json", self.folder / f"{name}.json"):
-            if path.exists():
-                rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
-                return rows
-        return []
+        path = self.path(name, "json")
+        rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+        return rows
+
+    def path(self, name: str, ending: str) -> Path:
+        """The file of a report, the one about the calibrated model if there is one."""
+        calibrated = self.folder / f"calibrated_{name}.{ending}"
+        return calibrated if calibrated.exists() else self.folder / f"{name}.{ending}"
 
     def content(self, name: str) -> dict[str, Any]:
         """All that a report holds."""
         found: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text())
         return found
+
+    def points(self) -> list[dict[str, Any]]:
+        """All points of the plan."""
+        return [point for region in self.content("quant_plan")["regions"].values() for point in region["points"]]
+
+    def number_of_wide_points(self) -> int:
+        """How many points are at int16."""
+        return sum(point["dtype"] == "int16" for point in self.points())
 
     @property
     def findings(self) -> list[dict[str, Any]]:
