@@ -42,10 +42,10 @@ def quoted(rows: list[dict[str, Any]], most: int = 6) -> list[str]:
     return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])
 
 
-def pasted(story: Story, settings: Settings, rows: list[dict[str, Any]]) -> Settings:
+def pasted(story: Story, settings: Settings, rows: list[dict[str, Any]], report: str) -> Settings:
     """Settings with what rows of a report print; the chapter says so."""
     new = rules(rows)
-    story.last.said += quoted(rows)
+    story.last.said += [f"{report}: {line}" for line in quoted(rows)]
     shown = [f"`{yaml.safe_dump(rule, default_flow_style=True, width=1000, sort_keys=False).strip()}`" for rule in new]
     if new:
         more = f" and {len(new) - 4} more" if len(new) > 4 else ""
@@ -58,21 +58,21 @@ def at_int16(story: Story) -> Settings:
     settings = read(HERE / "configs" / "faults.yaml")
     first = story.calibrated("int16 calibration, first", settings)
     for finding, edit in first.edits():
-        story.last.said += quoted([finding])
+        story.last.said += [f"model check: {line}" for line in quoted([finding])]
         story.last.done.append(f"changed the code at {finding['location']}: `{edit.arguments}`")
         settings = with_model(settings, **edit.arguments)
-    settings = pasted(story, settings, first.pasted_diagnoses(("bad scale",)))
+    settings = pasted(story, settings, first.pasted_diagnoses(("bad scale",)), "diagnosis")
     for attempt in ("model check", "model check, again"):
         rows = story.checked(attempt, settings).pasted_findings()
         if not rows:
             story.last.said.append("no error and no warning with something to paste")
             break
-        settings = pasted(story, settings, rows)
+        settings = pasted(story, settings, rows, "model check")
     fixed = story.calibrated("int16 calibration, fixed inputs", settings)
-    settings = pasted(story, settings, fixed.pasted_diagnoses(("bad scale", "clipping")))
+    settings = pasted(story, settings, fixed.pasted_diagnoses(("bad scale", "clipping")), "diagnosis")
     story.trained("int16 QAT, first", settings)
     blamed = story.pipeline("pipeline check", settings)
-    settings = pasted(story, settings, fixed.pasted_diagnoses(("non-uniform",)))
+    settings = pasted(story, settings, fixed.pasted_diagnoses(("non-uniform",)), "diagnosis of the calibration")
     story.calibrated("int16 calibration, split dim_t", settings)
     if blamed.blames_training_images():
         settings = with_model(settings, **BRIGHTNESS.arguments)
