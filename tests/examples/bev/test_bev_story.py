@@ -79,7 +79,7 @@ def test_only_what_a_report_says_at_the_right_place_is_done(tmp_path: Path) -> N
 @pytest.mark.timeout(3000)
 def test_the_quick_story_finds_and_repairs_everything(tmp_path: Path) -> None:
     """All columns of the source, on less data and with a model that is trained less."""
-    command = [sys.executable, "examples/bev/story.py", "--quick", "--root", str(tmp_path / "story")]
+    command = [sys.executable, "examples/bev/story.py", "--quick", "--root", str(tmp_path / "story"), "--without-tune"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     columns = json.loads((tmp_path / "story" / "columns.json").read_text())
