@@ -103,8 +103,8 @@ class HTMLReport(ReportingCallback):
         self._note_provenance(finished=False)
 
     def _finish(self, trainer: pl.Trainer) -> None:
-        if self._directory is None and leaves_files(trainer):  # a resumed run with nothing left to train
-            self._directory = run_directory(trainer)
+        directory = run_directory(trainer)  # broadcasts: on all ranks; a resumed run may have had no start
+        self._directory = directory if leaves_files(trainer) else None
         self._note_provenance(finished=True)
         self._write()
         if self.path is None:

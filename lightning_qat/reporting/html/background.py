@@ -65,14 +65,17 @@ def compared_runs(runs: Sequence[RunFolder]) -> tuple[Block, ...]:
     """
     if len(runs) < 2:
         return ()
+    metrics = dict.fromkeys(row.metric for run in runs if run.accuracy is not None for row in run.accuracy.rows)
     rows = []
     for run in runs:
         overview, table = judge_run(run), point_table(run)
         levels = [finding.advice.level for finding in overview.findings]
         types = table.column("dtype")
         counts = ", ".join(f"{types.count(kind)} {kind}" for kind in dict.fromkeys(t for t in types if t))
-        rows.append((run.name, overview.verdict, levels.count("error"), levels.count("warning"), counts))
-    blocks = [Block("Runs side by side", ("run", "verdict", "errors", "warnings", "points"), tuple(rows))]
+        values = [_newest(run, metric) for metric in metrics]
+        rows.append((run.name, overview.verdict, *values, levels.count("error"), levels.count("warning"), counts))
+    columns = ("run", "verdict", *metrics, "errors", "warnings", "points")
+    blocks = [Block("Runs side by side", columns, tuple(rows))]
     for before in runs[:-1]:
         blocks += _compared(before, runs[-1])
     return tuple(blocks)
@@ -131,6 +134,15 @@ def _left_out(run: RunFolder) -> Iterator[Gap]:
     silent = [full_name(key) for key, row in run.statistics.latest.items() if row.get("count") == 0]
     if silent:
         yield Gap(f"values of {len(silent)} points", f"no sampled batch reached them: {_shortened(silent)}.")
+
+
+def _newest(run: RunFolder, metric: str) -> float | None:
+    """The value of a metric at the newest stage of a run that has it."""
+    if run.accuracy is None:
+        return None
+    values = {row.metric: row.values for row in run.accuracy.rows}.get(metric, {})
+    stages = [f"{run.accuracy.run} {stage}" for stage in run.accuracy.own]
+    return next((values[stage] for stage in reversed(stages) if stage in values), None)
 
 
 def _shortened(names: Sequence[Any]) -> str:

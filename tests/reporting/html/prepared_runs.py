@@ -4,6 +4,14 @@
 
 writes ``FOLDER/{misaligned,clipped,healthy}/lightning_qat/report.html``, and with ``--pictures`` what Chromium makes of
 them, wide and narrow, light and dark.
+
+The trial: a reader who has never seen the tool gets one page at a time, and no help.
+
+| question | misaligned | clipped | healthy |
+|---|---|---|---|
+| What is wrong? | training gets other inputs than the float run did | one point clips | nothing |
+| What do you do next? | normalize in the training step | leave out its fixed scale, calibrate | export |
+| Which points are to blame? | none | `relu_0.output` | none |
 """
 
 from __future__ import annotations

@@ -187,6 +187,21 @@ def test_hostile_names_are_shown_and_do_nothing(opened: Opened, tmp_path: Path) 
     assert len(page.requests) == 1
 
 
+def test_a_dot_of_the_front_opens_its_overrides(opened: Opened, tmp_path: Path) -> None:
+    run = run_folder.write_run(tmp_path, 3)
+    rows = [{"raised": n, "cost": 1 + n / 60, "sqnr": 20.0 + n} for n in range(60)]
+    overrides = [[{"match": f"point{i}", "activation": {"dtype": "int16"}} for i in range(n)] for n in range(60)]
+    document = {"cost_name": "bops", "overrides": overrides, "rows": rows}
+    (run / "lightning_qat" / "front.json").write_text(json.dumps(document))
+    page = opened(write_report([run]))
+    page.run("document.querySelectorAll('#front-chart .dot')[28].dispatchEvent(new Event('click'))")
+    raised = page.run("[...document.querySelectorAll('.choice[open]')].map((c) => Number(c.dataset.raised))")
+    assert len(raised) == 1
+    assert abs(raised[0] - 28) <= 2
+    assert page.run("document.querySelector('.choice[open] code').textContent").count("match") == raised[0]
+    assert page.complaints == []
+
+
 def test_the_policy_stops_what_would_be_injected(opened: Opened, report: Path) -> None:
     page = opened(report)
     page.run(INJECTED)

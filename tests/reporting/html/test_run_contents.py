@@ -182,5 +182,7 @@ def test_runs_side_by_side_say_what_changed(tmp_path: Path) -> None:
     blocks = compared_runs([read_run(first), read_run(second)])
     assert [row[1] for row in blocks[0].rows] == ["nothing wrong found", "target reached"]
     assert blocks[0].rows[0][-1] == "3 int8"
+    assert blocks[0].columns[2] == "val_acc"
+    assert [row[2] for row in blocks[0].rows] == [None, 0.9]
     assert {row[2] for row in blocks[1].rows} <= {"fell", "same", "rose"}
     assert compared_runs([read_run(first)]) == ()

@@ -1,5 +1,6 @@
 /* Charts as SVG, made element by element. Colours come from the style sheet; shapes and texts say the same. */
 
+const MOST_DOTS = 400;
 const SVG = "http://www.w3.org/2000/svg";
 
 function draw(tag, attributes = {}, ...children) {
@@ -55,9 +56,10 @@ function lineChart(lines, options) {
       isOpen = finite(value);
     });
     svg.append(draw("path", { class: `line ${line.kind || ""}`, d: path.join("") }));
-    if (count <= 400) line.values.forEach((value, place) => {
+    if (count <= MOST_DOTS) line.values.forEach((value, place) => {
       if (!finite(value)) return;
       const dot = { class: `dot ${line.kind || ""}`, tip: `${options.place(place)}: ${line.name} ${formatNumber(value)}` };
+      if (options.open) dot.onclick = () => options.open(place);
       svg.append(line.kind === "own" ? draw("rect", { ...dot, x: x(place) - 2.5, y: y(value) - 2.5, width: 5, height: 5 })
         : draw("circle", { ...dot, cx: x(place), cy: y(value), r: 2.6 }));
     });

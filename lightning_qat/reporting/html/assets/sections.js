@@ -133,5 +133,16 @@ function showFront(front) {
   byId("front-chart").append(lineChart([line], {
     width: roomIn("front-chart"), height: 240, label: "Predicted signal to noise ratio against cost",
     place: (index) => `cost ${formatNumber(choices[index][0])}`,
+    open: (index) => openChoice(choices[index][2]),
   }));
+}
+
+/** Open the listed choice that raises as many points as a dot of the chart, or the nearest one. */
+function openChoice(raised) {
+  const listed = [...document.querySelectorAll(".choice")];
+  const distance = (choice) => Math.abs(Number(choice.dataset.raised) - raised);
+  const [nearest] = listed.sort((one, other) => distance(one) - distance(other));
+  nearest.open = true;
+  nearest.scrollIntoView({ block: "nearest" });
+  nearest.querySelector("summary").focus();
 }
