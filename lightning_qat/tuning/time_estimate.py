@@ -63,7 +63,7 @@ def estimate(settings: TuningSettings, stage: float, times: Mapping[str, float])
 
     Example:
         >>> estimate(TuningSettings("train.py", ()), 30.0, {"evaluation": 6.0, "training": 130.0})
-        'an evaluation takes about 6 s, a training about 2 min; all stages together at most about 14 min'
+        'an evaluation takes about 6 s, a training about 2 min; all stages together at most about 16 min'
         >>> estimate(TuningSettings("train.py", ()), 30.0, {"evaluation": 6.0})
         'an evaluation takes about 6 s; how long a training takes is not known before the first one'
     """

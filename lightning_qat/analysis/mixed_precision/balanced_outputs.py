@@ -36,7 +36,8 @@ class BalancedOutputs(OutputSelector):
     @property
     @override
     def description(self) -> str:
-        return f"{super().description} ({len(self.factors)} tensors, which count alike)"
+        number = sum(factor > 0 for factor in self.factors)
+        return super().description + (f" ({number} tensors, which count alike)" if number > 1 else "")
 
 
 def balanced(
@@ -44,8 +45,9 @@ def balanced(
 ) -> OutputSelector:
     """Return a selector after which the mean squared error is the mean over tensors of their relative ones.
 
-    The squared error of a tensor, relative to the mean square of its float values, is the noise-to-signal ratio. An
-    output of one tensor is left as it is; so is one whose number of tensors is not always the same.
+    The squared error of a tensor, relative to the mean square of its float values, is the noise-to-signal ratio. A
+    single number beside other tensors, such as a loss, does not count. An output of one tensor is left as it is; so is
+    one whose number of tensors is not always the same.
 
     Args:
         region: a calibrated region.
@@ -58,8 +60,11 @@ def balanced(
     with ranks.failing_together(across_ranks), analysis_mode(region, buffers=False), region.only(()):
         for call in calls:
             with RepeatableForward(region.target, call, seed) as forward:
-                found.append([count_and_squares(tensor) for tensor in select(forward())])
-            if len(found[0]) < 2:
+                tensors = select(forward())
+                found.append(
+                    [count_and_squares(t) * counts for t, counts in zip(tensors, counted(tensors), strict=True)]
+                )
+            if len(tensors) < 2:
                 break
     numbers = {len(sums) for sums in found}
     if across_ranks:
@@ -71,6 +76,18 @@ def balanced(
     return BalancedOutputs(select.output, select.post_process, factors)
 
 
+def counted(tensors: Sequence[Tensor]) -> list[bool]:
+    """Return which tensors of an output count: single numbers, such as a loss, only if there is nothing else.
+
+    Example:
+        >>> counted([torch.tensor(1.0), torch.ones(2, 3)]), counted([torch.tensor(1.0)])
+        ([False, True], [True])
+    """
+    if all(tensor.ndim == 0 for tensor in tensors):
+        return [True] * len(tensors)
+    return [tensor.ndim > 0 for tensor in tensors]
+
+
 def count_and_squares(tensor: Tensor) -> Tensor:
     """Return the number of finite elements and the sum of their squares, float64 ``(2,)`` on the CPU."""
     finite = tensor[tensor.isfinite()].double()
@@ -78,7 +95,12 @@ def count_and_squares(tensor: Tensor) -> Tensor:
 
 
 def _factors(sums: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """Return the factors for tensors whose numbers of elements and sums of squares are given; 0 for one of zeros."""
+    """Return the factors for tensors whose numbers of elements and sums of squares are given.
+
+    A tensor that does not count, or holds only zeros, has 0; the only one that counts stays in its own unit.
+    """
     whole = sum(count for count, _ in sums)
     used = sum(square > 0 for _, square in sums)
+    if used == 1:
+        return tuple(float(square > 0) for _, square in sums)
     return tuple(math.sqrt(whole / (used * square)) if square > 0 else 0.0 for _, square in sums)

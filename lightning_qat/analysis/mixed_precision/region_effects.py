@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.analysis.captured_calls import seed_generators, watch_calls
-from lightning_qat.analysis.mixed_precision.balanced_outputs import count_and_squares
+from lightning_qat.analysis.mixed_precision.balanced_outputs import count_and_squares, counted
 from lightning_qat.analysis.mixed_precision.measured_forwards import quantized_by
 from lightning_qat.analysis.mixed_precision.point_quantizers import Quantizers
 from lightning_qat.analysis.mixed_precision.precision_errors import INFINITE_ERROR
@@ -194,10 +194,10 @@ def _relative_error(reference: list[Tensor], found: list[Tensor]) -> float | Non
     if not reference or [t.shape for t in reference] != [t.shape for t in found]:
         return None
     ratios = []
-    for base, other in zip(reference, found, strict=True):
+    for base, other, counts in zip(reference, found, counted(reference), strict=True):
         finite = base.isfinite()
         _, power = count_and_squares(base)
-        if power > 0:
+        if power > 0 and counts:
             error = (base[finite].double() - other[finite].double()).square().sum()
             ratios.append(min(float(error) / float(power), INFINITE_ERROR))
     return statistics.fmean(ratios) if ratios else 0.0

@@ -219,6 +219,29 @@ def test_several_outputs_of_one_region_count_alike() -> None:
     assert of_far.power > 1e3  # one tensor stays in its own unit
 
 
+def test_a_loss_beside_the_output_does_not_count() -> None:
+    """Models of transformers return their loss with the logits. Sibling: a loss beside two outputs."""
+
+    class WithLoss(TwoHeads):
+        names: tuple[str, ...] = ("near",)
+
+        def forward(self, x: Tensor, spare: bool = False) -> dict[str, Tensor]:
+            outputs = super().forward(x)
+            return {"loss": outputs["near"].square().mean(), **{name: outputs[name] for name in self.names}}
+
+    for names in (("near",), ("near", "far")):
+        model, batches = WithLoss().eval(), data()
+        model.names = names
+        region = insert(model, (batches[0],), qconfig={"weight": {"dtype": "int6"}})
+        calibrate(region, batches)
+        whole = measure_errors(region, batches, dtypes=("int6", "int8"))
+        chosen = measure_errors(
+            region, batches, dtypes=("int6", "int8"), output=lambda out, names=names: [out[name] for name in names]
+        )
+        expected = {name: own["int6"].mse for name, own in chosen.by_point.items()}
+        assert {name: own["int6"].mse for name, own in whole.by_point.items()} == pytest.approx(expected, rel=0.02)
+
+
 def test_errors_of_regions_are_refused_for_other_weights(tmp_path: Any) -> None:
     model, regions = quantized(TwoHeads())
     path = write_json(measure_errors(model, data(), dtypes=("int6", "int8")), tmp_path / "errors.json")
