@@ -37,6 +37,13 @@ def capture_error(model: nn.Module, error: Exception) -> ConfigurationError:
             "is the same for all inputs. Use torch.where in place of the branch, torch.cond, or a number that is "
             "known before the forward."
         )
+    unknown = re.search(r"Found <class '([^']+)'> in output, which is not a known type", text)
+    if unknown:
+        return ConfigurationError(
+            f"{type(model).__name__} returns a {unknown.group(1)}, which torch.export does not know: return tensors "
+            "only. A language model of transformers returns no cache with use_cache=False among the example inputs, or "
+            "in its config."
+        )
     place = "" if where == "?" else f"at {where}, "
     return ConfigurationError(
         f"{type(model).__name__} cannot be exported: {place}torch.export says: {_first_line(error)}"

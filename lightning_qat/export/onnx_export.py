@@ -25,6 +25,7 @@ from lightning_qat.export.deployed_form import (
 from lightning_qat.export.deployed_mode import DeployedForward
 from lightning_qat.export.deployed_ops import translations
 from lightning_qat.export.export_errors import conversion_error
+from lightning_qat.export.external_data import check_onnx, data_file, is_large, with_shapes, write_with_data
 from lightning_qat.export.float_twin import float_twin, milliseconds
 from lightning_qat.export.integer_ops import integer_ops
 from lightning_qat.export.onnx_graph import finish_graph, named_uses
@@ -33,7 +34,6 @@ from lightning_qat.export.verification_result import ExportResult, OpRow, Output
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
 
-_LARGEST_FILE = 2**31 - 1
 _EXTRA = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -122,7 +122,8 @@ def export_model(
     file = write_onnx(found.proto, path)
     uses = named_uses(found.deployed)
     references = {one.prefix + n: r for one in found.deployed for n, r in one.form.references.items()}
-    graph = VerifiedGraph(onnx.load(file), uses, references)  # what a reader of the file gets
+    large = is_large(found.proto)
+    graph = VerifiedGraph(onnx.load(file), uses, references, file if large else None)  # what a reader of the file gets
     rows: tuple[QuantizerRow, ...] = ()
     outputs: tuple[OutputRow, ...] = ()
     integers: tuple[OpRow, ...] = ()
@@ -130,8 +131,8 @@ def export_model(
     if verify:
         inputs = _graph_inputs(found)
         rows = verified_quantizers(graph, inputs)
-        integers = integer_ops(graph.proto)
-        cost = _cost(graph.proto, inputs)
+        integers = integer_ops(graph.proto, graph.source)
+        cost = {} if large else _cost(graph.proto, inputs)
         outputs = verified_outputs(graph, inputs, tensors_of(found.outputs), tensors_of(found.float_outputs))
     return ExportResult(
         rows,
@@ -144,7 +145,7 @@ def export_model(
         in_float=tuple(one.prefix + name for one in found.deployed for name in one.form.not_calibrated),
         shared=tuple(name for name in uses if name not in graph.dequantize),
         integer_ops=integers,
-        bytes=file.stat().st_size,
+        bytes=file.stat().st_size + (data_file(file).stat().st_size if large else 0),
         **cost,
     )
 
@@ -168,30 +169,19 @@ def _graph_inputs(found: Exported) -> dict[str, Any]:
 def write_onnx(proto: Any, path: str | os.PathLike[str]) -> Path:
     """Check an exported model and write it; an existing file is replaced at once.
 
+    Weights of a model that a single file cannot hold are written beside it, as ``<name>.data``.
+
     Raises:
         NotWrittenError: the file cannot be written.
-        ConfigurationError: it is larger than ONNX files can be.
+        ConfigurationError: torch.onnx has made a graph that is not valid.
     """
-    import onnx
-
-    size = proto.ByteSize()
-    if size > _LARGEST_FILE:
-        raise ConfigurationError(
-            f"the model takes {size / 2**30:.1f} GiB; a single ONNX file holds 2 GiB at most, and weights in files "
-            "beside it are not written yet. Export parts of the model as regions of their own."
-        )
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        line = " ".join(str(error).split())
-        raise ConfigurationError(
-            f"torch.onnx made a graph that is not valid ONNX, so nothing is written: {line}"
-        ) from error
+    if is_large(proto):
+        return write_with_data(proto, Path(path))
+    check_onnx(proto)
     return write_atomically(path, proto.SerializeToString())
 
 
 def _proto(model: nn.Module, deployed: list[DeployedForward], call: Call, dynamic_shapes: Any, opset: int) -> Any:
-    import onnx
     import onnx_ir
 
     with ExitStack() as stack:
@@ -212,5 +202,4 @@ def _proto(model: nn.Module, deployed: list[DeployedForward], call: Call, dynami
             raise conversion_error(model, program, error) from error
         assert found is not None
         finish_graph(found.model, deployed)
-    proto = onnx_ir.serde.serialize_model(found.model)
-    return onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    return with_shapes(onnx_ir.serde.serialize_model(found.model))

@@ -26,7 +26,7 @@ def run(proto: Any, inputs: Mapping[str, NDArray[Any]], optimization: str) -> li
     """Run a graph with onnxruntime on the CPU.
 
     Args:
-        proto: the graph.
+        proto: the graph, or the path of its file.
         inputs: by name.
         optimization: one of :data:`OPTIMIZATIONS`.
     """
@@ -37,7 +37,7 @@ def session(proto: Any, inputs: Mapping[str, NDArray[Any]], optimization: str) -
     """Load a graph, and return a function that runs it.
 
     Args:
-        proto: the graph.
+        proto: the graph, or the path of its file.
         inputs: by name.
         optimization: one of :data:`OPTIMIZATIONS`.
     """
@@ -50,11 +50,19 @@ def session(proto: Any, inputs: Mapping[str, NDArray[Any]], optimization: str) -
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
     loaded = onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=without
+        _loadable(proto), options, providers=["CPUExecutionProvider"], disabled_optimizers=without
     )
     wanted = {value.name for value in loaded.get_inputs()}
     fed = {name: v for name, v in inputs.items() if name in wanted}
     return lambda: list(loaded.run(None, fed))
+
+
+def _loadable(proto: Any) -> str | bytes:
+    """What onnxruntime opens: the bytes of a graph, or the path of a file with weights beside it."""
+    if isinstance(proto, Path):
+        return str(proto)
+    content: bytes = proto.SerializeToString()
+    return content
 
 
 def optimized(proto: Any) -> Any | None:
@@ -67,7 +75,7 @@ def optimized(proto: Any) -> Any | None:
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         try:
-            onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            onnxruntime.InferenceSession(_loadable(proto), options, providers=["CPUExecutionProvider"])
         except Exception:  # the row of this setting says why
             return None
-        return onnx.load(options.optimized_model_filepath)
+        return onnx.load(options.optimized_model_filepath, load_external_data=False)

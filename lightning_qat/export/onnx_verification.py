@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,20 @@ class VerifiedGraph:
         proto: the ``onnx.ModelProto``.
         uses: the quantizations by name.
         references: what the region made there, by name.
+        file: where the graph is, if its weights are in a file beside it.
     """
 
-    def __init__(self, proto: Any, uses: Mapping[str, NamedUse], references: Mapping[str, Reference]) -> None:
+    def __init__(
+        self,
+        proto: Any,
+        uses: Mapping[str, NamedUse],
+        references: Mapping[str, Reference],
+        file: Path | None = None,
+    ) -> None:
         from onnx import numpy_helper
 
         self.proto = proto
+        self.source: Any = proto if file is None else file
         self.uses = uses
         self.references = references
         nodes = [(node, _use_of(node)) for node in proto.graph.node]
@@ -214,7 +223,7 @@ def verified_outputs(
     rows: list[OutputRow] = []
     for optimization in OPTIMIZATIONS:
         try:
-            values = run(graph.proto, inputs, optimization)
+            values = run(graph.source, inputs, optimization)
         except Exception as error:  # onnxruntime has faults of its own: the file may still be what others need
             nan, why = math.nan, str(error).strip().splitlines()[0]
             rows += [OutputRow(name, optimization, None, None, nan, nan, nan, nan, why) for name in names]

@@ -100,6 +100,19 @@ def test_an_op_that_onnx_cannot_express_is_named(tmp_path: Path) -> None:
     assert " at tests/quantization/models.py:" in message  # the forward of Wired
 
 
+def test_a_result_that_torch_does_not_know_is_named(tmp_path: Path) -> None:
+    """As the caches of language models."""
+
+    class Cache:
+        pass
+
+    model = Wired(lambda m, x: (m.fc(x), Cache()), fc=nn.Linear(4, 4))
+    calibrated(model, X)
+    message = refused(model, tmp_path)
+    assert re.search(r"Wired returns a \S*Cache, which torch.export does not know", message)
+    assert "use_cache=False" in message
+
+
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_extra_is_named(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def importing(name: str, *args: Any) -> Any:

@@ -243,7 +243,8 @@ def _train(case: Case, region: Region, scales: str) -> None:
     for step in range(STEPS):
         optimizer.zero_grad()
         case.loss(case.model, case.batches[step % len(case.batches)]).backward()
-        optimizer.step()
+        if nn.utils.clip_grad_norm_(case.model.parameters(), 0.1).isfinite():  # random networks have steep losses
+            optimizer.step()
     case.model.eval()
 
 

@@ -175,7 +175,8 @@ def _varying_finding(file: str, places: Mapping[str, list[str]]) -> Finding:
         requirement="A3",
         names=names,
         what=f"The ops of {file}, {lines}, differ between the traced batches: {shortened(names)} ran in some only.",
-        why="An op that a later batch runs for the first time has no quantizer and stays float.",
+        why="An op that a later batch runs for the first time has no quantizer and stays float. An exported file runs "
+        "the ops of its example inputs only.",
         action=_LIBRARY if is_installed(file) else f"Put the code that repeats or is left out into `{ANNOTATION}`.",
         location=next(iter(places)),
     )

@@ -12,6 +12,7 @@ from lightning_qat.analysis.model_check.calls_check import check_call_ranges, ch
 from lightning_qat.analysis.model_check.checked_region import Check, CheckedRegion, CheckOptions, rules_of
 from lightning_qat.analysis.model_check.configuration_check import check_configuration, check_profile
 from lightning_qat.analysis.model_check.dtype_check import check_dtype_statistics, check_layer_configuration
+from lightning_qat.analysis.model_check.export_check import check_export
 from lightning_qat.analysis.model_check.finding import Finding, in_region, sorted_findings
 from lightning_qat.analysis.model_check.float_ops_check import check_float_ops
 from lightning_qat.analysis.model_check.fusion_check import check_fusion, check_varying_code
@@ -42,6 +43,7 @@ CHECKS: tuple[Check, ...] = (
     check_scales,
     check_weights,
     check_training,
+    check_export,
 )
 """In the order of the report."""
 

@@ -236,6 +236,16 @@ CASES: dict[str, Case] = {
         (("warning", "lost channels", "", ("0.weight",)),),
         options={"overrides": [{"match": "0.weight", "weight": {"granularity": "per_tensor"}}]},
     ),
+    "types that ONNX lacks": Case(
+        flawed.mlp,
+        (("info", "type without ONNX", "", ("1.output",)),),
+        options={"overrides": [{"match": "1.output", "activation": {"dtype": "int12"}}]},
+    ),
+    "float64": Case(
+        lambda: flawed.mlp().double(),
+        (("info", "float64", "", ("0.weight", "0.bias", "2.weight", "2.bias")),),
+        batches=lambda: [ramp(16, 4).double()],
+    ),
     "not reached by calibration": Case(
         flawed.Branch,
         (
