@@ -120,8 +120,12 @@ class Story:
         config = write(settings, self.root / f"{slug(name)}.yaml")
         targets = [word for metric in METRICS for word in ("--target", f"{metric}=1%")]
         folder = self.root / slug(name)
-        self.chapter(name, self.tool("tune", "--config", config, *targets, "--output", folder), failing=1)
-        self.last.said.append((folder / "result.txt").read_text().strip().splitlines()[-1])
+        chapter = self.chapter(name, self.tool("tune", "--config", config, *targets, "--output", folder), failing=1)
+        chapter.said.append((folder / "result.txt").read_text().splitlines()[1])
+        result = json.loads((folder / "result.json").read_text())
+        if (found := result["recommended"]) is not None:
+            values = {row["metric"]: row[found] for row in result["rows"]}
+            chapter.columns[name] = {metric: values[metric] for metric in METRICS}
 
     # -- what steps are made of
 
