@@ -24,6 +24,7 @@ _NO_TARGET = (
     "reached."
 )
 _REACHED = "Nothing has to be done. Export the model with `python -m lightning_qat export`, or try narrower types."
+_STILL_TRAINING = "Wait for the end of the run, or stop it: calibration alone reaches the target already."
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _verdict(run: RunFolder, passed: bool | None, findings: tuple[ReportFinding,
 
 def _next_action(run: RunFolder, source: str, level: Level, findings: tuple[ReportFinding, ...]) -> str:
     if source == "accuracy" and level == "good":
-        return _REACHED
+        return _STILL_TRAINING if run.provenance.get("finished") is False else _REACHED
     ladder = run.ladders.get(source)
     if ladder is not None and ladder.verdict != "quantization error":
         if ladder.cause:

@@ -112,6 +112,22 @@ def test_a_link_to_a_point_opens_it_and_escape_closes_it(opened: Opened, report:
     assert page.complaints == []
 
 
+def test_the_histogram_of_a_point_names_its_codes_and_what_is_clipped(opened: Opened, tmp_path: Path) -> None:
+    """A narrow type: the last bin is not full, and the last code is that of the plan."""
+    run = run_folder.write_run(tmp_path, ["a.weight", "a.output"])
+    plan = run_folder.plan(["a.weight", "a.output"])
+    plan["regions"][""]["points"][0] |= {"quant_min": -127, "scale": 0.5}
+    (run / "lightning_qat" / "quant_plan.json").write_text(json.dumps(plan))
+    one = {"point": "a.weight", "first_code": -127, "codes_per_bin": 8, "counts": [2] * 32, "below": 0, "above": 7}
+    (run / "lightning_qat" / "layer_statistics.json").write_text(json.dumps({"histograms": [one], "rows": []}))
+    page = opened(write_report([run]), "#point=a.weight")
+    texts = page.run("[...document.querySelectorAll('#point figure svg > text')].map((t) => t.textContent)")
+    assert {"code -127", "-63.5", "code 127", "63.5", "7 clipped above"} <= set(texts)
+    tips = page.run("[...document.querySelectorAll('#point rect.bar title')].map((t) => t.textContent)")
+    assert tips[-1] == "codes 121 to 127: 2 values"
+    assert page.run("document.querySelectorAll('#point rect.clipped').length") == 2
+
+
 def test_the_keyboard_moves_through_the_table_and_opens_points(opened: Opened, report: Path) -> None:
     page = opened(report)
     page.run("document.getElementById('grid').focus()")
@@ -150,6 +166,7 @@ def test_print_has_all_rows_and_no_tools(opened: Opened, tmp_path: Path) -> None
     page.emulate(media="print")
     assert len(page.run(NAMES)) == 200
     assert page.run("getComputedStyle(document.getElementById('tools')).display") == "none"
+    assert page.run("document.querySelector('#grid table').scrollWidth <= document.getElementById('grid').clientWidth")
     page.run("window.dispatchEvent(new Event('afterprint'))")
     assert len(page.call("Page.printToPDF")["data"]) > 10_000
 

@@ -87,6 +87,9 @@ def test_the_verdict_is_that_of_the_check_that_looks_deepest(
 def test_a_running_training_is_not_called_sick_by_what_calibration_lost(tmp_path: Path) -> None:
     found = judged(tmp_path, accuracy(False, "calibrated"), finished(False))
     assert (found.verdict, found.level) == ("training goes on", "unknown")
+    reached = judged(tmp_path / "other", accuracy(True, "calibrated"), finished(False))
+    assert (reached.verdict, reached.level) == ("target reached by calibration", "good")
+    assert "Wait for the end of the run" in reached.next_action
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ function extent(values, withZero = false) {
     low = Math.min(low, value);
     high = Math.max(high, value);
   }
-  if (low > high) return [0, 1];
+  if (low > high || (withZero && low === high)) return [0, 1];
   const room = low === high ? Math.abs(low) / 2 || 1 : (high - low) * 0.05;
   return [withZero && low === 0 ? 0 : low - room, high + room];
 }
@@ -74,7 +74,7 @@ function lineChart(lines, options) {
 }
 
 /** Values by their code; what is clipped stands hatched beyond the ends of the range. Counts are logarithmic. */
-function histogramChart([firstCode, width, counts, below, above], scale, zero) {
+function histogramChart([firstCode, width, counts, below, above], lastCode, scale, zero) {
   const [wide, high, left, bottom] = [640, 210, 46, 40];
   const all = [below, ...counts, above];
   const most = Math.log10(1 + Math.max(1, ...all));
@@ -86,12 +86,12 @@ function histogramChart([firstCode, width, counts, below, above], scale, zero) {
     const isClipped = place === 0 || place === all.length - 1;
     const x = left + place * step + (place === 0 ? 0 : place === all.length - 1 ? step : step / 2);
     const from = firstCode + (place - 1) * width;
-    const tip = isClipped ? `${count} values clipped ${place ? "above" : "below"} the range` : `codes ${from} to ${from + width - 1}: ${count} values`;
+    const tip = isClipped ? `${count} values clipped ${place ? "above" : "below"} the range` : `codes ${from} to ${Math.min(from + width - 1, lastCode)}: ${count} values`;
     svg.append(draw("rect", { class: isClipped ? "clipped" : "bar", fill: isClipped ? "url(#clipped-hatch)" : null,
       x: x + 0.5, y: y(count), width: Math.max(1, step - 1), height: Math.max(0, high - bottom - y(count)), tip }));
   });
   const ends = [left + step * 1.25, left + (all.length - 1) * step + step * 0.75];
-  const codes = [firstCode, firstCode + counts.length * width - 1];
+  const codes = [firstCode, lastCode];
   ends.forEach((x, side) => {
     svg.append(draw("line", { class: "mark", x1: x, x2: x, y1: 16, y2: high - bottom }));
     const anchor = side ? "end" : "start";

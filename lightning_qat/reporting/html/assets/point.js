@@ -1,6 +1,7 @@
 /* The page of one point: its numbers, what to do, its histogram, its series, and the ops around it. */
 
 const SERIES_NAMES = { scale: "scale", clipped_share: "clipped share", flip_rate: "flips of weight codes", scale_drift: "drift of the scale", sqnr: "SQNR in dB", score: "sensitivity" };
+const FROM_ZERO = new Set(["clipped_share", "flip_rate"]);
 
 class PointPage {
   constructor(data, dialog, close) {
@@ -48,10 +49,12 @@ class PointPage {
     const found = this.data.histograms[index];
     if (!found) return [];
     const scale = row[this.place.scale];
-    const lowest = row[this.place.lowest];
-    const zero = finite(scale) && finite(lowest) ? Math.round(found[0] - lowest / scale) : 0;
+    const [lowest, highest] = [row[this.place.lowest], row[this.place.highest]];
+    const isKnown = finite(scale) && finite(lowest) && finite(highest);
+    const zero = isKnown ? Math.round(found[0] - lowest / scale) : 0;
+    const last = isKnown ? Math.round(highest / scale) + zero : found[0] + found[2].length * found[1] - 1;
     const text = "Values by code, on a logarithmic axis; between the dashed lines is the range that the type represents.";
-    return [make("figure", {}, make("figcaption", { text }), histogramChart(found, finite(scale) ? scale : null, zero))];
+    return [make("figure", {}, make("figcaption", { text }), histogramChart(found, last, isKnown ? scale : null, zero))];
   }
 
   series(index) {
@@ -60,7 +63,7 @@ class PointPage {
       const found = this.data.series[key];
       const values = found ? found.values[index].map(asNumber) : [];
       if (!values.some(finite)) continue;
-      const chart = lineChart([{ name, values }], { label: `${name} over the epochs`, place: (at) => `epoch ${found.epochs[at]}` });
+      const chart = lineChart([{ name, values }], { label: `${name} over the epochs`, withZero: FROM_ZERO.has(key), place: (at) => `epoch ${found.epochs[at]}` });
       charts.append(make("figure", {}, make("figcaption", { text: `${name} over the epochs` }), chart));
     }
     return charts.childElementCount ? [charts] : [];
