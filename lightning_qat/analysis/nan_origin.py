@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.functions.canonical_kinds import canonical_kind
-from lightning_qat.quantization.interception.call_path import user_location
+from lightning_qat.quantization.interception.code_locations import user_location
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, is_float, leaves
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.switches import Tap

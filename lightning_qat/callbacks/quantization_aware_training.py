@@ -68,6 +68,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         trace_batches: how many batches are traced to learn the ops of the model.
         train_mode: trace training steps (in train mode) beside evaluation steps (in eval mode). Write False if they
             cannot run before training; ops that only training reaches then stay float, each with a warning.
+        compile: True, or arguments of ``torch.compile`` such as ``{mode: max-autotune}``: training and evaluation run
+            compiled code, except for the first batch of each. Analyses stay in eager mode. Without it, the target is
+            compiled only within a ``torch.compile`` of your own; write False to keep it in eager mode even there.
 
     Raises:
         MisconfigurationException: a value is not one of the choices.
@@ -99,6 +102,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         trace_batches: int = 2,
         profile: str | None = None,
         train_mode: bool = True,
+        compile: bool | dict[str, Any] | None = None,
     ) -> None:
         with misconfiguration():
             self.qconfig = QConfig.of(qconfig)
@@ -120,7 +124,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.is_configured = qconfig is not None or bool(overrides) or profile is not None
         self._initial_weights = InitialWeights(init_from)
         self._hooks: InsertionHooks | None = None
-        self._regions = ScheduledRegions(self.schedule, self.frozen_parts)
+        self._regions = ScheduledRegions(self.schedule, self.frozen_parts, compile)
         self.plan_writer = PlanWriter()
 
     @override
@@ -252,13 +256,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start_evaluation(trainer, pl_module)
 
-    @override
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start_evaluation(trainer, pl_module)
-
-    @override
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start_evaluation(trainer, pl_module)
+    on_test_start = on_predict_start = on_validation_start
 
     def _start_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.require_inserted()
@@ -272,17 +270,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     ) -> None:
         self._first_evaluation_batch(trainer, pl_module, batch_idx)
 
-    @override
-    def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._first_evaluation_batch(trainer, pl_module, batch_idx)
-
-    @override
-    def on_predict_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._first_evaluation_batch(trainer, pl_module, batch_idx)
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def _first_evaluation_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         """Calibration may have run in another callback's start hook: only now must there be scales."""

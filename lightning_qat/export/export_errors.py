@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.interception.call_path import is_installed, user_location
+from lightning_qat.quantization.interception.code_locations import is_installed, user_location
 
 _DATA_DEPENDENT = ("GuardOnDataDependentSymNode", "DataDependent", "data-dependent", "Dynamic control flow")
 _CAUSES = 8

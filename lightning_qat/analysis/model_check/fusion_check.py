@@ -9,7 +9,7 @@ from lightning_qat.analysis.model_check.checked_region import CheckedRegion, mod
 from lightning_qat.analysis.model_check.finding import Finding, Severity, shortened
 from lightning_qat.analysis.model_check.long_loops import ANNOTATION, LoopLine, long_loops
 from lightning_qat.analysis.model_check.model_check_result import Section
-from lightning_qat.quantization.interception.call_path import is_installed
+from lightning_qat.quantization.interception.code_locations import is_installed
 from lightning_qat.quantization.planning.fusion import FusionMiss, find_fusions
 
 _LIBRARY = (

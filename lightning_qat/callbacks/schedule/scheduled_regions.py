@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import lightning.pytorch as pl
 from torch import nn
@@ -11,6 +12,7 @@ from lightning_qat.callbacks.schedule.frozen_parts import FrozenParts
 from lightning_qat.callbacks.schedule.learned_scales import freeze_learned
 from lightning_qat.callbacks.schedule.schedule import Schedule
 from lightning_qat.callbacks.trainer import _compat
+from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.planning.plan import ScaleRole
 from lightning_qat.quantization.region.region import Region, find_regions
@@ -23,14 +25,18 @@ class ScheduledRegions:
     Args:
         schedule: what changes in which epoch.
         frozen_parts: what stays at its quantized state, and from which epoch on.
+        compile: how to compile the regions, see :meth:`Region.set_compile`; None leaves them as they are.
 
     Attributes:
         regions: the regions of the module at the last call of :meth:`apply`.
     """
 
-    def __init__(self, schedule: Schedule, frozen_parts: FrozenParts) -> None:
+    def __init__(
+        self, schedule: Schedule, frozen_parts: FrozenParts, compile: bool | dict[str, Any] | None = None
+    ) -> None:
         self.schedule = schedule
         self.frozen_parts = frozen_parts
+        self.compile = compile
         self.regions: tuple[Region, ...] = ()
         self._batch_norms: tuple[nn.Module, ...] = ()
 
@@ -52,6 +58,9 @@ class ScheduledRegions:
             region.switches.first_scales = not self.schedule.freezes_scales(trainer.current_epoch)
             if "weight" not in updates:
                 region.scales.keep_weights()
+            if self.compile is not None:
+                with misconfiguration():
+                    region.set_compile(self.compile)
         for copy in _compat.averaged_copies(trainer):
             expect_other_weights(copy, updates)
         if self.schedule.freeze_observers_after is not None:

@@ -17,26 +17,22 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_qat.quantization.interception.code_locations import OWN_DIRECTORY, TORCH_DIRECTORY
+
 MODULE_CALL, SKIP, FUNCTION = range(3)
 """Kinds of frames that are not call sites: a module call, a frame to skip, or a custom ``autograd.Function``."""
 
-_TORCH_DIRECTORY = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_OWN_DIRECTORY = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")) + os.sep
-_WEIGHT_FILES = frozenset(
-    os.path.join(_TORCH_DIRECTORY, "nn", "utils", name + ".py")
-    for name in ("parametrizations", "parametrize", "prune", "spectral_norm", "weight_norm")
-)
 _SKIPPED_FILES = (
-    _OWN_DIRECTORY,
+    OWN_DIRECTORY,
     # between the code of a model and its functions and modules while torch.export runs it
-    *(_TORCH_DIRECTORY + name + os.sep for name in ("fx", "export", "_export", "_dynamo", "_functorch")),
-    _TORCH_DIRECTORY + "overrides.py",
+    *(TORCH_DIRECTORY + name + os.sep for name in ("fx", "export", "_export", "_dynamo", "_functorch")),
+    TORCH_DIRECTORY + "overrides.py",
 )
 _MODULE_CALL_CODE = nn.Module._call_impl.__code__
 _SKIPPED_CODES = (
@@ -231,38 +227,6 @@ def _wrapped_body(module_type: type[nn.Module]) -> CodeType | None:
     forward = module_type.forward
     body = inspect.unwrap(forward)
     return None if body is forward else getattr(body, "__code__", None)
-
-
-def user_location(frame: FrameType | None) -> str:
-    """Return ``file.py:line`` of the innermost frame that belongs neither to torch nor to this package."""
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith((_TORCH_DIRECTORY, _OWN_DIRECTORY)):
-            return f"{file.removeprefix(os.getcwd() + os.sep)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "?"
-
-
-def is_installed(location: str) -> bool:
-    """Whether code is part of an installed library, which nobody wants to edit.
-
-    Args:
-        location: see :func:`user_location`.
-
-    Example:
-        >>> is_installed("/venv/lib/python3.11/site-packages/transformers/modeling.py:12"), is_installed("net.py:3")
-        (True, False)
-    """
-    return "site-packages" in location or "dist-packages" in location
-
-
-def is_weight_hook(frame: FrameType | None) -> bool:
-    """Whether code of torch that computes a weight runs: pruning, a parametrization, weight and spectral norm."""
-    while frame is not None:
-        if frame.f_code.co_filename in _WEIGHT_FILES:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _below(parent: ScopeNode, name: str) -> str:

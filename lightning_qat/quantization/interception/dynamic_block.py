@@ -6,6 +6,7 @@ import contextlib
 import sys
 from types import FrameType
 
+import torch
 from torch import nn
 
 from lightning_qat.quantization.interception.interception import active_mode
@@ -34,7 +35,8 @@ class dynamic_block:
         self._entered: list[tuple[OpIdentity, FrameType] | None] = []
 
     def __enter__(self) -> None:
-        mode = active_mode()
+        # under torch.compile, ops are identified by their position, and a loop has as many rounds as in eager mode
+        mode = None if torch.compiler.is_dynamo_compiling() else active_mode()
         if mode is None:
             self._entered.append(None)
             return

@@ -12,7 +12,7 @@ import sys
 import types
 from collections.abc import Callable
 from types import CodeType, FrameType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from torch.overrides import TorchFunctionMode
 from lightning_qat.quantization.functions.function_lookup import is_interceptable, spec_of
 from lightning_qat.quantization.functions.op_spec import OpSpec
 from lightning_qat.quantization.interception.op_identity import OpIdentity
+
+CapturedForward = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+"""A forward whose arguments are a tuple and a dictionary."""
 
 
 class InterceptionMode(TorchFunctionMode):
@@ -63,20 +66,44 @@ def active_mode(owner: object | None = None) -> InterceptionMode | None:
     return None
 
 
-class Opener(Protocol):
-    """Decides what happens when the target's forward is entered: a region or a tracer."""
+class CapturedMode(TorchFunctionMode):
+    """A mode of a forward that ``torch.compile`` captures."""
 
-    @property
-    def is_off(self) -> bool:
-        """Whether the plain forward runs."""
+    def check_end(self) -> None:
+        """Refuse a forward that ended too early."""
+        raise NotImplementedError
+
+
+class Opener:
+    """Decides what happens when the target's forward is entered: a region, a tracer or an analysis.
+
+    Attributes:
+        is_off: the plain forward runs.
+        is_compiled: compiled code runs, by :meth:`run_compiled`.
+    """
+
+    is_off: bool = False
+    is_compiled: bool = False
 
     def open(self, frame: FrameType) -> InterceptionMode | None:
         """Return the mode for this entry, or None to run the plain forward."""
+        raise NotImplementedError
 
     def run(
         self, mode: InterceptionMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``forward`` under ``mode``."""
+        raise NotImplementedError
+
+    def run_compiled(
+        self, captured: CapturedForward, eager: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run what ``torch.compile`` makes of ``captured``; run ``eager`` if it is not known yet what that does."""
+        raise NotImplementedError
+
+    def captured(self) -> CapturedMode | None:
+        """Return the mode for a forward that ``torch.compile`` captures, or None to run it in eager mode."""
+        return None
 
 
 class Intercepted:
@@ -144,12 +171,12 @@ class Intercepted:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            if self.opener.is_off:
-                return self.forward(*args, **kwargs)
-            return self._quantized_region_runs_eagerly(args, kwargs)
+            return self._captured(args, kwargs)
         self._refuse_replica(sys._getframe(1))
         if self.opener.is_off:
             return self.forward(*args, **kwargs)
+        if self.opener.is_compiled:
+            return self.opener.run_compiled(self._captured, self._enter, args, kwargs)
         return self._enter(args, kwargs)
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -158,9 +185,21 @@ class Intercepted:
             return self.forward(*args, **kwargs)
         return self.opener.run(mode, self.forward, args, kwargs)
 
+    def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run while ``torch.compile`` captures."""
+        if self.opener.is_off:
+            return self.forward(*args, **kwargs)
+        mode = self.opener.captured()
+        if mode is None:
+            return self._quantized_region_runs_eagerly(args, kwargs)
+        with mode:
+            result = self.forward(*args, **kwargs)
+        mode.check_end()
+        return result
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _quantized_region_runs_eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call paths cannot be captured; the name is what the error of ``fullgraph=True`` shows."""
+        """The name is what the error of ``fullgraph=True`` shows."""
         return self._enter(args, kwargs)
 
     def _refuse_replica(self, caller: FrameType) -> None:
@@ -193,14 +232,20 @@ class SpecCache:
 
 
 @functools.lru_cache(maxsize=64)
-def decomposed(func: Callable[..., Any]) -> Callable[..., Any]:
+def decomposed(func: Callable[..., Any], unchecked: bool = False) -> Callable[..., Any]:
     """Return a twin of a Python function of torch that does its work instead of dispatching to the mode.
 
     The twin runs torch's own code with ``has_torch_function`` answering no, so it computes exactly what torch computes
     while the functions inside are seen one by one.
+
+    Args:
+        func: the function.
+        unchecked: leave out the check of attention masks, which ``torch.compile`` cannot capture.
     """
     assert isinstance(func, types.FunctionType), func
     twin_globals = {**func.__globals__, "has_torch_function": lambda *_: False}
+    if unchecked:
+        twin_globals["_check_key_padding_mask"] = lambda *_: None
     twin = types.FunctionType(func.__code__, twin_globals, func.__name__, func.__defaults__, func.__closure__)
     twin.__kwdefaults__ = func.__kwdefaults__
     return twin

@@ -21,17 +21,28 @@ class Statistics:
         bins: Bins per side of the histograms.
         ema_momentum: Weight of a new batch in the moving averages.
 
-    Attributes:
-        batches: How many batches are in the moving averages.
     """
 
     def __init__(self, channels: int, axis: int | None, bins: int, ema_momentum: float) -> None:
         self.axis = axis
         self.ema_momentum = ema_momentum
         self.histogram = Histogram(channels, bins)
-        self.batches = 0
         with torch.inference_mode(False):
             self._ema = torch.zeros(2, channels, dtype=torch.float64, device="cpu")
+            # A number that changes with every batch would be compiled anew with every batch: a tensor is not.
+            self._compiled_batches = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._counts_in_tensor = False
+        self.batches = 0
+
+    @property
+    def batches(self) -> int:
+        """How many batches are in the moving averages."""
+        return self._eager_batches + int(self._compiled_batches)
+
+    @batches.setter
+    def batches(self, value: int) -> None:
+        self._eager_batches = value
+        self._compiled_batches.zero_()
 
     @property
     def count(self) -> int:
@@ -89,12 +100,20 @@ class Statistics:
         The first batches are averaged evenly, until the weight of one falls to ``ema_momentum``: otherwise the first
         batch would dominate a short calibration. An extreme that is not finite leaves its average as it is.
         """
-        self.batches += 1
         batch = torch.stack([low, high])
         self._ema = self._ema.to(batch.device)
-        moved = self._ema + max(self.ema_momentum, 1.0 / self.batches) * (batch - self._ema)
+        moved = self._ema + self._weight_of_next_batch(batch.device) * (batch - self._ema)
         self._ema = torch.where(batch.isfinite(), moved, self._ema)
         return self._ema[0], self._ema[1]
+
+    def _weight_of_next_batch(self, device: torch.device) -> float | Tensor:
+        """Count one more batch."""
+        if not (torch.compiler.is_compiling() or self._counts_in_tensor):
+            self._eager_batches += 1
+            return max(self.ema_momentum, 1.0 / self._eager_batches)
+        self._counts_in_tensor = True
+        self._compiled_batches = self._compiled_batches.to(device) + 1
+        return (1.0 / (self._eager_batches + self._compiled_batches)).clamp(min=self.ema_momentum)
 
     @property
     def averages(self) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_qat.quantization.interception.call_path import is_installed
+from lightning_qat.quantization.interception.code_locations import is_installed
 from lightning_qat.quantization.planning.plan import PointPlan
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.tracing.op_graph import OpGraph

@@ -126,6 +126,11 @@ class Freezing:
                 fake_quant.scale.requires_grad_(False)
                 fake_quant.scale.grad = None
 
+    @property
+    def is_held(self) -> bool:
+        """Whether :meth:`hold` would change nothing."""
+        return not any(module.training for module in self._modules) and all(f.frozen for f in self._points.values())
+
     def release_modes(self, target: nn.Module) -> None:
         """Restore the modes until the next forward: Lightning warns of modules in eval mode when training starts."""
         modules = _modules(target)

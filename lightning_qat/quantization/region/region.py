@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -63,8 +63,7 @@ class Region(nn.Module):
         self.call_ranges.reset()
         self._stored: dict[str, Any] | None = None
         tensors = itertools.chain(self.target.parameters(), self.target.buffers())
-        device = next((t.device for t in tensors), torch.device("cpu"))
-        self.fake_quants = FakeQuantDict(plan).to(device)
+        self.fake_quants = FakeQuantDict(plan).to(next((t.device for t in tensors), torch.device("cpu")))
         self.fake_quants.train(self.target.training)
         self._bind()
         if self.freezing:
@@ -88,7 +87,7 @@ class Region(nn.Module):
 
     @property
     def unplanned(self) -> dict[str, int]:
-        """Map the place of each op that tracing did not see to how often it ran."""
+        """How often ops ran that tracing did not see, by their place."""
         return self.runner.unplanned
 
     def attach(self) -> Region:
@@ -121,8 +120,8 @@ class Region(nn.Module):
         """Switch the whole region.
 
         Args:
-            state: ``off``: the float module, exactly and at its speed. ``observe``: float results, statistics are
-                collected. ``quantize``: fake-quantized.
+            state: ``off``: the float module, exactly and at its speed. ``observe``: float, with statistics.
+                ``quantize``: fake-quantized.
             updates: which scales follow the data while quantizing *in train mode*: ``weight`` (the default) and
                 ``activation`` (EMA). Unchanged if not given.
 
@@ -133,8 +132,9 @@ class Region(nn.Module):
 
     @contextmanager
     def state(self, state: State, updates: Iterable[ScaleRole] | None = None) -> Iterator[Self]:
-        """Switch the region for the duration of a block; restores exactly, also after an exception."""
+        """Switch the region for a block, in which nothing is compiled; restores exactly, also after an exception."""
         with self.switches.kept():
+            self.switches.eager = True
             self.set_state(state, updates)
             yield self
 
@@ -147,9 +147,14 @@ class Region(nn.Module):
     def tap(self, tap: Tap) -> AbstractContextManager[None]:
         """Call ``tap(point, float_value, quantized_value)`` at every quantization of a ``with`` block.
 
-        For a weight with a batch norm folded into it (``PointPlan.batch_norm``), both values are of the folded weight.
-        """
+        With a batch norm folded into a weight (``PointPlan.batch_norm``), both values are of the folded weight."""
         return self.switches.tap(tap)
+
+    def set_compile(self, options: bool | Mapping[str, Any] = True) -> None:
+        """Compile the quantized forward: True, or arguments of ``torch.compile``; the first in each mode runs eagerly.
+
+        False keeps it eager also within a ``torch.compile`` of your own."""
+        self.runner.compile(options)
 
     @property
     def is_calibrated(self) -> bool:
@@ -193,10 +198,9 @@ class Region(nn.Module):
         return self.scales.learned
 
     def freeze(self, patterns: str | Iterable[str]) -> None:
-        """Keep parts of the target at their quantized state while the rest trains.
+        """Keep parts of the target at their quantized state while the rest trains. Freeze before DDP wraps the module.
 
-        Frozen parameters get no gradient, frozen modules stay in eval mode, frozen scales do not move. Checkpoints do
-        not store what is frozen. Freeze before DDP wraps the module.
+        Frozen parameters get no gradient, frozen modules stay in eval mode, frozen scales do not move.
 
         Args:
             patterns: globs over names of modules (their whole sub-tree), parameters and points, relative to the target.
@@ -256,9 +260,8 @@ class Region(nn.Module):
         if plan != self.plan:
             graph = rebound(graph, self._traced_graph) if self._traced_graph is not None else graph
             self.set_plan(graph, plan)
-        points = self.points
         for name, statistics in state["statistics"].items():
-            points[name].load_statistics_state(statistics)
+            self.points[name].load_statistics_state(statistics)
         self.call_ranges.load_state_dict(state["call_ranges"])
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

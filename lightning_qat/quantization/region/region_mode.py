@@ -14,6 +14,7 @@ from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
 from lightning_qat.quantization.fake_quant.first_scale import follow, follows
 from lightning_qat.quantization.interception.interception import InterceptionMode, SpecCache
 from lightning_qat.quantization.interception.op_identity import OpIdentity
+from lightning_qat.quantization.interception.op_sequence import SequenceRecorder
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, is_float, leaves, map_call_leaves
 from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm
 from lightning_qat.quantization.region.bound_points import UNPLANNED, BoundPoint, OpQuantizers, parameter_view
@@ -51,9 +52,16 @@ class RegionMode(InterceptionMode):
     It keeps the state that the region had at the entry, so activation checkpointing repeats the same function.
     """
 
-    def __init__(self, runner: Runner, identity: OpIdentity, repeats: RegionMode | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        identity: OpIdentity,
+        repeats: RegionMode | None = None,
+        recorder: SequenceRecorder | None = None,
+    ) -> None:
         super().__init__(identity, recomputing=repeats is not None)
         self.runner = runner
+        self.recorder = recorder
         self.state: str = runner.switches.state if repeats is None else repeats.state
         self._functions = runner.functions
         self._updates: frozenset[str] = runner.switches.updates if repeats is None else frozenset()
@@ -81,7 +89,9 @@ class RegionMode(InterceptionMode):
         quantizers: OpQuantizers | None = self.identity.op(frame, spec.kind)
         if quantizers is None:  # inside a custom autograd.Function: one opaque op
             return func(*args, **kwargs)
-        if quantizers is UNPLANNED:
+        if quantizers is not UNPLANNED:
+            result = self.run_op(quantizers, spec.kind, func, args, kwargs)
+        else:
             result = func(*args, **kwargs)
             computed = [tensor for tensor in leaves(result) if is_float(tensor)]
             if computed:  # counting and comparing is never quantized
@@ -89,8 +99,9 @@ class RegionMode(InterceptionMode):
                 if of_weights:
                     self._of_weights |= {id(tensor): tensor for tensor in computed}
                 self.runner.note_unplanned(spec.kind, frame, of_weights)
-            return result
-        return self.run_op(quantizers, spec.kind, func, args, kwargs)
+        if self.recorder is not None and any(map(is_float, leaves(result))):
+            self.recorder.note(spec.kind, quantizers, frame)
+        return result
 
     def _are_weights(self, operands: list[Tensor]) -> bool:
         """Whether all of some tensors are parameters or buffers, or computed from these alone."""
@@ -150,7 +161,7 @@ class RegionMode(InterceptionMode):
         folded = batch_norm.fold(weight, factor)
         quantized = self._apply(point, folded)
         if point.fake_quant.outdated:
-            point.trained = parameter_view(weight)
+            self._note_trained(point, weight)
         return weight if quantized is folded else batch_norm.unfold(quantized, factor, weight)
 
     def _apply(self, point: BoundPoint, tensor: Tensor) -> Tensor:
@@ -169,12 +180,12 @@ class RegionMode(InterceptionMode):
         if fake_quant.starts_at_zero and self._takes_first_scale(point, moves):
             follow(fake_quant, tensor, point.is_weight)
             if point.is_weight and not fake_quant.learned:
-                fake_quant.outdated, point.trained = True, parameter_view(tensor)
+                self._note_trained(point, tensor)
         elif moves:
             if fake_quant.training:
                 fake_quant.update_scale(tensor, ema=not point.is_weight)
-                if point.is_weight:  # the optimizer may step before the next forward
-                    fake_quant.outdated, point.trained = True, parameter_view(tensor)
+                if point.is_weight:
+                    self._note_trained(point, tensor)
             elif fake_quant.outdated:
                 fake_quant.update_scale(tensor, ema=False)
                 fake_quant.outdated = False
@@ -182,6 +193,10 @@ class RegionMode(InterceptionMode):
         for tap in self._taps:
             tap(point.name, tensor, quantized)
         return quantized
+
+    def _note_trained(self, point: BoundPoint, weight: Tensor) -> None:
+        """The optimizer may step before the next forward."""
+        point.fake_quant.outdated, point.trained = True, parameter_view(weight)
 
     def _takes_first_scale(self, point: BoundPoint, moves: bool) -> bool:
         fake_quant = point.fake_quant

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_qat.quantization.errors import PlanMismatchError
+from lightning_qat.quantization.errors import ConfigurationError, PlanMismatchError
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
+from lightning_qat.quantization.fake_quant.first_scale import follows
 from lightning_qat.quantization.interception.activation_checkpointing import RunningRegion
-from lightning_qat.quantization.interception.call_path import (
-    CallPaths,
-    ScopeNode,
-    is_installed,
-    is_weight_hook,
-    user_location,
-)
+from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode
 from lightning_qat.quantization.interception.call_stack import CallStack
-from lightning_qat.quantization.interception.interception import InterceptionMode, SpecCache, active_mode
+from lightning_qat.quantization.interception.code_locations import is_installed, is_weight_hook, user_location
+from lightning_qat.quantization.interception.interception import (
+    CapturedForward,
+    InterceptionMode,
+    Opener,
+    SpecCache,
+    active_mode,
+)
 from lightning_qat.quantization.interception.op_identity import OpIdentity
-from lightning_qat.quantization.region.bound_points import UNPLANNED, OpQuantizers
+from lightning_qat.quantization.interception.op_sequence import OpSequences, SequenceRecorder
+from lightning_qat.quantization.region.bound_points import UNPLANNED, BoundPoint, OpQuantizers
+from lightning_qat.quantization.region.compilation import Compilation
+from lightning_qat.quantization.region.compiled_mode import CompiledMode
 from lightning_qat.quantization.region.freezing import Freezing
 from lightning_qat.quantization.region.region_mode import RegionMode
 from lightning_qat.quantization.region.switches import Switches
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 
 
-class RegionRunner:
+class RegionRunner(Opener):
     """Opens a :class:`RegionMode` for every entry of the target's forward.
 
     Args:
@@ -40,6 +45,7 @@ class RegionRunner:
 
     Attributes:
         call_ranges: the range of each call of points that run several times per forward.
+        compilation: how to compile the forward; None for eager mode.
         unplanned: maps the place of each op that tracing did not see to how often it ran.
         call_paths: the call tree of the target, which finds the fake-quants of an op.
         functions: the table rows of the torch functions met so far.
@@ -47,6 +53,7 @@ class RegionRunner:
 
     call_paths: CallPaths
     functions: SpecCache
+    sequences: OpSequences
 
     def __init__(self, target: nn.Module, switches: Switches, freezing: Freezing) -> None:
         self.target = target
@@ -54,6 +61,7 @@ class RegionRunner:
         self.freezing = freezing
         self.call_ranges = CallRanges()
         self.unplanned: dict[str, int] = {}
+        self.compilation: Compilation | None = None
 
     def bind(self, target: nn.Module, graph: OpGraph, bound: Mapping[str, OpQuantizers], is_restored: bool) -> None:
         """Take over a graph and its fake-quants.
@@ -65,14 +73,17 @@ class RegionRunner:
             is_restored: the graph is that of a checkpoint; the code of this process was not traced.
         """
         self._graph, self._bound, self._is_restored = graph, bound, is_restored
+        points = (p for q in bound.values() for p in (*q.inputs.values(), *([q.output] if q.output else ())))
+        self._points = tuple(points)
         self.functions = SpecCache()
+        self.sequences = OpSequences(type(target).__name__)
         self.call_paths = CallPaths(target, self._find)
 
     def _find(self, digest: str, node: ScopeNode, kind: str) -> OpQuantizers:
         return self._bound.get(digest, UNPLANNED)
 
     @property
-    def is_off(self) -> bool:
+    def is_off(self) -> bool:  # type: ignore[override]
         """Whether the plain forward runs."""
         return self.switches.state == "off"
 
@@ -89,7 +100,9 @@ class RegionRunner:
         outer = active_mode()
         if outer is None:
             self.freezing.hold()
-            return RegionMode(self, self.identity(frame))
+            wanted = self.switches.state == "observe" or bool(self.sequences.problem)
+            recorder = self.sequences.recorder(self.target.training, frame, wanted)
+            return RegionMode(self, self.identity(frame), recorder=recorder)
         if active_mode(self.call_paths) is not None:
             return None
         raise RuntimeError(
@@ -97,13 +110,107 @@ class RegionRunner:
             f"{type(outer.identity.target).__name__}: make only one of the two a target."
         )
 
+    def compile(self, options: bool | Mapping[str, Any]) -> None:
+        """Decide whether the forward is compiled, see :meth:`Region.set_compile`."""
+        self.switches.eager = options is False
+        if options is False:
+            self.compilation = None
+            return
+        compilation = Compilation({} if options is True else options)
+        if self.compilation != compilation:  # else what is compiled stays
+            self.compilation = compilation
+
+    @property
+    def is_compiled(self) -> bool:  # type: ignore[override]
+        """Whether compiled code runs: always after the first forward in the present mode, except in an analysis."""
+        if self.compilation is None:
+            return False
+        if self.sequences.varying:
+            raise ConfigurationError(
+                f"{self._graph.target_type} cannot be compiled: what runs differs from forward to forward at "
+                f"{self.sequences.varying}. Leave that part out of the target, or write compile: false."
+            )
+        return (
+            self._can_be_captured
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+            and torch._C._get_tracing_state() is None
+            and active_mode() is None
+        )
+
+    @property
+    def _can_be_captured(self) -> bool:
+        switches = self.switches
+        return (
+            switches.state == "quantize"
+            and not switches.eager
+            and not switches.taps
+            and bool(self.sequences.of(self.target.training))
+            and not (self.target.training and switches.first_scales and any(map(self._awaits_scale, self._starting)))
+        )
+
+    def _awaits_scale(self, point: BoundPoint) -> bool:
+        """Whether a point that began at zero takes its scale from the data."""
+        fake_quant = point.fake_quant
+        return not fake_quant.frozen and follows(fake_quant, point.role in self.switches.updates)
+
+    @property
+    def _starting(self) -> Iterator[BoundPoint]:
+        return (point for point in self._points if point.fake_quant.starts_at_zero)
+
+    def run_compiled(
+        self, captured: CapturedForward, eager: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run what ``torch.compile`` makes of the forward; run it eagerly if other ops run than ever before."""
+        assert self.compilation is not None
+        self.freezing.hold()
+        if not self.target.training and "weight" in self.switches.updates:
+            self._refresh_weights()
+        try:
+            return self.compilation.run(captured, args, kwargs)
+        except torch._dynamo.exc.Unsupported as error:
+            text = str(error).partition("\n")[0]
+            raise ConfigurationError(
+                f"{self._graph.target_type} cannot be compiled as one graph: {text}. Leave that part out of the "
+                "target, or write compile: false."
+            ) from error
+        except torch._dynamo.exc.TorchDynamoException:
+            if not self.sequences.problem:
+                raise
+        return eager(args, kwargs)
+
+    def _learn_sequence(self, recorder: SequenceRecorder) -> None:
+        problem, self.sequences.problem = self.sequences.problem, ""
+        if not self.sequences.add(self.target.training, tuple(recorder.ops)) and problem:
+            raise PlanMismatchError(problem)
+
+    def _refresh_weights(self) -> None:
+        """Bring the scales of weights up to date here, so that evaluation is compiled without that."""
+        outdated = [point for point in self._points if point.fake_quant.outdated]
+        parameters = set(map(id, self.target.parameters())) if outdated else set()
+        for point in outdated:
+            point.refresh(parameters)
+
+    def captured(self) -> CompiledMode | None:
+        """Return the mode for a forward that ``torch.compile`` captures; None if it has to run in eager mode.
+
+        That is the case before the first eager forward in the present mode, if the order of the ops varies, while
+        observing or analysing, and in training while points still take their first scale from the data.
+        """
+        if torch.compiler.is_exporting() or not self._can_be_captured or not self.freezing.is_held:
+            return None
+        return CompiledMode(self, self.sequences)
+
     def run(
         self, mode: InterceptionMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the forward under a mode; frames (and the tensors they hold) are let go at the end."""
         try:
             with RunningRegion(), mode:
-                return forward(*args, **kwargs)
+                result = forward(*args, **kwargs)
+            if isinstance(mode, RegionMode) and mode.recorder is not None:
+                self._learn_sequence(mode.recorder)
+            return result
         finally:
             mode.identity.clear()
 
@@ -149,5 +256,7 @@ class RegionRunner:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        rebuilt = ("call_paths", "functions", "_bound", "_graph")  # by the region of the copy; some hold code objects
-        return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
+        # made by the region of the copy; some hold code objects
+        rebuilt = ("call_paths", "functions", "sequences", "_bound", "_graph", "_points")
+        kept = {name: value for name, value in self.__dict__.items() if name not in rebuilt}
+        return {**kept, "compilation": None}  # copies are for analyses, and run eagerly

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
 from typing_extensions import Self, override
 
-from lightning_qat.quantization.interception.interception import Intercepted, InterceptionMode, active_mode
+from lightning_qat.quantization.interception.interception import Intercepted, InterceptionMode, Opener, active_mode
 from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.region_mode import RegionMode
 
 
-class ReplacedForward:
+class ReplacedForward(Opener):
     """Context manager in which the forwards of a region's target run under :meth:`mode`.
 
     Args:
         region: the region whose target runs.
     """
 
-    is_off = False
-
     def __init__(self, region: Region) -> None:
         self.region = region
-        self.run = region.runner.run
+
+    @override
+    def run(
+        self, mode: InterceptionMode, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return self.region.runner.run(mode, forward, args, kwargs)
 
     def mode(self, identity: OpIdentity) -> InterceptionMode:
         """Return the mode of one forward.

@@ -24,6 +24,7 @@ class Switches:
         updates: which scales follow the data while quantizing in train mode.
         first_scales: whether points that began at zero take their scale from the data in train mode.
         taps: functions that are called at every quantization.
+        eager: no compiled code runs, whoever compiles.
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,7 @@ class Switches:
         self.updates: frozenset[str] = frozenset({"weight"})
         self.first_scales = True
         self.taps: tuple[Tap, ...] = ()
+        self.eager = False
 
     def set(self, state: State, updates: Iterable[ScaleRole] | None = None) -> None:
         """Set the state, and the updates if they are given.
@@ -53,12 +55,12 @@ class Switches:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Put state and updates back at the end of a block, also after an exception."""
-        before = self.state, self.updates
+        """Put state, updates and :attr:`eager` back at the end of a block, also after an exception."""
+        before = self.state, self.updates, self.eager
         try:
             yield
         finally:
-            self.state, self.updates = before
+            self.state, self.updates, self.eager = before
 
     @contextmanager
     def tap(self, tap: Tap) -> Iterator[None]:

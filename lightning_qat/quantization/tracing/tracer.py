@@ -22,9 +22,10 @@ from lightning_qat.quantization.errors import TracingError
 from lightning_qat.quantization.functions.function_lookup import is_interceptable, spec_of, specialise
 from lightning_qat.quantization.functions.mask_values import makes_mask, subtracts_mask
 from lightning_qat.quantization.interception.activation_checkpointing import RunningRegion
-from lightning_qat.quantization.interception.call_path import CallPaths, user_location
+from lightning_qat.quantization.interception.call_path import CallPaths
 from lightning_qat.quantization.interception.call_stack import CallStack
-from lightning_qat.quantization.interception.interception import Intercepted, InterceptionMode, active_mode
+from lightning_qat.quantization.interception.code_locations import user_location
+from lightning_qat.quantization.interception.interception import Intercepted, InterceptionMode, Opener, active_mode
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.module_walk import has_lazy_tensors
 from lightning_qat.quantization.modules.preservation import preserved, preserved_tensors
@@ -105,7 +106,7 @@ def _run(target: nn.Module, replay: Replay, rescaled: list[nn.Parameter]) -> Tra
     return None
 
 
-class Tracer:
+class Tracer(Opener):
     """Context manager that records every forward of ``target`` that happens inside it.
 
     Use it directly when the forwards are run by somebody else (a training step); otherwise use :func:`trace`.
@@ -129,11 +130,6 @@ class Tracer:
         if self._intercepted is not None:
             self._intercepted.uninstall()
             self._intercepted = None
-
-    @property
-    def is_off(self) -> bool:
-        """Always false: a tracer is removed when it is done."""
-        return False
 
     def open(self, frame: FrameType) -> InterceptionMode | None:
         """Start recording a forward; a recursive entry is part of the forward that runs.

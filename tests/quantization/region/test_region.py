@@ -324,10 +324,11 @@ def test_region_that_is_off_compiles_in_one_graph(name: str, compiling: None) ->
         assert torch.equal(a, b)
 
 
-def test_region_that_quantizes_runs_eagerly_under_torch_compile(compiling: None, region: Region) -> None:
-    """Not captured yet, and never silently in float."""
+def test_region_that_must_not_be_compiled_runs_eagerly_under_torch_compile(compiling: None, region: Region) -> None:
+    """Never silently in float."""
     module = region.target.eval()
     outer = nn.Sequential(module, nn.Softmax(-1))
+    region.set_compile(False)
     with torch.no_grad():
         expected = outer(IMAGE)
         assert torch.equal(torch.compile(outer, backend="eager")(IMAGE), expected)
