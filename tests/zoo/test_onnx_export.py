@@ -1,0 +1,65 @@
+"""What `onnx_export.md` is made of, and its claim on the example."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+pytest.importorskip("onnxruntime", reason="the extra 'onnx' is missing")
+pytest.importorskip("transformers", reason="transformers needs Python 3.11 or newer")
+
+from tests.zoo.onnx_export import FILE, PROFILE, Row, cases, digits, document, line, measure, wanted
+
+ROW = Row(
+    "digits (examples)",
+    "int8",
+    "trained",
+    quantizers=3,
+    codes=1000,
+    equal=1.0,
+    behind=(0.999, 1),
+    changes={"off": 0.0, "basic": 0.5, "full": 0.25},
+    output_codes={"off": (1.0, 0), "basic": (0.98, 2), "full": (0.99, 1)},
+    integer={"convolution": (2, 9)},
+    smaller=3.5,
+    faster=0.5,
+    task=(0.99, 0.98, 0.975),
+    task_name="accuracy",
+)
+
+
+def test_line_holds_every_number() -> None:
+    assert line(ROW) == (
+        "| digits (examples) | int8, trained | 100 % of 1,000 | 99.9 %, 1 | 0 (100 %, 0) | 50 (98 %, 2) | "
+        "25 (99 %, 1) | accuracy: 99.00 / 98.00 / 97.50 | 2 of 9 convolutions | 3.50, 0.50 |"
+    )
+    failed = Row("BERT", "mix", "learned", why_not="no such op")
+    assert "not exported: no such op" in line(failed)
+
+
+def test_document_says_what_holds_and_what_is_missing() -> None:
+    text = document([ROW])
+    assert "All 1,000 codes of 1 exports of 1 models are equal in (a)." in text
+    assert "digits (examples) 0.50." in text
+    assert "BERT (int8, trained)" in text
+    assert "**Codes differ in (a).**" in document([dataclasses.replace(ROW, equal=0.5)])
+
+
+def test_committed_table_has_equal_codes_of_every_model() -> None:
+    text = FILE.read_text()
+    assert "codes differ" not in text.lower()
+    for name in cases():
+        assert f"| {name} |" in text, name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("types", "scales"), wanted("digits"))
+def test_the_example_computes_the_task_of_fake_quant(types: str, scales: str) -> None:
+    """All codes are equal, and the accuracy is that of fake-quant within 0.1 points; integers under the profile."""
+    row = measure("digits", digits, types, scales)
+    assert row.equal == 1.0
+    assert row.task is not None
+    assert abs(row.task[1] - row.task[2]) <= 0.001
+    integer, count = row.integer["convolution"]
+    assert types != PROFILE or integer >= 0.9 * count
