@@ -16,7 +16,6 @@ from lightning_qat.quantization.fake_quant.quantization_parameters import Quanti
 from lightning_qat.quantization.numerics.channel_groups import swap_within_groups
 from lightning_qat.quantization.numerics.observers import ObserverName, check_observer, clip_range
 from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE, check_percentile
-from lightning_qat.quantization.numerics.range_statistics import PerChannelStatistics
 from lightning_qat.quantization.numerics.scales import (
     MAX_SCALE,
     MIN_SCALE,
@@ -205,15 +204,12 @@ class FakeQuantize(QuantizationParameters):
         else:
             self.compute_scale(self.scale_source, dtype)
 
-    @torch.no_grad()
-    @torch.inference_mode(False)
     def update_scale(self, x: Tensor, *, ema: bool | None = None) -> None:
         """Let the scale follow the data in training, without a jump from the calibrated one.
 
         The new range is that of ``x`` (a weight) or its moving average over batches (an activation), multiplied by
-        the ratio of the calibrated range to the same kind of range at calibration. This reads minimum and maximum
-        only, so it is cheap. The scale stays if ``x`` holds NaN or infinities or is transformed by ``torch.func``, and
-        if the scale is fixed, learned or not calibrated.
+        the ratio of the calibrated range to the same kind of range at calibration. The scale stays if ``x`` holds NaN
+        or infinities or is transformed by ``torch.func``, and if the scale is fixed, learned or not calibrated.
 
         Args:
             x: The present weight, or this batch's activation.
@@ -223,28 +219,31 @@ class FakeQuantize(QuantizationParameters):
             return
         if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
             return
-        if self.groups > 1:
-            x = swap_within_groups(x.detach(), self.groups)
+        x = x.detach() if self.groups == 1 else swap_within_groups(x.detach(), self.groups)
         ema = self.observer == "ema" if ema is None else ema
-        if not ema and self.axis is None and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = torch.aminmax(x.detach())
+        if not ema and self._followed(x):
+            return
+        with torch.no_grad(), torch.inference_mode(False):
+            if ema:
+                self._write_ema_range(*self.statistics.update_ema(*self.statistics.extremes(x)))
+            else:
+                ends = torch.stack(self.statistics.extremes(x))
+                self.write_range(*(ends * self._ratio.to(ends.device)))
+
+    def _followed(self, x: Tensor) -> bool:
+        """Follow a weight on the CPU, if it is an ordinary one, in few operations: this runs in every training step."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        if self.axis is None:
+            low, high = torch.aminmax(x)
             (low_ratio,), (high_ratio,) = self._ratio.tolist()
             self._write_number(low.item() * low_ratio, high.item() * high_ratio)
-        elif (
-            not ema
-            and isinstance(self.statistics, PerChannelStatistics)
-            and self.scheme == "symmetric"
-            and self.quant_min < 0
-        ):
-            rows = self.statistics.rows(x.detach())
-            bounds = torch.maximum(rows.amin(dim=1).neg_(), rows.amax(dim=1)).double()  # NaN is handed on
-            self._write_bounds(bounds * self._ratio[1].to(bounds.device))
-        elif ema:
-            self._write_ema_range(*self.statistics.update_ema(*self.statistics.extremes(x)))
-        else:
-            low, high = self.statistics.extremes(x)
-            ratio = self._ratio.to(low.device)
-            self.write_range(low * ratio[0], high * ratio[1])
+            return True
+        if self.scheme != "symmetric" or self.quant_min >= 0 or self.split_sizes is not None or x.dim() < 2:
+            return False
+        axis = self.axis % x.dim()
+        magnitudes = x.abs().amax(dim=[d for d in range(x.dim()) if d != axis])
+        return magnitudes.shape == self.scale.shape and self._write_magnitudes(magnitudes * self._ratio[1])
 
     @torch.no_grad()
     @torch.inference_mode(False)

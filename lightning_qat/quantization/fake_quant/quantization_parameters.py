@@ -13,11 +13,13 @@ from lightning_qat.quantization.config_values import Scheme
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
 from lightning_qat.quantization.numerics.scales import (
     ZERO_RANGE_SCALE,
-    scale_from_bounds,
     scale_from_numbers,
     scale_from_range,
 )
 from lightning_qat.quantization.numerics.split_statistics import repeat_groups
+
+USUAL_MAGNITUDES = (1e-30, 1e30)
+"""Between these, no scale has to be limited, whatever the type."""
 
 
 class QuantizationParameters(torch.nn.Module):
@@ -122,11 +124,17 @@ class QuantizationParameters(torch.nn.Module):
             self.scale.fill_(scale)
             self.zero_point.fill_(zero_point)
 
-    def _write_bounds(self, bounds: Tensor) -> None:
-        """Symmetric signed ranges by their largest magnitudes; the result is that of :meth:`write_range`."""
-        usable = bounds.isfinite()
-        scale = scale_from_bounds(bounds, self.quant_min, self.quant_max)
-        torch.where(usable, scale, self.scale, out=self.scale)
+    def _write_magnitudes(self, magnitudes: Tensor) -> bool:
+        """The usual symmetric signed ranges, by their largest magnitudes as float64, in two operations.
+
+        Returns:
+            False if some are zero, not finite or of a size that needs a limit: then nothing is written.
+        """
+        low, high = torch.aminmax(magnitudes)
+        usual = low.item() > USUAL_MAGNITUDES[0] and high.item() < USUAL_MAGNITUDES[1]  # not of NaN
+        if usual:
+            torch.div(magnitudes, self.quant_max, out=self.scale)  # rounded once, as the quotient is a float64
+        return usual
 
     def write_range(self, low: Tensor, high: Tensor) -> None:
         """Take scale and zero point from a range, in place. What is not finite changes nothing.

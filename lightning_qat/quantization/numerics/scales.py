@@ -82,26 +82,6 @@ def scale_from_numbers(
     return scale, min(max(quant_min - round(low / rounded), quant_min), quant_max)
 
 
-def scale_from_bounds(bounds: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """Compute :func:`scale_from_range` for the symmetric signed ranges ``-bounds ... bounds``, in fewer operations.
-
-    Args:
-        bounds: Largest magnitudes, float64 ``(channels,)``; it is overwritten.
-        quant_min: Smallest code, negative.
-        quant_max: Largest code.
-
-    Returns:
-        float32 ``(channels,)``; the value for a bound that is not finite has no meaning.
-
-    Example:
-        >>> scale_from_bounds(torch.tensor([2.54, 1.27]).double(), -127, 127)
-        tensor([0.0200, 0.0100])
-    """
-    empty = bounds == 0
-    scale = bounds.div_(quant_max).clamp_(MIN_SCALE, greatest_scale(max(quant_max, -quant_min)))
-    return scale.masked_fill_(empty, ZERO_RANGE_SCALE).float()
-
-
 def relative_range(ends: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor], signed: bool | None) -> Tensor:
     """Return a range relative to another, ``(2, channels)``; 1 where an end of that other is zero.
 
