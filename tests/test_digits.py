@@ -101,7 +101,10 @@ def test_learned_scales_beat_fixed_ones_at_4_bits(tmp_path: Path) -> None:
         for seed in range(3):
             pl.seed_everything(seed)
             qat = QuantizationAwareTraining(
-                {"weight": {"dtype": "int4"}, "activation": {"dtype": "int4", "observer": "minmax"}},
+                {
+                    "weight": {"dtype": "int4"},
+                    "activation": {"dtype": "int4", "observer": "minmax", "scheme": "symmetric"},
+                },
                 init_from=str(tmp_path / "narrow.ckpt"),
                 activation_scales=kind,
                 weight_scales=kind,

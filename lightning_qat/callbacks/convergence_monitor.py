@@ -144,7 +144,9 @@ class ConvergenceMonitor(ReportingCallback):
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if self._started and not self.series.first_bad and not bool(torch.isfinite(loss.detach()).all()):
+        if not self._started or self.series.first_bad:
+            return
+        if not (math.isfinite(loss.item()) if loss.numel() == 1 else bool(loss.isfinite().all())):
             # now: after the step, every weight may be NaN
             found = self.tried(trainer, lambda: self._first_bad(trainer, pl_module), refuses=False)
             self.series = replace(self.series, first_bad=found or "")
@@ -153,17 +155,20 @@ class ConvergenceMonitor(ReportingCallback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         if self._started and self._gradient_steps < GRADIENT_STEPS * max(1, len(trainer.optimizers)):
             self._gradient_steps += 1
+            number = next((i for i, o in enumerate(trainer.optimizers) if bare(o) is bare(optimizer)), 0)
+            before = self._zero.get(number)
+            if before is not None and not before:
+                return  # every parameter has had a gradient in this epoch
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            zero = {
+            self._zero[number] = {
                 name
                 for name, p in pl_module.named_parameters()
-                if id(p) in own
+                if (before is None or name in before)
+                and id(p) in own
                 and p.grad is not None
                 and not bool(p.grad.any())
                 and not is_in_region(name)  # a learned scale of values that are all zero has none
             }
-            number = next((i for i, o in enumerate(trainer.optimizers) if bare(o) is bare(optimizer)), 0)
-            self._zero[number] = self._zero[number] & zero if number in self._zero else zero
 
     @override
     def on_train_batch_end(

@@ -13,10 +13,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_qat.quantization.config_values import Granularity, Scheme, build, check_values, positive_number
+from lightning_qat.quantization.config_values import (
+    Granularity,
+    ObserverChoice,
+    SchemeChoice,
+    build,
+    check_values,
+    positive_number,
+)
 from lightning_qat.quantization.errors import ConfigurationError, shown
 from lightning_qat.quantization.numerics.dtypes import DtypeName
-from lightning_qat.quantization.numerics.observers import ObserverName
 from lightning_qat.quantization.shares import count_of
 
 LEADERS = "leaders"
@@ -68,8 +74,8 @@ class ActivationOverride:
     """
 
     dtype: DtypeName | None = None
-    observer: ObserverName | None = None
-    scheme: Scheme | None = None
+    observer: ObserverChoice | None = None
+    scheme: SchemeChoice | None = None
     percentile: float | None = None
     threshold: float | str | None = None
     fixed_scale: float | str | None = None
@@ -104,7 +110,7 @@ class WeightOverride:
     """
 
     dtype: DtypeName | None = None
-    observer: ObserverName | None = None
+    observer: ObserverChoice | None = None
     granularity: Granularity | None = None
     percentile: float | None = None
 

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_qat.quantization.config_values import Granularity, Scheme, build, check_values
+from lightning_qat.quantization.config_values import Granularity, ObserverChoice, SchemeChoice, build, check_values
 from lightning_qat.quantization.numerics.dtypes import DtypeName
-from lightning_qat.quantization.numerics.observers import ObserverName
 from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE
 
 
@@ -22,8 +21,10 @@ class ActivationConfig:
 
     Args:
         dtype: ``int2`` ... ``int16``, ``uint2`` ... ``uint16``, or ``float32`` to leave activations unquantized.
-        observer: how calibration turns statistics into a scale.
-        scheme: ``symmetric`` (zero point 0) or ``affine``.
+        observer: how calibration turns statistics into a scale. ``auto``, the default, is ``mse``.
+        scheme: ``symmetric`` (zero point 0) or ``affine``. ``auto``, the default, is affine for signed types of 4 bits
+            and fewer, if the hardware has it, and symmetric for all others: the fewer codes there are, the more it
+            costs that values of one sign, such as those behind a relu, leave half of them unused.
         percentile: share of the values, in percent, that the ``percentile`` observer keeps inside the range. Its
             default and bounds are in ``numerics/percentile.py``.
 
@@ -32,8 +33,8 @@ class ActivationConfig:
     """
 
     dtype: DtypeName = "int8"
-    observer: ObserverName = "mse"
-    scheme: Scheme = "symmetric"
+    observer: ObserverChoice = "auto"
+    scheme: SchemeChoice = "auto"
     percentile: float = DEFAULT_PERCENTILE
 
     def __post_init__(self) -> None:
@@ -46,7 +47,7 @@ class WeightConfig:
 
     Args:
         dtype: as for activations.
-        observer: as for activations.
+        observer: as for activations, but ``auto`` is ``minmax``, and ``mse`` for 2 bits.
         granularity: ``per_channel`` (one scale per output channel) or ``per_tensor``.
         percentile: as for activations. It applies to the values that share a scale: in a channel of 64 values, no
             value lies beyond 99.99 %.
@@ -56,7 +57,7 @@ class WeightConfig:
     """
 
     dtype: DtypeName = "int8"
-    observer: ObserverName = "minmax"
+    observer: ObserverChoice = "auto"
     granularity: Granularity = "per_channel"
     percentile: float = DEFAULT_PERCENTILE
 

@@ -291,9 +291,9 @@ def _frozen_head() -> Pipeline:
 
 
 def _low_bits(dtype: str) -> QuantizationAwareTraining:
-    return QuantizationAwareTraining(
-        QConfig.of({"activation": {"dtype": dtype}, "weight": {"dtype": dtype, "granularity": "per_tensor"}})
-    )
+    activation = {"dtype": dtype, "scheme": "symmetric"}
+    weight = {"dtype": dtype, "observer": "minmax", "granularity": "per_tensor"}
+    return QuantizationAwareTraining(QConfig.of({"activation": activation, "weight": weight}))
 
 
 def _wrong_scale() -> QuantizationAwareTraining:

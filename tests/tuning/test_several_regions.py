@@ -28,7 +28,8 @@ from tests.harness.two_tasks import TwoTasks
 torch.set_num_threads(1)
 seed_everything(0, verbose=False)
 target = sys.argv[1].split(",") if len(sys.argv) > 1 else "auto"
-callbacks = [QuantizationAwareTraining(init_from="float.ckpt", target=target), Calibration(batches=4)]
+qconfig = {"activation": {"scheme": "symmetric"}}
+callbacks = [QuantizationAwareTraining(qconfig, init_from="float.ckpt", target=target), Calibration(batches=4)]
 Trainer(**{**quiet(), "max_epochs": 1, "callbacks": callbacks}).fit(TwoTasks())
 """
 

@@ -102,7 +102,7 @@ def quantizers_by_dtype(region: Region, plans: Mapping[str, QuantPlan]) -> Quant
 
 def _same_place(one: PointPlan, other: PointPlan) -> bool:
     """Whether two plans quantize the same tensor with scales of the same shape."""
-    fields = ("op", "role", "operand", "scheme", "axis", "channels", "split_sizes", "groups", "batch_norm", "same_as")
+    fields = ("op", "role", "operand", "axis", "channels", "split_sizes", "groups", "batch_norm", "same_as")
     return all(getattr(one, field) == getattr(other, field) for field in fields)
 
 
@@ -115,5 +115,6 @@ def _calibrated(planned: PointPlan, present: FakeQuantize) -> FakeQuantize | Non
         return made
     if not present.statistics.count or present.starts_at_zero:
         return None
-    made.compute_scale(present.scale_source if present.scale_source != "fixed" else None)
+    keeps_method = present.scale_source != "fixed" and planned.observer == present.observer
+    made.compute_scale(present.scale_source if keeps_method else None)
     return made

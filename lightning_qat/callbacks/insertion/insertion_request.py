@@ -57,7 +57,7 @@ def differences(plan: QuantPlan, request: InsertionRequest) -> list[str]:
         f"{group}.{name}: {plan.qconfig.get(group, {}).get(name)} there, {value} here"
         for group, values in here.items()
         for name, value in values.items()
-        if plan.qconfig.get(group, {}).get(name) != value
+        if value not in ("auto", plan.qconfig.get(group, {}).get(name))  # auto is whatever the plan has
     ]
     wanted = [rule.to_dict() for rule in request.overrides if rule.sensitivity is None]
     # a plan holds the points that were taken from a table, and the table may be gone or have grown since

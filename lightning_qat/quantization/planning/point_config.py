@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.numerics.dtypes import quant_dtype
+from lightning_qat.quantization.numerics.dtypes import is_float, quant_dtype
 from lightning_qat.quantization.overrides import ActivationOverride, Override, Split, WeightOverride
 from lightning_qat.quantization.planning.plan import PointRole
 from lightning_qat.quantization.qconfig import QConfig
@@ -91,7 +91,7 @@ class PointConfigs:
         """
         defaults = self.qconfig.weight if role == "weight" else self.qconfig.activation
         values: dict[str, Any] = {
-            "scheme": "symmetric",
+            "scheme": "symmetric",  # of weights
             "granularity": "per_tensor",
             **_NO_GIVEN_SCALE,
             **vars(defaults),
@@ -104,7 +104,7 @@ class PointConfigs:
                 values |= _NO_GIVEN_SCALE  # of these the last rule's holds
             values |= given
             rule = self._in_words(index)
-        return _checked(point, values | dict(required or {}), rule)
+        return _checked(point, values | dict(required or {}), rule, is_weight=role == "weight")
 
     def is_float(self, point: str, op_type: str, role: PointRole) -> bool:
         """Whether the rules leave a point in float32. Unlike :meth:`resolve` it counts as no use of a rule."""
@@ -134,7 +134,7 @@ class PointConfigs:
 _NO_GIVEN_SCALE = {"threshold": None, "fixed_scale": None, "split": None}
 
 
-def _checked(point: str, values: dict[str, Any], rule: str) -> PointConfig:
+def _checked(point: str, values: dict[str, Any], rule: str, is_weight: bool) -> PointConfig:
     fixed = values["fixed_scale"]
     if values["threshold"] is not None and values["dtype"] != "float32":
         dtype = quant_dtype(values["dtype"])
@@ -145,11 +145,31 @@ def _checked(point: str, values: dict[str, Any], rule: str) -> PointConfig:
         )
     return PointConfig(
         dtype=values["dtype"],
-        scheme=values["scheme"],
-        observer=values["observer"],
+        scheme=_scheme(values["scheme"], "float32" if fixed is not None else values["dtype"]),
+        observer=_observer(values["observer"], values["dtype"], is_weight),
         percentile=values["percentile"],
         per_channel=values["granularity"] == "per_channel",
         fixed_scale=fixed,
         split=values["split"],
         rule=rule,
     )
+
+
+FEW_BITS = 4
+"""Up to here ``scheme: auto`` is affine. Measured: tests/benchmarks/accuracy.md."""
+
+
+def _scheme(chosen: str, dtype: str) -> str:
+    """What ``auto`` means: affine for narrow signed types whose scale is not given."""
+    if chosen != "auto":
+        return chosen
+    found = None if is_float(dtype) else quant_dtype(dtype)
+    return "affine" if found is not None and found.signed and found.bits <= FEW_BITS else "symmetric"
+
+
+def _observer(chosen: str, dtype: str, is_weight: bool) -> str:
+    """What ``auto`` means: of a weight of 2 bits, whose codes are -1, 0 and 1, a range up to the largest value would
+    leave little but zeros."""
+    if chosen != "auto":
+        return chosen
+    return "mse" if not is_weight or (not is_float(dtype) and quant_dtype(dtype).bits == 2) else "minmax"

@@ -190,7 +190,7 @@ def culprit(region: Region, x: Tensor, point: str) -> Diagnosis:
 @pytest.mark.parametrize(("point", "suffices"), [("relu_0.output", True), ("fc.input0", False)])
 def test_affine_scheme_is_the_remedy_where_it_suffices(point: str, suffices: bool) -> None:
     """It is cheaper than a wider type; values of both signs get the wider type."""
-    rules: Rules = [{"match": point, "activation": {"dtype": "int3", "observer": "minmax"}}]
+    rules: Rules = [{"match": point, "activation": {"dtype": "int3", "observer": "minmax", "scheme": "symmetric"}}]
     region = inserted(lambda: Activated("relu"), TABLE, rules)
     found = culprit(region, TABLE, point)
     (printed,) = yaml.safe_load(found.yaml)["overrides"]
@@ -214,7 +214,12 @@ def test_what_is_fine_does_not_depend_on_few_bits_alone() -> None:
 
     for bits in (2, 3, 4):
         for observer, fine in (("mse", True), ("minmax", bits > 3)):
-            rules = [{"match": "mul_0.input0", "activation": {"dtype": f"int{bits}", "observer": observer}}]
+            rules = [
+                {
+                    "match": "mul_0.input0",
+                    "activation": {"dtype": f"int{bits}", "observer": observer, "scheme": "symmetric"},
+                }
+            ]
             found = culprit(inserted(One, gauss, rules), gauss, "mul_0.input0")
             assert (found.verdict == "fine") == fine, (bits, observer, found.severity)
 
@@ -246,9 +251,15 @@ def test_point_with_sixteen_bits_and_a_tiny_error_stays_as_it_is() -> None:
         ({"match": "relu_0.output", "activation": {"fixed_scale": 0.5}}, "relu_0.output"),
         ({"match": "relu_0.output", "activation": {"fixed_scale": 0.002}}, "relu_0.output"),
         ({"match": "fc.input0", "activation": {"fixed_scale": 0.3}}, "fc.input0"),
-        ({"match": "fc.input0", "activation": {"dtype": "int2", "observer": "minmax"}}, "fc.input0"),
-        ({"match": "relu_0.output", "activation": {"dtype": "int3", "observer": "minmax"}}, "relu_0.output"),
-        ({"match": "fc", "weight": {"dtype": "int2", "granularity": "per_tensor"}}, "fc.weight"),
+        (
+            {"match": "fc.input0", "activation": {"dtype": "int2", "observer": "minmax", "scheme": "symmetric"}},
+            "fc.input0",
+        ),
+        (
+            {"match": "relu_0.output", "activation": {"dtype": "int3", "observer": "minmax", "scheme": "symmetric"}},
+            "relu_0.output",
+        ),
+        ({"match": "fc", "weight": {"dtype": "int2", "granularity": "per_tensor", "observer": "minmax"}}, "fc.weight"),
         ({"match": "fc.input0", "activation": {"observer": "percentile", "percentile": 80.0}}, "fc.input0"),
     ],
 )

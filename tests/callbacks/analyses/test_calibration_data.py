@@ -68,7 +68,7 @@ def model(change: Change | None = None, kind: type[Prepared] = Prepared) -> Prep
 
 def run(directory: Path, module: Prepared, *callbacks: Any, bits: str = "int8", fit: Any = None) -> None:
     seed_everything(0, verbose=False)
-    quantization = QuantizationAwareTraining(qconfig=QConfig.of({"activation": {"dtype": bits}}))
+    quantization = QuantizationAwareTraining(qconfig=QConfig.of({"activation": {"dtype": bits, "scheme": "symmetric"}}))
     settings: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1.0}
     qat_trainer(directory, *callbacks, quantization=quantization, **settings).fit(module, **(fit or {}))
 
