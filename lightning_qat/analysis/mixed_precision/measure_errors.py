@@ -57,7 +57,8 @@ def measure_errors(
     If several tensors are chosen, their squared errors count relative to the mean square of each: a task is not lost
     beside one of larger numbers. Of a module with several regions, the errors of each are estimated at its own output
     and weighted by what the region as a whole does to the outputs that no other region reads from; the largest of each
-    are measured there.
+    are measured there. A tensor that is quantized at the end of one region and again at the start of the next counts
+    twice.
 
     Args:
         region: a calibrated region; or a module that contains calibrated regions.

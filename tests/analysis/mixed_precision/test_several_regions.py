@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics.functional import spearman_corrcoef
 
@@ -255,3 +257,24 @@ def test_errors_of_regions_are_refused_for_other_weights(tmp_path: Any) -> None:
 def test_a_module_without_fake_quants_is_one_error() -> None:
     with pytest.raises(ConfigurationError, match="TwoHeads has no fake-quants"):
         measure_errors(TwoHeads(), data())
+
+
+def _on_rank(rank: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    model, _ = quantized(TwoHeads())
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    try:
+        errors = measure_errors(model, [data()[rank]], dtypes=("int6", "int8"), across_ranks=True)
+        write_json(errors, Path(directory, f"{rank}.json"))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_measure_what_one_process_measures(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_on_rank, (str(tmp_path),), nprocs=2)
+    first, second = (PrecisionErrors.load(tmp_path / f"{rank}.json") for rank in range(2))
+    assert first.rows == second.rows
+    alone = measure_errors(quantized(TwoHeads())[0], data(), dtypes=("int6", "int8"))
+    assert [row.point for row in first.rows] == [row.point for row in alone.rows]
+    assert [row.mse for row in first.rows] == pytest.approx([row.mse for row in alone.rows])
+    assert first.checks[0].measured == pytest.approx(alone.checks[0].measured)
