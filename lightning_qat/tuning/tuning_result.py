@@ -72,7 +72,9 @@ class TuningResult(StageTable):
         )
         after = f" Then it stopped: {self.stopped}" if self.stopped else ""
         bops = f"; {self.shares['bops']:.2f} times the bit operations of {self.narrow}" if "bops" in self.shares else ""
-        return f"target met: {self.recommended} {mix} reaches {values}{bops}. Configuration: recommended.yaml.{after}"
+        untrained = "" if "QAT" in self.recommended else " This is by calibration alone: fit trains on from there."
+        where = f"Configuration: recommended.yaml.{untrained}{after}"
+        return f"target met: {self.recommended} {mix} reaches {values}{bops}. {where}"
 
     @override
     def blocks(self) -> tuple[Block, ...]:
