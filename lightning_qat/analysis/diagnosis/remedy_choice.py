@@ -17,6 +17,9 @@ from lightning_qat.analysis.diagnosis.remedy import Remedy, percent
 from lightning_qat.analysis.diagnosis.split_remedy import split
 from lightning_qat.analysis.model_check.calls_check import SHARED_RANGE_RATIO
 
+LEAVE_OUT = "leave it out, and calibrate."
+REMOVE_SCALE = "Remove its fixed scale."
+"""Ends of what is advised where a fixed scale of the user is to blame."""
 UNUSED_FACTOR = 4.0
 """A range this many times wider than the values wastes two bits, which no margin for rare values needs."""
 
@@ -30,7 +33,7 @@ def against_clipping(e: PointEvidence, declared: tuple[float, float] | None) -> 
         better = channels is not None and channels.after is not None and channels.after <= (wider.after or 0.0)
         return channels if channels is not None and (better or not wider.yaml) else wider
     if e.fixed_scale is not None:
-        fitted = fitted_scale(e, "Its fixed scale is too small: leave it out, and calibrate.")
+        fitted = fitted_scale(e, f"Its fixed scale is too small: {LEAVE_OUT}")
         return fitted if fitted.factor is not None else wider_type(e)
     if not exceeds_calibration(e):
         return wider_range(e)
@@ -42,7 +45,7 @@ def against_bad_scale(e: PointEvidence) -> Remedy:
     """Choose what to do about a scale that does not fit the values."""
     if e.fixed_scale is not None:
         size = "small" if e.clipping > e.rounding else "large"
-        return fitted_scale(e, f"Its fixed scale is too {size}: leave it out, and calibrate.")
+        return fitted_scale(e, f"Its fixed scale is too {size}: {LEAVE_OUT}")
     return fitted_scale(e, _more_data(e) if exceeds_calibration(e) else "Calibrate with data of ordinary size.")
 
 
@@ -55,7 +58,7 @@ def against_rounding(e: PointEvidence, declared: tuple[float, float] | None, eno
         enough: relative error that is small enough: then a cheaper remedy than a wider type will do.
     """
     if declared is None and e.role != "weight" and is_too_wide(e):
-        why = "Remove its fixed scale." if e.fixed_scale is not None else "Calibrate with representative data."
+        why = REMOVE_SCALE if e.fixed_scale is not None else "Calibrate with representative data."
         return fitted_scale(e, f"Its range is {max(map(abs, e.representable)) / e.largest:.3g} times too wide. {why}")
     if (channels := scale_per_channel(e)) is not None:
         return channels

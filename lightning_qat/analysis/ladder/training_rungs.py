@@ -131,8 +131,9 @@ def calibrated_evidence(ladder: Ladder) -> Evidence:
     rows = compare(ladder.float_model.metrics, ladder.calibrated, ladder.float_model, rung=QUANTIZED, what=CALIBRATED)
     if not breaks(rows) or qat_recovers(ladder):
         return rows, []
-    after = _qat_rows(ladder)
-    training = f", and training does not mend it ({format_falls(judged(after))})" if after else ""
+    training = ""
+    if ladder.qat is not None and (after := judged(_qat_rows(ladder))):
+        training = f"; {format_training(ladder.qat)} in this short check do not win it back ({format_falls(after)})"
     causes = _causes(ladder, "; evaluate again before you train")
     text = f"calibration alone loses the accuracy ({format_falls(judged(rows))}){training}. {causes}"
     return rows, [BrokenRung(QUANTIZED, "quantization error", text)]

@@ -10,6 +10,8 @@ from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis, Diagnos
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.model_check.finding import SEVERITIES
 from lightning_qat.analysis.results import Advice
+from lightning_qat.reporting.html.point_causes import followers
+from lightning_qat.reporting.html.point_history import point_key
 from lightning_qat.reporting.html.run_folder import RunFolder
 
 SOURCES = {
@@ -60,9 +62,11 @@ def _of_ladders(run: RunFolder) -> Iterator[ReportFinding]:
         if result.is_bad:
             broken = [row for row in result.rows if row.status in ("breaks", "falls")]
             facts = [("cause", result.cause)] if result.cause else []
+            facts += [("decides", f"rung {result.rung}: it is the first that breaks")] if len(broken) > 1 else []
             facts += [(f"rung {r.rung}", f"{r.what}: {r.metric} {_change(r.expected, r.value)}") for r in broken]
             facts += [("difference", difference) for difference in _differences(result)]
-            advice = Advice(result.verdict, "error", without_verdict(result.verdict, result.note), facts=tuple(facts))
+            text, _ = split_next(without_verdict(result.verdict, result.note))
+            advice = Advice(result.verdict, "error", text, facts=tuple(facts))
             yield ReportFinding(name, advice)
 
 
@@ -88,6 +92,7 @@ def _convergence_advice(row: ConvergenceRow, level: str) -> Advice:
 def _of_diagnoses(run: RunFolder, is_innocent: bool) -> Iterator[ReportFinding]:
     """That of the model that training started from comes first; the later one adds what is new."""
     level = "info" if is_innocent else "warning"
+    before = followers(run)
     known: set[tuple[str, str, str]] = set()
     for name, result in (("calibrated_diagnosis", run.start_diagnosis), ("diagnosis", run.diagnosis)):
         if result is None:
@@ -99,7 +104,8 @@ def _of_diagnoses(run: RunFolder, is_innocent: bool) -> Iterator[ReportFinding]:
             is_said = about in known or (result.calibration and row.verdict == _CALIBRATION)
             if row.verdict not in ("fine", "inherited") and not is_said:
                 known.add(about)
-                yield ReportFinding(name, _diagnosis_advice(row, level), (_full_name(row),))
+                follows = point_key(row.region, row.point) in before
+                yield ReportFinding(name, _diagnosis_advice(row, "info" if follows else level), (_full_name(row),))
 
 
 _CALIBRATION = "calibration data"
@@ -143,6 +149,17 @@ def without_verdict(verdict: str, note: str) -> str:
     """Return a note without the verdict at its beginning, which stands in the heading."""
     head, colon, rest = note.partition(": ")
     return rest[:1].upper() + rest[1:] if colon and head.startswith(verdict) else note
+
+
+def split_next(text: str) -> tuple[str, str]:
+    """Return what a note finds, and what it advises to do next; the page says what to do in one place.
+
+    Example:
+        >>> split_next("It falls. Next: raise the points.")
+        ('It falls.', 'Raise the points.')
+    """
+    found, _, action = text.partition("Next: ")
+    return found.rstrip(), action[:1].upper() + action[1:]
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis
+from lightning_qat.analysis.fingerprint.module_differences import ATTRIBUTES
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
+from lightning_qat.analysis.ladder.rungs import QAT
+from lightning_qat.analysis.ladder.sentences import RAISE_POINTS, ended
 from lightning_qat.analysis.results import Block
 from lightning_qat.reporting.html.findings import (
     SOURCES,
@@ -14,9 +17,12 @@ from lightning_qat.reporting.html.findings import (
     culprits,
     find_all,
     first_action,
+    split_next,
     without_verdict,
 )
-from lightning_qat.reporting.html.run_folder import LADDER_FILES, RunFolder
+from lightning_qat.reporting.html.point_causes import bad_ladder, followers, pipeline_is_at_fault, with_causes
+from lightning_qat.reporting.html.point_history import point_key
+from lightning_qat.reporting.html.run_folder import RunFolder
 
 Level = Literal["good", "bad", "warning", "unknown"]
 _NO_TARGET = (
@@ -24,6 +30,8 @@ _NO_TARGET = (
     "reached."
 )
 _REACHED = "Nothing has to be done. Export the model with `python -m lightning_qat export`, or try narrower types."
+_DIFFERS = "Mend what differs first:"
+_CHECKS_AGAIN = "the check says whether it was that."
 _STILL_TRAINING = "Wait for the end of the run, or stop it: calibration alone reaches the target already."
 
 
@@ -63,12 +71,15 @@ def judge_run(run: RunFolder) -> Overview:
     Args:
         run: its files.
     """
+    run = with_causes(run)
     passed = _passed(run)
-    ladder = _bad_ladder(run)
-    is_innocent = passed is True or (ladder is not None and ladder[1].verdict != "quantization error")
+    is_innocent = passed is True or pipeline_is_at_fault(run)
     findings = find_all(run, is_innocent)
-    verdict, level, sentence, source = _verdict(run, passed, findings)
-    action = _next_action(run, source, level, findings)
+    verdict, level, note, source = _verdict(run, passed, findings)
+    sentence, _ = split_next(_for_this_page(run, note))
+    if source in run.ladders and any(row.rung == QAT and row.metric for row in run.ladders[source].rows):
+        sentence = f"{sentence} {_whole_run(run)}".rstrip()
+    action = _for_this_page(run, _next_action(run, source, level, findings))
     named = [name for row in _culprits(run)[:5] for name in [f"{row.region}.{row.point}" if row.region else row.point]]
     return Overview(
         verdict,
@@ -104,7 +115,7 @@ def _verdict(run: RunFolder, passed: bool | None, findings: tuple[ReportFinding,
         worst = [f.source for f in findings if f.advice.level == "error" and f.source != "model_check"]
         stage = " by calibration" if _is_calibrated_only(run) else ""
         return f"target reached{stage}", "warning" if worst else "good", note, "accuracy"
-    ladder = _bad_ladder(run)
+    ladder = bad_ladder(run)
     if ladder is not None:
         name, result = ladder
         return result.verdict, "bad", without_verdict(result.verdict, result.note), name
@@ -133,32 +144,59 @@ def _next_action(run: RunFolder, source: str, level: Level, findings: tuple[Repo
     ladder = run.ladders.get(source)
     if ladder is not None and ladder.verdict != "quantization error":
         if ladder.cause:
-            return f"Mend this first: {ladder.cause.rstrip('.?')}. Then run again: the check says whether it was that."
+            return f"{_DIFFERS} {ended(ladder.cause)}{_settings(ladder)} Then run again: {_CHECKS_AGAIN}"
         return _last_part(without_verdict(ladder.verdict, ladder.note))
-    if source == "convergence":
-        return first_action(findings, "convergence")
     of_points = first_action(findings, "calibration") or _model_check_error(findings)
     of_points = of_points or first_action(findings, "diagnosis", "calibrated_diagnosis")
+    if source == "convergence":
+        of_training = first_action(findings, "convergence")
+        return of_points if of_points and RAISE_POINTS in of_training else of_training
     if of_points:
         return of_points
+    if ladder is not None and (advised := split_next(ladder.note)[1]):
+        return advised
     if run.accuracy is None:
         return _NO_TARGET
     if level == "warning":
         return "Read the findings below: a report speaks against this run although it reaches its target."
-    return _last_part(run.accuracy.note)
+    return split_next(run.accuracy.note)[1] or _last_part(run.accuracy.note)
+
+
+def _settings(ladder: PipelineResult) -> str:
+    """The settings of the user's own modules that differ: they often say where the difference is made."""
+    rows = [row for row in ladder.differences.rows if row.part == ATTRIBUTES and row.suspicion != "unlikely"]
+    texts = [row.what.replace(" ((the module itself))", "") for row in rows if row.what != ladder.cause]
+    return f" These settings differ too, so look there: {'; '.join(texts[:3])}." if texts else ""
+
+
+def _whole_run(run: RunFolder) -> str:
+    """What the run itself came to: the pipeline check trains a copy for some batches, and the table has the run."""
+    if run.accuracy is None or "QAT" not in run.accuracy.own:
+        return ""
+    column = f"{run.accuracy.run} QAT"
+    values = [f"{row.metric} {row.values[column]:.4g}" for row in run.accuracy.rows if column in row.values]
+    return f"The run itself, which trains longer than the check, came to {', '.join(values[:2])}." if values else ""
+
+
+def _for_this_page(run: RunFolder, text: str) -> str:
+    """Point to the pipeline check of this page where a note asks for one."""
+    check = run.ladders.get("pipeline_check")
+    if check is None:
+        return text
+    here = f"the pipeline check on this page ({check.verdict}) says"
+    for words in ("PipelineCheck() (or ZeroLRFinetune() and FloatFinetune()) says", "PipelineCheck() says"):
+        text = text.replace(words, here)
+    return f"T{text[1:]}" if text.startswith(here) else text
 
 
 def _model_check_error(findings: tuple[ReportFinding, ...]) -> str:
     return first_action(tuple(f for f in findings if f.advice.level == "error"), "model_check")
 
 
-def _bad_ladder(run: RunFolder) -> tuple[str, PipelineResult] | None:
-    bad = ((name, run.ladders[name]) for name in LADDER_FILES if name in run.ladders and run.ladders[name].is_bad)
-    return next(bad, None)
-
-
 def _culprits(run: RunFolder) -> tuple[Diagnosis, ...]:
-    return culprits(run.start_diagnosis) or culprits(run.diagnosis)
+    found = culprits(run.start_diagnosis) or culprits(run.diagnosis)
+    before = followers(run)
+    return tuple(row for row in found if point_key(row.region, row.point) not in before)
 
 
 def _remarks(run: RunFolder, source: str) -> tuple[str, ...]:

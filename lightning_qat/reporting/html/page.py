@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning_qat.reporting.html.front import front_choices
 from lightning_qat.reporting.html.glossary import GLOSSARY
 from lightning_qat.reporting.html.overview import judge_run
 from lightning_qat.reporting.html.page_data import as_json_element, page_data
+from lightning_qat.reporting.html.point_causes import with_causes
 from lightning_qat.reporting.html.point_table import COLUMNS, PointTable, point_table
 from lightning_qat.reporting.html.run_folder import RunFolder, read_run
 from lightning_qat.reporting.plain_text import one_line, printable
@@ -27,6 +29,7 @@ from lightning_qat.reporting.tables import cell_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
+    from markupsafe import Markup
 
 FILE_NAME = "report.html"
 _ASSETS = Path(__file__).parent / "assets"
@@ -48,6 +51,7 @@ SECTIONS = {
     "glossary": "Glossary",
 }
 """Id and title of the sections, in their order."""
+_CODE = re.compile(r"`([^`\n]+)`")
 _MOST_NAMES = 30
 """Names of one finding; the file of the finding has all."""
 _STATIC_ROWS = 50
@@ -83,7 +87,8 @@ def render(runs: Sequence[RunFolder]) -> str:
         ConfigurationError: Jinja2 is missing.
     """
     template = _template()
-    run, points = runs[-1], point_table(runs[-1])
+    run = with_causes(runs[-1])
+    points = point_table(run)
     style, script = _assets()
     data = page_data(run, points)
     parts = {
@@ -171,7 +176,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(cell=_cell, shown=printable, line=one_line)
+    environment.filters.update(cell=_cell, shown=printable, line=one_line, prose=_prose)
     environment.tests["numeric"] = _is_number
     return environment
 
@@ -179,6 +184,13 @@ def _environment() -> Environment:
 def _cell(value: Any) -> str:
     """A cell as the terminal and Markdown have it."""
     return one_line(cell_text(value, digits=4))
+
+
+def _prose(text: str) -> Markup:
+    """A text as HTML: what stands in backticks is code."""
+    from markupsafe import Markup, escape
+
+    return Markup(_CODE.sub(r"<code>\1</code>", str(escape(printable(text)))))
 
 
 def _is_number(value: Any) -> bool:

@@ -11,6 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from lightning_qat.analysis.convergence.convergence import ConvergenceResult
+from lightning_qat.analysis.convergence.training_series import ConvergenceRow
+from lightning_qat.analysis.fingerprint.difference import PipelineDifference, PipelineDifferences
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
+from lightning_qat.analysis.ladder.rows import PipelineRow
+from lightning_qat.analysis.ladder.sentences import RAISE_POINTS
+from lightning_qat.reporting.files import write_json
 from lightning_qat.reporting.html.findings import ReportFinding
 from lightning_qat.reporting.html.overview import Overview, judge_run
 from lightning_qat.reporting.html.run_folder import read_run
@@ -99,12 +106,16 @@ def test_a_running_training_is_not_called_sick_by_what_calibration_lost(tmp_path
             [ladder("pipeline misaligned", "pipeline misaligned (rung 2): it falls. Compare the data.")],
             "Compare the data.",
         ),
-        ([ladder("pipeline misaligned", cause="channels are swapped")], "Mend this first: channels are swapped."),
+        (
+            [ladder("pipeline misaligned", cause="channels are swapped")],
+            "Mend what differs first: channels are swapped.",
+        ),
         ([convergence("diverging")], "Lower the learning rate."),
         ([accuracy(False), diagnosis("a.weight")], "Calibrate anew."),
         ([accuracy(False), ladder("quantization error"), diagnosis("a.weight")], "Calibrate anew."),
         ([accuracy(False), model_check("error"), diagnosis("a.weight")], "Mark it."),
-        ([accuracy(False), ladder("healthy")], "PipelineCheck() says whether it is quantization."),
+        ([accuracy(False)], "PipelineCheck() says whether it is quantization."),
+        ([accuracy(False), ladder("healthy")], "The pipeline check on this page (healthy) says whether it is quant"),
         ([], "Add AccuracyTable(target=...)"),
     ],
 )
@@ -156,3 +167,64 @@ def test_findings_are_sorted_by_severity_and_then_by_what_looks_deepest(tmp_path
         ("model_check", "warning"),
         ("diagnosis", "warning"),
     ]
+
+
+def test_the_first_screen_says_one_thing_to_do(tmp_path: Path) -> None:
+    """The sentence of a check ends with advice of its own; what stands there is told apart, or replaced by a cause.
+
+    Siblings: the note of the accuracy table, the finding of the same check, the flag of the convergence report.
+    """
+    note = f"quantization error (rung 4): it falls. Next: {RAISE_POINTS}."
+    alone = judged(tmp_path / "a", accuracy(False), ladder("quantization error", note))
+    assert alone.sentence.startswith("It falls.")
+    assert alone.next_action == f"R{RAISE_POINTS[1:]}."
+    both = judged(tmp_path / "b", accuracy(False), ladder("quantization error", note), diagnosis("a.weight"))
+    assert both.next_action == "a.weight: Calibrate anew."
+    missed = judged(tmp_path / "c", accuracy(False), diagnosis("a.weight"))
+    for found in (both, missed):
+        texts = [found.sentence, *(finding.advice.text for finding in found.findings)]
+        assert not any("Next:" in text or RAISE_POINTS in text for text in texts)
+
+
+def test_a_flag_that_advises_wider_types_gives_way_to_the_cause_at_a_point(tmp_path: Path) -> None:
+    def write(run: Path) -> None:
+        row = ConvergenceRow(
+            "metric", "flagged", 0.1, 0.9, "It fell.", f"Calibration had lost it: first {RAISE_POINTS}."
+        )
+        write_json(ConvergenceResult((row,), "diverging", "", 9, 2), run / "lightning_qat" / "convergence.json")
+
+    assert RAISE_POINTS in judged(tmp_path / "a", write).next_action
+    assert judged(tmp_path / "b", write, diagnosis("a.weight")).next_action == "a.weight: Calibrate anew."
+
+
+def test_numbers_of_the_check_are_told_apart_from_those_of_the_run(tmp_path: Path) -> None:
+    def write(run: Path) -> None:
+        row = PipelineRow(6, "QAT", "val_acc", 0.9, 0.2, 0.05, "breaks")
+        result = PipelineResult((row,), "quantization error", "quantization error (rung 6): it falls.", 6)
+        write_json(result, run / "lightning_qat" / "pipeline_check.json")
+
+    whole = "The run itself, which trains longer than the check, came to val_acc 0.5."
+    assert judged(tmp_path / "a", write, accuracy(False)).sentence == f"It falls. {whole}"
+    assert "The run itself" not in judged(tmp_path / "b", write, accuracy(False, "calibrated")).sentence
+
+
+def test_a_setting_that_differs_stands_in_what_to_do(tmp_path: Path) -> None:
+    """It says where the difference is made; the inputs that differ only say that there is one."""
+
+    def row(suspicion: str, part: str, what: str) -> PipelineDifference:
+        return PipelineDifference(suspicion, part, "", "", "", what)  # type: ignore[arg-type]
+
+    def write(run: Path) -> None:
+        rows = (
+            row("strong", "model input (train)", "mean 0 -> 5: normalization missing here?"),
+            row("possible", "attribute", "Digits normalized: True -> False ((the module itself))"),
+            row("possible", "settings", "settings seed: 1 -> 2"),
+            row("unlikely", "attribute", "Digits lr: 0.1 -> 0.01"),
+        )
+        result = PipelineResult((), "pipeline misaligned", "it falls.", 2, rows[0].what, PipelineDifferences(rows))
+        write_json(result, run / "lightning_qat" / "pipeline_check.json")
+
+    assert judged(tmp_path, write).next_action == (
+        "Mend what differs first: mean 0 -> 5: normalization missing here? These settings differ too, so look there: "
+        "Digits normalized: True -> False. Then run again: the check says whether it was that."
+    )

@@ -1,0 +1,116 @@
+"""Advice about a point begins where the cause lies: in a rule of the user, at a point before it, in the pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis, DiagnosisResult
+from lightning_qat.analysis.diagnosis.remedy_choice import LEAVE_OUT, REMOVE_SCALE
+from lightning_qat.reporting.files import write_result
+from lightning_qat.reporting.html.overview import judge_run
+from lightning_qat.reporting.html.page import write_report
+from lightning_qat.reporting.html.run_folder import read_run
+from tests.harness import run_folder
+from tests.harness.parsed_page import ParsedPage
+
+FIRST, LATER = "a.output", "b.output"
+
+
+def written(
+    run: Path,
+    actions: tuple[str, str] = ("Widen it.", "Widen it."),
+    origins: tuple[str, str] = ("own", "inherited"),
+    severities: tuple[float, float] = (0.8, 0.5),
+    rule: dict[str, object] | None = None,
+) -> Path:
+    """Two points that clip, the one behind the other."""
+    run_folder.write_run(run, [FIRST, LATER])
+    place = run / "lightning_qat"
+    plan = run_folder.plan([FIRST, LATER])
+    if rule is not None:
+        plan["regions"][""]["overrides"] = [{"match": "x"}, rule]
+        plan["regions"][""]["points"][0]["reason"] = f"override 2 (match {FIRST!r}); input 0"
+    (place / "quant_plan.json").write_text(json.dumps(plan))
+    compared = [
+        {"mod_name": n, "point": n, "SQNR": 1.0, "origin": o} for n, o in zip((FIRST, LATER), origins, strict=True)
+    ]
+    (place / "layer_comparison.json").write_text(json.dumps({"rows": compared}))
+    rows = tuple(
+        Diagnosis(name, "clipping", "It clips.", action, f"overrides:\n  - {{match: {name}}}", 4.0, severity=severity)
+        for name, action, severity in zip((FIRST, LATER), actions, severities, strict=True)
+    )
+    write_result(DiagnosisResult(rows), place, "diagnosis")
+    run_folder.write_accuracy(run, passed=False)
+    return run
+
+
+def by_point(run: Path) -> dict[str, tuple[str, str, str]]:
+    """Level, what to do, and what to paste, of the findings about points."""
+    found = judge_run(read_run(run)).findings
+    return {f.points[0]: (f.advice.level, dict(f.advice.facts)["do"], f.advice.yaml) for f in found if f.points}
+
+
+def test_a_point_whose_error_comes_from_a_worse_one_before_it_gets_no_override(tmp_path: Path) -> None:
+    run = written(tmp_path)
+    found = by_point(run)
+    assert found[FIRST][:2] == ("warning", "Widen it.")
+    level, action, yaml = found[LATER]
+    assert (level, yaml) == ("info", "")
+    assert action.startswith(f"Mend {FIRST} first")
+    assert judge_run(read_run(run)).look_at == (FIRST,)
+    advice = ParsedPage(write_report([run]).read_text()).data["advice"]
+    assert [a["action"].startswith(f"Mend {FIRST} first") for a in advice.values()] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("origins", "severities"),
+    [(("own", "own"), (0.8, 0.5)), (("inherited", "inherited"), (0.8, 0.5)), (("own", "inherited"), (0.1, 0.5))],
+)
+def test_a_point_keeps_its_advice_unless_another_explains_it(
+    tmp_path: Path, origins: tuple[str, str], severities: tuple[float, float]
+) -> None:
+    found = by_point(written(tmp_path, origins=origins, severities=severities))
+    assert found[LATER][:2] == ("warning", "Widen it.")
+    assert found[LATER][2]
+
+
+def test_points_on_another_branch_explain_nothing(tmp_path: Path) -> None:
+    run = written(tmp_path)
+    path = run / "lightning_qat" / "quant_plan.json"
+    plan = json.loads(path.read_text())
+    for op in plan["regions"][""]["ops"]:
+        op["inputs"] = []
+    path.write_text(json.dumps(plan))
+    assert by_point(run)[LATER][1] == "Widen it."
+
+
+@pytest.mark.parametrize("ending", [LEAVE_OUT, REMOVE_SCALE])
+def test_a_fixed_scale_of_the_user_is_removed_where_it_stands(tmp_path: Path, ending: str) -> None:
+    """No snippet: a second rule for the point would leave the first one in the configuration."""
+    rule = {"match": FIRST, "activation": {"fixed_scale": 0.0015}}
+    actions = (f"It is too small: {ending} Or fix the scale: 3.17/127.", "Widen it.")
+    run = written(tmp_path, actions, rule=rule)
+    _, action, yaml = by_point(run)[FIRST]
+    where = f"It stands in override 2 (match {FIRST!r}) of the configuration. No other override is needed."
+    assert (action, yaml) == (f"It is too small: {ending} {where}", "")
+    assert judge_run(read_run(run)).next_action == f"{FIRST}: {action}"
+
+
+def test_a_scale_that_no_rule_fixes_keeps_its_snippet(tmp_path: Path) -> None:
+    actions = (f"It is too small: {LEAVE_OUT}", "Widen it.")
+    found = by_point(written(tmp_path, actions, rule={"match": FIRST, "activation": {"dtype": "int8"}}))
+    assert found[FIRST][1] == actions[0]
+    assert found[FIRST][2]
+
+
+def test_points_wait_for_the_pipeline(tmp_path: Path) -> None:
+    run = written(tmp_path)
+    run_folder.write_ladder(run, "pipeline misaligned")
+    for level, action, _ in by_point(run).values():
+        assert level == "info"
+        assert action == "Mend the pipeline first, then run again: this may follow from it. If it does not: Widen it."
+    run_folder.write_ladder(run, "quantization error")
+    assert by_point(run)[FIRST][1] == "Widen it."
