@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_qat.quantization.errors import PlanMismatchError
 from lightning_qat.quantization.interception.interception import CapturedMode
 from lightning_qat.quantization.interception.op_sequence import COMPOSITE, NO_OP, UNKNOWN, OpSequences
 from lightning_qat.quantization.modules.tensor_leaves import is_float, leaves
@@ -51,6 +52,12 @@ class CompiledMode(RegionMode, CapturedMode):
         number = self._sequences.match(self._training, self._position, func)
         if number == NO_OP:
             return func(*args, **kwargs)
+        if not torch.compiler.is_dynamo_compiling():
+            raise PlanMismatchError(
+                f"{type(self.runner.target).__name__} is not captured as one graph: torch.compile runs a part of it in "
+                "eager mode, where positions say nothing. Leave that part out of the target, or write compile: false; "
+                "torch.compile(..., fullgraph=True) says what breaks the graph."
+            )
         if number == COMPOSITE:
             with self:
                 return self._sequences.composites[func.__name__](*args, **kwargs)
@@ -70,13 +77,7 @@ class CompiledMode(RegionMode, CapturedMode):
     def _apply(self, point: BoundPoint, tensor: Tensor) -> Tensor:
         fake_quant = point.fake_quant
         if point.role in self._updates and not fake_quant.frozen:
-            if fake_quant.training:
-                fake_quant.update_scale(tensor, ema=not point.is_weight)
-                if point.is_weight:
-                    self._note_trained(point, tensor)
-            elif fake_quant.outdated:
-                fake_quant.update_scale(tensor, ema=False)
-                fake_quant.outdated = False
+            self._move_scale(point, tensor)
         return fake_quant.forward(tensor)
 
     def _note_trained(self, point: BoundPoint, weight: Tensor) -> None:

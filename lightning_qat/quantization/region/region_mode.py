@@ -182,17 +182,21 @@ class RegionMode(InterceptionMode):
             if point.is_weight and not fake_quant.learned:
                 self._note_trained(point, tensor)
         elif moves:
-            if fake_quant.training:
-                fake_quant.update_scale(tensor, ema=not point.is_weight)
-                if point.is_weight:
-                    self._note_trained(point, tensor)
-            elif fake_quant.outdated:
-                fake_quant.update_scale(tensor, ema=False)
-                fake_quant.outdated = False
+            self._move_scale(point, tensor)
         quantized = fake_quant.forward(tensor)
         for tap in self._taps:
             tap(point.name, tensor, quantized)
         return quantized
+
+    def _move_scale(self, point: BoundPoint, tensor: Tensor) -> None:
+        fake_quant = point.fake_quant
+        if fake_quant.training:
+            fake_quant.update_scale(tensor, ema=not point.is_weight)
+            if point.is_weight:
+                self._note_trained(point, tensor)
+        elif fake_quant.outdated:
+            fake_quant.update_scale(tensor, ema=False)
+            fake_quant.outdated = False
 
     def _note_trained(self, point: BoundPoint, weight: Tensor) -> None:
         """The optimizer may step before the next forward."""

@@ -266,6 +266,19 @@ def test_what_torch_cannot_capture_is_one_error() -> None:
         twice(module.eval(), *args)
 
 
+@pytest.mark.parametrize("name", ["branching", "recurrent"])
+def test_a_graph_that_breaks_within_the_users_own_compile_is_one_error(name: str) -> None:
+    module, args = ZOO[name].make()
+    region = calibrated(module, *args)
+    with torch.no_grad():
+        expected = module.eval()(*args)
+        with pytest.raises(PlanMismatchError, match=r"is not captured as one graph: .* or write compile: false"):
+            torch.compile(module, **EAGER)(*args)
+        region.set_compile(False)
+        torch._dynamo.reset()
+        assert same(torch.compile(module, **EAGER)(*args), expected)
+
+
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.Sequential(m, nn.Softmax(-1))], ids=["target", "around"])
 def test_the_users_own_compile_captures_the_region(wrap: Callable[[nn.Module], nn.Module]) -> None:
     torch.manual_seed(0)
