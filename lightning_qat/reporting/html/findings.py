@@ -10,7 +10,7 @@ from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis, Diagnos
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.model_check.finding import SEVERITIES
 from lightning_qat.analysis.results import Advice
-from lightning_qat.reporting.html.point_causes import followers
+from lightning_qat.reporting.html.point_causes import followers, rules_with_fixed_scale
 from lightning_qat.reporting.html.point_history import point_key
 from lightning_qat.reporting.html.run_folder import RunFolder
 
@@ -62,11 +62,14 @@ def _of_ladders(run: RunFolder) -> Iterator[ReportFinding]:
         if result.is_bad:
             broken = [row for row in result.rows if row.status in ("breaks", "falls")]
             facts = [("cause", result.cause)] if result.cause else []
-            facts += [("decides", f"rung {result.rung}: it is the first that breaks")] if len(broken) > 1 else []
+            facts += (
+                [("decides", f"rung {result.rung}: it is the first that breaks")]
+                if result.rung is not None and len(broken) > 1
+                else []
+            )
             facts += [(f"rung {r.rung}", f"{r.what}: {r.metric} {_change(r.expected, r.value)}") for r in broken]
             facts += [("difference", difference) for difference in _differences(result)]
-            text, _ = split_next(without_verdict(result.verdict, result.note))
-            advice = Advice(result.verdict, "error", text, facts=tuple(facts))
+            advice = Advice(result.verdict, "error", what_is_found(result), facts=tuple(facts))
             yield ReportFinding(name, advice)
 
 
@@ -122,8 +125,13 @@ def _diagnosis_advice(row: Diagnosis, level: str) -> Advice:
 def _of_model_check(run: RunFolder) -> Iterator[ReportFinding]:
     if run.model_check is not None:
         (block,) = run.model_check.blocks()
+        rules = rules_with_fixed_scale(run)
         for finding, advice in zip(run.model_check.findings, block.advice, strict=True):
             prefix = f"{finding.region}." if finding.region else ""
+            where = {rules[key] for name in finding.names if (key := point_key(finding.region, name)) in rules}
+            if where:  # a snippet would be a second rule for the point
+                facts = (*advice.facts, ("where", f"{', '.join(sorted(where))} of the configuration"))
+                advice = replace(advice, yaml="", facts=facts)
             yield ReportFinding("model_check", advice, tuple(f"{prefix}{name}" for name in finding.names))
 
 
@@ -160,6 +168,16 @@ def split_next(text: str) -> tuple[str, str]:
     """
     found, _, action = text.partition("Next: ")
     return found.rstrip(), action[:1].upper() + action[1:]
+
+
+def what_is_found(result: PipelineResult) -> str:
+    """Return what a pipeline check has found, without its verdict, the cause and the advice that stand beside it.
+
+    Args:
+        result: that of the check.
+    """
+    text, _ = split_next(without_verdict(result.verdict, result.note))
+    return text.partition(" Most likely cause: ")[0] if result.cause else text
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -20,6 +20,16 @@ _TERMS = (
     ("inherited", "the error of a tensor that comes from the ops before it, not from the op itself"),
     ("override", "a rule in the configuration that gives single points another type or scale; to be pasted from here"),
     ("rung", "a step of the pipeline check; each changes one thing, so the first that breaks names the cause"),
+    ("holds", "the number is as good as before, within the tolerance"),
+    ("falls", "the number is worse than before by more than the tolerance, but it has not collapsed"),
+    ("breaks", "the number has collapsed"),
+    ("noted", "evidence that is not judged"),
+    ("BN fixed", "batch norm keeps its statistics while the check trains"),
+    ("BN moving", "batch norm updates its statistics while the check trains"),
+    ("own", "the error that an op makes itself when it gets the inputs of the float model"),
+    ("region", "the part of the model that is quantized, such as a target that the configuration names"),
+    ("segment", "ops behind each other that compute in the same type"),
+    ("scope", "the modules of the model, one inside the other, as their names say"),
 )
 
 GLOSSARY: tuple[tuple[str, str], ...] = (
@@ -27,3 +37,5 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     *((f"column {column.label}", column.help) for column in COLUMNS if column.label not in dict(_TERMS)),
 )
 """Word and meaning."""
+MEANINGS = {word.removeprefix("column "): meaning for word, meaning in GLOSSARY}
+"""Meaning by word, for the places where the words stand."""

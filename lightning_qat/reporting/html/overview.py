@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,10 +19,12 @@ from lightning_qat.reporting.html.findings import (
     find_all,
     first_action,
     split_next,
+    what_is_found,
     without_verdict,
 )
 from lightning_qat.reporting.html.point_causes import bad_ladder, followers, pipeline_is_at_fault, with_causes
 from lightning_qat.reporting.html.point_history import point_key
+from lightning_qat.reporting.html.provenance import export_command
 from lightning_qat.reporting.html.run_folder import RunFolder
 
 Level = Literal["good", "bad", "warning", "unknown"]
@@ -29,7 +32,8 @@ _NO_TARGET = (
     "Add AccuracyTable(target=...) to the callbacks, or evaluate the checkpoint with it. It says whether the target is "
     "reached."
 )
-_REACHED = "Nothing has to be done. Export the model with `python -m lightning_qat export`, or try narrower types."
+_REACHED = "Nothing has to be done. Export the model with `{command}`, or try narrower types."
+_ABOUT_POINTS = ("calibrated_diagnosis", "diagnosis")
 _DIFFERS = "Mend what differs first:"
 _CHECKS_AGAIN = "the check says whether it was that."
 _STILL_TRAINING = "Wait for the end of the run, or stop it: calibration alone reaches the target already."
@@ -61,6 +65,12 @@ class Overview:
     metrics: tuple[Block, ...] = ()
     findings: tuple[ReportFinding, ...] = ()
 
+    @property
+    def flagged(self) -> frozenset[str]:
+        """Names of the points that the diagnosis warns of."""
+        warned = (f for f in self.findings if f.source in _ABOUT_POINTS and f.advice.level != "info")
+        return frozenset(name for finding in warned for name in finding.points)
+
 
 def judge_run(run: RunFolder) -> Overview:
     """Weigh the verdicts of a run.
@@ -74,7 +84,7 @@ def judge_run(run: RunFolder) -> Overview:
     run = with_causes(run)
     passed = _passed(run)
     is_innocent = passed is True or pipeline_is_at_fault(run)
-    findings = find_all(run, is_innocent)
+    findings = tuple(_finding_for_this_page(run, finding) for finding in find_all(run, is_innocent))
     verdict, level, note, source = _verdict(run, passed, findings)
     sentence, _ = split_next(_for_this_page(run, note))
     if source in run.ladders and any(row.rung == QAT and row.metric for row in run.ladders[source].rows):
@@ -87,7 +97,7 @@ def judge_run(run: RunFolder) -> Overview:
         sentence,
         action,
         SOURCES.get(source, source),
-        remarks=_remarks(run, source),
+        remarks=tuple(_for_this_page(run, remark) for remark in _remarks(run, source)),
         look_at=() if is_innocent else tuple(named),
         metrics=_metrics(run, with_note=source != "accuracy"),
         findings=findings,
@@ -96,7 +106,16 @@ def judge_run(run: RunFolder) -> Overview:
 
 def _metrics(run: RunFolder, with_note: bool) -> tuple[Block, ...]:
     blocks = run.accuracy.blocks() if run.accuracy is not None else ()
-    return blocks if with_note else tuple(replace(block, note="") for block in blocks)
+    return without_advice(blocks) if with_note else tuple(replace(block, note="") for block in blocks)
+
+
+def without_advice(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """Leave out what the notes of tables advise: the first screen says what to do, in one place.
+
+    Args:
+        blocks: of a result.
+    """
+    return tuple(replace(block, note=split_next(block.note)[0]) for block in blocks)
 
 
 def _passed(run: RunFolder) -> bool | None:
@@ -118,7 +137,7 @@ def _verdict(run: RunFolder, passed: bool | None, findings: tuple[ReportFinding,
     ladder = bad_ladder(run)
     if ladder is not None:
         name, result = ladder
-        return result.verdict, "bad", without_verdict(result.verdict, result.note), name
+        return result.verdict, "bad", what_is_found(result), name
     if run.convergence is not None and run.convergence.is_bad:
         note = without_verdict(run.convergence.verdict, run.convergence.note)
         return run.convergence.verdict, "bad", note, "convergence"
@@ -140,7 +159,11 @@ def _verdict(run: RunFolder, passed: bool | None, findings: tuple[ReportFinding,
 
 def _next_action(run: RunFolder, source: str, level: Level, findings: tuple[ReportFinding, ...]) -> str:
     if source == "accuracy" and level == "good":
-        return _STILL_TRAINING if run.provenance.get("finished") is False else _REACHED
+        return (
+            _STILL_TRAINING
+            if run.provenance.get("finished") is False
+            else _REACHED.format(command=export_command(run.path, run.provenance))
+        )
     ladder = run.ladders.get(source)
     if ladder is not None and ladder.verdict != "quantization error":
         if ladder.cause:
@@ -183,10 +206,17 @@ def _for_this_page(run: RunFolder, text: str) -> str:
     check = run.ladders.get("pipeline_check")
     if check is None:
         return text
-    here = f"the pipeline check on this page ({check.verdict}) says"
-    for words in ("PipelineCheck() (or ZeroLRFinetune() and FloatFinetune()) says", "PipelineCheck() says"):
-        text = text.replace(words, here)
+    here = f"the pipeline check on this page ({check.verdict})"
+    text = text.replace("PipelineCheck() (or ZeroLRFinetune() and FloatFinetune()) says", f"{here} says")
+    text = text.replace("Ask PipelineCheck() first", f"See {here} first").replace(
+        "PipelineCheck() says", f"{here} says"
+    )
     return f"T{text[1:]}" if text.startswith(here) else text
+
+
+def _finding_for_this_page(run: RunFolder, finding: ReportFinding) -> ReportFinding:
+    facts = tuple((label, _for_this_page(run, text)) for label, text in finding.advice.facts)
+    return replace(finding, advice=replace(finding.advice, text=_for_this_page(run, finding.advice.text), facts=facts))
 
 
 def _model_check_error(findings: tuple[ReportFinding, ...]) -> str:

@@ -18,11 +18,11 @@ from lightning_qat.reporting.html.background import background, compared_runs, f
 from lightning_qat.reporting.html.drawings import segments
 from lightning_qat.reporting.html.findings import SOURCES
 from lightning_qat.reporting.html.front import front_choices
-from lightning_qat.reporting.html.glossary import GLOSSARY
-from lightning_qat.reporting.html.overview import judge_run
+from lightning_qat.reporting.html.glossary import GLOSSARY, MEANINGS
+from lightning_qat.reporting.html.overview import judge_run, without_advice
 from lightning_qat.reporting.html.page_data import as_json_element, page_data
 from lightning_qat.reporting.html.point_causes import with_causes
-from lightning_qat.reporting.html.point_table import COLUMNS, PointTable, point_table
+from lightning_qat.reporting.html.point_table import COLUMNS, Column, PointTable, point_table
 from lightning_qat.reporting.html.run_folder import RunFolder, read_run
 from lightning_qat.reporting.plain_text import one_line, printable
 from lightning_qat.reporting.tables import cell_text
@@ -90,9 +90,10 @@ def render(runs: Sequence[RunFolder]) -> str:
     run = with_causes(runs[-1])
     points = point_table(run)
     style, script = _assets()
-    data = page_data(run, points)
+    overview = judge_run(run)
+    data = page_data(run, points, overview.flagged)
     parts = {
-        "results": run.accuracy.full_blocks() if run.accuracy is not None else (),
+        "results": without_advice(run.accuracy.full_blocks()) if run.accuracy is not None else (),
         "choices": front_choices(run),
         "comparisons": compared_runs(runs),
     }
@@ -101,7 +102,7 @@ def render(runs: Sequence[RunFolder]) -> str:
     return template.render(
         **parts,
         run=run,
-        overview=judge_run(run),
+        overview=overview,
         sources=SOURCES,
         sections=[(name, title) for name, title in SECTIONS.items() if present.get(name, True)],
         most_names=_MOST_NAMES,
@@ -113,6 +114,7 @@ def render(runs: Sequence[RunFolder]) -> str:
         evidence=_evidence(run),
         background=background(run),
         glossary=GLOSSARY,
+        meanings=MEANINGS,
         style=style,
         script=script,
         policy=f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
@@ -126,8 +128,12 @@ def _static_table(points: PointTable) -> Block:
     visible = [index for index, column in enumerate(COLUMNS) if column.shown]
     return Block(
         columns=tuple(COLUMNS[index].label for index in visible),
-        rows=tuple(tuple(row[index] for index in visible) for row in points.rows[:_STATIC_ROWS]),
+        rows=tuple(tuple(_static_cell(row[i], COLUMNS[i]) for i in visible) for row in points.rows[:_STATIC_ROWS]),
     )
+
+
+def _static_cell(value: Any, column: Column) -> Any:
+    return f"{100 * value:.3g} %" if column.share and _is_number(value) else value
 
 
 def _evidence(run: RunFolder) -> list[tuple[str, tuple[Block, ...]]]:

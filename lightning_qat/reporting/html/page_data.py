@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lightning_qat.atomic_files import json_value
@@ -18,18 +18,20 @@ _MOST_CELLS = 2_000_000
 """Cells of all series together. Of more, epochs are left out: a page of 10,000 points stays usable."""
 
 
-def page_data(run: RunFolder, points: PointTable) -> dict[str, Any]:
+def page_data(run: RunFolder, points: PointTable, flagged: Collection[str] = ()) -> dict[str, Any]:
     """Return everything the script needs.
 
     Args:
         run: the files of the run.
         points: its points.
+        flagged: names of the points that something is said against.
     """
     return {
         "run": one_line(run.name),
         "points": {
             "columns": [vars(column) for column in COLUMNS],
             "rows": [list(map(_cell, row)) for row in points.rows],
+            "flagged": [place for place, name in enumerate(points.names) if name in flagged],
         },
         "advice": {
             str(place): {name: printable(getattr(row, name)) for name in ("evidence", "action", "yaml")}

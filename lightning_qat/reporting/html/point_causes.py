@@ -26,7 +26,7 @@ def with_causes(run: RunFolder) -> RunFolder:
     Args:
         run: its files.
     """
-    rules, before = _rules_with_fixed_scale(run), followers(run)
+    rules, before = rules_with_fixed_scale(run), followers(run)
     is_pipeline = pipeline_is_at_fault(run)
 
     def advised(result: DiagnosisResult | None) -> DiagnosisResult | None:
@@ -81,6 +81,26 @@ def followers(run: RunFolder) -> dict[PointKey, str]:
     return found
 
 
+def rules_with_fixed_scale(run: RunFolder) -> dict[PointKey, str]:
+    """Return the points that have a fixed scale from an override, with the words of the plan for it.
+
+    Args:
+        run: its files.
+    """
+    found = {}
+    for region, held in run.regions.items():
+        overrides = held.get("overrides")
+        for point in held.get("points", []):
+            reason = str(point.get("reason"))
+            number = reason.split(" ")[1] if _RULE.match(reason) else ""
+            if isinstance(overrides, list) and number and 0 < int(number) <= len(overrides):
+                rule = overrides[int(number) - 1]
+                kinds = [rule.get(kind) for kind in ("activation", "weight")] if isinstance(rule, dict) else []
+                if any(isinstance(kind, dict) and kind.get("fixed_scale") is not None for kind in kinds):
+                    found[point_key(region, point.get("name"))] = _rule(reason)
+    return found
+
+
 def _advised(
     row: Diagnosis, rules: Mapping[PointKey, str], before: Mapping[PointKey, str], pipeline: bool
 ) -> Diagnosis:
@@ -105,22 +125,6 @@ def _advised(
         action = f"{row.action[:end]} It stands in {rules[key]} of the configuration. No other override is needed."
         return replace(row, action=action, yaml="")
     return row
-
-
-def _rules_with_fixed_scale(run: RunFolder) -> dict[PointKey, str]:
-    """The points that have a fixed scale from an override, with the words of the plan for it."""
-    found = {}
-    for region, held in run.regions.items():
-        overrides = held.get("overrides")
-        for point in held.get("points", []):
-            reason = str(point.get("reason"))
-            number = reason.split(" ")[1] if _RULE.match(reason) else ""
-            if isinstance(overrides, list) and number and 0 < int(number) <= len(overrides):
-                rule = overrides[int(number) - 1]
-                kinds = [rule.get(kind) for kind in ("activation", "weight")] if isinstance(rule, dict) else []
-                if any(isinstance(kind, dict) and kind.get("fixed_scale") is not None for kind in kinds):
-                    found[point_key(region, point.get("name"))] = _rule(reason)
-    return found
 
 
 def _rule(reason: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis
+from lightning_qat.reporting.html.point_causes import followers
 from lightning_qat.reporting.html.point_history import PointKey, point_key
 from lightning_qat.reporting.html.run_folder import RunFolder
 
@@ -21,12 +22,14 @@ class Column:
         label: what the page calls it.
         help: what it means.
         shown: whether it is shown at first.
+        share: whether it is a part of a whole, which the page writes in percent.
     """
 
     key: str
     label: str
     help: str
     shown: bool = False
+    share: bool = False
 
 
 COLUMNS = (
@@ -40,8 +43,8 @@ COLUMNS = (
     Column("highest", "to", "largest value that the type represents"),
     Column("min", "min", "smallest value seen"),
     Column("max", "max", "largest value seen"),
-    Column("clipped_share", "clipped", "share of the values outside the range of codes", True),
-    Column("used_share", "used", "part of the range of codes that the values reach"),
+    Column("clipped_share", "clipped", "share of the values outside the range of codes", True, share=True),
+    Column("used_share", "used", "part of the range of codes that the values reach", share=True),
     Column("rounding_energy", "rounding energy", "sum of squared errors of the values inside the range"),
     Column("clipping_energy", "clipping energy", "sum of squared errors of the values outside the range"),
     Column("sqnr", "SQNR (dB)", "signal to quantization noise of this point in the quantized model", True),
@@ -51,10 +54,20 @@ COLUMNS = (
     Column("score", "sensitivity", "root mean square change of the output when this point alone is quantized", True),
     Column("standard_error", "± (1 s.e.)", "repeatability of an estimated sensitivity; 0 if it was measured"),
     Column("exact", "measured", "the sensitivity was measured, not estimated"),
-    Column("flops_share", "FLOPs", "share of the op, with what is fused to it, of all floating-point operations"),
+    Column(
+        "flops_share",
+        "FLOPs",
+        "share of the op, with what is fused to it, of all floating-point operations",
+        share=True,
+    ),
     Column("scale_drift", "drift", "scale relative to the calibrated one, minus 1"),
-    Column("flip_rate", "flips", "share of the weight codes that changed since the measurement before"),
-    Column("verdict", "verdict", "what the diagnosis says about the point", True),
+    Column("flip_rate", "flips", "share of the weight codes that changed since the measurement before", share=True),
+    Column(
+        "verdict",
+        "verdict",
+        "what the diagnosis says about the point; what follows from another point is mended there",
+        True,
+    ),
     Column("reason", "rule", "the rule that decided on the type"),
 )
 _FROM_STATISTICS = (
@@ -100,7 +113,7 @@ def point_table(run: RunFolder) -> PointTable:
     compared = {point_key(r.get("region"), r["point"]): r for r in run.comparison.rows if r.get("point")}
     keys = dict.fromkeys([*planned, *run.statistics.latest, *run.sensitivity.latest, *compared])
     diagnoses = _diagnoses(run)
-    requested = _requested(run)
+    requested, follows = _requested(run), followers(run)
     rows = []
     for key in keys:
         plan, statistics = planned.get(key, {}), run.statistics.latest.get(key, {})
@@ -117,7 +130,7 @@ def point_table(run: RunFolder) -> PointTable:
             "scale": scale if scale is not None else statistics.get("scale"),
             "lowest": lowest,
             "highest": highest,
-            "verdict": None if diagnosis is None else diagnosis.verdict,
+            "verdict": None if diagnosis is None else f"{diagnosis.verdict}{', follows' if key in follows else ''}",
             "reason": plan.get("reason"),
             **{name: statistics.get(name) for name in _FROM_STATISTICS},
             **{name: sensitivity.get(name) for name in _FROM_SENSITIVITY},

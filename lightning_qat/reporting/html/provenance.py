@@ -7,10 +7,12 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,30 @@ def without_secrets(words: Sequence[str]) -> list[str]:
             found.append(f"{option}={_LEFT_OUT}" if is_secret and equals else word)
         hides_next = is_secret and not equals and not hides_next
     return found
+
+
+def export_command(folder: Path, provenance: Mapping[str, Any]) -> str:
+    """Return the command that exports the model of a run, with what is known of its arguments.
+
+    Args:
+        folder: the run's ``lightning_qat`` folder.
+        provenance: how it was started, see :func:`describe_process`.
+
+    Example:
+        >>> export_command(Path("run"), {"command": ["python", "fit.py", "fit", "--config", "a.yaml"]})
+        'python -m lightning_qat export fit.py --config a.yaml --ckpt_path best.ckpt'
+    """
+    words = provenance.get("command")
+    given = [str(word) for word in words] if isinstance(words, list) else []
+    script = next((word for word in given if word.endswith(".py")), "")
+    pairs = [*pairwise(given), *(word.partition("=")[::2] for word in given if "=" in word)]
+    config = next((value for option, value in pairs if option in ("--config", "-c")), "" if script else "fit.yaml")
+    checkpoints = list(folder.parent.glob("checkpoints/*.ckpt"))
+    checkpoint = str(checkpoints[0]) if len(checkpoints) == 1 else "best.ckpt"
+    options = ["--config", config] if config else []
+    return shlex.join(
+        ["python", "-m", "lightning_qat", "export", script or "train.py", *options, "--ckpt_path", checkpoint]
+    )
 
 
 def read_configurations(directory: Path) -> dict[str, str]:

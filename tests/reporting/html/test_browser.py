@@ -73,7 +73,9 @@ def test_sorting_filtering_and_columns_are_in_the_url(opened: Opened, report: Pa
     page = opened(report)
     page.click("#grid th:nth-child(4) button")
     clipped = page.run(COLUMN.format(4))
-    assert [float(text) for text in clipped] == sorted(map(float, clipped), reverse=True)
+    shares = [float(text.removesuffix(" %")) for text in clipped]
+    assert shares == sorted(shares, reverse=True)
+    assert all(text.endswith(" %") for text in clipped)
     page.run(TYPE.format("'conv1 WEI'"))
     assert page.run(NAMES) == ["stage0.block0.conv1.weight"]
     assert page.run("document.querySelector('#tools .count').textContent") == "1 of 12 points"
@@ -249,3 +251,47 @@ def test_numbers_are_written_as_on_the_terminal_and_missing_ones_come_last(opene
         page.run(f"location.hash = '#cols=max&sort={sort}'")
         page.until(f"new URLSearchParams(location.hash.slice(1)).get('sort') === '{sort}'")
         page.until(f"{COLUMN.format(2)}.at(-1) === ''")
+
+
+def test_no_row_looks_selected_until_the_table_has_the_focus(opened: Opened, report: Path) -> None:
+    page = opened(report)
+    colour = "getComputedStyle(document.querySelectorAll('#grid tbody tr')[{}].cells[1]).backgroundColor"
+    assert page.run(colour.format(0)) == page.run(colour.format(1))
+
+
+def compared_run(tmp_path: Path, *flagged: str) -> Path:
+    """Two points; the error jumps at the second one."""
+    run = run_folder.write_run(tmp_path, ["a.output", "b.output"])
+    rows = [
+        {"mod_name": n, "point": n, "SQNR": s, "own_SQNR": 40.0} for n, s in (("a.output", 47.3), ("b.output", 31.1))
+    ]
+    (run / "lightning_qat" / "layer_comparison.json").write_text(json.dumps({"rows": rows}))
+    run_folder.write_diagnosis(run, *flagged)
+    return run
+
+
+def test_the_depth_chart_has_round_numbers_with_a_unit_and_names_the_jump(opened: Opened, tmp_path: Path) -> None:
+    page = opened(write_report([compared_run(tmp_path, "b.output")]))
+    texts = page.run("[...document.querySelectorAll('#depth svg > text')].map((t) => t.textContent)")
+    assert {"35 dB", "40 dB", "45 dB", "first jump: b.output"} <= set(texts)
+    assert page.run("document.querySelectorAll('#depth line.mark:not(.calm)').length") == 1
+    assert "No point of this run is flagged" not in page.run("document.getElementById('depth').textContent")
+
+
+def test_the_first_jump_is_no_alarm_where_every_point_is_fine(opened: Opened, tmp_path: Path) -> None:
+    page = opened(write_report([compared_run(tmp_path)]))
+    assert page.run("document.querySelectorAll('#depth line.mark.calm').length") == 1
+    assert "No point of this run is flagged" in page.run("document.getElementById('depth').textContent")
+
+
+@pytest.mark.parametrize(("passed", "marked"), [(False, ["", "! clipping"]), (True, ["", "clipping"])])
+def test_a_row_that_something_is_said_against_is_marked(
+    opened: Opened, tmp_path: Path, passed: bool, marked: list[str]
+) -> None:
+    """By text and colour, for people who are colour-blind; and not where the target is reached all the same."""
+    run = compared_run(tmp_path, "b.output")
+    run_folder.write_accuracy(run, passed=passed)
+    page = opened(write_report([run]))
+    cells = "[...document.querySelectorAll('#grid tbody tr')].map((row) => row.cells[row.cells.length - 1])"
+    assert page.run(f"{cells}.map((cell) => cell.textContent)") == marked
+    assert page.run(f"{cells}.map((cell) => cell.className)")[1] == ("" if passed else "bad")

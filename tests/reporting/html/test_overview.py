@@ -13,6 +13,7 @@ import pytest
 
 from lightning_qat.analysis.convergence.convergence import ConvergenceResult
 from lightning_qat.analysis.convergence.training_series import ConvergenceRow
+from lightning_qat.analysis.diagnosis.diagnosis_result import DiagnosisResult
 from lightning_qat.analysis.fingerprint.difference import PipelineDifference, PipelineDifferences
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.rows import PipelineRow
@@ -183,6 +184,7 @@ def test_the_first_screen_says_one_thing_to_do(tmp_path: Path) -> None:
     missed = judged(tmp_path / "c", accuracy(False), diagnosis("a.weight"))
     for found in (both, missed):
         texts = [found.sentence, *(finding.advice.text for finding in found.findings)]
+        texts += [block.note for block in found.metrics]
         assert not any("Next:" in text or RAISE_POINTS in text for text in texts)
 
 
@@ -228,3 +230,59 @@ def test_a_setting_that_differs_stands_in_what_to_do(tmp_path: Path) -> None:
         "Mend what differs first: mean 0 -> 5: normalization missing here? These settings differ too, so look there: "
         "Digits normalized: True -> False. Then run again: the check says whether it was that."
     )
+
+
+def test_nothing_sends_the_reader_to_a_check_whose_result_is_on_the_page(tmp_path: Path) -> None:
+    """Siblings: a remark, the text and the advice of a finding, the note of the accuracy table."""
+    ask = "see what PipelineCheck() (or ZeroLRFinetune() and FloatFinetune()) says before you change it."
+
+    def write(run: Path) -> None:
+        row = ConvergenceRow("metric", "flagged", 0.1, 0.9, "It fell.", ask)
+        held = ConvergenceResult((row,), "diverging", "", 9, 2)
+        write_json(held, run / "lightning_qat" / "convergence.json")
+        remark = "Ask PipelineCheck() first whether it is."
+        write_json(DiagnosisResult((), remark), run / "lightning_qat" / "diagnosis.json")
+
+    found = judged(tmp_path / "a", write, accuracy(False), ladder("pipeline misaligned"))
+    said = [found.sentence, found.next_action, *found.remarks]
+    said += [text for finding in found.findings for _, text in finding.advice.facts]
+    assert not any("PipelineCheck()" in text for text in said)
+    assert "See the pipeline check on this page (pipeline misaligned) first whether it is." in found.remarks
+    without = judged(tmp_path / "b", write, accuracy(False))
+    assert without.next_action == ask
+
+
+def test_a_cause_is_said_once_above_the_findings(tmp_path: Path) -> None:
+    note = "pipeline misaligned (rung 2): it falls. Most likely cause: channels are swapped."
+    found = judged(tmp_path, ladder("pipeline misaligned", note, "channels are swapped"))
+    assert (found.sentence, found.next_action.count("channels are swapped")) == ("It falls.", 1)
+
+
+@pytest.mark.parametrize(
+    ("command", "checkpoints", "expected"),
+    [
+        (None, [], "train.py --config fit.yaml --ckpt_path best.ckpt"),
+        (["python", "fit.py", "fit", "--config=a.yaml"], [], "fit.py --config a.yaml --ckpt_path best.ckpt"),
+        (["python", "my fit.py"], ["x.ckpt", "y.ckpt"], "'my fit.py' --ckpt_path best.ckpt"),
+    ],
+)
+def test_the_export_command_has_what_is_known_of_its_arguments(
+    tmp_path: Path, command: list[str] | None, checkpoints: list[str], expected: str
+) -> None:
+    """With several checkpoints it is the user who knows the best one."""
+
+    def write(run: Path) -> None:
+        (run / "checkpoints").mkdir()
+        for name in checkpoints:
+            (run / "checkpoints" / name).touch()
+        (run / "lightning_qat" / "provenance.json").write_text(json.dumps({"finished": True, "command": command}))
+
+    assert f"`python -m lightning_qat export {expected}`" in judged(tmp_path, write, accuracy(True)).next_action
+
+
+def test_the_export_command_names_the_only_checkpoint(tmp_path: Path) -> None:
+    def write(run: Path) -> None:
+        (run / "checkpoints").mkdir()
+        (run / "checkpoints" / "epoch=2.ckpt").touch()
+
+    assert str(tmp_path / "checkpoints" / "epoch=2.ckpt") in judged(tmp_path, write, accuracy(True)).next_action

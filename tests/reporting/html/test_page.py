@@ -156,3 +156,29 @@ def test_a_missing_jinja_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ConfigurationError, match=r"needs Jinja2: pip install 'lightning-qat\[html\]'"):
         require_jinja()
+
+
+def test_code_is_code_and_shares_are_percent(tmp_path: Path) -> None:
+    run = run_folder.write_run(tmp_path, 3)
+    run_folder.write_accuracy(run, passed=True)
+    page = page_of(run)
+    code = [text for tags, text in page.texts if "code" in tags]
+    assert "python -m lightning_qat export train.py --config fit.yaml --ckpt_path best.ckpt" in code
+    assert "`" not in page.text
+    shares = [row["clipped_share"] for row in read_run(run).statistics.latest.values()]
+    assert {f"{100 * float(str(share)):.3g} %" for share in shares} <= {text for _, text in page.texts}
+
+
+def test_words_of_the_tables_are_explained_where_they_stand(tmp_path: Path) -> None:
+    page = page_of(full_run(tmp_path))
+    explained = {text for tags, text in page.texts if "abbr" in tags}
+    assert {"rung", "rung 2", "breaks", "Own", "scopes"} <= explained
+    assert all(attributes.get("title") for tag, attributes in page.elements if tag == "abbr")
+
+
+def test_no_table_advises_beside_the_first_screen(tmp_path: Path) -> None:
+    run = full_run(tmp_path)
+    accuracy = read_run(run).accuracy
+    assert accuracy is not None
+    assert "Next: " in accuracy.note
+    assert "Next: " not in page_of(run).text

@@ -61,7 +61,11 @@ def test_a_point_whose_error_comes_from_a_worse_one_before_it_gets_no_override(t
     assert (level, yaml) == ("info", "")
     assert action.startswith(f"Mend {FIRST} first")
     assert judge_run(read_run(run)).look_at == (FIRST,)
-    advice = ParsedPage(write_report([run]).read_text()).data["advice"]
+    data = ParsedPage(write_report([run]).read_text()).data
+    verdicts = [row[[c["key"] for c in data["points"]["columns"]].index("verdict")] for row in data["points"]["rows"]]
+    assert verdicts == ["clipping", "clipping, follows"]
+    assert data["points"]["flagged"] == [0]
+    advice = data["advice"]
     assert [a["action"].startswith(f"Mend {FIRST} first") for a in advice.values()] == [False, True]
 
 
@@ -94,6 +98,10 @@ def test_a_fixed_scale_of_the_user_is_removed_where_it_stands(tmp_path: Path, en
     actions = (f"It is too small: {ending} Or fix the scale: 3.17/127.", "Widen it.")
     run = written(tmp_path, actions, rule=rule)
     _, action, yaml = by_point(run)[FIRST]
+    run_folder.write_model_check(run, FIRST)
+    (checked,) = (f.advice for f in judge_run(read_run(run)).findings if f.source == "model_check")
+    assert dict(checked.facts)["where"] == f"override 2 (match {FIRST!r}) of the configuration"
+    assert not checked.yaml
     where = f"It stands in override 2 (match {FIRST!r}) of the configuration. No other override is needed."
     assert (action, yaml) == (f"It is too small: {ending} {where}", "")
     assert judge_run(read_run(run)).next_action == f"{FIRST}: {action}"

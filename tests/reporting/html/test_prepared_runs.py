@@ -20,9 +20,12 @@ def test_first_screen_says_what_is_wrong_what_to_do_and_which_points(tmp_path: P
     misaligned, clipped, healthy = (first[name] for name in ("misaligned", "clipped", "healthy"))
     assert "pipeline misaligned" in misaligned
     assert "normalization missing here" in misaligned
+    assert "normalized_in_training: True -> False" in misaligned.partition(" Findings ")[0]
     assert "Look at these points first" not in misaligned
     assert "quantization error" in clipped
     assert f"Next {CLIPPED}: Its fixed scale is too small" in clipped
+    assert "It stands in override 1" in clipped
+    assert "to int16" not in clipped
     assert f"Look at these points first: {CLIPPED}" in clipped
     assert "target reached" in healthy
     assert "Nothing has to be done" in healthy

@@ -30,6 +30,16 @@ function extent(values, withZero = false) {
   return [withZero && low === 0 ? 0 : low - room, high + room];
 }
 
+/** Two to six round numbers inside a range. */
+function roundTicks([low, high]) {
+  const rough = (high - low) / 4;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].find((times) => times * power >= rough * 0.999) * power;
+  const ticks = [];
+  for (let at = Math.ceil(low / step - 1e-9); at * step <= high + step * 1e-9; at += 1) ticks.push(Number((at * step).toPrecision(12)) + 0);
+  return ticks;
+}
+
 const scaleTo = ([low, high], from, to) => (value) => from + ((value - low) / (high - low)) * (to - from);
 
 /** Lines over common x places, with dots where there are few. Each line: {name, values, kind}. */
@@ -40,9 +50,10 @@ function lineChart(lines, options) {
   const x = scaleTo([0, Math.max(1, count - 1)], left + 6, width - 10);
   const y = scaleTo(range, height - bottom, 12);
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": options.label });
-  for (const value of [range[0], (range[0] + range[1]) / 2, range[1]]) {
+  const format = options.format || formatNumber;
+  for (const value of roundTicks(range)) {
     svg.append(draw("line", { class: "axis", x1: left, x2: width - 6, y1: y(value), y2: y(value) }));
-    svg.append(draw("text", { x: left - 4, y: y(value) + 4, "text-anchor": "end", text: formatNumber(Number(value.toPrecision(3))) }));
+    svg.append(draw("text", { x: left - 4, y: y(value) + 4, "text-anchor": "end", text: format(value) }));
   }
   const marks = count < 2 ? [0] : count < 4 ? [0, count - 1] : [0, Math.floor((count - 1) / 2), count - 1];
   for (const place of marks) {
@@ -58,7 +69,7 @@ function lineChart(lines, options) {
     svg.append(draw("path", { class: `line ${line.kind || ""}`, d: path.join("") }));
     if (count <= MOST_DOTS) line.values.forEach((value, place) => {
       if (!finite(value)) return;
-      const dot = { class: `dot ${line.kind || ""}`, tip: `${options.place(place)}: ${line.name} ${formatNumber(value)}` };
+      const dot = { class: `dot ${line.kind || ""}`, tip: `${options.place(place)}: ${line.name} ${format(value)}` };
       if (options.open) dot.onclick = () => options.open(place);
       svg.append(line.kind === "own" ? draw("rect", { ...dot, x: x(place) - 2.5, y: y(value) - 2.5, width: 5, height: 5 })
         : draw("circle", { ...dot, cx: x(place), cy: y(value), r: 2.6 }));
@@ -66,7 +77,7 @@ function lineChart(lines, options) {
   }
   if (options.mark !== null && options.mark !== undefined) {
     const at = x(options.mark);
-    svg.append(draw("line", { class: "mark", x1: at, x2: at, y1: 10, y2: height - bottom }));
+    svg.append(draw("line", { class: options.isCalm ? "mark calm" : "mark", x1: at, x2: at, y1: 10, y2: height - bottom }));
     const isRight = at > width / 2;
     svg.append(draw("text", { class: "strong", x: at + (isRight ? -5 : 5), y: 18, "text-anchor": isRight ? "end" : "start", text: options.markText }));
   }
@@ -111,7 +122,7 @@ function hatching(id, color) {
 }
 
 /** Rows of cells, the stronger the larger. Each row: {name, values, open}. */
-function heatChart(rows, epochs, label) {
+function heatChart(rows, epochs, label, format) {
   const [left, cell, line] = [8, Math.max(10, Math.min(26, 520 / epochs.length)), 20];
   const most = Math.max(1e-30, ...rows.flatMap((row) => row.values.filter(finite).map(Math.abs)));
   const names = left + epochs.length * cell + 8;
@@ -124,11 +135,11 @@ function heatChart(rows, epochs, label) {
       const strength = finite(value) ? Math.sqrt(Math.abs(value) / most) : 0;
       svg.append(draw("rect", { class: "heat", x: left + place * cell, y, width: cell - 1, height: line - 2,
         "fill-opacity": finite(value) ? (0.06 + 0.94 * strength).toFixed(3) : 0,
-        tip: `${row.name}, epoch ${epochs[place]}: ${finite(value) ? formatNumber(value) : "no value"}` }));
+        tip: `${row.name}, epoch ${epochs[place]}: ${finite(value) ? format(value) : "no value"}` }));
     });
     const last = row.values.filter(finite).at(-1);
     const name = row.name.length > 48 ? `${row.name.slice(0, 20)}…${row.name.slice(-26)}` : row.name;
-    svg.append(draw("text", { x: names, y: y + 13, text: `${last === undefined ? "" : formatNumber(last)}  ${name}`, class: "link", onclick: row.open, tip: row.name }));
+    svg.append(draw("text", { x: names, y: y + 13, text: `${last === undefined ? "" : format(last)}  ${name}`, class: "link", onclick: row.open, tip: row.name }));
   });
   return svg;
 }

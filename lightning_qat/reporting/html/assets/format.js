@@ -38,6 +38,15 @@ function formatCell(value) {
   return typeof value === "number" ? formatNumber(value) : String(value);
 }
 
+/** A cell of a column: shares are percent. */
+function formatIn(column, value) {
+  return column.share && typeof value === "number" ? formatShare(value) : formatCell(value);
+}
+
+function formatShare(value) {
+  return Number.isFinite(value) ? `${formatNumber(Number((100 * value).toPrecision(3)))} %` : formatNumber(value);
+}
+
 /** Numbers that JSON does not have are words in it. */
 function asNumber(value) {
   if (typeof value === "number") return value;

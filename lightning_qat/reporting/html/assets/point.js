@@ -40,7 +40,7 @@ class PointPage {
     const list = make("dl", { class: "facts" });
     this.data.points.columns.forEach((column, at) => {
       if (at === 0 || row[at] === null) return;
-      list.append(make("div", { title: column.help }, make("dt", { text: column.label }), make("dd", { text: formatCell(row[at]) })));
+      list.append(make("div", { title: column.help }, make("dt", { text: column.label }), make("dd", { text: formatIn(column, row[at]) })));
     });
     return list;
   }
@@ -63,7 +63,7 @@ class PointPage {
       const found = this.data.series[key];
       const values = found ? found.values[index].map(asNumber) : [];
       if (!values.some(finite)) continue;
-      const chart = lineChart([{ name, values }], { label: `${name} over the epochs`, withZero: FROM_ZERO.has(key), place: (at) => `epoch ${found.epochs[at]}` });
+      const chart = lineChart([{ name, values }], { label: `${name} over the epochs`, withZero: FROM_ZERO.has(key), format: FROM_ZERO.has(key) ? formatShare : formatNumber, place: (at) => `epoch ${found.epochs[at]}` });
       charts.append(make("figure", {}, make("figcaption", { text: `${name} over the epochs` }), chart));
     }
     return charts.childElementCount ? [charts] : [];

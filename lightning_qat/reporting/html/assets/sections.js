@@ -3,6 +3,8 @@
 const HEAT_ROWS = 40;
 const HEAT_COLUMNS = { scale_drift: "drift of the scale", flip_rate: "flips of weight codes", clipped_share: "clipped share", score: "sensitivity" };
 
+const SHARES = new Set(["flip_rate", "clipped_share"]);
+
 /** How wide a chart may be, so that its letters have their size. */
 const roomIn = (id) => Math.max(320, byId(id).clientWidth);
 
@@ -12,9 +14,11 @@ function showDepth(depth) {
   const lines = [];
   if (depth.accumulated.some(finite)) lines.push({ name: "accumulated", values: depth.accumulated });
   if (depth.own.some(finite)) lines.push({ name: "own", values: depth.own, kind: "own" });
+  const isCalm = !data.points.flagged.length;
   const chart = lineChart(lines, {
     width: roomIn("depth-chart"), height: 280, label: "Signal to noise ratio along the execution order",
-    place: (index) => depth.names[index].slice(roomIn("depth-chart") < 700 ? -14 : -36), mark: depth.jump, markText: "first jump",
+    place: (index) => depth.names[index].slice(roomIn("depth-chart") < 700 ? -14 : -36), mark: depth.jump, isCalm, format: inDecibels,
+    markText: depth.jump === null ? "" : `first jump: ${depth.names[depth.jump].slice(-36)}`,
   });
   const legend = make("p", { class: "legend" }, ...lines.map((line) => make("span", { class: `key ${line.kind || ""}`, text: line.name })));
   byId("depth-chart").append(legend, chart);
@@ -23,6 +27,7 @@ function showDepth(depth) {
     const point = depth.points[depth.jump];
     const text = make("p", {}, "The first jump (the ratio falls 6 dB, one bit, below the lowest before) is at ");
     text.append(point === null ? make("span", { class: "name", text: name }) : pointLink(point), ".");
+    if (isCalm) text.append(" No point of this run is flagged, so this only says where most of the error begins.");
     byId("depth-chart").append(text);
   }
   const worst = depth.own.map((value, index) => [value, index]).filter(([value]) => finite(value)).sort((a, b) => a[0] - b[0]).slice(0, 5);
@@ -35,6 +40,8 @@ function showDepth(depth) {
     byId("depth-chart").append(text);
   }
 }
+
+const inDecibels = (value) => `${formatNumber(value)} dB`;
 
 function pointLink(index) {
   const name = data.points.rows[index][0];
@@ -54,7 +61,7 @@ function showEpochs(series, names, open) {
     const order = values.map((row, index) => [size(row), index]).filter(([most]) => most >= 0);
     order.sort((a, b) => b[0] - a[0] || a[1] - b[1]);
     const rows = order.slice(0, HEAT_ROWS).map(([, index]) => ({ name: names[index], values: values[index], open: () => open(index) }));
-    const parts = [heatChart(rows, epochs, `${HEAT_COLUMNS[select.value]} of points over the epochs`)];
+    const parts = [heatChart(rows, epochs, `${HEAT_COLUMNS[select.value]} of points over the epochs`, SHARES.has(select.value) ? formatShare : formatNumber)];
     if (order.length > HEAT_ROWS) parts.push(make("p", { class: "note", text: `The first ${HEAT_ROWS} of ${order.length} points.` }));
     byId("heat-chart").replaceChildren(...parts);
   };
@@ -131,7 +138,7 @@ function showFront(front) {
   if (!choices.length || !byId("front-chart")) return;
   const line = { name: "SQNR", values: choices.map(([, sqnr]) => sqnr) };
   byId("front-chart").append(lineChart([line], {
-    width: roomIn("front-chart"), height: 240, label: "Predicted signal to noise ratio against cost",
+    width: roomIn("front-chart"), height: 240, format: inDecibels, label: "Predicted signal to noise ratio against cost",
     place: (index) => `cost ${formatNumber(choices[index][0])}`,
     open: (index) => openChoice(choices[index][2]),
   }));

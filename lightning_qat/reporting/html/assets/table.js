@@ -9,6 +9,7 @@ class PointGrid {
   constructor(points, grid, tools, state, open) {
     this.columns = points.columns;
     this.rows = points.rows;
+    this.flagged = new Set(points.flagged);
     this.grid = grid;
     this.state = state;
     this.open = open;
@@ -139,7 +140,7 @@ class PointGrid {
   width(at) {
     const step = Math.max(1, Math.floor(this.rows.length / 200));
     let longest = this.columns[at].label.length + 2;
-    for (let row = 0; row < this.rows.length; row += step) longest = Math.max(longest, formatCell(this.rows[row][at]).length);
+    for (let row = 0; row < this.rows.length; row += step) longest = Math.max(longest, formatIn(this.columns[at], this.rows[row][at]).length);
     const most = at === 0 ? Math.min(52, Math.max(16, Math.floor(window.innerWidth / 20))) : 34;
     return Math.round(Math.min(longest, most) * 8.8) + 26;
   }
@@ -171,8 +172,9 @@ class PointGrid {
     const row = make("tr", { "aria-rowindex": line + 2, class: line === this.active ? "active" : null });
     for (const key of this.visible) {
       const at = this.place[key];
-      const text = formatCell(this.rows[index][at]);
-      const cell = make("td", { class: this.numeric[at] ? "number" : null, title: text.length > 20 ? text : null });
+      const isFlagged = key === "verdict" && this.flagged.has(index);
+      const text = (isFlagged ? "! " : "") + formatIn(this.columns[at], this.rows[index][at]);
+      const cell = make("td", { class: this.numeric[at] ? "number" : isFlagged ? "bad" : null, title: text.length > 20 ? text : null });
       if (at === 0) cell.append(make("a", { class: "name", href: `#point=${encodeURIComponent(text)}`, tabindex: -1, text }));
       else cell.textContent = text;
       row.append(cell);
