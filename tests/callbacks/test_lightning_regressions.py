@@ -402,6 +402,7 @@ def test_the_boring_model(tmp_path: Path) -> None:
     assert set(only_region(module).points) == {"layer.input0", "layer.weight"}
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
 def test_a_compiled_target_trains(tmp_path: Path) -> None:
     """`torch.compile(LightningModule)` with `self.log` crashes upstream: compile the target instead."""
 

@@ -35,6 +35,7 @@ class CompiledMode(RegionMode, CapturedMode):
         self.state = "quantize"
         self.recomputing = False
         self._updates = runner.switches.updates
+        self._fresh = runner.weights_are_fresh
         self._factors: dict[str, Tensor] = {}
         self._sequences = sequences
         self._training = runner.target.training
@@ -77,7 +78,10 @@ class CompiledMode(RegionMode, CapturedMode):
     def _apply(self, point: BoundPoint, tensor: Tensor) -> Tensor:
         fake_quant = point.fake_quant
         if point.role in self._updates and not fake_quant.frozen:
-            self._move_scale(point, tensor)
+            if self._fresh and fake_quant.training and point.trained is not None:
+                self._note_trained(point, tensor)
+            else:
+                self._move_scale(point, tensor)
         return fake_quant.forward(tensor)
 
     def _note_trained(self, point: BoundPoint, weight: Tensor) -> None:

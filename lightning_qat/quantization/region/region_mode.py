@@ -42,6 +42,10 @@ class Runner(Protocol):
     def call_ranges(self) -> CallRanges:
         """Where the ranges of repeated calls are noted."""
 
+    @property
+    def weights_are_fresh(self) -> bool:
+        """Whether the scales of weights are up to date already."""
+
     def note_unplanned(self, kind: str, frame: FrameType, of_weights: bool) -> None:
         """Note an op that the plan does not know; ``of_weights`` if it computes from parameters alone."""
 

@@ -46,6 +46,7 @@ class RegionRunner(Opener):
     Attributes:
         call_ranges: the range of each call of points that run several times per forward.
         compilation: how to compile the forward; None for eager mode.
+        weights_are_fresh: the scales of weights are up to date in the forward that runs.
         unplanned: maps the place of each op that tracing did not see to how often it ran.
         call_paths: the call tree of the target, which finds the fake-quants of an op.
         functions: the table rows of the torch functions met so far.
@@ -62,6 +63,7 @@ class RegionRunner(Opener):
         self.call_ranges = CallRanges()
         self.unplanned: dict[str, int] = {}
         self.compilation: Compilation | None = None
+        self.weights_are_fresh = False
 
     def bind(self, target: nn.Module, graph: OpGraph, bound: Mapping[str, OpQuantizers], is_restored: bool) -> None:
         """Take over a graph and its fake-quants.
@@ -164,8 +166,9 @@ class RegionRunner(Opener):
         """Run what ``torch.compile`` makes of the forward; run it eagerly if other ops run than ever before."""
         assert self.compilation is not None
         self.freezing.hold()
-        if not self.target.training and "weight" in self.switches.updates:
+        if "weight" in self.switches.updates:
             self._refresh_weights()
+        self.weights_are_fresh = True
         try:
             return self.compilation.run(captured, args, kwargs)
         except torch._dynamo.exc.Unsupported as error:
@@ -177,6 +180,8 @@ class RegionRunner(Opener):
         except torch._dynamo.exc.TorchDynamoException:
             if not self.sequences.problem:
                 raise
+        finally:
+            self.weights_are_fresh = False
         return eager(args, kwargs)
 
     def _learn_sequence(self, recorder: SequenceRecorder) -> None:
@@ -185,10 +190,12 @@ class RegionRunner(Opener):
             raise PlanMismatchError(problem)
 
     def _refresh_weights(self) -> None:
-        """Bring the scales of weights up to date here, so that evaluation is compiled without that."""
-        outdated = [point for point in self._points if point.fake_quant.outdated]
-        parameters = set(map(id, self.target.parameters())) if outdated else set()
-        for point in outdated:
+        """Bring the scales of weights up to date: this takes less time here than in compiled code."""
+        training = self.target.training
+        points = [p for p in self._points if p.trained is not None and (training or p.fake_quant.outdated)]
+        parameters = set(map(id, self.target.parameters())) if points else set()
+        for point in points:
+            point.fake_quant.outdated = True
             point.refresh(parameters)
 
     def captured(self) -> CompiledMode | None:
