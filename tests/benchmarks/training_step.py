@@ -17,8 +17,8 @@ from tests.benchmarks.models import BATCH, CLASSES
 from tests.benchmarks.timing import Timing, interleaved
 from tests.benchmarks.variants import FLOAT, Prepared, Variant
 
-PREPARATION_LIMIT = 60
-"""Seconds after which preparing a variant counts as failed (Brevitas may search for very long)."""
+PREPARATION_LIMIT = 300
+"""Seconds after which preparing a variant counts as failed: compiling takes some, Brevitas may search for very long."""
 
 
 @dataclass(frozen=True)

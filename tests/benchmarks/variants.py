@@ -90,6 +90,45 @@ def ours_ema(model: nn.Module, x: Tensor) -> Prepared:
     return Prepared(model, len(region.fake_quants))
 
 
+def float_compiled(model: nn.Module, x: Tensor) -> Prepared:
+    """The float model under ``torch.compile``."""
+    model.train().compile()
+    return Prepared(_stepped(model, x), 0)
+
+
+def ours_compiled(model: nn.Module, x: Tensor) -> Prepared:
+    """As trained by default, with ``compile: true``."""
+    region = ours_calibrated(model, x)
+    region.set_state("quantize")
+    region.set_compile()
+    return Prepared(_stepped(model, x), len(region.fake_quants))
+
+
+def ours_learned_compiled(model: nn.Module, x: Tensor) -> Prepared:
+    """The same with learned scales."""
+    region = ours_calibrated(model, x)
+    region.learn_scales()
+    region.set_state("quantize")
+    region.set_compile()
+    return Prepared(_stepped(model, x), len(region.fake_quants))
+
+
+def ours_learned(model: nn.Module, x: Tensor) -> Prepared:
+    """All scales are trained."""
+    region = ours_calibrated(model, x)
+    region.learn_scales()
+    region.set_state("quantize")
+    return Prepared(model, len(region.fake_quants))
+
+
+def _stepped(model: nn.Module, x: Tensor) -> nn.Module:
+    """Compile forward and backward: the first forward of ours is eager."""
+    for _ in range(2):
+        model(x).sum().backward()
+    model.zero_grad()
+    return model
+
+
 def torch_ao_fx(model: nn.Module, x: Tensor) -> Prepared:
     """``prepare_qat_fx`` with the default mapping for x86: observers run in every step."""
     from torch.ao.quantization import FakeQuantizeBase, get_default_qat_qconfig_mapping
@@ -177,6 +216,10 @@ VARIANTS = (
     Variant("lightning_qat", ours, "weights"),
     Variant("lightning_qat, all scales fixed", ours_fixed, "none"),
     Variant("lightning_qat, EMA", ours_ema, "all"),
+    Variant("lightning_qat, learned", ours_learned, "all"),
+    Variant("float, compiled", float_compiled, "-"),
+    Variant("lightning_qat, compiled", ours_compiled, "weights"),
+    Variant("lightning_qat, learned, compiled", ours_learned_compiled, "all"),
     Variant("torch.ao FX", torch_ao_fx, "all"),
     Variant("torch.ao FX, observers off", torch_ao_fx_fixed, "none"),
     Variant("torchao pt2e", torchao_pt2e, "all", "torchao"),
