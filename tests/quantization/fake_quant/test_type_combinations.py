@@ -49,7 +49,7 @@ def test_any_combination_quantizes_as_torch_does_but_for_ties_and_trains(
     """2 to 16 bits, signed and unsigned, per tensor (with batch norm folded) and per channel, learned or not."""
     torch.manual_seed(0)
     module, x = ConvLinear(), torch.randn(8, 2, 6, 6)
-    weights = {"dtype": dtype, "granularity": granularity}
+    weights = {"dtype": dtype, "granularity": granularity, "observer": "minmax"}  # of 2 bits it would be mse
     region = calibrated(
         module, x, qconfig={"activation": {"dtype": dtype, "scheme": scheme, "observer": "minmax"}, "weight": weights}
     )
