@@ -119,7 +119,7 @@ class RegionRunner(Opener):
             self.compilation = None
             return
         compilation = Compilation({} if options is True else options)
-        if self.compilation != compilation:  # else what is compiled stays
+        if self.compilation is None or self.compilation.options != compilation.options:  # else what is compiled stays
             self.compilation = compilation
 
     @property
@@ -192,9 +192,13 @@ class RegionRunner(Opener):
     def _refresh_weights(self) -> None:
         """Bring the scales of weights up to date: this takes less time here than in compiled code."""
         training = self.target.training
-        points = [p for p in self._points if p.trained is not None and (training or p.fake_quant.outdated)]
+        points = [
+            p for p in self._points if p.trained and not p.fake_quant.frozen and (training or p.fake_quant.outdated)
+        ]
         parameters = set(map(id, self.target.parameters())) if points else set()
         for point in points:
+            if point.trained and id(point.trained[0]) not in parameters:  # another one was put into its place
+                point.trained = None
             point.fake_quant.outdated = True
             point.refresh(parameters)
 

@@ -332,6 +332,37 @@ def test_a_frozen_part_stays_frozen() -> None:
     assert not module[1].training
 
 
+def test_a_part_that_is_frozen_for_a_while_moves_as_in_eager_mode_afterwards() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    region = region_of(module, IMAGES)
+    eager = copy.deepcopy(module)
+    region.set_compile(EAGER)
+    for model in (module, eager):
+        own = model._quantization
+        assert isinstance(own, Region)
+        trained(model, IMAGES, 2)
+        own.freeze("0")
+        trained(model, IMAGES, 2)
+        own.unfreeze()
+    with torch.no_grad():
+        assert same(module.eval()(IMAGES), eager.eval()(IMAGES))
+    assert same(trained(module, IMAGES, 2), trained(eager, IMAGES, 2))
+
+
+def test_a_parameter_that_is_replaced_has_the_scale_of_its_own_values() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    region = region_of(module, X)
+    eager = copy.deepcopy(module)
+    region.set_compile(EAGER)
+    for model in (module, eager):
+        trained(model, X, 2)
+        with torch.no_grad():
+            model[0].weight = nn.Parameter(3 * model[0].weight)
+    assert same(trained(module, X, 3), trained(eager, X, 3))
+
+
 def test_a_point_that_begins_at_zero_takes_its_first_scales_in_eager_mode() -> None:
     class Branch(nn.Module):
         def __init__(self) -> None:
