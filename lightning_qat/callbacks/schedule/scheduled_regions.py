@@ -12,7 +12,6 @@ from lightning_qat.callbacks.schedule.frozen_parts import FrozenParts
 from lightning_qat.callbacks.schedule.learned_scales import freeze_learned
 from lightning_qat.callbacks.schedule.schedule import Schedule
 from lightning_qat.callbacks.trainer import _compat
-from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.quantization.modules.batch_norms import is_batch_norm
 from lightning_qat.quantization.planning.plan import ScaleRole
 from lightning_qat.quantization.region.region import Region, find_regions
@@ -59,8 +58,7 @@ class ScheduledRegions:
             if "weight" not in updates:
                 region.scales.keep_weights()
             if self.compile is not None:
-                with misconfiguration():
-                    region.set_compile(self.compile)
+                region.set_compile(self.compile)
         for copy in _compat.averaged_copies(trainer):
             expect_other_weights(copy, updates)
         if self.schedule.freeze_observers_after is not None:

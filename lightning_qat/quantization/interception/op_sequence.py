@@ -123,7 +123,7 @@ class OpSequences:
             for a function that is made of several ops.
         """
         spec = spec_of(func)
-        if spec is None or not is_interceptable(spec):
+        if not is_interceptable(spec):
             return NO_OP
         if spec.role == "composite":
             return COMPOSITE

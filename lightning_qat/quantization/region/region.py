@@ -200,7 +200,7 @@ class Region(nn.Module):
     def freeze(self, patterns: str | Iterable[str]) -> None:
         """Keep parts of the target at their quantized state while the rest trains. Freeze before DDP wraps the module.
 
-        Frozen parameters get no gradient, frozen modules stay in eval mode, frozen scales do not move.
+        Frozen parameters get no gradient, modules stay in eval mode, scales do not move. Checkpoints do not store it.
 
         Args:
             patterns: globs over names of modules (their whole sub-tree), parameters and points, relative to the target.
