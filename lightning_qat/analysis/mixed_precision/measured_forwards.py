@@ -14,6 +14,7 @@ from lightning_qat.analysis.mixed_precision.point_quantizers import Quantizers
 from lightning_qat.analysis.nan_origin import refuse_nan
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.quantization import ranks
+from lightning_qat.quantization.config_values import Scheme
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.modules.call import Call
@@ -76,23 +77,24 @@ def measure_forwards(
 @contextmanager
 @torch.no_grad()
 def quantized_by(region: Region, quantizers: Mapping[str, FakeQuantize]) -> Iterator[None]:
-    """Give points the type and the scale of other fake-quants inside the block; then everything is as before."""
+    """Give points the type, the scheme and the scale of other fake-quants inside the block, and put them back then."""
     points = region.points
     kept = []
     for name, other in quantizers.items():
         own = points[name]
         if own is not other:
-            kept.append((own, own.dtype, own.scale.detach().clone(), own.zero_point.clone()))
-            _write(own, other.dtype, other.scale, other.zero_point)
+            kept.append((own, own.dtype, own.scheme, own.scale.detach().clone(), own.zero_point.clone()))
+            _write(own, other.dtype, other.scheme, other.scale, other.zero_point)
     try:
         yield
     finally:
-        for own, dtype, scale, zero_point in kept:
-            _write(own, dtype, scale, zero_point)
+        for own, dtype, scheme, scale, zero_point in kept:
+            _write(own, dtype, scheme, scale, zero_point)
 
 
-def _write(fake_quant: FakeQuantize, dtype: str, scale: Tensor, zero_point: Tensor) -> None:
+def _write(fake_quant: FakeQuantize, dtype: str, scheme: Scheme, scale: Tensor, zero_point: Tensor) -> None:
     fake_quant.set_dtype(dtype)
+    fake_quant.scheme = scheme
     fake_quant.scale.copy_(scale)
     fake_quant.zero_point.copy_(zero_point)
 

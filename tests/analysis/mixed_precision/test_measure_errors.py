@@ -206,6 +206,20 @@ def test_types_that_an_override_fixes_stay() -> None:
         errors.choose(points=["0.weight"])
 
 
+def test_a_type_of_another_scheme_is_measured_as_it_is() -> None:
+    """By default int4 is affine and int8 symmetric: from a region at int8, and back, as from one at int4."""
+    model, batches = uneven(8, 16, 16, 4)
+    region = region_at(model, batches)
+    before = {name: (point.dtype, point.scheme) for name, point in region.points.items()}
+    errors = measure_errors(region, batches, dtypes=("int4", "int8"))
+    for dtype in ("int4", "int8"):
+        check = next(check for check in errors.checks if check.dtype == dtype)
+        assert check.measured == pytest.approx(mse_with(model, batches, (), dtype), rel=1e-4)
+    assert {name: (point.dtype, point.scheme) for name, point in region.points.items()} == before
+    assert {scheme for _, scheme in before.values()} == {"symmetric"}
+    assert any(point.scheme == "affine" for point in region_at(model, batches, "int4").points.values())
+
+
 def test_thresholds_follow_the_type() -> None:
     """A threshold is a fixed scale that depends on the type: 100/127 at int8 and 100/32768 at int16."""
     model, batches = uneven(8, 16, 4)
