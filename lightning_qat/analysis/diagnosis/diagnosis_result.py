@@ -104,9 +104,16 @@ class DiagnosisResult(Result[Diagnosis]):
         """The worst of the rounds of a loop that have the same verdict; csv and json hold all."""
         rows = (
             replace(row, point=f"{row.point} (worst of {rounds} rounds)") if rounds > 1 else row
-            for row, rounds in _worst_rounds(self.rows)
+            for row, rounds in self.worst_rounds()
         )
         return replace(self, rows=tuple(rows))
+
+    def worst_rounds(self) -> list[tuple[Diagnosis, int]]:
+        """Return the worst of the rounds of a loop that have the same verdict, and their number; 1 outside of loops.
+
+        The rows keep the names of their points. Use them where a point has to be found again.
+        """
+        return _worst_rounds(self.rows)
 
     @property
     def by_point(self) -> dict[str, Diagnosis]:

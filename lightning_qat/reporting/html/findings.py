@@ -102,24 +102,26 @@ def _of_diagnoses(run: RunFolder, is_innocent: bool) -> Iterator[ReportFinding]:
             continue
         if result.calibration:
             yield ReportFinding("calibration", Advice("calibration data", "error", result.calibration))
-        for row in result.for_people().rows:
+        for row, rounds in result.worst_rounds():
             about = (row.region, row.point, row.verdict)
             is_said = about in known or (result.calibration and row.verdict == _CALIBRATION)
             if row.verdict not in ("fine", "inherited") and not is_said:
                 known.add(about)
                 follows = point_key(row.region, row.point) in before
-                yield ReportFinding(name, _diagnosis_advice(row, "info" if follows else level), (_full_name(row),))
+                advice = _diagnosis_advice(row, rounds, "info" if follows else level)
+                yield ReportFinding(name, advice, advice.names)
 
 
 _CALIBRATION = "calibration data"
 
 
-def _diagnosis_advice(row: Diagnosis, level: str) -> Advice:
+def _diagnosis_advice(row: Diagnosis, rounds: int, level: str) -> Advice:
     facts = [("do", row.action)] if row.action else []
     if row.factor is not None:
         of_what = "relative error" if row.relative else "error"
         facts.append(("gain", f"the {of_what} falls at least {row.factor:.3g} times"))
-    return Advice(row.verdict, level, row.evidence, (_full_name(row),), tuple(facts), row.yaml)
+    text = f"{row.evidence} This is the worst of {rounds} rounds of {row.loop}." if rounds > 1 else row.evidence
+    return Advice(row.verdict, level, text, (_full_name(row),), tuple(facts), row.yaml)
 
 
 def _of_model_check(run: RunFolder) -> Iterator[ReportFinding]:
@@ -146,7 +148,7 @@ def first_action(findings: tuple[ReportFinding, ...], *sources: str) -> str:
 
 def culprits(result: DiagnosisResult | None) -> tuple[Diagnosis, ...]:
     """The points that a diagnosis wants to be looked at, the worst first; the worst round of a loop."""
-    return () if result is None else replace(result, rows=result.for_people().rows).culprits
+    return () if result is None else replace(result, rows=tuple(row for row, _ in result.worst_rounds())).culprits
 
 
 def _full_name(row: Diagnosis) -> str:

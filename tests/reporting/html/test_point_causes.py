@@ -91,6 +91,33 @@ def test_points_on_another_branch_explain_nothing(tmp_path: Path) -> None:
     assert by_point(run)[LATER][1] == "Widen it."
 
 
+@pytest.mark.parametrize("origin", ["own", "inherited"])
+def test_the_worst_round_of_a_loop_is_found_by_the_name_of_its_point(tmp_path: Path, origin: str) -> None:
+    """All that finds a point by its name: marks, links, what to look at first, what follows from another point."""
+    rounds, line = ["mul_1.output", "mul.output", "mul_2.output"], "mul in net.py:3"
+    names = [FIRST, "mul.output", "mul_1.output", "mul_2.output"]
+    run = run_folder.write_run(tmp_path, names)
+    place = run / "lightning_qat"
+    compared = [{"mod_name": n, "point": n, "SQNR": 1.0, "origin": "own" if n == FIRST else origin} for n in names]
+    (place / "layer_comparison.json").write_text(json.dumps({"rows": compared}))
+    rows = [Diagnosis(FIRST, "clipping", "It clips.", "Widen it.", severity=0.95)]
+    for name, severity in zip(rounds, (0.9, 0.5, 0.4), strict=True):
+        rows.append(Diagnosis(name, "rounding", "It rounds.", "Widen it.", severity=severity, loop=line))
+    write_result(DiagnosisResult(tuple(rows)), place, "diagnosis")
+    write_result(DiagnosisResult(tuple(rows[:3])), place, "calibrated_diagnosis")  # it has the loop with fewer rounds
+    overview = judge_run(read_run(run))
+    own = origin == "own"
+    (finding,) = (found for found in overview.findings if found.advice.heading == "rounding")
+    assert finding.points == finding.advice.names == (rounds[0],)
+    assert finding.advice.text == f"It rounds. This is the worst of 2 rounds of {line}."
+    assert finding.advice.level == ("warning" if own else "info")
+    assert overview.look_at == ((FIRST, rounds[0]) if own else (FIRST,))
+    assert overview.flagged == {FIRST, *rounds[:own]}
+    page = write_report([run]).read_text()
+    assert ParsedPage(page).data["points"]["flagged"] == ([0, 2] if own else [0])
+    assert f'<a class="name" href="#point={rounds[0]}">' in page
+
+
 @pytest.mark.parametrize("ending", [LEAVE_OUT, REMOVE_SCALE])
 def test_a_fixed_scale_of_the_user_is_removed_where_it_stands(tmp_path: Path, ending: str) -> None:
     """No snippet: a second rule for the point would leave the first one in the configuration."""
