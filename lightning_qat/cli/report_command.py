@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lightning_qat.atomic_files import write_atomically
 from lightning_qat.cli.command import Command
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.console import print_text
 from lightning_qat.reporting.html.node_data import write_node_data
-from lightning_qat.reporting.html.page import FILE_NAME, write_report
+from lightning_qat.reporting.html.page import FILE_NAME, render
+from lightning_qat.reporting.html.point_causes import with_causes
 from lightning_qat.reporting.html.point_table import PointTable, point_table
 from lightning_qat.reporting.html.run_folder import read_run, require_run
 
@@ -40,8 +42,9 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
     runs, output = [require_run(run) for run in (script, *arguments)], options.output
     if output is not None and output.is_dir():
         output = output / FILE_NAME
-    path = write_report(runs, output)
-    points = point_table(read_run(runs[-1])) if options.node_data else PointTable()
+    found = [read_run(run) for run in runs]
+    path = write_atomically(output or found[-1].path / FILE_NAME, render(found))
+    points = point_table(with_causes(found[-1])) if options.node_data else PointTable()
     for column in options.node_data:
         print_text(f"Node data: {write_node_data(points, column, path.parent).resolve()}")
     print_text(f"Report: {path.resolve()}")

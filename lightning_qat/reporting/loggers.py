@@ -7,7 +7,7 @@ Loggers are used by what they can do, so this works without lightning: anything 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,17 @@ import numpy as np
 from lightning_qat.analysis.results import Result
 from lightning_qat.analysis.statistics.code_histogram import CodeHistogram
 from lightning_qat.reporting.reports import markdown_report
+
+
+def method_of(logger: Any, name: str) -> Callable[..., Any] | None:
+    """Return a method of what a logger writes with; None if it has none of this name.
+
+    Args:
+        logger: one of ``trainer.loggers``.
+        name: of the method, such as ``add_text``.
+    """
+    found = getattr(getattr(logger, "experiment", None), name, None)
+    return found if callable(found) else None
 
 
 def log_scalars(loggers: Iterable[Any], scalars: Mapping[str, float], step: int) -> None:
@@ -70,8 +81,8 @@ def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> list[str
     """
     without = []
     for logger in loggers:
-        add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
-        if callable(add_text):
+        add_text = method_of(logger, "add_text")
+        if add_text is not None:
             add_text(tag, text, global_step=step)
         else:
             without.append(type(logger).__name__)
@@ -91,8 +102,8 @@ def log_histogram(loggers: Iterable[Any], tag: str, values: Iterable[float | Non
     if not finite.size:
         return
     for logger in loggers:
-        add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
-        if callable(add_histogram):
+        add_histogram = method_of(logger, "add_histogram")
+        if add_histogram is not None:
             add_histogram(tag, finite, global_step=step)
 
 
@@ -112,8 +123,8 @@ def log_code_histogram(loggers: Iterable[Any], tag: str, histogram: CodeHistogra
     if not counts.sum():
         return
     for logger in loggers:
-        add_raw = getattr(getattr(logger, "experiment", None), "add_histogram_raw", None)
-        if callable(add_raw):
+        add_raw = method_of(logger, "add_histogram_raw")
+        if add_raw is not None:
             add_raw(
                 tag,
                 min=float(centers[0]),
@@ -135,6 +146,6 @@ def log_layout(loggers: Iterable[Any], layout: Mapping[str, Any]) -> None:
         layout: charts by category and title.
     """
     for logger in loggers:
-        add_custom_scalars = getattr(getattr(logger, "experiment", None), "add_custom_scalars", None)
-        if callable(add_custom_scalars):
+        add_custom_scalars = method_of(logger, "add_custom_scalars")
+        if add_custom_scalars is not None:
             add_custom_scalars(layout)

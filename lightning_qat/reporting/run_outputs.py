@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class RunOutputs:
             self._reports.warn(moved)
 
     def log(
-        self, result: Result[Any], loggers: Iterable[Any], step: int, rows: int = 50, per_point: bool = False
+        self, result: Result[Any], loggers: Sequence[Any], step: int, rows: int = 50, per_point: bool = False
     ) -> None:
         """Send numbers to all loggers, table and histograms to those that show them; warn once about the others.
 
@@ -75,6 +75,8 @@ class RunOutputs:
             rows: rows of the table at most.
             per_point: send the numbers of every point.
         """
+        if not loggers:
+            return
         numbers = {**(self.tags.numbers(result) if per_point else {}), **self._worst.numbers(result)}
         without = self._reports.send(loggers, partial(self._send, result, step, rows, numbers))
         self._has_layout = True

@@ -15,6 +15,7 @@ from lightning_qat.atomic_files import write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.numerics.break_away import break_away
 from lightning_qat.reporting.figures import blank_figure
+from lightning_qat.reporting.loggers import method_of
 from lightning_qat.reporting.plain_text import one_line
 
 if TYPE_CHECKING:
@@ -187,8 +188,10 @@ def log_figure(loggers: Iterable[Any], tag: str, figure: Figure, step: int) -> N
         figure: the figure.
         step: the x-axis.
     """
-    for logger in filter(shows_figures, loggers):
-        logger.experiment.add_figure(tag, figure, global_step=step, close=False)  # closing would need pyplot
+    for logger in loggers:
+        add_figure = method_of(logger, "add_figure")
+        if add_figure is not None:
+            add_figure(tag, figure, global_step=step, close=False)  # closing would need pyplot
 
 
 def shows_figures(logger: Any) -> bool:
@@ -197,7 +200,7 @@ def shows_figures(logger: Any) -> bool:
     Args:
         logger: one of ``trainer.loggers``.
     """
-    return callable(getattr(getattr(logger, "experiment", None), "add_figure", None))
+    return method_of(logger, "add_figure") is not None
 
 
 def _new_figure(title: str, height: float = 4.2) -> tuple[Figure, Axes]:

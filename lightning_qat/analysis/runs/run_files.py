@@ -23,7 +23,27 @@ PointKey = tuple[str, str]
 """Path of the target, and name of the point."""
 _Rows = dict[PointKey, dict[str, Any]]
 _CONFIGURATION = ("dtype", "scheme", "axis", "split_sizes", "observer", "percentile", "fixed_scale")
-_DIRECTORY = "lightning_qat"
+FOLDER = "lightning_qat"
+"""The folder in a log directory that holds the files."""
+
+
+def files_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the folder that holds the files of a run.
+
+    Args:
+        path: log directory of the run, or the folder ``lightning_qat`` in it.
+    """
+    inner = Path(path) / FOLDER
+    return inner if inner.is_dir() else Path(path)
+
+
+def log_directory(folder: Path) -> Path:
+    """Return the log directory of a run.
+
+    Args:
+        folder: the folder that holds its files; files that lie in the log directory itself are found as well.
+    """
+    return folder.parent if folder.name == FOLDER else folder
 
 
 class RunFiles:
@@ -58,8 +78,7 @@ class RunFiles:
                 self.sensitivity = rows
             directory = self.path.parent
         elif self.path.is_dir():
-            inner = self.path / _DIRECTORY
-            directory = inner if inner.is_dir() else self.path
+            directory = files_folder(self.path)
             self.sensitivity, self.about = _first_table(directory, "sensitivity")
             self.errors, _ = _first_table(directory, "layer_comparison")
         else:
@@ -159,9 +178,9 @@ def _plan(path: Path) -> dict[PointKey, StoredPoint]:
 
 def _stages(directory: Path) -> dict[str, dict[str, float]]:
     """The accuracy of a run, from the result table of its root directory: the run is called like its log directory."""
-    run = directory.parent if directory.name == _DIRECTORY else directory
+    run = log_directory(directory)
     for root in (run, *list(run.resolve().parents)[:4]):
-        path = root / _DIRECTORY / "result_table.json"
+        path = root / FOLDER / "result_table.json"
         if path.is_file():
             runs = ResultTable.read(path).runs
             name = os.path.relpath(run.resolve(), root.resolve()).replace(os.sep, "/")

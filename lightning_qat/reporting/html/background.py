@@ -8,11 +8,12 @@ from typing import Any
 
 from lightning_qat.analysis.results import Block
 from lightning_qat.analysis.runs.run_comparison import compare_runs
+from lightning_qat.analysis.runs.run_files import log_directory
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.reporting.html.overview import judge_run
-from lightning_qat.reporting.html.point_table import full_name, point_table
+from lightning_qat.reporting.html.judged_run import JudgedRun
+from lightning_qat.reporting.html.point_history import full_name
 from lightning_qat.reporting.html.provenance import read_configurations, read_hashes
-from lightning_qat.reporting.html.run_folder import FOLDER, Gap, RunFolder
+from lightning_qat.reporting.html.run_folder import Gap, RunFolder
 
 _MOST_NAMES = 8
 _MOST_ROWS = 40
@@ -57,23 +58,23 @@ def float_places(run: RunFolder) -> Block:
     return Block("Places in float", ("place", "reason"), tuple(rows[:_MOST_FLOAT]), note) if rows else Block()
 
 
-def compared_runs(runs: Sequence[RunFolder]) -> tuple[Block, ...]:
+def compared_runs(judged: Sequence[JudgedRun]) -> tuple[Block, ...]:
     """Put the last run beside the others.
 
     Args:
-        runs: the earliest first.
+        judged: the earliest first.
     """
-    if len(runs) < 2:
+    if len(judged) < 2:
         return ()
+    runs = [one.run for one in judged]
     metrics = dict.fromkeys(row.metric for run in runs if run.accuracy is not None for row in run.accuracy.rows)
     rows = []
-    for run in runs:
-        overview, table = judge_run(run), point_table(run)
-        levels = [finding.advice.level for finding in overview.findings]
-        types = table.column("dtype")
+    for run, one in zip(runs, judged, strict=True):
+        levels = [finding.advice.level for finding in one.overview.findings]
+        types = one.points.column("dtype")
         counts = ", ".join(f"{types.count(kind)} {kind}" for kind in dict.fromkeys(t for t in types if t))
         values = [_newest(run, metric) for metric in metrics]
-        rows.append((run.name, overview.verdict, *values, levels.count("error"), levels.count("warning"), counts))
+        rows.append((run.name, one.overview.verdict, *values, levels.count("error"), levels.count("warning"), counts))
     columns = ("run", "verdict", *metrics, "errors", "warnings", "points")
     blocks = [Block("Runs side by side", columns, tuple(rows))]
     for before in runs[:-1]:
@@ -87,7 +88,7 @@ def background(run: RunFolder) -> Background:
     Args:
         run: its files.
     """
-    root = run.path.parent if run.path.name == FOLDER else run.path
+    root = log_directory(run.path)
     held = run.provenance
     facts: list[tuple[str, str]] = [("folder", str(run.path.resolve()))]
     command = held.get("command")

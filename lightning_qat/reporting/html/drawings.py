@@ -9,7 +9,7 @@ from typing import Any
 from lightning_qat.analysis.results import Block
 from lightning_qat.atomic_files import json_value
 from lightning_qat.quantization.planning.deployed_part import TRAIN_ONLY
-from lightning_qat.reporting.html.point_history import PointKey, point_key
+from lightning_qat.reporting.html.point_history import PointKey, full_name, point_key
 from lightning_qat.reporting.html.point_table import PointTable
 from lightning_qat.reporting.html.run_folder import RunFolder
 from lightning_qat.reporting.plain_text import one_line
@@ -115,7 +115,7 @@ def graph(run: RunFolder, points: PointTable) -> dict[str, Any]:
             inputs = op.get("inputs") if isinstance(op.get("inputs"), list) else []
             ops.append(
                 [
-                    one_line(f"{region}.{name}" if region else name),
+                    one_line(full_name((region, name))),
                     one_line(str(op.get("op_type"))),
                     "float" if name in floats else dtypes.get(name, ""),
                     [numbers[source] for source in inputs if isinstance(source, str) and source in numbers],
@@ -171,13 +171,12 @@ def _op_of_point(run: RunFolder, points: PointTable, numbers: Mapping[str, int])
     for region, held in run.regions.items():
         for point in held.get("points", []):
             name = str(point.get("op"))
-            ops[point_key(region, point.get("name"))] = numbers.get(one_line(f"{region}.{name}" if region else name))
+            ops[point_key(region, point.get("name"))] = numbers.get(one_line(full_name((region, name))))
     return [ops.get(key) for key in points.keys]
 
 
 def _tensor(row: Mapping[str, Any]) -> str:
-    region, name = row.get("region"), str(row.get("mod_name"))
-    return f"{region}.{name}" if region else name
+    return full_name((row.get("region") or "", str(row.get("mod_name"))))
 
 
 def _number(value: Any) -> bool:

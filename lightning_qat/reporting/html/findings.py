@@ -10,8 +10,8 @@ from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis, Diagnos
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.model_check.finding import SEVERITIES
 from lightning_qat.analysis.results import Advice
-from lightning_qat.reporting.html.point_causes import followers, rules_with_fixed_scale
-from lightning_qat.reporting.html.point_history import point_key
+from lightning_qat.reporting.html.point_causes import rules_with_fixed_scale
+from lightning_qat.reporting.html.point_history import full_name, point_key
 from lightning_qat.reporting.html.run_folder import RunFolder
 
 SOURCES = {
@@ -47,7 +47,7 @@ def find_all(run: RunFolder, is_innocent: bool) -> tuple[ReportFinding, ...]:
     """Collect the findings of a run.
 
     Args:
-        run: its files.
+        run: its files, from :func:`~lightning_qat.reporting.html.point_causes.with_causes`.
         is_innocent: quantization is not to blame: the target is reached, or the pipeline is at fault. Then what a point
             might gain is worth knowing, and no warning.
     """
@@ -95,7 +95,6 @@ def _convergence_advice(row: ConvergenceRow, level: str) -> Advice:
 def _of_diagnoses(run: RunFolder, is_innocent: bool) -> Iterator[ReportFinding]:
     """That of the model that training started from comes first; the later one adds what is new."""
     level = "info" if is_innocent else "warning"
-    before = followers(run)
     known: set[tuple[str, str, str]] = set()
     for name, result in (("calibrated_diagnosis", run.start_diagnosis), ("diagnosis", run.diagnosis)):
         if result is None:
@@ -107,7 +106,7 @@ def _of_diagnoses(run: RunFolder, is_innocent: bool) -> Iterator[ReportFinding]:
             is_said = about in known or (result.calibration and row.verdict == _CALIBRATION)
             if row.verdict not in ("fine", "inherited") and not is_said:
                 known.add(about)
-                follows = point_key(row.region, row.point) in before
+                follows = point_key(row.region, row.point) in run.follows
                 advice = _diagnosis_advice(row, rounds, "info" if follows else level)
                 yield ReportFinding(name, advice, advice.names)
 
@@ -121,7 +120,7 @@ def _diagnosis_advice(row: Diagnosis, rounds: int, level: str) -> Advice:
         of_what = "relative error" if row.relative else "error"
         facts.append(("gain", f"the {of_what} falls at least {row.factor:.3g} times"))
     text = f"{row.evidence} This is the worst of {rounds} rounds of {row.loop}." if rounds > 1 else row.evidence
-    return Advice(row.verdict, level, text, (_full_name(row),), tuple(facts), row.yaml)
+    return Advice(row.verdict, level, text, (full_name(point_key(row.region, row.point)),), tuple(facts), row.yaml)
 
 
 def _of_model_check(run: RunFolder) -> Iterator[ReportFinding]:
@@ -129,12 +128,12 @@ def _of_model_check(run: RunFolder) -> Iterator[ReportFinding]:
         (block,) = run.model_check.blocks()
         rules = rules_with_fixed_scale(run)
         for finding, advice in zip(run.model_check.findings, block.advice, strict=True):
-            prefix = f"{finding.region}." if finding.region else ""
-            where = {rules[key] for name in finding.names if (key := point_key(finding.region, name)) in rules}
+            keys = [point_key(finding.region, name) for name in finding.names]
+            where = {rules[key] for key in keys if key in rules}
             if where:  # a snippet would be a second rule for the point
                 facts = (*advice.facts, ("where", f"{', '.join(sorted(where))} of the configuration"))
                 advice = replace(advice, yaml="", facts=facts)
-            yield ReportFinding("model_check", advice, tuple(f"{prefix}{name}" for name in finding.names))
+            yield ReportFinding("model_check", advice, tuple(map(full_name, keys)))
 
 
 def first_action(findings: tuple[ReportFinding, ...], *sources: str) -> str:
@@ -149,10 +148,6 @@ def first_action(findings: tuple[ReportFinding, ...], *sources: str) -> str:
 def culprits(result: DiagnosisResult | None) -> tuple[Diagnosis, ...]:
     """The points that a diagnosis wants to be looked at, the worst first; the worst round of a loop."""
     return () if result is None else replace(result, rows=tuple(row for row, _ in result.worst_rounds())).culprits
-
-
-def _full_name(row: Diagnosis) -> str:
-    return f"{row.region}.{row.point}" if row.region else row.point
 
 
 def without_verdict(verdict: str, note: str) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis
 from lightning_qat.analysis.fingerprint.module_differences import ATTRIBUTES
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.rungs import QAT
@@ -22,8 +21,8 @@ from lightning_qat.reporting.html.findings import (
     what_is_found,
     without_verdict,
 )
-from lightning_qat.reporting.html.point_causes import bad_ladder, followers, pipeline_is_at_fault, with_causes
-from lightning_qat.reporting.html.point_history import point_key
+from lightning_qat.reporting.html.point_causes import bad_ladder, pipeline_is_at_fault
+from lightning_qat.reporting.html.point_history import PointKey, full_name, point_key
 from lightning_qat.reporting.html.provenance import export_command
 from lightning_qat.reporting.html.run_folder import RunFolder
 
@@ -79,9 +78,8 @@ def judge_run(run: RunFolder) -> Overview:
     decides: the pipeline checks, then convergence, then calibration and the model check, then the diagnosis.
 
     Args:
-        run: its files.
+        run: its files, from :func:`~lightning_qat.reporting.html.point_causes.with_causes`.
     """
-    run = with_causes(run)
     passed = _passed(run)
     is_innocent = passed is True or pipeline_is_at_fault(run)
     findings = tuple(_finding_for_this_page(run, finding) for finding in find_all(run, is_innocent))
@@ -90,7 +88,7 @@ def judge_run(run: RunFolder) -> Overview:
     if source in run.ladders and any(row.rung == QAT and row.metric for row in run.ladders[source].rows):
         sentence = f"{sentence} {_whole_run(run)}".rstrip()
     action = _for_this_page(run, _next_action(run, source, level, findings))
-    named = [name for row in _culprits(run)[:5] for name in [f"{row.region}.{row.point}" if row.region else row.point]]
+    named = tuple(map(full_name, _culprits(run)[:5]))
     return Overview(
         verdict,
         level,
@@ -98,7 +96,7 @@ def judge_run(run: RunFolder) -> Overview:
         action,
         SOURCES.get(source, source),
         remarks=tuple(_for_this_page(run, remark) for remark in _remarks(run, source)),
-        look_at=() if is_innocent else tuple(named),
+        look_at=() if is_innocent else named,
         metrics=_metrics(run, with_note=source != "accuracy"),
         findings=findings,
     )
@@ -223,10 +221,9 @@ def _model_check_error(findings: tuple[ReportFinding, ...]) -> str:
     return first_action(tuple(f for f in findings if f.advice.level == "error"), "model_check")
 
 
-def _culprits(run: RunFolder) -> tuple[Diagnosis, ...]:
+def _culprits(run: RunFolder) -> tuple[PointKey, ...]:
     found = culprits(run.start_diagnosis) or culprits(run.diagnosis)
-    before = followers(run)
-    return tuple(row for row in found if point_key(row.region, row.point) not in before)
+    return tuple(key for row in found if (key := point_key(row.region, row.point)) not in run.follows)
 
 
 def _remarks(run: RunFolder, source: str) -> tuple[str, ...]:

@@ -19,10 +19,10 @@ from lightning_qat.reporting.html.drawings import segments
 from lightning_qat.reporting.html.findings import SOURCES
 from lightning_qat.reporting.html.front import front_choices
 from lightning_qat.reporting.html.glossary import GLOSSARY, MEANINGS
-from lightning_qat.reporting.html.overview import judge_run, without_advice
+from lightning_qat.reporting.html.judged_run import JudgedRun
+from lightning_qat.reporting.html.overview import without_advice
 from lightning_qat.reporting.html.page_data import as_json_element, page_data
-from lightning_qat.reporting.html.point_causes import with_causes
-from lightning_qat.reporting.html.point_table import COLUMNS, Column, PointTable, point_table
+from lightning_qat.reporting.html.point_table import COLUMNS, Column, PointTable
 from lightning_qat.reporting.html.run_folder import RunFolder, read_run
 from lightning_qat.reporting.plain_text import one_line, printable
 from lightning_qat.reporting.tables import cell_text
@@ -81,21 +81,20 @@ def render(runs: Sequence[RunFolder]) -> str:
     """Return the page about the last of some runs.
 
     Args:
-        runs: their files, the earliest run first.
+        runs: their files as they were read, the earliest run first.
 
     Raises:
         ConfigurationError: Jinja2 is missing.
     """
     template = _template()
-    run = with_causes(runs[-1])
-    points = point_table(run)
+    judged = [JudgedRun.of(run) for run in runs]
+    run, overview, points = judged[-1].run, judged[-1].overview, judged[-1].points
     style, script = _assets()
-    overview = judge_run(run)
     data = page_data(run, points, overview.flagged)
     parts = {
         "results": without_advice(run.accuracy.full_blocks()) if run.accuracy is not None else (),
         "choices": front_choices(run),
-        "comparisons": compared_runs(runs),
+        "comparisons": compared_runs(judged),
     }
     present = {"results": parts["results"], "front": parts["choices"], "comparison": parts["comparisons"],
                "depth": data["depth"]["names"], "epochs": data["series"], "graph": data["graph"]["ops"]}  # fmt: skip

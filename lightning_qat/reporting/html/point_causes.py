@@ -13,18 +13,18 @@ from dataclasses import replace
 from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis, DiagnosisResult
 from lightning_qat.analysis.diagnosis.remedy_choice import LEAVE_OUT, REMOVE_SCALE
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
-from lightning_qat.reporting.html.point_history import PointKey, point_key
+from lightning_qat.reporting.html.point_history import PointKey, full_name, point_key
 from lightning_qat.reporting.html.run_folder import LADDER_FILES, RunFolder
 
-_RULE = re.compile(r"override \d+ \(.*\)")
+_RULE = re.compile(r"override (?P<number>\d+) \(.*\)")
 _PIPELINE_FIRST = "Mend the pipeline first, then run again: this may follow from it."
 
 
 def with_causes(run: RunFolder) -> RunFolder:
-    """Let what the diagnoses of a run advise begin where the cause lies; doing it twice changes nothing more.
+    """Let what the diagnoses of a run advise begin where the cause lies, and say what follows from which point.
 
     Args:
-        run: its files.
+        run: its files, as they were read.
     """
     rules, before = rules_with_fixed_scale(run), followers(run)
     is_pipeline = pipeline_is_at_fault(run)
@@ -34,7 +34,7 @@ def with_causes(run: RunFolder) -> RunFolder:
             return None
         return replace(result, rows=tuple(_advised(row, rules, before, is_pipeline) for row in result.rows))
 
-    return replace(run, diagnosis=advised(run.diagnosis), start_diagnosis=advised(run.start_diagnosis))
+    return replace(run, diagnosis=advised(run.diagnosis), start_diagnosis=advised(run.start_diagnosis), follows=before)
 
 
 def bad_ladder(run: RunFolder) -> tuple[str, PipelineResult] | None:
@@ -70,14 +70,14 @@ def followers(run: RunFolder) -> dict[PointKey, str]:
     for result in (run.start_diagnosis, run.diagnosis):
         culprits.update({point_key(r.region, r.point): r for r in (result.culprits if result is not None else ())})
     causes = [key for key in culprits if origins.get(key) == "own"]
+    ops, inputs = _ops_of_points(run), _inputs_of_ops(run)
     found = {}
     for key, row in culprits.items():
         if origins.get(key) == "inherited":
-            upstream = _ops_before(run, key)
-            able = [c for c in causes if (c[0], _op(run, c)) in upstream and culprits[c].severity >= row.severity]
+            upstream = _ops_before(ops.get(key), inputs)
+            able = [c for c in causes if ops.get(c) in upstream and culprits[c].severity >= row.severity]
             if able:
-                region, name = max(able, key=lambda cause: culprits[cause].severity)
-                found[key] = f"{region}.{name}" if region else name
+                found[key] = full_name(max(able, key=lambda cause: culprits[cause].severity))
     return found
 
 
@@ -91,13 +91,12 @@ def rules_with_fixed_scale(run: RunFolder) -> dict[PointKey, str]:
     for region, held in run.regions.items():
         overrides = held.get("overrides")
         for point in held.get("points", []):
-            reason = str(point.get("reason"))
-            number = reason.split(" ")[1] if _RULE.match(reason) else ""
-            if isinstance(overrides, list) and number and 0 < int(number) <= len(overrides):
-                rule = overrides[int(number) - 1]
+            match = _RULE.match(str(point.get("reason")))
+            if isinstance(overrides, list) and match and 0 < int(match["number"]) <= len(overrides):
+                rule = overrides[int(match["number"]) - 1]
                 kinds = [rule.get(kind) for kind in ("activation", "weight")] if isinstance(rule, dict) else []
                 if any(isinstance(kind, dict) and kind.get("fixed_scale") is not None for kind in kinds):
-                    found[point_key(region, point.get("name"))] = _rule(reason)
+                    found[point_key(region, point.get("name"))] = match.group()
     return found
 
 
@@ -108,8 +107,6 @@ def _advised(
     if row.verdict in ("fine", "inherited"):
         return row
     if pipeline:
-        if row.action.startswith(_PIPELINE_FIRST):
-            return row
         then = f" If it does not: {row.action}" if row.action else ""
         return replace(row, action=_PIPELINE_FIRST + then)
     if key in before:
@@ -127,29 +124,34 @@ def _advised(
     return row
 
 
-def _rule(reason: str) -> str:
-    match = _RULE.match(reason)
-    return match.group() if match else reason
+def _ops_of_points(run: RunFolder) -> dict[PointKey, PointKey]:
+    """Region and op of every point; of points with one name, that of the first."""
+    found: dict[PointKey, PointKey] = {}
+    for region, held in run.regions.items():
+        for point in held.get("points", []):
+            found.setdefault(point_key(region, point.get("name")), point_key(region, point.get("op")))
+    return found
 
 
-def _op(run: RunFolder, key: PointKey) -> str:
-    region, name = key
-    points = run.regions.get(region, {}).get("points", [])
-    return next((str(point.get("op")) for point in points if point.get("name") == name), "")
+def _inputs_of_ops(run: RunFolder) -> dict[PointKey, list[PointKey]]:
+    """The ops that lead straight to an op; all by region and name."""
+    return {
+        point_key(region, op.get("name")): [point_key(region, name) for name in _names(op.get("inputs"))]
+        for region, held in run.regions.items()
+        for op in held.get("ops", [])
+    }
 
 
-def _ops_before(run: RunFolder, key: PointKey) -> set[tuple[str, str]]:
-    """All ops that lead to the op of a point, in its region."""
-    region = key[0]
-    inputs = {str(op.get("name")): list(_names(op.get("inputs"))) for op in run.regions.get(region, {}).get("ops", [])}
-    found: set[str] = set()
-    waiting = list(inputs.get(_op(run, key), ()))
+def _ops_before(op: PointKey | None, inputs: Mapping[PointKey, list[PointKey]]) -> set[PointKey]:
+    """All ops that lead to an op; none if it is not known."""
+    found: set[PointKey] = set()
+    waiting = [] if op is None else list(inputs.get(op, ()))
     while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += inputs.get(name, ())
-    return {(region, name) for name in found}
+        before = waiting.pop()
+        if before not in found:
+            found.add(before)
+            waiting += inputs.get(before, ())
+    return found
 
 
 def _names(inputs: object) -> Iterator[str]:

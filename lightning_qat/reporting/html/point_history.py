@@ -49,6 +49,20 @@ def point_key(region: object, point: object) -> PointKey:
     return _as_in_csv(region or ""), _as_in_csv(point)
 
 
+def full_name(key: PointKey) -> str:
+    """Return the name of a point with the path of its region.
+
+    Args:
+        key: of the point.
+
+    Example:
+        >>> full_name(("backbone", "fc.weight")), full_name(("", "fc.weight"))
+        ('backbone.fc.weight', 'fc.weight')
+    """
+    region, point = key
+    return f"{region}.{point}" if region else point
+
+
 def _as_in_csv(name: object) -> str:
     """A name as a csv file holds it, which has neither NUL nor halves of characters."""
     text = str(name)

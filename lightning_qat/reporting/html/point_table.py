@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis
-from lightning_qat.reporting.html.point_causes import followers
-from lightning_qat.reporting.html.point_history import PointKey, point_key
+from lightning_qat.reporting.html.point_history import PointKey, full_name, point_key
 from lightning_qat.reporting.html.run_folder import RunFolder
 
 
@@ -107,13 +106,14 @@ def point_table(run: RunFolder) -> PointTable:
     """Put together what all tables of a run say about each point.
 
     Args:
-        run: its files.
+        run: its files; what follows from another point is known from
+            :func:`~lightning_qat.reporting.html.point_causes.with_causes` on.
     """
     planned = {point_key(path, p.get("name")): p for path, held in run.regions.items() for p in held.get("points", [])}
     compared = {point_key(r.get("region"), r["point"]): r for r in run.comparison.rows if r.get("point")}
     keys = dict.fromkeys([*planned, *run.statistics.latest, *run.sensitivity.latest, *compared])
     diagnoses = _diagnoses(run)
-    requested, follows = _requested(run), followers(run)
+    requested = _requested(run)
     rows = []
     for key in keys:
         plan, statistics = planned.get(key, {}), run.statistics.latest.get(key, {})
@@ -130,7 +130,7 @@ def point_table(run: RunFolder) -> PointTable:
             "scale": scale if scale is not None else statistics.get("scale"),
             "lowest": lowest,
             "highest": highest,
-            "verdict": None if diagnosis is None else f"{diagnosis.verdict}{', follows' if key in follows else ''}",
+            "verdict": None if diagnosis is None else f"{diagnosis.verdict}{', follows' if key in run.follows else ''}",
             "reason": plan.get("reason"),
             **{name: statistics.get(name) for name in _FROM_STATISTICS},
             **{name: sensitivity.get(name) for name in _FROM_SENSITIVITY},
@@ -138,12 +138,6 @@ def point_table(run: RunFolder) -> PointTable:
         }
         rows.append(tuple(cells[column.key] for column in COLUMNS))
     return PointTable(tuple(keys), tuple(rows), diagnoses)
-
-
-def full_name(key: PointKey) -> str:
-    """Return the name of a point with the path of its region."""
-    region, point = key
-    return f"{region}.{point}" if region else point
 
 
 def _diagnoses(run: RunFolder) -> dict[PointKey, Diagnosis]:

@@ -17,14 +17,14 @@ from lightning_qat.analysis.ladder.rows import PipelineRow
 from lightning_qat.analysis.ladder.rungs import Verdict
 from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
 from lightning_qat.analysis.runs.accuracy import AccuracyResult
+from lightning_qat.analysis.runs.run_files import FOLDER, files_folder, log_directory
 from lightning_qat.quantization.errors import ConfigurationError, DamagedFileError
 from lightning_qat.quantization.reading.files import Document
 from lightning_qat.reporting.accuracy_table_files import OWN_TABLE, read_own_accuracy
-from lightning_qat.reporting.html.point_history import PointHistory, read_history
+from lightning_qat.reporting.html.point_history import PointHistory, PointKey, read_history
 from lightning_qat.reporting.model_check_file import FILE_NAME, read_model_check
 
 T = TypeVar("T")
-FOLDER = "lightning_qat"
 LADDER_FILES = ("pipeline_check", "zero_lr_finetune", "float_finetune")
 """The most complete first."""
 STATISTICS_SERIES = ("scale", "clipped_share", "flip_rate", "scale_drift", "sqnr")
@@ -80,6 +80,7 @@ class RunFolder:
         front: the choices of mixed precision, the cheapest first, and what is chosen.
         provenance: how the run was started.
         gaps: what is damaged.
+        follows: the points whose error comes from a point before them, with its name; empty as it is read.
     """
 
     name: str
@@ -99,6 +100,7 @@ class RunFolder:
     front: Table = field(default_factory=Table)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     gaps: tuple[Gap, ...] = ()
+    follows: Mapping[PointKey, str] = field(default_factory=dict)
 
 
 def read_run(path: str | os.PathLike[str]) -> RunFolder:
@@ -107,8 +109,7 @@ def read_run(path: str | os.PathLike[str]) -> RunFolder:
     Args:
         path: its log directory, or the folder ``lightning_qat`` in it.
     """
-    place = Path(path)
-    return _Reader(place / FOLDER if (place / FOLDER).is_dir() else place).run()
+    return _Reader(files_folder(path)).run()
 
 
 def require_run(path: str | os.PathLike[str]) -> Path:
@@ -123,7 +124,7 @@ def require_run(path: str | os.PathLike[str]) -> Path:
     place = Path(path)
     if not place.is_dir():
         raise ConfigurationError(f"there is no folder {place}: give the log directory of a run.")
-    folder = place / FOLDER if (place / FOLDER).is_dir() else place
+    folder = files_folder(place)
     if not any((folder / name).is_file() for name in _FILES_OF_A_RUN):
         raise ConfigurationError(
             f"{folder} holds no file of a run: give the log directory of a run with QuantizationAwareTraining(), "
@@ -140,10 +141,9 @@ class _Reader:
         self.gaps: list[Gap] = []
 
     def run(self) -> RunFolder:
-        root = self.folder.parent if self.folder.name == FOLDER else self.folder
         accuracy = self._tried(OWN_TABLE, lambda path: read_own_accuracy(path))
         return RunFolder(
-            name=accuracy.run if accuracy is not None and accuracy.run else _run_name(root),
+            name=accuracy.run if accuracy is not None and accuracy.run else _run_name(log_directory(self.folder)),
             path=self.folder,
             regions=self._regions(),
             statistics=self._history("layer_statistics.csv", STATISTICS_SERIES),

@@ -20,7 +20,8 @@ from lightning_qat.analysis.ladder.rows import PipelineRow
 from lightning_qat.analysis.ladder.sentences import RAISE_POINTS
 from lightning_qat.reporting.files import write_json
 from lightning_qat.reporting.html.findings import ReportFinding
-from lightning_qat.reporting.html.overview import Overview, judge_run
+from lightning_qat.reporting.html.judged_run import JudgedRun
+from lightning_qat.reporting.html.overview import Overview
 from lightning_qat.reporting.html.run_folder import read_run
 from tests.harness import run_folder as folder
 
@@ -31,7 +32,7 @@ def judged(run: Path, *writes: Write) -> Overview:
     folder.write_run(run, 3)
     for write in writes:
         write(run)
-    return judge_run(read_run(run))
+    return JudgedRun.of(read_run(run)).overview
 
 
 def accuracy(passed: bool | None, *stages: str) -> Write:

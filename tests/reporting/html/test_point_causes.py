@@ -9,8 +9,10 @@ import pytest
 
 from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis, DiagnosisResult
 from lightning_qat.analysis.diagnosis.remedy_choice import LEAVE_OUT, REMOVE_SCALE
+from lightning_qat.cli.command_line import main
 from lightning_qat.reporting.files import write_result
-from lightning_qat.reporting.html.overview import judge_run
+from lightning_qat.reporting.html.judged_run import JudgedRun
+from lightning_qat.reporting.html.overview import Overview
 from lightning_qat.reporting.html.page import write_report
 from lightning_qat.reporting.html.run_folder import read_run
 from tests.harness import run_folder
@@ -47,9 +49,13 @@ def written(
     return run
 
 
+def judged(run: Path) -> Overview:
+    return JudgedRun.of(read_run(run)).overview
+
+
 def by_point(run: Path) -> dict[str, tuple[str, str, str]]:
     """Level, what to do, and what to paste, of the findings about points."""
-    found = judge_run(read_run(run)).findings
+    found = judged(run).findings
     return {f.points[0]: (f.advice.level, dict(f.advice.facts)["do"], f.advice.yaml) for f in found if f.points}
 
 
@@ -60,13 +66,20 @@ def test_a_point_whose_error_comes_from_a_worse_one_before_it_gets_no_override(t
     level, action, yaml = found[LATER]
     assert (level, yaml) == ("info", "")
     assert action.startswith(f"Mend {FIRST} first")
-    assert judge_run(read_run(run)).look_at == (FIRST,)
+    assert judged(run).look_at == (FIRST,)
     data = ParsedPage(write_report([run]).read_text()).data
     verdicts = [row[[c["key"] for c in data["points"]["columns"]].index("verdict")] for row in data["points"]["rows"]]
     assert verdicts == ["clipping", "clipping, follows"]
     assert data["points"]["flagged"] == [0]
     advice = data["advice"]
     assert [a["action"].startswith(f"Mend {FIRST} first") for a in advice.values()] == [False, True]
+
+
+def test_node_data_say_what_follows_too(tmp_path: Path) -> None:
+    run = written(tmp_path)
+    assert main(["report", str(run), "--node-data", "verdict"]) == 0
+    results = json.loads((run / "lightning_qat" / "node_data_verdict.json").read_text())["results"]
+    assert {name: one["value"] for name, one in results.items()} == {FIRST: "clipping", LATER: "clipping, follows"}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +118,7 @@ def test_the_worst_round_of_a_loop_is_found_by_the_name_of_its_point(tmp_path: P
         rows.append(Diagnosis(name, "rounding", "It rounds.", "Widen it.", severity=severity, loop=line))
     write_result(DiagnosisResult(tuple(rows)), place, "diagnosis")
     write_result(DiagnosisResult(tuple(rows[:3])), place, "calibrated_diagnosis")  # it has the loop with fewer rounds
-    overview = judge_run(read_run(run))
+    overview = judged(run)
     own = origin == "own"
     (finding,) = (found for found in overview.findings if found.advice.heading == "rounding")
     assert finding.points == finding.advice.names == (rounds[0],)
@@ -126,12 +139,12 @@ def test_a_fixed_scale_of_the_user_is_removed_where_it_stands(tmp_path: Path, en
     run = written(tmp_path, actions, rule=rule)
     _, action, yaml = by_point(run)[FIRST]
     run_folder.write_model_check(run, FIRST)
-    (checked,) = (f.advice for f in judge_run(read_run(run)).findings if f.source == "model_check")
+    (checked,) = (f.advice for f in judged(run).findings if f.source == "model_check")
     assert dict(checked.facts)["where"] == f"override 2 (match {FIRST!r}) of the configuration"
     assert not checked.yaml
     where = f"It stands in override 2 (match {FIRST!r}) of the configuration. No other override is needed."
     assert (action, yaml) == (f"It is too small: {ending} {where}", "")
-    assert judge_run(read_run(run)).next_action == f"{FIRST}: {action}"
+    assert judged(run).next_action == f"{FIRST}: {action}"
 
 
 def test_a_scale_that_no_rule_fixes_keeps_its_snippet(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from lightning_qat.reporting.growing_table import GrowingTable
 from lightning_qat.reporting.html.background import background, compared_runs, find_gaps, float_places
 from lightning_qat.reporting.html.drawings import depth, first_jump, graph, histograms
 from lightning_qat.reporting.html.front import front_choices
+from lightning_qat.reporting.html.judged_run import JudgedRun
 from lightning_qat.reporting.html.page_data import page_data
 from lightning_qat.reporting.html.point_history import MOST_EPOCHS, read_history
 from lightning_qat.reporting.html.point_table import point_table
@@ -179,10 +180,10 @@ def test_runs_side_by_side_say_what_changed(tmp_path: Path) -> None:
     first = folder.write_run(tmp_path / "a", 3, seed=0)
     second = folder.write_run(tmp_path / "b", 3, seed=1)
     folder.write_accuracy(second, True)
-    blocks = compared_runs([read_run(first), read_run(second)])
+    blocks = compared_runs([JudgedRun.of(read_run(first)), JudgedRun.of(read_run(second))])
     assert [row[1] for row in blocks[0].rows] == ["nothing wrong found", "target reached"]
     assert blocks[0].rows[0][-1] == "3 int8"
     assert blocks[0].columns[2] == "val_acc"
     assert [row[2] for row in blocks[0].rows] == [None, 0.9]
     assert {row[2] for row in blocks[1].rows} <= {"fell", "same", "rose"}
-    assert compared_runs([read_run(first)]) == ()
+    assert compared_runs([JudgedRun.of(read_run(first))]) == ()
