@@ -11,12 +11,13 @@ from typing import Any, Literal, TypeVar, get_args
 
 from lightning_qat.quantization.errors import ConfigurationError, shown, unknown_choice
 from lightning_qat.quantization.numerics.dtypes import DtypeName
+from lightning_qat.quantization.numerics.observers import ObserverName
 from lightning_qat.quantization.numerics.percentile import check_percentile
 
 Scheme = Literal["symmetric", "affine"]
 Granularity = Literal["per_tensor", "per_channel"]
-SchemeChoice = Literal["auto", "symmetric", "affine"]
-ObserverChoice = Literal["auto", "minmax", "ema", "percentile", "mse", "kl", "fixed"]
+SchemeChoice = Literal["auto", Scheme]
+ObserverChoice = Literal["auto", ObserverName]
 """What a configuration may ask for; ``auto`` depends on the type: see ``planning/point_config.py``."""
 _T = TypeVar("_T")
 

@@ -25,6 +25,17 @@ YOUTH = 100
 _MOMENTUM = 1 / YOUTH
 
 
+def takes_first_scale(fake_quant: FakeQuantize, moves: bool) -> bool:
+    """Whether :func:`follow` finds a point's scale in the forward that runs.
+
+    Args:
+        fake_quant: the point.
+        moves: the scale follows the data anyway.
+    """
+    waits = fake_quant.starts_at_zero and fake_quant.training and not fake_quant.frozen
+    return waits and follows(fake_quant, moves)
+
+
 def follows(fake_quant: FakeQuantize, moves: bool) -> bool:
     """Whether a point's scale is still found by :func:`follow`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,7 @@ class BoundPoint:
         if self.trained is None or not fake_quant.outdated or fake_quant.frozen:
             return
         if id(self.trained[0]) not in parameters:  # another one was put into its place
+            self.trained = None
             return
         weight = torch.as_strided(*self.trained)
         fake_quant.update_scale(weight if norm is None else norm.fold(weight, norm.factor(weight)), ema=False)
@@ -113,6 +114,14 @@ class OpQuantizers:
         self.op = op
         self.inputs: dict[int, BoundPoint] = {}
         self.output: BoundPoint | None = None
+
+
+def refresh(points: Iterable[BoundPoint], target: nn.Module) -> None:
+    """Compute the outdated scales of weights of a target again, see :meth:`BoundPoint.refresh`."""
+    outdated = [point for point in points if point.trained is not None and point.fake_quant.outdated]
+    parameters = set(map(id, target.parameters())) if outdated else set()
+    for point in outdated:
+        point.refresh(parameters)
 
 
 UNPLANNED = OpQuantizers()

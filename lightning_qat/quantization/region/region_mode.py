@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
-from lightning_qat.quantization.fake_quant.first_scale import follow, follows
+from lightning_qat.quantization.fake_quant.first_scale import follow, takes_first_scale
 from lightning_qat.quantization.interception.interception import InterceptionMode, SpecCache
 from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.interception.op_sequence import SequenceRecorder
@@ -181,7 +181,7 @@ class RegionMode(InterceptionMode):
                 self.runner.call_ranges.observe(point.name, number, tensor)
             return tensor
         moves = point.role in self._updates and not fake_quant.frozen
-        if fake_quant.starts_at_zero and self._takes_first_scale(point, moves):
+        if self._first_scales and takes_first_scale(fake_quant, moves):
             follow(fake_quant, tensor, point.is_weight)
             if point.is_weight and not fake_quant.learned:
                 self._note_trained(point, tensor)
@@ -205,10 +205,6 @@ class RegionMode(InterceptionMode):
     def _note_trained(self, point: BoundPoint, weight: Tensor) -> None:
         """The optimizer may step before the next forward."""
         point.fake_quant.outdated, point.trained = True, parameter_view(weight)
-
-    def _takes_first_scale(self, point: BoundPoint, moves: bool) -> bool:
-        fake_quant = point.fake_quant
-        return self._first_scales and fake_quant.training and not fake_quant.frozen and follows(fake_quant, moves)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_qat.quantization.errors import ConfigurationError, PlanMismatchError
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
-from lightning_qat.quantization.fake_quant.first_scale import follows
+from lightning_qat.quantization.fake_quant.first_scale import takes_first_scale
 from lightning_qat.quantization.interception.activation_checkpointing import RunningRegion
 from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode
 from lightning_qat.quantization.interception.call_stack import CallStack
@@ -26,7 +26,7 @@ from lightning_qat.quantization.interception.interception import (
 )
 from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.interception.op_sequence import OpSequences, SequenceRecorder
-from lightning_qat.quantization.region.bound_points import UNPLANNED, BoundPoint, OpQuantizers
+from lightning_qat.quantization.region.bound_points import UNPLANNED, BoundPoint, OpQuantizers, refresh
 from lightning_qat.quantization.region.compilation import Compilation
 from lightning_qat.quantization.region.compiled_mode import CompiledMode
 from lightning_qat.quantization.region.freezing import Freezing
@@ -148,17 +148,11 @@ class RegionRunner(Opener):
             and not switches.eager
             and not switches.taps
             and bool(self.sequences.of(self.target.training))
-            and not (self.target.training and switches.first_scales and any(map(self._awaits_scale, self._starting)))
+            and not (switches.first_scales and any(map(self._takes_first_scale, self._points)))
         )
 
-    def _awaits_scale(self, point: BoundPoint) -> bool:
-        """Whether a point that began at zero takes its scale from the data."""
-        fake_quant = point.fake_quant
-        return not fake_quant.frozen and follows(fake_quant, point.role in self.switches.updates)
-
-    @property
-    def _starting(self) -> Iterator[BoundPoint]:
-        return (point for point in self._points if point.fake_quant.starts_at_zero)
+    def _takes_first_scale(self, point: BoundPoint) -> bool:
+        return takes_first_scale(point.fake_quant, point.role in self.switches.updates)
 
     def run_compiled(
         self, captured: CapturedForward, eager: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -191,16 +185,10 @@ class RegionRunner(Opener):
 
     def _refresh_weights(self) -> None:
         """Bring the scales of weights up to date: this takes less time here than in compiled code."""
-        training = self.target.training
-        points = [
-            p for p in self._points if p.trained and not p.fake_quant.frozen and (training or p.fake_quant.outdated)
-        ]
-        parameters = set(map(id, self.target.parameters())) if points else set()
-        for point in points:
-            if point.trained and id(point.trained[0]) not in parameters:  # another one was put into its place
-                point.trained = None
-            point.fake_quant.outdated = True
-            point.refresh(parameters)
+        if self.target.training:  # as every eager training forward does
+            for point in self._points:
+                point.fake_quant.outdated |= point.trained is not None and not point.fake_quant.frozen
+        refresh(self._points, self.target)
 
     def captured(self) -> CompiledMode | None:
         """Return the mode for a forward that ``torch.compile`` captures; None if it has to run in eager mode.

@@ -12,7 +12,7 @@ from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.fake_quant.first_scale import agree_over_ranks
 from lightning_qat.quantization.fake_quant.scale_synchronization import average_over_ranks
 from lightning_qat.quantization.planning.plan import QuantPlan, ScaleRole
-from lightning_qat.quantization.region.bound_points import BoundPoint, OpQuantizers
+from lightning_qat.quantization.region.bound_points import BoundPoint, OpQuantizers, refresh
 
 PACKED_CHARACTERS = 384
 """For the counts of one point in a checkpoint. With its scale and its place in plan and graph, it takes below 2 kB."""
@@ -92,10 +92,7 @@ class RegionScales:
         Training does not depend on it, as every training forward computes them. The scales of weights that are computed
         from parameters (spectral norm, pruning) change at the next evaluation.
         """
-        parameters = set(map(id, self._target.parameters()))
-        for quantizers in self._bound.values():
-            for point in quantizers.inputs.values():
-                point.refresh(parameters)
+        refresh((p for quantizers in self._bound.values() for p in quantizers.inputs.values()), self._target)
 
     def packed_statistics(self) -> dict[str, dict[str, Any]]:
         """Return the state of every point for a checkpoint, in few bytes; of weights, only what they do not tell."""
