@@ -20,7 +20,6 @@ from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErr
 from lightning_qat.analysis.mixed_precision.region_effects import Step, region_effects
 from lightning_qat.analysis.mixed_precision.region_errors import MeasuringOptions, region_errors
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.analysis.sensitivity.sensitivity_sketch import forwards_of_sketch
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
@@ -127,11 +126,12 @@ def measure_regions(
         dtypes: at least two types.
         output: path into the output of a region, which begins with the region's path if there are several.
         post_process: applied to the chosen output.
-        options: how errors are measured.
+        options: how errors are measured; without a profile, it is that of the plan, if that is a shipped one.
     """
     options = options or MeasuringOptions()
     types = ordered_dtypes(dtypes)
     hardware = options.profile or planned_profile(next(iter(regions.values())).plan)
+    options = replace(options, profile=hardware)
     plans = plans_by_dtype(regions, types, hardware)
     quantizers = {path: quantizers_by_dtype(region, plans[path]) for path, region in regions.items()}
     if not any(quantizers.values()):
@@ -173,9 +173,8 @@ def measure_regions(
 
 def _largest(errors: PrecisionErrors, dtype: str, options: MeasuringOptions) -> list[str]:
     """Return the points of a region whose errors at a type are the largest, as many as are measured."""
-    count = forwards_of_sketch(options.probes) if options.confirm is None else options.confirm
     rows = sorted((row for row in errors.rows if row.dtype == dtype), key=lambda row: -row.mse)
-    return [row.point for row in rows[:count]]
+    return [row.point for row in rows[: options.measured]]
 
 
 def _that_ran(calls: Mapping[str, Sequence[Call]], across_ranks: bool) -> list[str]:

@@ -19,7 +19,6 @@ from lightning_qat.analysis.sensitivity.sensitivity_sketch import Sketch, forwar
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
-from lightning_qat.quantization.planning.hardware_profile_files import planned_profile
 from lightning_qat.quantization.region.region import Region
 
 
@@ -28,7 +27,7 @@ class MeasuringOptions:
     """How errors are measured.
 
     Args:
-        profile: the hardware that the regions were planned for; None for that of their plan, if it is a shipped one.
+        profile: the hardware that the regions were planned for; None without.
         probes: backward passes per batch.
         confirm: how many of the largest estimates are measured; as many as cost what the sketch costs if not given.
         seed: of the probes, and of the random numbers that the forward draws.
@@ -40,6 +39,11 @@ class MeasuringOptions:
     confirm: int | None = None
     seed: int = 0
     across_ranks: bool = False
+
+    @property
+    def measured(self) -> int:
+        """How many of the largest estimates are measured."""
+        return forwards_of_sketch(self.probes) if self.confirm is None else self.confirm
 
 
 def region_errors(
@@ -73,7 +77,7 @@ def region_errors(
     reached = {row.point for row in rows}
     narrow = {name: next(iter(own)) for name, own in quantizers.items() if len(own) > 1 and name in reached}
     wide = {name: list(quantizers[name])[-1] for name in narrow}
-    hardware = options.profile or planned_profile(region.plan)
+    hardware = options.profile
     return PrecisionErrors(
         tuple(rows),
         output=select.description,
@@ -125,11 +129,9 @@ class _Measuring:
 
     def largest(self, sketch: Sketch, known: Container[Pair]) -> list[Pair]:
         """Return the points with the largest estimates, at their narrowest type."""
-        options = self.options
-        count = forwards_of_sketch(options.probes) if options.confirm is None else options.confirm
         narrowest = [(point, next(iter(own))) for point, own in self.quantizers.items()]
         unknown = [pair for pair in narrowest if pair not in known and sketch.estimates[_name(*pair)].reached]
-        return sorted(unknown, key=lambda pair: -sketch.mse(_name(*pair))[0])[:count]
+        return sorted(unknown, key=lambda pair: -sketch.mse(_name(*pair))[0])[: self.options.measured]
 
 
 def _rows(
