@@ -40,14 +40,19 @@ def meets(values: dict[str, float], floats: dict[str, float], metrics: Sequence[
     return all(values[name] >= target(floats[name]) for name in metrics)
 
 
+def columns(chapters: Sequence[Chapter]) -> dict[str, dict[str, float]]:
+    """The values of all columns, by the column's name."""
+    return {name: values for chapter in chapters for name, values in chapter.columns.items()}
+
+
 def table(chapters: Sequence[Chapter], floats: dict[str, float]) -> str:
     """The table of all columns, as Markdown; what meets the target is bold."""
-    columns = {name: values for chapter in chapters for name, values in chapter.columns.items()}
-    head = ["", "float", "target (loss < 1 %)", *columns]
+    found = columns(chapters)
+    head = ["", "float", "target (loss < 1 %)", *found]
     lines = [head, ["---", *("---:" for _ in head[1:])]]
     for metric in METRICS:
         least = target(floats[metric])
-        cells = [f"**{v[metric]:.1f}**" if v[metric] >= least else f"{v[metric]:.1f}" for v in columns.values()]
+        cells = [f"**{v[metric]:.1f}**" if v[metric] >= least else f"{v[metric]:.1f}" for v in found.values()]
         lines.append([metric, f"{floats[metric]:.1f}", f"{least:.1f}", *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
 
 
 class DetectionAP(Metric):
@@ -52,12 +53,12 @@ class DetectionAP(Metric):
 
     def compute(self) -> Tensor:
         """Return the mean average precision in percent."""
-        rows = torch.cat(list(self.rows)) if isinstance(self.rows, (list, tuple)) else self.rows
+        rows = dim_zero_cat(self.rows)
+        by_kind = [(rows[rows[:, 0] == kind], int(count)) for kind, count in enumerate(self.objects) if count]
         found = [
-            average_precision(rows[rows[:, 0] == kind][:, 1], rows[rows[:, 0] == kind][:, 2 + column], int(count))
-            for kind, count in enumerate(self.objects)
+            average_precision(mine[:, 1], mine[:, 2 + column], count)
+            for mine, count in by_kind
             for column in range(len(self.distances))
-            if count
         ]
         return 100 * torch.tensor(found).mean()
 

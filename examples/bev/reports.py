@@ -18,7 +18,6 @@ import yaml
 
 from examples.bev.configuration import Rule
 from examples.bev.model import PositionEmbedding, ViewTransformation
-from examples.bev.module import BevModule
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,8 @@ class Reports:
         return found["verdict"] == "pipeline misaligned" and "model input (train), model.0" in str(found["cause"])
 
 
-BRIGHTNESS = Edit("pipeline misaligned", "", BevModule.with_brightness, {"brightened": "bytes"})
+BRIGHTNESS = {"brightened": "bytes"}
+"""What the model is given where :meth:`Reports.blames_training_images`."""
 
 
 def rules(rows: Iterable[dict[str, Any]]) -> list[Rule]:

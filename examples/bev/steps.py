@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -14,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.bev.chapters import METRICS, Chapter, meets
-from examples.bev.configuration import Settings, callback, read, with_model, without, write
+from examples.bev.configuration import Settings, callback, read, without, write
 from examples.bev.reports import Reports
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE, MAIN = Path("examples/bev"), "examples/bev/main.py"
-TUNE = "tune"
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Story:
         settings["trainer"]["max_steps"] = 1
         callback(settings, "QuantizationAwareTraining")["freeze_batch_norm_after"] = 0
         settings = without(settings, "ConvergenceMonitor")
-        config = write(settings, self.root / f"{slug(name)}.yaml")
+        config = self.config(name, settings)
         chapter = self.chapter(name, self.python(MAIN, "fit", "--config", config))
         if column:
             chapter.columns[name] = self.values(name, "calibrated")
@@ -82,7 +82,7 @@ class Story:
         """Train quantized, for so many times the usual epochs."""
         settings = without(self.quantized(settings, name), "SensitivityAnalysis", "LayerComparison")
         settings["trainer"]["max_epochs"] *= longer
-        config = write(settings, self.root / f"{slug(name)}.yaml")
+        config = self.config(name, settings)
         chapter = self.chapter(name, self.python(MAIN, "fit", "--config", config))
         chapter.columns[name] = self.values(name, "QAT")
         reports = self.reports(name)
@@ -92,16 +92,14 @@ class Story:
 
     def checked(self, name: str, settings: Settings) -> Reports:
         """Ask the model check, without a run."""
-        settings = without(self.quantized(settings, name), "SensitivityAnalysis", "LayerComparison", "AccuracyTable")
-        config = write(settings, self.root / f"{slug(name)}.yaml")
+        config = self.config_without_analyses(name, settings)
         folder = self.reports(name).folder
         self.chapter(name, self.tool("check", "--config", config, "--output", folder))
         return self.reports(name)
 
     def pipeline(self, name: str, settings: Settings) -> Reports:
         """Ask the pipeline check, with the fingerprint of the float run."""
-        settings = without(self.quantized(settings, name), "SensitivityAnalysis", "LayerComparison", "AccuracyTable")
-        config = write(settings, self.root / f"{slug(name)}.yaml")
+        config = self.config_without_analyses(name, settings)
         folder = self.reports(name).folder
         options = ["--reference", self.root / "pipeline_fingerprint.json", "--batches", self.size.batches]
         command = self.tool("pipeline-check", "--config", config, *options, "--output", folder)
@@ -116,11 +114,11 @@ class Story:
 
     def tuned(self, name: str, settings: Settings) -> None:
         """Let the tool do the whole of it."""
-        settings = without(self.quantized(settings, name), "SensitivityAnalysis", "LayerComparison", "AccuracyTable")
-        config = write(settings, self.root / f"{slug(name)}.yaml")
+        config = self.config_without_analyses(name, settings)
         targets = [word for metric in METRICS for word in ("--target", f"{metric}=1%")]
         folder = self.root / slug(name)
-        chapter = self.chapter(name, self.tool("tune", "--config", config, *targets, "--output", folder), failing=1)
+        command = self.tool("tune", "--config", config, *targets, "--output", folder)
+        chapter = self.chapter(name, command, failing=1, resumes=True)
         chapter.said.append((folder / "result.txt").read_text().splitlines()[1])
         result = json.loads((folder / "result.json").read_text())
         if (found := result["recommended"]) is not None:
@@ -147,7 +145,7 @@ class Story:
 
     def adapted(self, settings: Settings, name: str) -> Settings:
         """Settings with the story's folders and size."""
-        settings = with_model(settings)
+        settings = copy.deepcopy(settings)
         settings["data"].update(train_scenes=self.size.train_scenes, val_scenes=self.size.val_scenes)
         settings["data"]["folder"] = str(self.root.parent / "scenes")
         logger = {"save_dir": str(self.root), "name": slug(name), "version": ""}
@@ -167,6 +165,15 @@ class Story:
         callback(settings, "AccuracyTable")["name"] = name
         return settings
 
+    def config(self, name: str, settings: Settings) -> Path:
+        """Write the configuration of a step."""
+        return write(settings, self.root / f"{slug(name)}.yaml")
+
+    def config_without_analyses(self, name: str, settings: Settings) -> Path:
+        """Write the configuration of a command that makes its own reports."""
+        settings = without(self.quantized(settings, name), "SensitivityAnalysis", "LayerComparison", "AccuracyTable")
+        return self.config(name, settings)
+
     def reports(self, name: str) -> Reports:
         """The reports of a step."""
         return Reports(self.root / slug(name) / "lightning_qat")
@@ -178,9 +185,9 @@ class Story:
         values = runs[max(tries, key=lambda run: (len(run), run))][stage]
         return {metric: values[metric] for metric in METRICS}
 
-    def chapter(self, name: str, command: list[str], failing: int = 0) -> Chapter:
-        """Begin a chapter with a command, and run it; what a try that was killed has left is removed."""
-        if not (self.root / f"{slug(name)}.done").exists() and name != TUNE:  # tune goes on by itself
+    def chapter(self, name: str, command: list[str], failing: int = 0, resumes: bool = False) -> Chapter:
+        """Begin a chapter with a command, and run it; unless it resumes, what a killed try has left is removed."""
+        if not resumes and not (self.root / f"{slug(name)}.done").exists():
             shutil.rmtree(self.root / slug(name), ignore_errors=True)
         self.chapters.append(Chapter(name, " ".join(map(shlex.quote, command)).replace(sys.executable, "python")))
         self.run(slug(name), command, failing)

@@ -10,6 +10,7 @@ before say: YAML is pasted, advised changes of code are made (see ``reports.py``
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -20,10 +21,10 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: find examples.bev
 
-from examples.bev.chapters import table, text, write_into
+from examples.bev.chapters import columns, table, text, write_into
 from examples.bev.configuration import Settings, at_int8, callback, read, with_model, with_overrides
 from examples.bev.reports import BRIGHTNESS, Reports, rules
-from examples.bev.steps import HERE, QUICK, ROOT, TUNE, Size, Story
+from examples.bev.steps import HERE, QUICK, ROOT, Size, Story
 
 SHARES = {"1%": 1, "2%": 1, "4.5%": 2}
 """Shares of the points to try at int16, from the smallest on, and how many times longer they train."""
@@ -75,8 +76,8 @@ def at_int16(story: Story) -> Settings:
     settings = pasted(story, settings, fixed.pasted_diagnoses(("non-uniform",)), "diagnosis of the calibration")
     story.calibrated("int16 calibration, split dim_t", settings)
     if blamed.blames_training_images():
-        settings = with_model(settings, **BRIGHTNESS.arguments)
-        story.last.done.append(f"aligned the training script with the float one: `{BRIGHTNESS.arguments}`")
+        settings = with_model(settings, **BRIGHTNESS)
+        story.last.done.append(f"aligned the training script with the float one: `{BRIGHTNESS}`")
     story.trained("int16 QAT, pipeline fixed", settings)
     return settings
 
@@ -98,7 +99,7 @@ def at_int8_and_int16(story: Story, settings: Settings) -> None:
         story.trained(f"int8 + top {share} int16, QAT", wider, longer)
     if len(story.missed) == 1:  # look at the output of that task alone
         output = OUTPUTS[story.missed[0]]
-        looking = with_model(leaders)
+        looking = copy.deepcopy(leaders)
         callback(looking, "SensitivityAnalysis").update(output=output, post_process="torch.sigmoid")
         seen = story.calibrated(f"int8 + leaders int16, sensitivity of {output}", looking, column=False)
         story.last.said.append(most_sensitive(seen))
@@ -135,10 +136,9 @@ def main() -> None:
     settings = at_int16(story)
     at_int8_and_int16(story, settings)
     if not options.without_tune:
-        story.tuned(TUNE, at_int8(settings))
+        story.tuned("tune", at_int8(settings))
     print(table(story.chapters, story.floats))
-    columns = {name: values for chapter in story.chapters for name, values in chapter.columns.items()}
-    (root / "columns.json").write_text(json.dumps({"float": story.floats, **columns}, indent=1))
+    (root / "columns.json").write_text(json.dumps({"float": story.floats, **columns(story.chapters)}, indent=1))
     write_into(root / "story.md" if options.quick else HERE / "README.md", text(story.chapters, story.floats))
 
 
