@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_qat.atomic_files import write_atomically
 from tests.benchmarks.accuracy_variants import FLOAT, VARIANTS, WIDTHS, Variant, Width
 from tests.benchmarks.models import BasicBlock
 
@@ -161,7 +162,7 @@ def measure(data: str, variants: Sequence[Variant], seeds: int, results: Results
                 except ImportError:  # this package is not installed
                     break
                 print(key, results[key], flush=True)
-                _write(RESULTS, json.dumps(results, indent=1))
+                write_atomically(RESULTS, json.dumps(results, indent=1))
 
 
 DATA: dict[str, Callable[[], Data]] = {"MNIST-5k": mnist_5k, "digits": digits}
@@ -204,8 +205,7 @@ def table(data: str, results: Results) -> str:
     """One row per variant, one column per width, and how many seeds they have at least."""
     lines = ["| | " + " | ".join(map(str, WIDTHS)) + " | seeds |", "|---" * (len(WIDTHS) + 2) + "|"]
     for variant in (FLOAT, *VARIANTS):
-        widths = WIDTHS[:1] if variant is FLOAT else WIDTHS
-        found = {width: _pairs(data, variant, width, results) for width in widths}
+        found = {width: _pairs(data, variant, width, results) for width in WIDTHS if variant.can_do(width)}
         if any(found.values()):
             cells = [_cell(found.get(width, [])) for width in WIDTHS]
             seeds = min(len(pairs) for pairs in found.values() if pairs)
@@ -276,14 +276,7 @@ def main() -> None:
     chosen = [variant for variant in VARIANTS if any(word in variant.name for word in arguments.only)]
     for data in arguments.data:
         measure(data, [FLOAT, *chosen], arguments.seeds, results)
-    _write(TABLE, page(results))
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    write_atomically(TABLE, page(results))
 
 
 if __name__ == "__main__":

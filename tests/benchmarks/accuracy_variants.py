@@ -153,7 +153,7 @@ def brevitas(model: nn.Module, batches: Sequence[Tensor], width: Width, lr: floa
 WIDTHS = (Width(8, 8), Width(4, 8), Width(4, 4), Width(3, 3), Width(2, 4))
 NARROW = WIDTHS[2:]
 """Where the defaults are not symmetric with min-max weights."""
-FLOAT = Variant("float, trained on", unchanged)
+FLOAT = Variant("float, trained on", unchanged, WIDTHS[:1])
 VARIANTS = (
     Variant("ours, default", ours()),
     Variant("ours, symmetric with min-max weights", ours(scheme="symmetric", observer="minmax"), NARROW),

@@ -71,9 +71,7 @@ def ours_off(model: nn.Module, x: Tensor) -> Prepared:
 
 def ours(model: nn.Module, x: Tensor) -> Prepared:
     """As trained by default: activation scales fixed, weight scales follow the weights."""
-    region = ours_calibrated(model, x)
-    region.set_state("quantize")
-    return Prepared(model, len(region.fake_quants))
+    return _quantizing(model, x)
 
 
 def ours_fixed(model: nn.Module, x: Tensor) -> Prepared:
@@ -90,43 +88,35 @@ def ours_ema(model: nn.Module, x: Tensor) -> Prepared:
     return Prepared(model, len(region.fake_quants))
 
 
+def ours_learned(model: nn.Module, x: Tensor) -> Prepared:
+    """All scales are trained."""
+    return _quantizing(model, x, learned=True)
+
+
 def float_compiled(model: nn.Module, x: Tensor) -> Prepared:
     """The float model under ``torch.compile``."""
     model.train().compile()
-    return Prepared(_stepped(model, x), 0)
+    return Prepared(model, 0)
 
 
 def ours_compiled(model: nn.Module, x: Tensor) -> Prepared:
     """As trained by default, with ``compile: true``."""
-    region = ours_calibrated(model, x)
-    region.set_state("quantize")
-    region.set_compile()
-    return Prepared(_stepped(model, x), len(region.fake_quants))
+    return _quantizing(model, x, compiled=True)
 
 
 def ours_learned_compiled(model: nn.Module, x: Tensor) -> Prepared:
     """The same with learned scales."""
-    region = ours_calibrated(model, x)
-    region.learn_scales()
-    region.set_state("quantize")
-    region.set_compile()
-    return Prepared(_stepped(model, x), len(region.fake_quants))
+    return _quantizing(model, x, learned=True, compiled=True)
 
 
-def ours_learned(model: nn.Module, x: Tensor) -> Prepared:
-    """All scales are trained."""
+def _quantizing(model: nn.Module, x: Tensor, learned: bool = False, compiled: bool = False) -> Prepared:
     region = ours_calibrated(model, x)
-    region.learn_scales()
+    if learned:
+        region.learn_scales()
     region.set_state("quantize")
+    if compiled:
+        region.set_compile()
     return Prepared(model, len(region.fake_quants))
-
-
-def _stepped(model: nn.Module, x: Tensor) -> nn.Module:
-    """Compile forward and backward: the first forward of ours is eager."""
-    for _ in range(2):
-        model(x).sum().backward()
-    model.zero_grad()
-    return model
 
 
 def torch_ao_fx(model: nn.Module, x: Tensor) -> Prepared:

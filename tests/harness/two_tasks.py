@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import R2Score
 from torchmetrics.classification import MulticlassAccuracy
 
-from tests.harness.small_digits import MEAN, STD, digits
+from tests.harness.small_digits import MEAN, STD, OnDigits
 from tests.harness.trainers import quiet
 
 LARGE = 1000.0
 
 
-class TwoTasks(LightningModule):
+class TwoTasks(OnDigits):
     """Which digit it is (``val_acc``), and how much ink there is in each quarter of the image (``val_r2``).
 
     Args:
@@ -59,17 +56,6 @@ class TwoTasks(LightningModule):
         self.val_r2(outputs["ink"].flatten(), ink_of(images).flatten())
         self.log("val_acc", self.val_acc)
         self.log("val_r2", self.val_r2)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters(), lr=self.lr)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        images, labels = digits()
-        return DataLoader(TensorDataset(images[:1200], labels[:1200]), batch_size=64, shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        images, labels = digits()
-        return DataLoader(TensorDataset(images[1200:1500], labels[1200:1500]), batch_size=50)
 
 
 def ink_of(images: Tensor) -> Tensor:

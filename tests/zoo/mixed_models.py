@@ -101,11 +101,20 @@ def pretrained_encoder() -> tuple[nn.Module, Any]:
     """
     from transformers import AutoModel, AutoTokenizer
 
+    folder = encoder_folder()
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def encoder_folder() -> Path:
+    """Return the folder that holds all-MiniLM-L6-v2.
+
+    Raises:
+        MissingPackageError: the package with its weights is not installed.
+    """
     try:
-        folder = Path(str(importlib.import_module(ENCODER).__file__)).parent / "model"
+        return Path(str(importlib.import_module(ENCODER).__file__)).parent / "model"
     except ModuleNotFoundError as error:
         raise MissingPackageError(f"its weights are not installed: {INSTALL}") from error
-    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def vit() -> Subject:

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 import lightning_qat
 from examples.digits import DigitsClassifier
 from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.atomic_files import write_atomically
 from lightning_qat.export.export_errors import ExportMismatchError
 from lightning_qat.export.verification_result import ExportResult
 from lightning_qat.quantization.errors import ConfigurationError
@@ -33,7 +34,7 @@ from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
 from tests.zoo.mixed_models import MissingPackageError, efficientnet, sentence_encoder
-from tests.zoo.models import ZOO, inputs
+from tests.zoo.models import ZOO, inputs, photograph_batch
 from tests.zoo.table import versions
 
 FILE = Path(__file__).with_name("onnx_export.md")
@@ -141,7 +142,7 @@ def digits() -> Case:
 
     batches = [{"images": images[p], "labels": labels[p]} for p in torch.arange(200).split(50)]
     held_out = [{"images": part} for part in images[seen:].split(50)]
-    return Case(model.eval(), batches, held_out, _classified, "", "accuracy", accuracy)
+    return Case(model.eval(), batches, held_out, _cross_entropy, "", "accuracy", accuracy)
 
 
 def of_zoo(name: str) -> Case:
@@ -156,15 +157,8 @@ def of_zoo(name: str) -> Case:
 def lite0() -> Case:
     """ImageNet weights on crops of photographs: float's first class counts."""
     subject = efficientnet()
-    more = [batch for _ in range(8) for batch in efficientnet_batches()]
-    return Case(subject.model, _labelled(subject.calibration), more, _first_class, "", subject.task, subject.quality)
-
-
-def efficientnet_batches() -> list[Batch]:
-    """Further crops, of the random state that is set."""
-    from tests.zoo.models import photograph_batch
-
-    return [{"inputs": photograph_batch(8)["inputs"]} for _ in range(16)]
+    more = [inputs(photograph_batch(8)) for _ in range(128)]
+    return Case(subject.model, _labelled(subject.calibration), more, _cross_entropy, "", subject.task, subject.quality)
 
 
 def minilm() -> Case:
@@ -185,12 +179,8 @@ def minilm() -> Case:
     )
 
 
-def _classified(model: nn.Module, batch: Batch) -> Tensor:
-    return functional.cross_entropy(model(batch["images"]), batch["labels"])
-
-
-def _first_class(model: nn.Module, batch: Batch) -> Tensor:
-    return functional.cross_entropy(model(batch["inputs"]), batch["labels"])
+def _cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    return functional.cross_entropy(model(**inputs(batch)), batch["labels"])
 
 
 def _labelled(batches: Iterable[Batch]) -> list[Batch]:
@@ -421,7 +411,7 @@ def main() -> None:
                     with arguments.rows.open("a") as file:
                         file.write(json.dumps(dataclasses.asdict(row)) + "\n")
     if not arguments.only:
-        FILE.write_text(document(rows))
+        write_atomically(FILE, document(rows))
 
 
 def stored(file: Path | None) -> list[Row]:

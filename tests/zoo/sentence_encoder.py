@@ -24,8 +24,9 @@ from lightning.pytorch.cli import LightningCLI
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoTokenizer
 
-from tests.zoo.mixed_models import pretrained_encoder
+from tests.zoo.mixed_models import encoder_folder
 
 PACKAGES = ("numpy", "numpy.linalg", "scipy.stats", "scipy.signal", "scipy.optimize", "scipy.linalg", "scipy.ndimage")
 QUERY, PASSAGE = 24, 48
@@ -58,7 +59,7 @@ class Docstrings(LightningDataModule):
     def __init__(self, batch_size: int = 16, train_pairs: int = 480) -> None:
         super().__init__()
         self.batch_size = batch_size
-        self.tokenizer = pretrained_encoder()[1]
+        self.tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
         texts = pairs()
         random.Random(0).shuffle(texts)
         self.val_set, self.train_set = texts[:256], texts[256 : 256 + train_pairs]
@@ -89,7 +90,7 @@ class SentenceEncoder(LightningModule):
     def __init__(self, lr: float = 1e-5, temperature: float = 0.05) -> None:
         super().__init__()
         self.lr, self.temperature = lr, temperature
-        self.encoder = pretrained_encoder()[0]
+        self.encoder = AutoModel.from_pretrained(encoder_folder()).eval()
         self._embedded: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tests.zoo.mixed_models import INSTALL, MissingPackageError, pretrained_encoder
+from lightning_qat.atomic_files import write_atomically
+from tests.zoo.mixed_models import INSTALL, MissingPackageError, encoder_folder
 from tests.zoo.table import versions
 
 FILE = Path(__file__).with_name("tuning.md")
@@ -147,7 +148,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep everything here; a temporary folder if not given")
     folder = parser.parse_args().folder
     try:
-        pretrained_encoder()
+        encoder_folder()
     except MissingPackageError as error:
         print(f"{FILE.name} stays as it is: {error}")
         return
@@ -155,9 +156,7 @@ def main() -> None:
         place = Path(temporary) if folder is None else folder.resolve()
         place.mkdir(parents=True, exist_ok=True)
         text = page(tuned(place))
-    partial = FILE.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(FILE)
+    write_atomically(FILE, text)
     print(text)
 
 
