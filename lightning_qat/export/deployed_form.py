@@ -85,7 +85,7 @@ class DeployedForm:
 
     Args:
         uses: every quantization of one forward, by the name of its use, in execution order.
-        references: what the region made there.
+        references: what the region made there; empty if nobody asked for them.
         foldings: the batch norms that are folded, by the name of the layer in front of them.
         kept_norms: fused batch norms that stay an op of their own, with the reason.
         not_calibrated: points without a scale, which stay float as they are in the region.
@@ -167,18 +167,19 @@ def check_onnx_types(regions: Mapping[str, Region], opset: int) -> None:
 
 
 @torch.no_grad()
-def deployed_form(region: Region, forward: Any, fold: bool = True) -> DeployedForm:
+def deployed_form(region: Region, forward: Any, fold: bool = True, references: bool = True) -> DeployedForm:
     """Compute the deployed form of a region from one forward.
 
     Args:
         region: calibrated, in eval mode and in the state ``quantize``.
         forward: runs the model once.
         fold: whether fused batch norms are folded. It changes no code, but the last bits of sums.
+        references: whether the data to compare an exported graph with are kept, which takes a copy of every activation.
 
     Raises:
         ConfigurationError: the region does not run in this forward.
     """
-    recorder = _Recorder(region, fold)
+    recorder = _Recorder(region, fold, references)
     with region.tap(recorder):
         forward()
     if not recorder.form.uses and any(f.scale_source is not None for f in region.points.values()):
@@ -192,9 +193,10 @@ def deployed_form(region: Region, forward: Any, fold: bool = True) -> DeployedFo
 class _Recorder:
     """A tap that makes the deployed form."""
 
-    def __init__(self, region: Region, fold: bool) -> None:
+    def __init__(self, region: Region, fold: bool, references: bool) -> None:
         self.region = region
         self.fold = fold
+        self.references = references
         self.form = DeployedForm()
         silent = [n for n, f in region.points.items() if f.scale_source is None or not f.enabled]
         self.form.not_calibrated = tuple(silent)
@@ -211,56 +213,72 @@ class _Recorder:
         self._calls[point] += 1
         planned = self.region.plan.by_name[point]
         if not planned.is_weight:
-            use, reference = _activation(name, point, fake_quant, value, quantized)
+            use = QuantizeUse(name, point, fake_quant.dtype, *_parameters(fake_quant), fake_quant.axis)
+            if self.references:
+                self.form.references[name] = _activation_reference(use, fake_quant, value, quantized)
         else:
-            use, reference = _weight(name, point, fake_quant, value, quantized, self._folding(planned.op))
+            folding = self._folding(planned.op)
+            use = _weight(name, point, fake_quant, value, folding)
+            if self.references:
+                self.form.references[name] = _weight_reference(use, fake_quant, value, quantized, folding)
             norm = None if self.fold else FoldedBatchNorm.of(self.region.graph, planned, self.region.target)
             if norm is not None:
                 use = dataclasses.replace(use, factor=_divisor(norm.factor(value)))
-        self.form.uses[name], self.form.references[name] = use, reference
+        self.form.uses[name] = use
 
     def _folding(self, op: str) -> Folding | None:
         folding = self.form.foldings.get(op)
         return folding if folding is not None and folding.changes_scale else None
 
 
-def _activation(
-    name: str, point: str, fake_quant: FakeQuantize, value: Tensor, quantized: Tensor
-) -> tuple[QuantizeUse, Reference]:
-    scale, zero_point = _parameters(fake_quant)
-    use = QuantizeUse(name, point, fake_quant.dtype, scale, zero_point, fake_quant.axis)
-    along = broadcast_to_axis(value, scale, fake_quant.axis)
-    zero = broadcast_to_axis(value, zero_point.int(), fake_quant.axis)
+def _activation_reference(use: QuantizeUse, fake_quant: FakeQuantize, value: Tensor, quantized: Tensor) -> Reference:
+    scale = broadcast_to_axis(value, use.scale, use.axis)
     if value.dtype is torch.float32:
-        codes = _codes_of(quantized, along, zero)
+        codes = _codes_of(quantized, scale, broadcast_to_axis(value, use.zero_point.int(), use.axis))
     else:  # 16-bit floats do not tell 16-bit codes apart
-        codes = codes_before_clipping(value, along, zero).clamp(fake_quant.quant_min, fake_quant.quant_max).int()
-    return use, Reference(value.detach().float().clone(), codes, along)
+        codes = _codes(fake_quant, value, use.scale, use.zero_point)
+    return Reference(value.detach().float().clone(), codes, scale)
 
 
-def _weight(
-    name: str, point: str, fake_quant: FakeQuantize, value: Tensor, quantized: Tensor, folding: Folding | None
-) -> tuple[QuantizeUse, Reference]:
+def _weight(name: str, point: str, fake_quant: FakeQuantize, value: Tensor, folding: Folding | None) -> QuantizeUse:
     axis, groups = fake_quant.axis, fake_quant.groups
     if groups > 1:
-        value, quantized = swap_within_groups(value, groups), swap_within_groups(quantized, groups)
+        value = swap_within_groups(value, groups)
     scale, zero_point = _parameters(fake_quant)
-    along = broadcast_to_axis(value, scale, axis)
-    zero = broadcast_to_axis(value, zero_point.int(), axis)
-    codes = codes_before_clipping(value.detach(), along, zero).clamp(fake_quant.quant_min, fake_quant.quant_max).int()
-    reference = _codes_of(quantized, along, zero) if value.dtype is torch.float32 else codes
+    codes = _codes(fake_quant, value, scale, zero_point)
     if folding is not None and axis is not None:
         zero_point = zero_point.int()
         codes = folding.codes(codes, zero_point, fake_quant, axis)
-        reference = folding.codes(reference, zero_point, fake_quant, axis)
         zero_point = folding.codes(zero_point, zero_point, fake_quant, 0)
         scale = folding.scaled(scale)
-        along = broadcast_to_axis(value, scale, axis)
     held = held_type(fake_quant.dtype)
-    use = QuantizeUse(
+    return QuantizeUse(
         name, point, fake_quant.dtype, scale, zero_point.to(held), axis, codes.to(held).contiguous(), groups
     )
-    return use, Reference(value.new_empty(0), reference, along)
+
+
+def _weight_reference(
+    use: QuantizeUse, fake_quant: FakeQuantize, value: Tensor, quantized: Tensor, folding: Folding | None
+) -> Reference:
+    assert use.codes is not None
+    codes, along = use.codes.int(), broadcast_to_axis(use.codes, use.scale, use.axis)
+    if value.dtype is torch.float32:
+        if use.groups > 1:
+            quantized = swap_within_groups(quantized, use.groups)
+        scale, zero_point = _parameters(fake_quant)  # with which the region quantized it: nothing is folded
+        zero_point = zero_point.int()
+        zero = broadcast_to_axis(quantized, zero_point, use.axis)
+        codes = _codes_of(quantized, broadcast_to_axis(quantized, scale, use.axis), zero)
+        if folding is not None and use.axis is not None:
+            codes = folding.codes(codes, zero_point, fake_quant, use.axis)
+    return Reference(value.new_empty(0), codes, along)
+
+
+def _codes(fake_quant: FakeQuantize, value: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    along = broadcast_to_axis(value, scale, fake_quant.axis)
+    zero = broadcast_to_axis(value, zero_point.int(), fake_quant.axis)
+    codes = codes_before_clipping(value.detach(), along, zero)
+    return codes.clamp(fake_quant.quant_min, fake_quant.quant_max).int()
 
 
 def _divisor(factor: Tensor) -> Tensor:

@@ -70,7 +70,11 @@ def check_extra() -> None:
 
 
 def exported(
-    model_or_region: nn.Module, example_inputs: Any, dynamic_shapes: Any = None, opset: int = FULL_OPSET
+    model_or_region: nn.Module,
+    example_inputs: Any,
+    dynamic_shapes: Any = None,
+    opset: int = FULL_OPSET,
+    references: bool = True,
 ) -> Exported:
     """Export a quantized model, without writing it. The model stays as it is.
 
@@ -79,6 +83,7 @@ def exported(
         example_inputs: a tensor, a tuple of arguments, a mapping of keyword arguments, or ``(args, kwargs)``.
         dynamic_shapes: as for ``torch.export.export``.
         opset: of ONNX; 19 and 20 have 8-bit codes only.
+        references: whether what the regions made of the inputs is kept, for the proof.
 
     Raises:
         ConfigurationError: the model cannot be exported; the message names the cause.
@@ -96,7 +101,7 @@ def exported(
             return model(*arguments.args, **arguments.kwargs)
 
         for path, region in regions.items():
-            forms[path] = deployed_form(region, run)
+            forms[path] = deployed_form(region, run, references=references)
         outputs = run()
         with ExitStack() as stack:
             for region in regions.values():
@@ -116,7 +121,7 @@ def export_model(
     verify: bool = True,
 ) -> ExportResult:
     """Export, write and verify a quantized model: :func:`lightning_qat.export_onnx` without its report."""
-    found = exported(model_or_region, example_inputs, dynamic_shapes, opset)
+    found = exported(model_or_region, example_inputs, dynamic_shapes, opset, references=verify)
     import onnx
 
     file = write_onnx(found.proto, path)

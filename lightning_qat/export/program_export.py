@@ -80,7 +80,7 @@ def export_program(
             arguments = call.copied()
             return model(*arguments.args, **arguments.kwargs)
 
-        forms = {path: deployed_form(region, run, fold=False) for path, region in regions.items()}
+        forms = {path: deployed_form(region, run, fold=False, references=False) for path, region in regions.items()}
         outputs = tensors_of(run())
         deployed = [DeployedForward(r, forms[at], f"{at}." if at else "", PLAIN_OPS) for at, r in regions.items()]
         with ExitStack() as stack:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 import lightning_qat
 import lightning_qat.export.program_export as program_export
 from lightning_qat.atomic_files import NotWrittenError
+from lightning_qat.export.deployed_form import DeployedForm, deployed_form
 from lightning_qat.export.export_errors import ExportMismatchError
 from lightning_qat.quantization.errors import ConfigurationError
 from tests.quantization.models import MINMAX, ZOO, Branching, Wired, calibrated
@@ -54,6 +55,31 @@ def test_program_is_loaded_and_equal_where_the_package_is_missing(tmp_path: Path
     assert torch.equal(found, computed(model, (x,))[0])
     content = (tmp_path / "model.pt2").read_bytes()
     assert str(Path(__file__).parents[1]).encode() not in content, "no path of this machine is in the file"
+
+
+def test_a_program_keeps_no_copy_of_the_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies to compare a graph with are made for the proof of an ONNX file alone; the rest of the form is the same."""
+    model, args = ZOO["shared"].make()
+    region = calibrated(model, *args)
+    model.eval()
+    whole = deployed_form(region, lambda: model(*args))
+    assert list(whole.references) == list(whole.uses)
+    forms: list[DeployedForm] = []
+
+    def kept(*args: Any, **kwargs: Any) -> DeployedForm:
+        forms.append(deployed_form(*args, **kwargs))
+        return forms[-1]
+
+    monkeypatch.setattr(program_export, "deployed_form", kept)
+    lightning_qat.export_program(model, args)
+    (lean,) = forms
+    assert lean.references == {}
+    assert list(lean.uses) == list(whole.uses)
+    for one, other in zip(whole.uses.values(), lean.uses.values(), strict=True):
+        assert torch.equal(one.scale, other.scale)
+        assert torch.equal(one.zero_point, other.zero_point)
+        assert (one.codes is None) == (other.codes is None)
+        assert one.codes is None or other.codes is None or torch.equal(one.codes, other.codes)
 
 
 QUICK = [("resnet_inplace", "uint16"), ("shared", "int6"), ("cameras_annotated", "int16"), ("attention", "int8")]
