@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from lightning_qat.callbacks.passes.evaluation import evaluate
 from lightning_qat.callbacks.quantized_run import evaluations_of
+from lightning_qat.export.capture import tensors_of
+from lightning_qat.export.onnx_sessions import load
 from lightning_qat.export.verification_result import TaskRow
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.modules.preservation import replaced_attribute
 from lightning_qat.quantization.region.region import Region
 
 
@@ -48,25 +51,20 @@ def exported_metrics(
     return tuple(TaskRow(name, in_float[name], fake_quant[name], exported[name]) for name in names)
 
 
-@contextmanager
-def _computed_by(file: Path, target: nn.Module) -> Iterator[None]:
-    """Let onnxruntime compute a module's forward, with all of its optimizations."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
-    original, own = target.forward, target.__dict__.get("forward")
+def _computed_by(file: Path, target: nn.Module) -> AbstractContextManager[None]:
+    """Let onnxruntime compute a module's forward inside the block, with all of its optimizations."""
+    loaded = load(file)
+    names = [value.name for value in loaded.get_inputs()]
+    original = target.forward
     template: list[Any] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = tensors_of((args, kwargs))
         if not template:
             template.append(original(*args, **kwargs))  # what is returned, besides tensors
         try:
             fed = {name: x.detach().cpu().numpy() for name, x in zip(names, given, strict=True)}
-            found = iter(session.run(None, fed))
+            found = iter(loaded.run(None, fed))
         except Exception as error:  # other shapes or other inputs than those of the example
             line = str(error).strip().splitlines()[0].rstrip(".")
             raise ConfigurationError(
@@ -78,10 +76,4 @@ def _computed_by(file: Path, target: nn.Module) -> Iterator[None]:
             lambda leaf: torch.from_numpy(next(found)).to(device) if isinstance(leaf, Tensor) else leaf, template[0]
         )
 
-    target.forward = forward
-    try:
-        yield
-    finally:
-        del target.forward
-        if own is not None:
-            target.forward = own
+    return replaced_attribute(target, "forward", forward)

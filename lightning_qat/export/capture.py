@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_qat.export.export_errors import capture_error
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.modules.preservation import preserved_modes
 from lightning_qat.quantization.region.region import Region, find_regions
 
 
@@ -40,17 +41,13 @@ def quantized_regions(model_or_region: nn.Module) -> tuple[nn.Module, dict[str, 
 @contextmanager
 def evaluating(model: nn.Module, regions: Mapping[str, Region]) -> Iterator[None]:
     """Quantize in eval mode for the duration of a block."""
-    modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         for region in regions.values():
             region.scales.refresh_weights()
             stack.enter_context(region.state("quantize"))
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        stack.enter_context(preserved_modes(model))
+        model.eval()
+        yield
 
 
 def captured(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram:

@@ -41,6 +41,20 @@ def session(proto: Any, inputs: Mapping[str, NDArray[Any]], optimization: str) -
         inputs: by name.
         optimization: one of :data:`OPTIMIZATIONS`.
     """
+    loaded = load(proto, optimization)
+    wanted = {value.name for value in loaded.get_inputs()}
+    fed = {name: v for name, v in inputs.items() if name in wanted}
+    return lambda: list(loaded.run(None, fed))
+
+
+def load(proto: Any, optimization: str = "full", optimized: Path | None = None) -> Any:
+    """Load a graph, and return the ``onnxruntime.InferenceSession``.
+
+    Args:
+        proto: the graph, or the path of its file.
+        optimization: one of :data:`OPTIMIZATIONS`.
+        optimized: the file in which onnxruntime stores what it makes of the graph.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -49,12 +63,11 @@ def session(proto: Any, inputs: Mapping[str, NDArray[Any]], optimization: str) -
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
-    loaded = onnxruntime.InferenceSession(
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(
         _loadable(proto), options, providers=["CPUExecutionProvider"], disabled_optimizers=without
     )
-    wanted = {value.name for value in loaded.get_inputs()}
-    fed = {name: v for name, v in inputs.items() if name in wanted}
-    return lambda: list(loaded.run(None, fed))
 
 
 def _loadable(proto: Any) -> str | bytes:
@@ -68,14 +81,11 @@ def _loadable(proto: Any) -> str | bytes:
 def optimized(proto: Any) -> Any | None:
     """Return the graph that onnxruntime makes of a graph with all optimizations; None if it does not load it."""
     import onnx
-    import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
     with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        file = Path(folder) / "optimized.onnx"
         try:
-            onnxruntime.InferenceSession(_loadable(proto), options, providers=["CPUExecutionProvider"])
+            load(proto, optimized=file)
         except Exception:  # the row of this setting says why
             return None
-        return onnx.load(options.optimized_model_filepath, load_external_data=False)
+        return onnx.load(file, load_external_data=False)
