@@ -21,7 +21,7 @@ from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.fake_quant.fake_quantize_function import broadcast_to_axis, codes_before_clipping
 from lightning_qat.quantization.numerics.channel_groups import swap_within_groups
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
-from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm
+from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm, divisor
 from lightning_qat.quantization.region.region import Region
 
 STORED = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "uint16": torch.uint16}
@@ -223,7 +223,7 @@ class _Recorder:
                 self.form.references[name] = _weight_reference(use, fake_quant, value, quantized, folding)
             norm = None if self.fold else FoldedBatchNorm.of(self.region.graph, planned, self.region.target)
             if norm is not None:
-                use = dataclasses.replace(use, factor=_divisor(norm.factor(value)))
+                use = dataclasses.replace(use, factor=divisor(norm.factor(value)))
         self.form.uses[name] = use
 
     def _folding(self, op: str) -> Folding | None:
@@ -279,11 +279,6 @@ def _codes(fake_quant: FakeQuantize, value: Tensor, scale: Tensor, zero_point: T
     zero = broadcast_to_axis(value, zero_point.int(), fake_quant.axis)
     codes = codes_before_clipping(value.detach(), along, zero)
     return codes.clamp(fake_quant.quant_min, fake_quant.quant_max).int()
-
-
-def _divisor(factor: Tensor) -> Tensor:
-    """What the weight is divided by; where the factor is 0 or not finite, the channel adds nothing."""
-    return torch.where(factor.isfinite() & (factor != 0), factor, 1.0)
 
 
 def _parameters(fake_quant: FakeQuantize) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from lightning_qat.quantization.interception.interception import InterceptionMod
 from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, map_call_leaves
 from lightning_qat.quantization.numerics.channel_groups import swap_within_groups
+from lightning_qat.quantization.planning.folded_batch_norm import grouped
 from lightning_qat.quantization.region.bound_points import BoundPoint, OpQuantizers
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.region_mode import Operation
@@ -173,5 +174,5 @@ class _DeployedMode(InspectingMode):
             weight = swap_within_groups(weight, use.groups)
         if use.factor is not None:
             factor = tensors.of(use.name, "factor")
-            weight = (weight.reshape(len(factor), -1, *weight.shape[1:]) / factor).reshape(weight.shape)
+            weight = (grouped(weight, factor) / factor).reshape(weight.shape)
         return weight

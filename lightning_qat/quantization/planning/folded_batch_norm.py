@@ -130,18 +130,30 @@ class FoldedBatchNorm:
     def fold(self, weight: Tensor, factor: Tensor) -> Tensor:
         """Multiply the weight by the factor. A channel whose factor is not finite becomes zero."""
         usable = torch.where(factor.isfinite(), factor, 0.0)
-        return (self._grouped(weight, factor) * usable).reshape(weight.shape)
+        return (grouped(weight, factor) * usable).reshape(weight.shape)
 
     def unfold(self, folded: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
         """Divide by the factor again. A channel whose factor is 0 or not finite adds nothing, and keeps its weight."""
-        usable = factor.isfinite() & (factor != 0)
-        divided = self._grouped(folded, factor) / torch.where(usable, factor, 1.0)
-        return torch.where(usable, divided, self._grouped(weight, factor)).reshape(weight.shape).to(weight.dtype)
+        divided = grouped(folded, factor) / divisor(factor)
+        return torch.where(_is_usable(factor), divided, grouped(weight, factor)).reshape(weight.shape).to(weight.dtype)
 
-    def _grouped(self, weight: Tensor, factor: Tensor) -> Tensor:
-        """Transposed convolutions hold the input channels of all groups in axis 0, the outputs of one in axis 1."""
-        groups = factor.shape[0]
-        return weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+
+def grouped(weight: Tensor, factor: Tensor) -> Tensor:
+    """Return the weight in the shape that the factor of :meth:`FoldedBatchNorm.factor` broadcasts against.
+
+    Transposed convolutions hold the input channels of all groups in axis 0, the outputs of one in axis 1.
+    """
+    groups = factor.shape[0]
+    return weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+
+
+def divisor(factor: Tensor) -> Tensor:
+    """Return what a folded weight is divided by: the factor, but 1 where it is 0 or not finite."""
+    return torch.where(_is_usable(factor), factor, 1.0)
+
+
+def _is_usable(factor: Tensor) -> Tensor:
+    return factor.isfinite() & (factor != 0)
 
 
 def statistics_path(norm: Op) -> str | None:
