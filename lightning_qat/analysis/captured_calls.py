@@ -156,8 +156,7 @@ class RepeatableForward:
         self._restore()
         seed_generators(self.seed)
         if not self.copies:
-            own = self.call.copied()
-            return self.target(*own.args, **own.kwargs)
+            return self.call.run(self.target)
         copied: dict[int, Tensor] = {}
 
         def copy(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from lightning_qat.atomic_files import write_atomically
 from lightning_qat.export.capture import captured, evaluating, quantized_regions, quiet, tensors_of
 from lightning_qat.export.deployed_form import (
     FULL_OPSET,
-    DeployedForm,
     check_calibrated,
     check_onnx_types,
     deployed_form,
@@ -94,14 +94,8 @@ def exported(
     check_onnx_types(regions, opset)
     call = Call.of(example_inputs)
     with torch.no_grad(), evaluating(model, regions):
-        forms: dict[str, DeployedForm] = {}
-
-        def run() -> Any:
-            arguments = call.copied()
-            return model(*arguments.args, **arguments.kwargs)
-
-        for path, region in regions.items():
-            forms[path] = deployed_form(region, run, references=references)
+        run = partial(call.run, model)
+        forms = {path: deployed_form(region, run, references=references) for path, region in regions.items()}
         outputs = run()
         with ExitStack() as stack:
             for region in regions.values():

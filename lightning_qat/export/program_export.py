@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,11 +76,7 @@ def export_program(
     check_calibrated(regions)
     call = Call.of(example_inputs)
     with torch.no_grad(), evaluating(model, regions):
-
-        def run() -> Any:
-            arguments = call.copied()
-            return model(*arguments.args, **arguments.kwargs)
-
+        run = partial(call.run, model)
         forms = {path: deployed_form(region, run, fold=False, references=False) for path, region in regions.items()}
         outputs = tensors_of(run())
         deployed = [DeployedForward(r, forms[at], f"{at}." if at else "", PLAIN_OPS) for at, r in regions.items()]
@@ -89,7 +86,7 @@ def export_program(
             stack.enter_context(quiet())
             program = _finished(captured(model, call.copied(), dynamic_shapes), deployed)
         if verify:
-            _verify(program, call.copied(), outputs)
+            _verify(program, call, outputs)
     if path is not None:
         file = io.BytesIO()
         with quiet():
@@ -134,7 +131,7 @@ def _finished(program: ExportedProgram, deployed: Iterable[DeployedForward]) -> 
 
 
 def _verify(program: ExportedProgram, call: Call, outputs: list[Tensor]) -> None:
-    found = tensors_of(program.module()(*call.args, **call.kwargs))
+    found = tensors_of(call.run(program.module()))
     for number, (one, other) in enumerate(zip(found, outputs, strict=True)):
         if one.shape != other.shape or not torch.equal(one.nan_to_num(), other.nan_to_num()):
             raise ExportMismatchError(

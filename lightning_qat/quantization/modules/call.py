@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,11 @@ class Call:
         call can run several times, and the caller's objects stay as they are.
         """
         return Call(_copied(self.args), _copied(self.kwargs), self.modes)
+
+    def run(self, target: Callable[..., Any]) -> Any:
+        """Return what the target returns for the arguments of this call, as :meth:`copied` copies them."""
+        own = self.copied()
+        return target(*own.args, **own.kwargs)
 
 
 def _copied(value: Any) -> Any:

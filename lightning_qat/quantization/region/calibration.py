@@ -183,8 +183,7 @@ def calibrate(region: Region, batches: Iterable[Any]) -> CalibrationResult:
     with calibration, preserved(target), torch.inference_mode(False), torch.no_grad():
         target.eval()
         for batch in batches:
-            call = Call.of(batch).copied()
-            target(*call.args, **call.kwargs)
+            Call.of(batch).run(target)
             calibration.batch_done()
     result = calibration.finish()
     region.set_state("quantize")

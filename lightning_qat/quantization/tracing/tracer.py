@@ -84,8 +84,7 @@ def _run(target: nn.Module, replay: Replay, rescaled: list[nn.Parameter]) -> Tra
     replay.set_modes(target)
     try:
         with preserved_tensors([*leaves((replay.call.args, replay.call.kwargs)), *rescaled]):
-            own = replay.call.copied()
-            target(*own.args, **own.kwargs)
+            replay.call.run(target)
     except TracingError:
         raise
     except Exception as error:
