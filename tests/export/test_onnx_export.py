@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import lightning_qat
+import lightning_qat.export.onnx_export as onnx_export
 from lightning_qat.export.verification_result import ExportResult
 from lightning_qat.quantization.region.region import Region
 from tests.quantization.models import MINMAX, ZOO, ResNet, Wired, calibrated
@@ -359,3 +360,22 @@ def test_codes_that_are_only_moved_are_quantized_again(tmp_path: Path) -> None:
     with torch.no_grad():
         for full in (False, True):
             np.testing.assert_allclose(computed(tmp_path / "model.onnx", x, full=full)[0], model(x), atol=1e-5)
+
+
+def test_only_the_proof_keeps_copies_of_the_activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a proof nobody reads what the region made; the file is the same."""
+    model, args = ZOO["shared"].make()
+    calibrated(model, *args)
+    whole = onnx_export.exported(model, args)
+    assert all(list(one.form.references) == list(one.form.uses) for one in whole.deployed)
+    found: list[onnx_export.Exported] = []
+
+    def kept(*args: Any, **kwargs: Any) -> onnx_export.Exported:
+        found.append(export(*args, **kwargs))
+        return found[-1]
+
+    export = onnx_export.exported
+    monkeypatch.setattr(onnx_export, "exported", kept)
+    lightning_qat.export_onnx(model, tmp_path / "model.onnx", args, verify=False)
+    assert [one.form.references for one in found[0].deployed] == [{}]
+    assert (tmp_path / "model.onnx").read_bytes() == whole.proto.SerializeToString()
