@@ -68,9 +68,7 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
                     )
                 names = {path: path if len(regions) > 1 else "model" for path in regions}
                 written = {
-                    path: write(
-                        region, Call(calls[path][0].args, calls[path][0].kwargs), directory / names[path], options
-                    )
+                    path: write(region, calls[path][0], directory / names[path], options)
                     for path, region in regions.items()
                 }
             return _with_task(trainer, module, regions, written, options)

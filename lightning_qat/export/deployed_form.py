@@ -20,15 +20,14 @@ from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.fake_quant.fake_quantize_function import broadcast_to_axis, codes_before_clipping
 from lightning_qat.quantization.numerics.channel_groups import swap_within_groups
-from lightning_qat.quantization.numerics.dtypes import quant_dtype
+from lightning_qat.quantization.numerics.dtypes import ONNX_TYPES, quant_dtype
 from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm, divisor
 from lightning_qat.quantization.region.region import Region
 
 STORED = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "uint16": torch.uint16}
 """The types of codes that torch has."""
-NARROW = {"int4": torch.int8, "uint4": torch.uint8}
-"""Types of opset 21 that torch lacks, and the type that holds their codes until the graph is written."""
-EXPORTED = {**STORED, **NARROW}
+NARROW = ("int4", "uint4")
+"""Types of opset 21 that torch lacks: 8 bits hold their codes until the graph is written."""
 FULL_OPSET = 21
 """The first opset whose QuantizeLinear has 16- and 4-bit codes."""
 MIN_OPSET = 19
@@ -152,7 +151,7 @@ def check_onnx_types(regions: Mapping[str, Region], opset: int) -> None:
     """
     if opset < MIN_OPSET:
         raise ConfigurationError(f"opset {opset} cannot be written: write {FULL_OPSET}, or {MIN_OPSET} at least.")
-    known = list(EXPORTED) if opset >= FULL_OPSET else ["int8", "uint8"]
+    known = ONNX_TYPES if opset >= FULL_OPSET else ("int8", "uint8")
     lacking = [
         f"{f'{path}.' if path else ''}{name} ({fake_quant.dtype})"
         for path, region in regions.items()

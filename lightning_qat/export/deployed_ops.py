@@ -65,7 +65,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int, use:
         axis: of the channels; -1 without.
         use: the name of the quantization.
     """
-    return dequantized(codes, scale, zero_point, axis)
+    return dequantized(codes, scale, zero_point, axis, use)
 
 
 @dequantize.register_fake
@@ -73,7 +73,7 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int, use: str) -> 
     return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
 
 
-def dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+def dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int, use: str) -> Tensor:
     """Compute :func:`dequantize` in plain operators."""
     along = None if axis == NO_AXIS else axis
     wide = codes.float() - broadcast_to_axis(codes, zero_point.float(), along)

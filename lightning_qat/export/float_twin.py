@@ -75,7 +75,7 @@ def milliseconds(protos: tuple[Any, Any], inputs: Mapping[str, NDArray[Any]]) ->
     runs = [session(proto, inputs, "full") for proto in protos]
     least = [float("inf"), float("inf")]
     end = time.perf_counter() + len(runs) * _SECONDS
-    while time.perf_counter() < end or max(least) == float("inf"):
+    while time.perf_counter() < end or max(least) == float("inf"):  # once at least, however busy the machine is
         for number, run in enumerate(runs):
             start = time.perf_counter()
             run()

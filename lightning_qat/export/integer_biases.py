@@ -22,7 +22,7 @@ def quantize_biases(graph: Any, uses: Container[str]) -> None:
 
     Args:
         graph: the ``onnx_ir.Graph``.
-        uses: the quantizations of weights whose layers it is done for.
+        uses: the quantizations of the weights of the layers for which it is done; others do no harm.
     """
     import onnx_ir as ir
 

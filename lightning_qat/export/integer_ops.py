@@ -25,19 +25,19 @@ _INTEGER = frozenset(
 _BITS = {"INT16": 16, "UINT16": 16, "INT4": 4, "UINT4": 4}
 
 
-def integer_ops(proto: Any, source: Any = None) -> tuple[OpRow, ...]:
+def integer_ops(proto: Any, source: Any) -> tuple[OpRow, ...]:
     """Look at the convolutions, matrix products and additions that onnxruntime computes on this machine's CPU.
 
     The addition of a bias to a matrix product is part of that product.
 
     Args:
         proto: the exported graph.
-        source: what onnxruntime opens, if it is not the graph itself.
+        source: what onnxruntime opens: the graph, or the path of its file.
 
     Returns:
         One row per op, in the order of the graph. Empty if onnxruntime does not load the graph.
     """
-    found = optimized(proto if source is None else source)
+    found = optimized(source)
     if found is None:
         return ()
     on_integers = {_origin(node.name) for node in found.graph.node if node.op_type in _INTEGER}

@@ -92,13 +92,12 @@ def finish_graph(model: Any, deployed: Iterable[DeployedForward]) -> None:
 
 
 def _uses_with_integer_bias(deployed: Iterable[DeployedForward]) -> set[str]:
-    """The weights in regions whose profile asks for biases of int32."""
+    """The quantizations in regions whose profile asks for biases of int32."""
     return {
         one.prefix + use.name
         for one in deployed
         if (one.region.plan.profile or {}).get("bias") == "int32"
         for use in one.form.uses.values()
-        if use.codes is not None
     }
 
 

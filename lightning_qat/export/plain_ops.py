@@ -28,9 +28,4 @@ def quantize_dequantize(
     return (codes.float() - zero) * scale
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int, use: str) -> Tensor:
-    """Return the weight that codes stand for; the arguments are those of the custom op."""
-    return dequantized(codes, scale, zero_point, axis)
-
-
-PLAIN_OPS = DeployedOps(quantize_dequantize, dequantize)
+PLAIN_OPS = DeployedOps(quantize_dequantize, dequantized)

@@ -9,10 +9,7 @@ import torch
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion
 from lightning_qat.analysis.model_check.finding import Finding, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
-from lightning_qat.quantization.numerics.dtypes import is_float
-
-ONNX_TYPES = ("int8", "uint8", "int16", "uint16", "int4", "uint4")
-"""Quantized types of ONNX, opset 21."""
+from lightning_qat.quantization.numerics.dtypes import ONNX_TYPES, is_float
 
 
 def check_export(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:

@@ -16,7 +16,6 @@ from lightning_qat.export.encodings import horizon, qnn, tidl
 from lightning_qat.export.encodings.held_points import Encoded, NotHeld, points_of
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.quantization.reading.files import Document
-from lightning_qat.quantization.region.region import Region, find_regions
 
 EncodingFormat = Literal["qnn", "horizon", "tidl"]
 FILE_NAMES: dict[str, str] = {"qnn": "model.encodings", "horizon": "quant_config.json", "tidl": "quant_params.prototxt"}
@@ -65,9 +64,7 @@ def write_encodings(
         ['0.input0', '0.weight']
     """
     _check_format(format)
-    regions = {"": model_or_region} if isinstance(model_or_region, Region) else find_regions(model_or_region)
-    if not regions:
-        quantized_regions(model_or_region)  # raises
+    _, regions = quantized_regions(model_or_region)
     check_calibrated(regions)
     found: Encoded
     if format == "horizon":

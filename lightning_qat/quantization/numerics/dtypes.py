@@ -17,6 +17,8 @@ QuantizedDtypeName = Literal[
 ]
 # fmt: on
 DtypeName = Literal[QuantizedDtypeName, "float32"]
+ONNX_TYPES = ("int8", "uint8", "int16", "uint16", "int4", "uint4")
+"""Quantized types of ONNX, opset 21."""
 
 
 @dataclass(frozen=True)
