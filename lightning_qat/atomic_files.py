@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import sys
 import time
 from contextlib import suppress
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _UNFINISHED = re.compile(r"\.lightning_qat-(?P<place>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.unfinished")
-"""Names of files that are being written: where, by which process."""
+"""Names of files, and of folders with such files, that are being written: where, by which process."""
 _LONGEST_WRITE = 3600.0
 """Seconds after which an unfinished file of another machine is left over."""
 
@@ -49,7 +50,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
     try:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left_over(path.parent)
+        remove_left_over(path.parent)
         try:
             _write(path, encoded(content))
         except FileNotFoundError:  # a process elsewhere took it for left over
@@ -64,9 +65,17 @@ def encoded(content: str | bytes) -> bytes:
     return content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
 
 
+def unfinished_path(folder: Path) -> Path:
+    """Return a free name for a file, or a folder of files, that is moved away when it is complete.
+
+    Args:
+        folder: where; :func:`remove_left_over` removes there what a killed process has left.
+    """
+    return folder / f".lightning_qat-{_place()}-{os.getpid()}-{secrets.token_hex(4)}.unfinished"
+
+
 def _write(path: Path, content: bytes) -> None:
-    name = f".lightning_qat-{_place()}-{os.getpid()}-{secrets.token_hex(4)}.unfinished"
-    temporary = path.with_name(name)
+    temporary = unfinished_path(path.parent)
     try:
         with open(temporary, "xb") as file:
             file.write(content)
@@ -76,10 +85,13 @@ def _write(path: Path, content: bytes) -> None:
         raise
 
 
-def _remove_left_over(folder: Path) -> None:
+def remove_left_over(folder: Path) -> None:
     """Remove the unfinished files of processes that do not run any more; those that cannot be asked for, after an hour.
 
     A lock on the file would also tell, but asking a network file system for one may take forever.
+
+    Args:
+        folder: where they are.
     """
     with os.scandir(folder) as entries:
         found = [(Path(entry.path), match) for entry in entries if (match := _UNFINISHED.fullmatch(entry.name))]
@@ -87,7 +99,10 @@ def _remove_left_over(folder: Path) -> None:
         try:
             ended = match["place"] == _place() and not _runs(int(match["process"]))
             if ended or time.time() - path.stat().st_mtime > _LONGEST_WRITE:
-                path.unlink()
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
         except OSError:  # it is finished by now, or somebody else's: none of our business
             continue
 

@@ -52,8 +52,11 @@ def living_writer(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_file_of_a_killed_writer_is_removed_by_the_next_write_in_its_folder(tmp_path: Path) -> None:
-    """Whatever it was to become."""
+    """Whatever it was to become, also a folder of several files."""
     (tmp_path / left_over()).write_bytes(b"half")
+    folder = tmp_path / left_over()
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"half")
     mine = [".lightning_qat-0123456789ab", ".sensitivity.csv.0123456789ab", "x.unfinished"]
     for name in mine:
         (tmp_path / name).write_text("mine")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any
 
-from lightning_qat.atomic_files import NotWrittenError
+from lightning_qat.atomic_files import NotWrittenError, remove_left_over, unfinished_path
 from lightning_qat.quantization.errors import ConfigurationError
 
 _LARGEST_FILE = 2**31 - 1
@@ -66,6 +66,9 @@ def check_onnx(proto_or_path: Any) -> None:
 def write_with_data(proto: Any, path: Path) -> Path:
     """Write a model and the file with its weights, and move both into place. The model keeps its weights in memory.
 
+    A file of the same name is removed before its weights are replaced: killed between the two, there is no model, and
+    never one with the weights of another. What killed exports have left in the folder is removed.
+
     Args:
         proto: the ``onnx.ModelProto``.
         path: the file.
@@ -76,24 +79,28 @@ def write_with_data(proto: Any, path: Path) -> Path:
     """
     import onnx
 
-    data = data_file(path)
+    data, folder = data_file(path), unfinished_path(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".lightning_qat-", dir=path.parent) as folder:
-            whole = type(proto)()
-            whole.CopyFrom(proto)
-            unfinished = Path(folder) / path.name
-            onnx.save_model(
-                whole,
-                str(unfinished),
-                save_as_external_data=True,
-                all_tensors_to_one_file=True,
-                location=data.name,
-                size_threshold=_SMALL,
-            )
-            check_onnx(str(unfinished))
-            os.replace(unfinished.with_name(data.name), data)
-            os.replace(unfinished, path)
+        remove_left_over(path.parent)
+        folder.mkdir()
+        whole = type(proto)()
+        whole.CopyFrom(proto)
+        unfinished = folder / path.name
+        onnx.save_model(
+            whole,
+            str(unfinished),
+            save_as_external_data=True,
+            all_tensors_to_one_file=True,
+            location=data.name,
+            size_threshold=_SMALL,
+        )
+        check_onnx(str(unfinished))
+        path.unlink(missing_ok=True)
+        os.replace(unfinished.with_name(data.name), data)
+        os.replace(unfinished, path)
     except OSError as error:
         raise NotWrittenError.of(path, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return path

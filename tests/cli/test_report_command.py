@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from lightning_qat.cli.command_line import main
+from lightning_qat.reporting.html import judged_run
+from lightning_qat.reporting.html.point_causes import with_causes
+from lightning_qat.reporting.html.run_folder import RunFolder
 from tests.harness import run_folder
 from tests.harness.parsed_page import ParsedPage
 
@@ -57,3 +60,18 @@ def test_columns_for_model_explorer(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert {path.name for path in folder.glob("node_data*")} == {"node_data_score.json", "node_data_dtype.json"}
     assert main(["report", str(run), "--node-data", "scores"]) == 2
     assert "score" in capsys.readouterr().err
+
+
+def test_every_run_is_judged_once_for_the_page_and_for_node_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [run_folder.write_run(tmp_path / name, 3) for name in ("a", "b")]
+    judged: list[Path] = []
+
+    def noted(run: RunFolder) -> RunFolder:
+        judged.append(run.path.parent)
+        return with_causes(run)
+
+    monkeypatch.setattr(judged_run, "with_causes", noted)
+    assert main(["report", *map(str, runs), "--node-data", "verdict", "--node-data", "score"]) == 0
+    assert judged == runs

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import lightning_qat.export.external_data as external_data
 from lightning_qat.atomic_files import NotWrittenError
 from lightning_qat.quantization.errors import ConfigurationError
 from tests.quantization.models import ZOO, calibrated
+from tests.reporting.test_result_table_processes import FORK
 
 onnx = pytest.importorskip("onnx", reason="the extra 'onnx' is missing")
 pytest.importorskip("onnxscript", reason="the extra 'onnx' is missing")
@@ -58,3 +61,51 @@ def test_nothing_is_left_of_what_cannot_be_written(tmp_path: Path, monkeypatch: 
     with pytest.raises(ConfigurationError, match="nothing is written: no such op"):
         lightning_qat.export_onnx(model, tmp_path / "model.onnx", args)
     assert os.listdir(tmp_path) == ["file"]
+
+
+def adding(value: float) -> Any:
+    """A model that adds the same number to the 2,000 elements of its input."""
+    weights = onnx.numpy_helper.from_array(np.full(2000, value, np.float32), "weights")
+    kinds = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2000]) for name in ("x", "y")]
+    node = onnx.helper.make_node("Add", ["x", "weights"], ["y"])
+    graph = onnx.helper.make_graph([node], "graph", kinds[:1], kinds[1:], [weights])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize(("place", "left"), [("check", 1.0), ("first move", None), ("second move", None), ("end", 2.0)])
+def test_killed_export_leaves_no_model_with_the_weights_of_another(
+    tmp_path: Path, place: str, left: float | None
+) -> None:
+    """A real SIGKILL. The old model stays, or there is none; what is unfinished is removed by the next export."""
+    path = tmp_path / "model.onnx"
+    external_data.write_with_data(adding(1.0), path)
+
+    def killed(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> None:
+        replace, calls = os.replace, [place == "first move", place == "second move"]
+
+        def move(*paths: Any) -> None:
+            if calls.pop(0):
+                killed()
+            replace(*paths)
+
+        os.replace = move  # type: ignore[assignment]
+        if place == "check":
+            external_data.check_onnx = killed
+        if place == "end":
+            external_data.shutil.rmtree = killed  # type: ignore[assignment]
+        external_data.write_with_data(adding(2.0), path)
+
+    process = FORK.Process(target=work)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".*.unfinished"))) == 1
+    assert path.exists() == (left is not None)
+    if left is not None:
+        (tensor,) = onnx.load(path).graph.initializer
+        assert set(onnx.numpy_helper.to_array(tensor)) == {left}
+    external_data.write_with_data(adding(3.0), path)
+    assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]

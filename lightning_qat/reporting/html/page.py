@@ -73,21 +73,20 @@ def write_report(runs: Sequence[str | os.PathLike[str]], path: str | os.PathLike
         ConfigurationError: Jinja2 is missing.
         NotWrittenError: the file cannot be written.
     """
-    found = [read_run(run) for run in runs]
-    return write_atomically(path or found[-1].path / FILE_NAME, render(found))
+    judged = [JudgedRun.of(read_run(run)) for run in runs]
+    return write_atomically(path or judged[-1].run.path / FILE_NAME, render(judged))
 
 
-def render(runs: Sequence[RunFolder]) -> str:
+def render(judged: Sequence[JudgedRun]) -> str:
     """Return the page about the last of some runs.
 
     Args:
-        runs: their files as they were read, the earliest run first.
+        judged: the earliest first.
 
     Raises:
         ConfigurationError: Jinja2 is missing.
     """
     template = _template()
-    judged = [JudgedRun.of(run) for run in runs]
     run, overview, points = judged[-1].run, judged[-1].overview, judged[-1].points
     style, script = _assets()
     data = page_data(run, points, overview.flagged)

@@ -77,6 +77,7 @@ def test_hostile_names_are_text_everywhere(tmp_path: Path, name: str) -> None:
         {"metric": name, "float": 1.0, "target": None, name: 0.5, "passed": None}]}  # fmt: skip
     (folder / "accuracy.json").write_text(json.dumps(table))
     (folder / "provenance.json").write_text(json.dumps({"command": ["fit", name], "versions": {name: name}}))
+    (run / "config.yaml").write_text(f"model: {name}\n", encoding="utf-8", errors="backslashreplace")
     page = page_of(run)
     clean = page_of(full_run(tmp_path / "clean", "x.weight", "fc.output", "fc.weight"))
     assert {tag for tag, _ in page.elements} <= {tag for tag, _ in clean.elements} | {"dd", "dt", "p", "ul", "li"}
