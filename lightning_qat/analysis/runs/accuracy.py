@@ -232,15 +232,11 @@ def _sentence(
     if failed:
         missed = ", ".join(f"{row.metric} (needs {row.target:.5g})" for row in failed)
         parts.append(f"{stage}: target missed for {missed}.")
-        by_training = all(
-            row.target is not None
-            and row.metric in calibrated
-            and _reaches(row.metric, calibrated[row.metric], row.target)
-            for row in failed
-        )
-        parts.append(_TRAINING_LOST_IT if by_training else _NOT_TRAINING)
+        parts.append(_TRAINING_LOST_IT if _all_reach(failed, calibrated) else _NOT_TRAINING)
     elif judged:
         parts.append(f"{stage}: target reached for {', '.join(row.metric for row in judged)}.")
+        if _all_reach(judged, calibrated):
+            parts.append(_CALIBRATION_IS_ENOUGH)
     unknown = [row.metric for row in rows if row.float_value is None]
     if target is None:
         parts.append(f"{stage}: no target to judge by; write target: 1%.")
@@ -256,10 +252,19 @@ _TRAINING_LOST_IT = (
     "Calibration alone reaches it, so training has lost it and not quantization: see what PipelineCheck() (or "
     "ZeroLRFinetune() and FloatFinetune()) says before you change learning rate or dtypes."
 )
+_CALIBRATION_IS_ENOUGH = "Calibration alone reaches it too: for this target no training is needed."
 _NOT_TRAINING = (
     "Next: PipelineCheck() says whether it is quantization. If it is, raise the points that SensitivityAnalysis() "
     "puts first to int16 with overrides."
 )
+
+
+def _all_reach(rows: list[AccuracyRow], values: Mapping[str, float]) -> bool:
+    """Whether the values of a stage reach the targets of all rows."""
+    return all(
+        row.target is not None and row.metric in values and _reaches(row.metric, values[row.metric], row.target)
+        for row in rows
+    )
 
 
 def _reaches(metric: str, value: float, target: float) -> bool:

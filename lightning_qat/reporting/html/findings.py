@@ -62,12 +62,13 @@ def _of_ladders(run: RunFolder) -> Iterator[ReportFinding]:
         if result.is_bad:
             broken = [row for row in result.rows if row.status in ("breaks", "falls")]
             facts = [("cause", result.cause)] if result.cause else []
-            facts += (
-                [("decides", f"rung {result.rung}: it is the first that breaks")]
-                if result.rung is not None and len(broken) > 1
-                else []
-            )
-            facts += [(f"rung {r.rung}", f"{r.what}: {r.metric} {_change(r.expected, r.value)}") for r in broken]
+            first = [row for row in broken if result.rung is None or row.rung is None or row.rung <= result.rung]
+            facts += [(f"rung {r.rung}", f"{r.what}: {r.metric} {_change(r.expected, r.value)}") for r in first]
+            later = sorted({row.rung for row in broken if row not in first and row.rung is not None})
+            if later:
+                others = f"{'rung' if len(later) == 1 else 'rungs'} {', '.join(map(str, later))}"
+                text = f"rung {result.rung}: it is the first that breaks. So do, behind it, {others} (see Evidence)."
+                facts.append(("decides", text))
             facts += [("difference", difference) for difference in _differences(result)]
             advice = Advice(result.verdict, "error", what_is_found(result), facts=tuple(facts))
             yield ReportFinding(name, advice)
@@ -82,14 +83,15 @@ def _differences(result: PipelineResult) -> list[str]:
 
 def _of_convergence(run: RunFolder) -> Iterator[ReportFinding]:
     if run.convergence is not None:
-        for row in run.convergence.rows:
-            if row.status == "flagged":
-                yield ReportFinding("convergence", _convergence_advice(row, "error"), row.names)
+        flagged = [row for row in run.convergence.rows if row.status == "flagged"]
+        for place, row in enumerate(flagged):  # the first one is the verdict
+            advice = _convergence_advice(row, row.check if place else run.convergence.verdict)
+            yield ReportFinding("convergence", advice, row.names)
 
 
-def _convergence_advice(row: ConvergenceRow, level: str) -> Advice:
+def _convergence_advice(row: ConvergenceRow, heading: str) -> Advice:
     facts = (("do", row.next_step),) if row.next_step else ()
-    return Advice(row.check, level, row.evidence, row.names, facts)
+    return Advice(heading, "error", f"{row.evidence[:1].upper()}{row.evidence[1:]}", row.names, facts)
 
 
 def _of_diagnoses(run: RunFolder, is_innocent: bool) -> Iterator[ReportFinding]:
@@ -131,7 +133,7 @@ def _of_model_check(run: RunFolder) -> Iterator[ReportFinding]:
             keys = [point_key(finding.region, name) for name in finding.names]
             where = {rules[key] for key in keys if key in rules}
             if where:  # a snippet would be a second rule for the point
-                facts = (*advice.facts, ("where", f"{', '.join(sorted(where))} of the configuration"))
+                facts = (*advice.facts, ("where", ", ".join(sorted(where))))
                 advice = replace(advice, yaml="", facts=facts)
             yield ReportFinding("model_check", advice, tuple(map(full_name, keys)))
 

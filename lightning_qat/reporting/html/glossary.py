@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from lightning_qat.reporting.html.point_table import COLUMNS
 
 _TERMS = (
@@ -39,3 +41,20 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
 """Word and meaning."""
 MEANINGS = {word.removeprefix("column "): meaning for word, meaning in GLOSSARY}
 """Meaning by word, for the places where the words stand."""
+
+
+def anchor(word: str) -> str:
+    """Return the id of a word in the glossary, to link to it.
+
+    Args:
+        word: as it stands in the glossary.
+
+    Example:
+        >>> anchor("BN fixed"), anchor("column SQNR (dB)")
+        ('term-bn-fixed', 'term-column-sqnr-db')
+    """
+    return f"term-{re.sub('[^a-z0-9]+', '-', word.lower()).strip('-')}"
+
+
+ANCHORS = {word.removeprefix("column "): anchor(word) for word, _ in GLOSSARY}
+"""Id in the glossary by word, for the same places."""

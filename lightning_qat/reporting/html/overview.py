@@ -98,21 +98,25 @@ def judge_run(run: RunFolder) -> Overview:
         remarks=tuple(_for_this_page(run, remark) for remark in _remarks(run, source)),
         look_at=() if is_innocent else named,
         metrics=_metrics(run, with_note=source != "accuracy"),
-        findings=findings,
+        findings=tuple(_without_repetition(finding, source, sentence) for finding in findings),
     )
+
+
+def _without_repetition(finding: ReportFinding, source: str, sentence: str) -> ReportFinding:
+    """Leave out a text that the first screen has already said."""
+    is_said = finding.source == source and bool(finding.advice.facts) and sentence.startswith(finding.advice.text)
+    return replace(finding, advice=replace(finding.advice, text="")) if is_said else finding
 
 
 def _metrics(run: RunFolder, with_note: bool) -> tuple[Block, ...]:
     blocks = run.accuracy.blocks() if run.accuracy is not None else ()
-    return without_advice(blocks) if with_note else tuple(replace(block, note="") for block in blocks)
+    if not with_note:
+        return tuple(replace(block, note="") for block in blocks)
+    return tuple(replace(block, note=_for_this_page(run, block.note)) for block in _without_advice(blocks))
 
 
-def without_advice(blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """Leave out what the notes of tables advise: the first screen says what to do, in one place.
-
-    Args:
-        blocks: of a result.
-    """
+def _without_advice(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """Leave out what the notes of tables advise: the first screen says what to do, in one place."""
     return tuple(replace(block, note=split_next(block.note)[0]) for block in blocks)
 
 

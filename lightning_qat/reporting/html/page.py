@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,13 @@ from lightning_qat.reporting.html.background import background, compared_runs, f
 from lightning_qat.reporting.html.drawings import segments
 from lightning_qat.reporting.html.findings import SOURCES
 from lightning_qat.reporting.html.front import front_choices
-from lightning_qat.reporting.html.glossary import GLOSSARY, MEANINGS
+from lightning_qat.reporting.html.glossary import ANCHORS, GLOSSARY, MEANINGS, anchor
 from lightning_qat.reporting.html.judged_run import JudgedRun
-from lightning_qat.reporting.html.overview import without_advice
 from lightning_qat.reporting.html.page_data import as_json_element, page_data
 from lightning_qat.reporting.html.point_table import COLUMNS, Column, PointTable
+from lightning_qat.reporting.html.provenance import overrides_place
 from lightning_qat.reporting.html.run_folder import RunFolder, read_run
+from lightning_qat.reporting.html.sensitivity_scale import sensitivity_scale
 from lightning_qat.reporting.plain_text import one_line, printable
 from lightning_qat.reporting.tables import cell_text
 
@@ -91,7 +93,7 @@ def render(judged: Sequence[JudgedRun]) -> str:
     style, script = _assets()
     data = page_data(run, points, overview.flagged)
     parts = {
-        "results": without_advice(run.accuracy.full_blocks()) if run.accuracy is not None else (),
+        "results": _results_of_all_runs(run),
         "choices": front_choices(run),
         "comparisons": compared_runs(judged),
     }
@@ -106,6 +108,8 @@ def render(judged: Sequence[JudgedRun]) -> str:
         most_names=_MOST_NAMES,
         point_places={name: place for place, name in enumerate(points.names)},
         static=_static_table(points),
+        sensitivity=sensitivity_scale(run),
+        place=overrides_place(run.provenance),
         places_in_float=float_places(run),
         segments=segments(run),
         gaps=find_gaps(run),
@@ -113,12 +117,20 @@ def render(judged: Sequence[JudgedRun]) -> str:
         background=background(run),
         glossary=GLOSSARY,
         meanings=MEANINGS,
+        anchors=ANCHORS,
         style=style,
         script=script,
         policy=f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
         "base-uri 'none'; form-action 'none'",
         data=as_json_element(data),
     )
+
+
+def _results_of_all_runs(run: RunFolder) -> tuple[Block, ...]:
+    """The table over stages and runs; empty if this run is alone in it, which the first screen shows."""
+    if run.accuracy is None or len(run.accuracy.stages) <= len(run.accuracy.own):
+        return ()
+    return tuple(replace(block, note="") for block in run.accuracy.full_blocks())
 
 
 def _static_table(points: PointTable) -> Block:
@@ -180,7 +192,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(cell=_cell, shown=printable, line=one_line, prose=_prose)
+    environment.filters.update(cell=_cell, shown=printable, line=one_line, prose=_prose, anchor=anchor)
     environment.tests["numeric"] = _is_number
     return environment
 

@@ -10,7 +10,9 @@ from typing import Any
 from lightning_qat.atomic_files import json_value
 from lightning_qat.reporting.html.drawings import depth, graph, histograms, short
 from lightning_qat.reporting.html.front import front_chart
+from lightning_qat.reporting.html.glossary import ANCHORS
 from lightning_qat.reporting.html.point_table import COLUMNS, PointTable
+from lightning_qat.reporting.html.provenance import overrides_place
 from lightning_qat.reporting.html.run_folder import RunFolder
 from lightning_qat.reporting.plain_text import one_line, printable
 
@@ -29,7 +31,7 @@ def page_data(run: RunFolder, points: PointTable, flagged: Collection[str] = ())
     return {
         "run": one_line(run.name),
         "points": {
-            "columns": [vars(column) for column in COLUMNS],
+            "columns": [{**vars(column), "anchor": ANCHORS[column.label]} for column in COLUMNS],
             "rows": [list(map(_cell, row)) for row in points.rows],
             "flagged": [place for place, name in enumerate(points.names) if name in flagged],
         },
@@ -38,6 +40,7 @@ def page_data(run: RunFolder, points: PointTable, flagged: Collection[str] = ())
             for place, key in enumerate(points.keys)
             if (row := points.diagnoses.get(key)) is not None and row.verdict != "fine"
         },
+        "place": overrides_place(run.provenance),
         "series": _series(run, points),
         "histograms": histograms(run, points),
         "depth": depth(run, points),

@@ -14,6 +14,7 @@ from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis, Diagnos
 from lightning_qat.analysis.diagnosis.remedy_choice import LEAVE_OUT, REMOVE_SCALE
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.reporting.html.point_history import PointKey, full_name, point_key
+from lightning_qat.reporting.html.provenance import configuration_of
 from lightning_qat.reporting.html.run_folder import LADDER_FILES, RunFolder
 
 _RULE = re.compile(r"override (?P<number>\d+) \(.*\)")
@@ -82,12 +83,12 @@ def followers(run: RunFolder) -> dict[PointKey, str]:
 
 
 def rules_with_fixed_scale(run: RunFolder) -> dict[PointKey, str]:
-    """Return the points that have a fixed scale from an override, with the words of the plan for it.
+    """Return the points that have a fixed scale from an override, with where that override stands.
 
     Args:
         run: its files.
     """
-    found = {}
+    found, configuration = {}, configuration_of(run.provenance)
     for region, held in run.regions.items():
         overrides = held.get("overrides")
         for point in held.get("points", []):
@@ -96,7 +97,7 @@ def rules_with_fixed_scale(run: RunFolder) -> dict[PointKey, str]:
                 rule = overrides[int(match["number"]) - 1]
                 kinds = [rule.get(kind) for kind in ("activation", "weight")] if isinstance(rule, dict) else []
                 if any(isinstance(kind, dict) and kind.get("fixed_scale") is not None for kind in kinds):
-                    found[point_key(region, point.get("name"))] = match.group()
+                    found[point_key(region, point.get("name"))] = f"{match.group()} of {configuration}"
     return found
 
 
@@ -119,7 +120,7 @@ def _advised(
         (row.action.find(words) + len(words) for words in (LEAVE_OUT, REMOVE_SCALE) if words in row.action), default=0
     )
     if end and key in rules:
-        action = f"{row.action[:end]} It stands in {rules[key]} of the configuration. No other override is needed."
+        action = f"{row.action[:end]} It stands in {rules[key]}. No other override is needed."
         return replace(row, action=action, yaml="")
     return row
 

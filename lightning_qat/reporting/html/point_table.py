@@ -10,6 +10,7 @@ from typing import Any
 from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis
 from lightning_qat.reporting.html.point_history import PointKey, full_name, point_key
 from lightning_qat.reporting.html.run_folder import RunFolder
+from lightning_qat.reporting.html.sensitivity_scale import RULE, output_size
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,14 @@ COLUMNS = (
     Column("own_SQNR", "own SQNR (dB)", "the op's own error: it gets the inputs of the float model"),
     Column("SQNR", "accumulated SQNR (dB)", "error with the whole model quantized: own and inherited"),
     Column("origin", "error is", "own, or inherited from what comes before"),
-    Column("score", "sensitivity", "root mean square change of the output when this point alone is quantized", True),
+    Column(
+        "score",
+        "sensitivity",
+        "root mean square change of the output, in its unit, when this point alone is quantized; the diagnosis calls "
+        f"it large from {RULE} on",
+        True,
+    ),
+    Column("effect", "of the output", "sensitivity as a share of the root mean square of the output", True, share=True),
     Column("standard_error", "± (1 s.e.)", "repeatability of an estimated sensitivity; 0 if it was measured"),
     Column("exact", "measured", "the sensitivity was measured, not estimated"),
     Column(
@@ -112,7 +120,7 @@ def point_table(run: RunFolder) -> PointTable:
     planned = {point_key(path, p.get("name")): p for path, held in run.regions.items() for p in held.get("points", [])}
     compared = {point_key(r.get("region"), r["point"]): r for r in run.comparison.rows if r.get("point")}
     keys = dict.fromkeys([*planned, *run.statistics.latest, *run.sensitivity.latest, *compared])
-    diagnoses = _diagnoses(run)
+    diagnoses, size = _diagnoses(run), output_size(run)
     requested = _requested(run)
     rows = []
     for key in keys:
@@ -130,6 +138,7 @@ def point_table(run: RunFolder) -> PointTable:
             "scale": scale if scale is not None else statistics.get("scale"),
             "lowest": lowest,
             "highest": highest,
+            "effect": _share(sensitivity.get("score"), size),
             "verdict": None if diagnosis is None else f"{diagnosis.verdict}{', follows' if key in run.follows else ''}",
             "reason": plan.get("reason"),
             **{name: statistics.get(name) for name in _FROM_STATISTICS},
@@ -156,6 +165,10 @@ def _requested(run: RunFolder) -> dict[PointKey, str]:
         if section.columns[:2] == ("point", "requested"):
             found.update({point_key(section.region, row[0]): str(row[1]) for row in section.rows})
     return found
+
+
+def _share(score: Any, size: float | None) -> float | None:
+    return score / size if isinstance(score, (int, float)) and size is not None else None
 
 
 def _range(plan: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:

@@ -88,17 +88,57 @@ def export_command(folder: Path, provenance: Mapping[str, Any]) -> str:
         >>> export_command(Path("run"), {"command": ["python", "fit.py", "fit", "--config", "a.yaml"]})
         'python -m lightning_qat export fit.py --config a.yaml --ckpt_path best.ckpt'
     """
-    words = provenance.get("command")
-    given = [str(word) for word in words] if isinstance(words, list) else []
-    script = next((word for word in given if word.endswith(".py")), "")
-    pairs = [*pairwise(given), *(word.partition("=")[::2] for word in given if "=" in word)]
-    config = next((value for option, value in pairs if option in ("--config", "-c")), "" if script else "fit.yaml")
+    script, configs = _sources(provenance)
+    config = configs[0] if configs else "" if script else "fit.yaml"
     checkpoints = list(folder.parent.glob("checkpoints/*.ckpt"))
     checkpoint = str(checkpoints[0]) if len(checkpoints) == 1 else "best.ckpt"
     options = ["--config", config] if config else []
     return shlex.join(
         ["python", "-m", "lightning_qat", "export", script or "train.py", *options, "--ckpt_path", checkpoint]
     )
+
+
+def configuration_of(provenance: Mapping[str, Any]) -> str:
+    """Return what a user changes to configure a run: its YAML files, else its script, as far as they are known.
+
+    Args:
+        provenance: how it was started, see :func:`describe_process`.
+
+    Example:
+        >>> configuration_of({"command": ["python", "fit.py", "fit", "--config", "a.yaml"]})
+        'a.yaml'
+        >>> configuration_of({"command": ["python", "fit.py"]}), configuration_of({})
+        ('fit.py', 'the configuration')
+    """
+    script, configs = _sources(provenance)
+    return " or ".join(configs) or os.path.basename(script) or "the configuration"
+
+
+def overrides_place(provenance: Mapping[str, Any]) -> str:
+    """Say where the overrides that the page offers are to be pasted.
+
+    Args:
+        provenance: how the run was started, see :func:`describe_process`.
+    """
+    script, configs = _sources(provenance)
+    if script and not configs:
+        return (
+            f"Add them to QuantizationAwareTraining(overrides=[...]) in {os.path.basename(script)}, behind those that "
+            "are there: the last match wins. In Python they are dictionaries; yaml.safe_load() reads them as they are."
+        )
+    return (
+        f"Add them to overrides of QuantizationAwareTraining in {configuration_of(provenance)}, behind those that are "
+        "there: the last match wins."
+    )
+
+
+def _sources(provenance: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The script and the configuration files of a command line."""
+    words = provenance.get("command")
+    given = [str(word) for word in words] if isinstance(words, list) else []
+    script = next((word for word in given if word.endswith(".py")), "")
+    pairs = [*pairwise(given), *(word.partition("=")[::2] for word in given if "=" in word)]
+    return script, [value for option, value in pairs if option in ("--config", "-c")]
 
 
 def read_configurations(directory: Path) -> dict[str, str]:

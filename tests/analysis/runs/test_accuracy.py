@@ -66,6 +66,24 @@ def test_training_that_loses_what_calibration_had_is_told_apart() -> None:
     assert "SensitivityAnalysis" not in note
 
 
+@pytest.mark.parametrize(
+    ("calibrated", "is_enough"),
+    [({"a": 0.9, "b": 0.8}, True), ({"a": 0.9, "b": 0.1}, False), ({"a": 0.9}, False), ({}, False)],
+)
+def test_a_target_that_calibration_alone_reaches_is_said_to_need_no_training(
+    calibrated: dict[str, float], is_enough: bool
+) -> None:
+    """For all metrics that are judged; not where one of them is missed, or was not measured before training."""
+    table = ResultTable(
+        {"run": {"float": {"a": 0.9, "b": 0.8}, "calibrated": calibrated, "QAT": {"a": 0.95, "b": 0.8}}}
+    )
+    note = table.result("run", ["a", "b"], "1%").note
+    assert note.startswith("run QAT: target reached for a, b.")
+    assert ("Calibration alone reaches it too: for this target no training is needed." in note) == is_enough
+    alone = ResultTable({"run": {"float": {"a": 0.9}, "calibrated": {"a": 0.9}}})
+    assert alone.result("run", ["a"], "1%").note == "run calibrated: target reached for a."
+
+
 def test_every_metric_can_have_a_target_of_its_own() -> None:
     """D7: tasks."""
     result = source_table().result("int16", ["dynamic", "static"], {"dynamic": 74.2, "static": "0.5%"})

@@ -259,6 +259,98 @@ def test_no_row_looks_selected_until_the_table_has_the_focus(opened: Opened, rep
     assert page.run(colour.format(0)) == page.run(colour.format(1))
 
 
+def test_a_word_leads_to_the_glossary_and_the_filter_stays(opened: Opened, report: Path) -> None:
+    """Siblings: a link of the list of sections, a column on the page of a point, a page that is opened at a word."""
+    page = opened(report, "#q=conv1&sort=-score")
+    rows = page.run(NAMES)
+    for selector, target in (
+        ("#depth abbr a", "term-sqnr"), ("nav a[href='#provenance']", "provenance"), ("h2 abbr a", "term-point")
+    ):  # fmt: skip
+        page.run(f"document.querySelector({json.dumps(selector)}).click()")
+        assert page.run("new URLSearchParams(location.hash.slice(1)).get('at')") == target
+        assert page.run("document.querySelector('.pointed').id") == target
+        assert page.run(NAMES) == rows
+        box = page.run(f"(({{ top, bottom }}) => [top, bottom])({target_of(target)}.getBoundingClientRect())")
+        assert 0 <= box[0] < 900
+    page.click("#grid tbody a")
+    page.until("document.getElementById('point').open")
+    page.run("document.querySelector('#point dt a[href*=scale]').click()")
+    page.until("!document.getElementById('point').open")
+    assert page.run("document.querySelector('.pointed').id") == "term-column-scale"
+    again = opened(report, "#q=conv1&at=term-rung")
+    assert again.run("document.querySelector('.pointed').textContent") == "rung"
+    assert again.run("window.scrollY") > 0
+    assert page.complaints == again.complaints == []
+
+
+def target_of(name: str) -> str:
+    return f"document.getElementById({json.dumps(name)})"
+
+
+def moving_run(tmp_path: Path, *flagged: str, **columns: dict[str, float]) -> Path:
+    """Two points whose columns are 0 but for those that are given, by column and point."""
+    names = ["a.output", "b.weight"]
+    run = run_folder.write_run(tmp_path, names)
+    (run / "lightning_qat" / "layer_statistics.csv").unlink()
+    table = GrowingTable(run / "lightning_qat" / "layer_statistics.csv")
+    still = {"scale_drift": 0.0, "flip_rate": 0.0, "clipped_share": 0.0}
+    for epoch in range(3):
+        rows = [
+            replace(
+                run_folder.statistics_row(name, random.Random(0)),
+                **(still | {column: values[name] for column, values in columns.items() if name in values}),
+            )
+            for name in names
+        ]
+        table.write(LayerStatisticsResult(tuple(rows)), epoch)
+    if flagged:
+        run_folder.write_diagnosis(run, *flagged)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flagged", "columns", "shown"),
+    [
+        ((), {"flip_rate": {"b.weight": 0.1}}, "flip_rate"),
+        ((), {"scale_drift": {"b.weight": 0.1}, "flip_rate": {"b.weight": 0.1}}, "scale_drift"),
+        (("a.output",), {"scale_drift": {"b.weight": 0.1}, "clipped_share": {"a.output": 0.4}}, "clipped_share"),
+        ((), {}, "score"),
+    ],
+)
+def test_the_heat_map_opens_on_what_has_something_to_show(
+    opened: Opened, tmp_path: Path, flagged: tuple[str, ...], columns: dict[str, dict[str, float]], shown: str
+) -> None:
+    page = opened(write_report([moving_run(tmp_path, *flagged, **columns)]))
+    assert page.run("document.querySelector('#heat-tools select').value") == shown
+    offered = page.run("[...document.querySelectorAll('#heat-tools option')].map((option) => option.text)")
+    assert len([text for text in offered if text.endswith("(all 0)")]) == 3 - len(columns)
+    cells = "[...document.querySelectorAll('#heat-chart .heat')]"
+    assert max(page.run(f"{cells}.map((cell) => Number(cell.getAttribute('fill-opacity')))")) == 1
+
+
+def test_the_first_screen_has_every_number_on_a_narrow_one(opened: Opened, report: Path) -> None:
+    page = opened(report, width=380)
+    cells = "[...document.querySelectorAll('#verdict td')].filter((c) => c.textContent)"
+    assert page.run(f"{cells}.map((c) => c.textContent).includes('FAIL')")
+    assert page.run(f"{cells}.every((c) => c.getBoundingClientRect().right <= 380)")
+    label = "getComputedStyle({}, '::before').content"
+    assert page.run(label.format("document.querySelector('#verdict td:last-child')")) == '"passed"'
+    tools = "[...document.querySelectorAll('#tools > *')]"
+    assert page.run(f"{tools}.every((tool) => tool.getBoundingClientRect().right <= 380)")
+
+
+def test_on_paper_findings_are_open_and_closed_again_behind_it(opened: Opened, tmp_path: Path) -> None:
+    run = run_folder.write_run(tmp_path, 3)
+    run_folder.write_model_check(run, "a", severity="info")
+    page = opened(write_report([run]))
+    closed = "document.querySelectorAll('#findings details:not([open])').length"
+    assert page.run(closed) == 1
+    page.run("window.dispatchEvent(new Event('beforeprint'))")
+    assert page.run(closed) == 0
+    page.run("window.dispatchEvent(new Event('afterprint'))")
+    assert page.run(closed) == 1
+
+
 def compared_run(tmp_path: Path, *flagged: str) -> Path:
     """Two points; the error jumps at the second one."""
     run = run_folder.write_run(tmp_path, ["a.output", "b.output"])

@@ -233,6 +233,22 @@ def test_a_setting_that_differs_stands_in_what_to_do(tmp_path: Path) -> None:
     )
 
 
+def test_the_rung_that_decides_is_shown_and_those_behind_it_are_named(tmp_path: Path) -> None:
+    def write(run: Path) -> None:
+        rows = [PipelineRow(n, f"rung {n}", "val_acc", 0.9, 0.2, 0.05, s) for n, s in ((2, "falls"), (3, "breaks"))]
+        rows += [PipelineRow(n, f"rung {n}", "val_acc", 0.9, 0.1, 0.05, "breaks") for n in (5, 6)]
+        rows.append(PipelineRow(4, "rung 4", "val_acc", 0.9, 0.9, 0.05, "holds"))
+        result = PipelineResult(tuple(rows), "pipeline misaligned", "it falls.", 3)
+        write_json(result, run / "lightning_qat" / "pipeline_check.json")
+
+    (finding,) = judged(tmp_path, write).findings
+    assert finding.advice.facts == (
+        ("rung 2", "rung 2: val_acc 0.9 -> 0.2"),
+        ("rung 3", "rung 3: val_acc 0.9 -> 0.2"),
+        ("decides", "rung 3: it is the first that breaks. So do, behind it, rungs 5, 6 (see Evidence)."),
+    )
+
+
 def test_nothing_sends_the_reader_to_a_check_whose_result_is_on_the_page(tmp_path: Path) -> None:
     """Siblings: a remark, the text and the advice of a finding, the note of the accuracy table."""
     ask = "see what PipelineCheck() (or ZeroLRFinetune() and FloatFinetune()) says before you change it."

@@ -12,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from lightning_qat.analysis.runs.accuracy import ResultTable
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.console import console_text
+from lightning_qat.reporting.files import write_json
+from lightning_qat.reporting.html.judged_run import JudgedRun
+from lightning_qat.reporting.html.overview import Overview
 from lightning_qat.reporting.html.page import require_jinja, write_report
 from lightning_qat.reporting.html.page_data import as_json_element
 from lightning_qat.reporting.html.point_table import COLUMNS
@@ -30,6 +34,10 @@ EVENTS = re.compile(r"on[a-z]+")
 
 def page_of(run: Path) -> ParsedPage:
     return ParsedPage(write_report([run]).read_text(encoding="utf-8"))
+
+
+def judged(run: Path) -> Overview:
+    return JudgedRun.of(read_run(run)).overview
 
 
 def full_run(tmp_path: Path, *names: str) -> Path:
@@ -175,6 +183,56 @@ def test_words_of_the_tables_are_explained_where_they_stand(tmp_path: Path) -> N
     explained = {text for tags, text in page.texts if "abbr" in tags}
     assert {"rung", "rung 2", "breaks", "Own", "scopes"} <= explained
     assert all(attributes.get("title") for tag, attributes in page.elements if tag == "abbr")
+
+
+def test_every_explained_word_links_to_the_glossary(tmp_path: Path) -> None:
+    page = page_of(full_run(tmp_path))
+    ids = [a["id"] for _, a in page.elements if a.get("id")]
+    assert len(ids) == len(set(ids))
+    links = {text: tags for tags, text in page.texts if "abbr" in tags}
+    assert all(tags[-1] == "a" for tags in links.values())
+    targets = [a["href"] for tag, a in page.elements if tag == "a" and str(a.get("href")).startswith("#term-")]
+    assert len(targets) >= len(links) > 4
+    assert {str(target)[1:] for target in targets} <= set(ids)
+    assert {column["anchor"] for column in page.data["points"]["columns"]} <= set(ids)
+
+
+def test_the_result_table_is_there_only_beside_other_runs(tmp_path: Path) -> None:
+    """The first screen has the stages of the run itself."""
+    run = full_run(tmp_path)
+    assert "#results" not in page_of(run).attributes("href")
+    table = ResultTable()
+    for name in ("earlier", "run"):
+        table.record(name, "float", {"val_acc": 0.9})
+        table.record(name, "QAT", {"val_acc": 0.8 if name == "run" else 0.7})
+    write_json(table.result("run", ["val_acc"], "1%"), run / "lightning_qat" / "accuracy.json")
+    page = page_of(run)
+    assert "#results" in page.attributes("href")
+    assert {"earlier QAT", "run QAT", "0.7"} <= {text for _, text in page.texts}
+
+
+def test_a_check_that_decides_is_not_repeated_below_the_first_screen(tmp_path: Path) -> None:
+    run = full_run(tmp_path)
+    said = judged(run).sentence
+    assert said
+    assert page_of(run).text.count(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        (["python", "fit.py", "fit", "--config", "a.yaml", "-c=b.yaml"], "in a.yaml or b.yaml, behind"),
+        (["python", "/home/me/fit.py"], "QuantizationAwareTraining(overrides=[...]) in fit.py, behind"),
+        (["pytest"], "in the configuration, behind"),
+        (None, "in the configuration, behind"),
+    ],
+)
+def test_the_page_says_where_overrides_go(tmp_path: Path, command: list[str] | None, place: str) -> None:
+    run = full_run(tmp_path)
+    (run / "lightning_qat" / "provenance.json").write_text(json.dumps({"command": command}))
+    page = page_of(run)
+    assert place in page.text
+    assert place in page.data["place"]
 
 
 def test_no_table_advises_beside_the_first_screen(tmp_path: Path) -> None:

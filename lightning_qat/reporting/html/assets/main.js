@@ -1,6 +1,6 @@
 /* What happens when the page opens: the URL says which rows, which columns and which point are shown. */
 
-/** What is shown, kept behind the "#" of the URL: #q=conv&sort=-score&point=layers.0.conv1.weight */
+/** What is shown, kept behind the "#" of the URL: #q=conv&sort=-score&point=layers.0.conv1.weight, or &at=glossary */
 class PageState {
   get() {
     const hash = location.hash.slice(1);
@@ -8,7 +8,7 @@ class PageState {
   }
 
   set(changes, remember = false) {
-    const entries = Object.entries({ ...this.get(), ...changes }).filter(([, value]) => value);
+    const entries = Object.entries({ ...this.get(), at: "", ...changes }).filter(([, value]) => value);
     const url = `#${new URLSearchParams(entries)}`;
     history[remember ? "pushState" : "replaceState"](null, "", url);
   }
@@ -75,15 +75,46 @@ showFront(data.front);
 
 enableCopying(document);
 enableTheme();
-/* A link to a point keeps the filters that are in the URL. */
+/** Show a section or a word of the glossary, and let the keyboard go on from there. */
+function goTo(id) {
+  const element = byId(id);
+  if (!element) return;
+  for (const pointed of document.querySelectorAll(".pointed")) pointed.classList.remove("pointed");
+  element.classList.add("pointed");
+  element.tabIndex = -1;
+  element.focus({ preventScroll: true });
+  element.scrollIntoView();
+}
+
+/* Links inside of the page keep the filters that are in the URL. */
 document.addEventListener("click", (event) => {
-  const link = event.target.closest('a[href^="#point="]');
-  const index = link && places.get(decodeURIComponent(link.getAttribute("href").slice(7)));
-  if (index === undefined || index === null) return;
+  const link = event.target.closest('a[href^="#"]');
+  if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;  // the reader wants another tab
+  const target = decodeURIComponent(link.getAttribute("href").slice(1));
+  const index = places.get(target.replace(/^point=/, ""));
+  if (target.startsWith("point=") && index !== undefined) openPoint(index);
+  else if (byId(target)) {
+    state.set({ at: target, point: "" }, true);
+    showState();
+    goTo(target);
+  } else return;
   event.preventDefault();
-  openPoint(index);
+});
+/* On paper nothing can be opened. */
+window.addEventListener("beforeprint", () => {
+  for (const closed of document.querySelectorAll("#verdict details:not([open]), #findings details:not([open])")) {
+    closed.open = true;
+    closed.dataset.printed = "";
+  }
+});
+window.addEventListener("afterprint", () => {
+  for (const opened of document.querySelectorAll("details[data-printed]")) {
+    opened.open = false;
+    delete opened.dataset.printed;
+  }
 });
 window.addEventListener("popstate", showState);
 window.addEventListener("hashchange", showState);
 showState();
+goTo(state.get().at);
 document.documentElement.dataset.ready = "true";

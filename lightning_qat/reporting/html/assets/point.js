@@ -32,7 +32,7 @@ class PointPage {
     if (!advice) return [];
     const parts = [make("p", { text: advice.evidence })];
     if (advice.action) parts.push(make("p", {}, make("strong", { text: "What to do: " }), advice.action));
-    if (advice.yaml) parts.push(make("div", { class: "paste" }, make("button", { type: "button", class: "copy", text: "Copy" }), make("pre", {}, make("code", { text: advice.yaml }))));
+    if (advice.yaml) parts.push(make("div", { class: "paste" }, make("button", { type: "button", class: "copy", text: "Copy" }), make("pre", {}, make("code", { text: advice.yaml })), make("p", { class: "note", text: this.data.place })));
     return parts;
   }
 
@@ -40,7 +40,7 @@ class PointPage {
     const list = make("dl", { class: "facts" });
     this.data.points.columns.forEach((column, at) => {
       if (at === 0 || row[at] === null) return;
-      list.append(make("div", { title: column.help }, make("dt", { text: column.label }), make("dd", { text: formatIn(column, row[at]) })));
+      list.append(make("div", { title: column.help }, make("dt", {}, make("a", { href: `#${column.anchor}`, text: column.label })), make("dd", { text: formatIn(column, row[at]) })));
     });
     return list;
   }

@@ -53,7 +53,15 @@ function showEpochs(series, names, open) {
   if (!columns.length) return;
   byId("epochs").hidden = false;
   const select = make("select", { "aria-label": "What is shown" });
-  for (const key of columns) select.append(make("option", { value: key, text: HEAT_COLUMNS[key] }));
+  const moves = (key, rows) => rows.some((row) => row.some((value) => finite(value) && value !== 0));
+  for (const key of columns) {
+    const text = HEAT_COLUMNS[key] + (moves(key, series[key].values) ? "" : " (all 0)");
+    select.append(make("option", { value: key, text }));
+  }
+  /* What is flagged shows why; else the first column that is not 0 everywhere. */
+  const flagged = data.points.flagged;
+  select.value = columns.find((key) => moves(key, flagged.map((index) => series[key].values[index]))) ||
+    columns.find((key) => moves(key, series[key].values)) || columns[0];
   byId("heat-tools").append(select);
   const show = () => {
     const { epochs, values } = series[select.value];
