@@ -11,6 +11,7 @@ import torch
 from lightning_qat.analysis.model_check.calls_check import check_call_ranges, check_calls
 from lightning_qat.analysis.model_check.checked_region import Check, CheckedRegion, CheckOptions, rules_of
 from lightning_qat.analysis.model_check.configuration_check import check_configuration, check_profile
+from lightning_qat.analysis.model_check.divisor_check import check_divisors
 from lightning_qat.analysis.model_check.dtype_check import check_dtype_statistics, check_layer_configuration
 from lightning_qat.analysis.model_check.export_check import check_export
 from lightning_qat.analysis.model_check.finding import Finding, in_region, sorted_findings
@@ -41,6 +42,7 @@ CHECKS: tuple[Check, ...] = (
     check_configuration,
     check_profile,
     check_scales,
+    check_divisors,
     check_weights,
     check_training,
     check_export,

@@ -216,6 +216,35 @@ CASES: dict[str, Case] = {
         (("warning", "clipping scale", "", ("0.input0",)),),
         options={"overrides": [{"match": "0.input0", "activation": {"fixed_scale": 0.2 / 127}}]},
     ),
+    "divisor that int8 makes zero": Case(
+        lambda: flawed.Divided(),
+        (
+            ("warning", "zero divisor", "", ("div_0.input1",)),
+            ("info", "one-sided range", "", ("div_0.input1",)),
+        ),
+        batches=lambda: [(ramp(4, 4), torch.linspace(0.01, 4, 16).reshape(4, 4))],
+    ),
+    "divisor that int16 makes zero": Case(
+        lambda: flawed.Divided(),
+        (
+            ("warning", "zero divisor", "", ("div_0.input1",)),
+            ("info", "one-sided range", "", ("div_0.input1", "div_0.output")),
+        ),
+        options={"qconfig": INT16},
+        batches=lambda: [(ramp(4, 4) / 10, -torch.linspace(1e-5, 1, 16).reshape(4, 4))],
+    ),
+    "logarithm of what int8 makes zero": Case(
+        lambda: flawed.InverseSigmoid(),
+        (
+            ("warning", "zero divisor", "", ("clamp_1.output", "clamp_2.output", "div_0.output")),
+            (
+                "info",
+                "one-sided range",
+                "",
+                ("sigmoid_0.output", "clamp_0.output", "clamp_1.output", "rsub_0.output", "clamp_2.output"),
+            ),
+        ),
+    ),
     "float16 overflow": Case(
         flawed.mlp,
         (("error", "float16 overflow", "", ("0.input0", "0.output")),),

@@ -110,6 +110,31 @@ class FloatOp(nn.Module):
         return self.b(torch.special.i1e(self.a(x)))
 
 
+class Divided(nn.Module):
+    """Divides by an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, divisor: Tensor) -> Tensor:
+        return self.linear(x / divisor)
+
+
+class InverseSigmoid(nn.Module):
+    """Takes the logit of a place as Deformable-DETR does: with divisors of at least 1e-5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        with torch.no_grad():
+            self.first.weight.mul_(40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = self.first(x).sigmoid().clamp(min=0, max=1)
+        return self.last(torch.log(place.clamp(min=1e-5) / (1 - place).clamp(min=1e-5)))
+
+
 class HardDropout(nn.Module):
     """Functional dropout that nobody can switch off."""
 
