@@ -30,8 +30,8 @@ class BevModule(LightningModule):
         warm_up: share of the training in which the learning rate rises.
         annotate: mark the loop over the cameras, whose number varies, as a dynamic block.
         force_sharing: let all calls of the position embedding share their scales.
-        brightened: what training's change of brightness makes of images: ``bytes``, which are normalised next, or
-            ``shares`` of 255, which are then divided by 255 once more.
+        training_images: what training normalises: ``shares`` of 255, as validation does, or ``bytes``, if the division
+            is forgotten. Batch norm then counts with images 255 times as bright as those of validation.
     """
 
     reference_points: Tensor
@@ -44,11 +44,11 @@ class BevModule(LightningModule):
         warm_up: float = 0.05,
         annotate: bool = True,
         force_sharing: bool = False,
-        brightened: Literal["bytes", "shares"] = "bytes",
+        training_images: Literal["shares", "bytes"] = "shares",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.lr, self.weight_decay, self.warm_up, self.brightened = lr, weight_decay, warm_up, brightened
+        self.lr, self.weight_decay, self.warm_up, self.training_images = lr, weight_decay, warm_up, training_images
         self.model = BevNet(width, annotate, force_sharing)
         self.register_buffer("reference_points", reference_points(), persistent=False)
         self.dynamic = DetectionAP(len(VEHICLE_CLASSES), (0.5, 1.0, 2.0))
@@ -61,13 +61,15 @@ class BevModule(LightningModule):
         return found
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images = normalised(self.with_brightness(batch.images.float()))
-        loss = self._loss(self.detect(images, batch), batch)
+        images = with_brightness(batch.images.float())
+        if self.training_images == "shares":
+            images = images / 255
+        loss = self._loss(self.detect(normalised(images), batch), batch)
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        found = self.detect(normalised(batch.images.float()), batch)
+        found = self.detect(normalised(batch.images / 255), batch)
         self.log("val_loss", self._loss(found, batch), batch_size=len(batch.images))
         vehicles, lines = found["obstacles"][-1], found["map"][-1]
         centres = torch.cdist(metres(vehicles["places"]), batch.vehicles[..., :2])
@@ -79,12 +81,6 @@ class BevModule(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
-
-    def with_brightness(self, images: Tensor) -> Tensor:
-        """Images of bytes, each a little brighter or darker."""
-        factor = torch.empty(len(images), 1, 1, 1, 1, device=images.device).uniform_(0.9, 1.1)
-        images = (images * factor).clamp(0, 255)
-        return images if self.brightened == "bytes" else images / 255
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
@@ -99,9 +95,15 @@ class BevModule(LightningModule):
         return obstacles + map_loss(found["map"], batch.lines, batch.line_classes)
 
 
+def with_brightness(images: Tensor) -> Tensor:
+    """Images of bytes, each a little brighter or darker."""
+    factor = torch.empty(len(images), 1, 1, 1, 1, device=images.device).uniform_(0.9, 1.1)
+    return (images * factor).clamp(0, 255)
+
+
 def normalised(images: Tensor) -> Tensor:
-    """Images of bytes with mean 0 and variance 1, or nearly."""
-    return (images / 255 - _MEAN) / _STD
+    """Images from 0 to 1 with mean 0 and variance 1, or nearly."""
+    return (images - _MEAN) / _STD
 
 
 def reference_points() -> Tensor:

@@ -107,12 +107,14 @@ class Reports:
         return [row for row in rows if row["point"] not in changed]
 
     def blames_training_images(self) -> bool:
-        """Whether the pipeline check says that training prepares its images otherwise than the float run did."""
+        """Whether the pipeline check says that 255 divides the images in one pipeline and not in the other."""
         found = self.content("pipeline_check")
-        return found["verdict"] == "pipeline misaligned" and "model input (train), model.0" in str(found["cause"])
+        cause = str(found["cause"])
+        asked = "model input (train), model.0" in cause and "scaled by 255" in cause
+        return found["verdict"] == "pipeline misaligned" and asked
 
 
-BRIGHTNESS = {"brightened": "bytes"}
+DIVISION = {"training_images": "shares"}
 """What the model is given where :meth:`Reports.blames_training_images`."""
 
 

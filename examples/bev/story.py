@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script:
 
 from examples.bev.chapters import columns, table, text, write_into
 from examples.bev.configuration import Settings, at_int8, callback, read, with_model, with_overrides
-from examples.bev.reports import BRIGHTNESS, Reports, rules
+from examples.bev.reports import DIVISION, Reports, rules
 from examples.bev.steps import HERE, QUICK, ROOT, Size, Story
 
 SHARES = {"1%": 1, "2%": 1, "4.5%": 2}
@@ -76,8 +76,8 @@ def at_int16(story: Story) -> Settings:
     settings = pasted(story, settings, fixed.pasted_diagnoses(("non-uniform",)), "diagnosis of the calibration")
     story.calibrated("int16 calibration, split dim_t", settings)
     if blamed.blames_training_images():
-        settings = with_model(settings, **BRIGHTNESS)
-        story.last.done.append(f"aligned the training script with the float one: `{BRIGHTNESS}`")
+        settings = with_model(settings, **DIVISION)
+        story.last.done.append(f"aligned the training script with the float one: `{DIVISION}`")
     story.trained("int16 QAT, pipeline fixed", settings)
     return settings
 

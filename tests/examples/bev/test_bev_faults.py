@@ -40,7 +40,7 @@ def batch(recording: int) -> Batch:
 def inputs(module: BevModule) -> list[tuple[Any, ...]]:
     """What the network gets for a batch with all cameras, and for one that lacks a camera."""
     cameras = [(b, b.cameras.tolist()) for b in (batch(0), batch(1))]
-    return [(normalised(b.images.float()), module.reference_points[:, c], c) for b, c in cameras]
+    return [(normalised(b.images / 255), module.reference_points[:, c], c) for b, c in cameras]
 
 
 def quantized(
