@@ -23,6 +23,7 @@ from lightning_qat.quantization.fake_quant.cpu_kernel import NATIVE
 from lightning_qat.quantization.fake_quant.fake_quantize_function import (
     broadcast_to_axis,
     check_floating_point,
+    input_for_backward,
     quantize_dequantize,
     straight_through,
 )
@@ -133,7 +134,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         number, quant_min, quant_max, axis, factor = ctx.constants
         zero = number if zero is None else zero
         dtype = grad.dtype
-        x = x.detach()
+        x = input_for_backward(x, grad)
         if dtype not in NATIVE:
             x, grad = x.float(), grad.float()
         quotient = x.div(scale)
@@ -143,7 +144,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         grad_x = straight_through(grad, codes, quant_min, quant_max).to(dtype) if ctx.needs_input_grad[0] else None
         inside = (quotient > low) & (quotient < high)
         slope = torch.where(inside, represented - quotient, represented)
-        shares = slope.mul_(grad).masked_fill_(x.isnan(), 0.0)
+        shares = slope.mul_(grad).masked_fill_(x != x, 0.0)  # where it is NaN
         others = [d for d in range(x.dim()) if axis is None or d != axis % x.dim()]
         total = shares.sum(others) if others else shares
         return grad_x, (total * factor).to(torch.float32), None, None, None, None, None

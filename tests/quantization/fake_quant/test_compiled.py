@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from tests.quantization.fake_quant.reference import assert_same_bits, formula
@@ -26,13 +30,67 @@ def around_ties(scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
     return torch.cat([ties, torch.nextafter(ties, inf), torch.nextafter(ties, -inf), random, special], 1)
 
 
-def run(point: Any, x: Tensor) -> list[Tensor]:
+def run(point: Any, x: Tensor, grad: Tensor | None = None) -> list[Tensor]:
     """Output and gradient."""
     leaf = x.clone().requires_grad_()
     y = point(leaf)
-    y.backward(torch.linspace(1, 2, x.numel()).reshape(x.shape))
+    y.backward(torch.linspace(1, 2, x.numel()).reshape(x.shape) if grad is None else grad)
     assert leaf.grad is not None
     return [y.detach(), leaf.grad]
+
+
+def calibrated_point(learned: bool) -> FakeQuantize:
+    """An int8 point with one scale."""
+    point = FakeQuantize("int8", observer="minmax")
+    point.observe(torch.tensor([-2.0, 3.0]))
+    point.compute_scale()
+    point.learn_scale(learned)
+    return point
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
+@pytest.mark.parametrize("learned", [False, True])
+def test_gradients_that_are_not_finite_pass_as_in_eager(learned: bool) -> None:
+    """A loss that overflowed must be seen by a GradScaler; beyond the range there is no gradient at all."""
+    torch._dynamo.reset()
+    point = calibrated_point(learned)
+    values, grads = (
+        torch.tensor([0.5, 7.0, torch.inf, torch.nan]),
+        torch.tensor([1.0, torch.inf, -torch.inf, torch.nan]),
+    )
+    x, grad = (t.flatten() for t in torch.meshgrid(values, grads, indexing="ij"))
+    expected = run(point, x, grad)
+    assert torch.equal(expected[1][:4].nan_to_num(7.0), grad[:4].nan_to_num(7.0))
+    assert not expected[1][4:].any()
+    for actual, eager in zip(
+        run(torch.compile(point, fullgraph=True, backend="eager"), x, grad), expected, strict=True
+    ):
+        assert torch.equal(actual.nan_to_num(7.0), eager.nan_to_num(7.0))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_forward_saves_no_mask(learned: bool) -> None:
+    """Inductor writes bools one by one on the CPU. A matrix product is not computed again, so something is saved."""
+    torch._dynamo.reset()
+    point = calibrated_point(learned)
+    saved: list[torch.dtype] = []
+
+    def forward_compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        (outputs,) = next(node for node in graph.graph.nodes if node.op == "output").args
+        saved.extend(node.meta["val"].dtype for node in outputs if isinstance(node, torch.fx.Node))
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(
+        fw_compiler=forward_compiler,
+        bw_compiler=lambda graph, inputs: make_boxed_func(graph),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5)
+    torch.compile(lambda: point(a @ b), backend=backend, fullgraph=True)().sum().backward()
+    assert torch.float32 in saved
+    assert torch.bool not in saved
 
 
 @needs_compiler
