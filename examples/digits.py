@@ -186,7 +186,9 @@ class DigitsClassifier(LightningModule):
 def main() -> None:
     torch.set_num_threads(1)  # the model is too small to gain from more
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.13, at every data loader
-    LightningCLI(DigitsClassifier, DigitsDataModule, seed_everything_default=0)
+    LightningCLI(
+        DigitsClassifier, DigitsDataModule, seed_everything_default=0, save_config_kwargs={"overwrite": True}
+    )  # without a logger, config.yaml has one place for all runs
 
 
 if __name__ == "__main__":

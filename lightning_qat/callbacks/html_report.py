@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -100,12 +101,12 @@ class HTMLReport(ReportingCallback):
         directory = run_directory(trainer)  # broadcasts: on all ranks
         self._directory = directory if leaves_files(trainer) else None
         self.path = None
-        self._note_provenance(finished=False)
+        self._note_provenance(trainer, finished=False)
 
     def _finish(self, trainer: pl.Trainer) -> None:
         directory = run_directory(trainer)  # broadcasts: on all ranks; a resumed run may have had no start
         self._directory = directory if leaves_files(trainer) else None
-        self._note_provenance(finished=True)
+        self._note_provenance(trainer, finished=True)
         self._write()
         if self.path is None:
             return
@@ -114,10 +115,12 @@ class HTMLReport(ReportingCallback):
         self._reports.send(trainer.loggers, lambda loggers: log_text(loggers, "report", text, step))
         self._reports.attempt(lambda: print_text(f"Report: {path}", console_of(trainer)), "The path was not printed")
 
-    def _note_provenance(self, finished: bool) -> None:
+    def _note_provenance(self, trainer: pl.Trainer, finished: bool) -> None:
         if self._directory is not None:
+            best = str(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+            checkpoint = os.path.relpath(best) if best and Path(best).is_relative_to(Path.cwd()) else best
             path = self._directory / PROVENANCE
-            self._reports.write(path, partial(write_provenance, self._directory, finished))
+            self._reports.write(path, partial(write_provenance, self._directory, finished, checkpoint))
 
     def _write(self) -> None:
         if self._directory is not None:

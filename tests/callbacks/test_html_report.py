@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_qat
 from lightning_qat.callbacks import html_report
@@ -77,6 +79,18 @@ def test_a_page_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_training_is_bit_for_bit_the_same(tmp_path: Path) -> None:
     assert_same_run(tmp_path, HTMLReport(every_n_epochs=1), LayerStatistics(), own_metrics="layer_statistics")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_best_checkpoint_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool) -> None:
+    """As a path from where the user stands, if it is below."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path if inside else tmp_path / "here")
+    checkpoint = ModelCheckpoint(tmp_path / "kept", filename="best", monitor="val_loss")
+    qat_trainer(tmp_path, HTMLReport(), checkpoint, max_epochs=1).fit(Classifier())
+    held = json.loads((tmp_path / "lightning_qat" / "provenance.json").read_text())
+    assert held["checkpoint"] == ("kept/best.ckpt" if inside else str(tmp_path / "kept" / "best.ckpt"))
+    assert held["finished"]
 
 
 def test_a_test_without_training_has_a_page_too(tmp_path: Path) -> None:

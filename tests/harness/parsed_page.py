@@ -16,6 +16,7 @@ class ParsedPage(HTMLParser):
         elements: tag and attributes, in order.
         texts: ``(tags around, text)``, in order.
         scripts: contents of script elements, by type.
+        rows: the texts of the cells of every row of every table.
     """
 
     def __init__(self, html: str) -> None:
@@ -24,12 +25,17 @@ class ParsedPage(HTMLParser):
         self.texts: list[tuple[tuple[str, ...], str]] = []
         self.scripts: dict[str, list[str]] = {}
         self.styles: list[str] = []
+        self.rows: list[list[str]] = []
         self._open: list[tuple[str, dict[str, str | None]]] = []
         self.feed(html)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
         if tag not in VOID:
             self._open.append((tag, dict(attrs)))
 
@@ -46,6 +52,8 @@ class ParsedPage(HTMLParser):
             self.styles.append(data)
         else:
             self.texts.append((tags, data))
+            if {"td", "th"} & set(tags):
+                self.rows[-1][-1] += data
 
     @property
     def data(self) -> Any:

@@ -94,7 +94,8 @@ def background(run: RunFolder) -> Background:
     command = held.get("command")
     if isinstance(command, list):
         facts.append(("command", " ".join(map(str, command))))
-    facts += [(name, str(held[name])) for name in ("seed", "time", "platform") if held.get(name) is not None]
+    known = ("seed", "time", "checkpoint", "platform")
+    facts += [(name, str(held[name])) for name in known if held.get(name) is not None]
     versions = held.get("versions")
     facts += [(str(name), str(value)) for name, value in versions.items()] if isinstance(versions, dict) else []
     facts += [(f"SHA-256 of {name}", digest) for name, digest in read_hashes(run.path, root).items()]

@@ -9,7 +9,7 @@ from typing import Literal
 from lightning_qat.analysis.fingerprint.module_differences import ATTRIBUTES
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.rungs import QAT
-from lightning_qat.analysis.ladder.sentences import RAISE_POINTS, ended
+from lightning_qat.analysis.ladder.sentences import RAISE_POINTS
 from lightning_qat.analysis.results import Block
 from lightning_qat.reporting.html.findings import (
     SOURCES,
@@ -34,7 +34,8 @@ _NO_TARGET = (
 _REACHED = "Nothing has to be done. Export the model with `{command}`, or try narrower types."
 _ABOUT_POINTS = ("calibrated_diagnosis", "diagnosis")
 _DIFFERS = "Mend what differs first:"
-_CHECKS_AGAIN = "the check says whether it was that."
+_DIFFERS_FROM_FLOAT = "Mend what differs from the float run first (float run -> here):"
+_CHECKS_AGAIN = "Then run again: the check says whether it was that."
 _STILL_TRAINING = "Wait for the end of the run, or stop it: calibration alone reaches the target already."
 
 
@@ -169,7 +170,7 @@ def _next_action(run: RunFolder, source: str, level: Level, findings: tuple[Repo
     ladder = run.ladders.get(source)
     if ladder is not None and ladder.verdict != "quantization error":
         if ladder.cause:
-            return f"{_DIFFERS} {ended(ladder.cause)}{_settings(ladder)} Then run again: {_CHECKS_AGAIN}"
+            return _mend(ladder)
         return _last_part(without_verdict(ladder.verdict, ladder.note))
     of_points = first_action(findings, "calibration") or _model_check_error(findings)
     of_points = of_points or first_action(findings, "diagnosis", "calibrated_diagnosis")
@@ -187,11 +188,13 @@ def _next_action(run: RunFolder, source: str, level: Level, findings: tuple[Repo
     return split_next(run.accuracy.note)[1] or _last_part(run.accuracy.note)
 
 
-def _settings(ladder: PipelineResult) -> str:
-    """The settings of the user's own modules that differ: they often say where the difference is made."""
-    rows = [row for row in ladder.differences.rows if row.part == ATTRIBUTES and row.suspicion != "unlikely"]
-    texts = [row.what.replace(" ((the module itself))", "") for row in rows if row.what != ladder.cause]
-    return f" These settings differ too, so look there: {'; '.join(texts[:3])}." if texts else ""
+def _mend(ladder: PipelineResult) -> str:
+    """The cause, and the settings of the user's own modules that differ: they often say where it is made."""
+    rows = ladder.differences.rows
+    settings = [row.what for row in rows if row.part == ATTRIBUTES and row.suspicion != "unlikely"]
+    texts = [text.replace(" ((the module itself))", "") for text in settings if text != ladder.cause]
+    lead = _DIFFERS_FROM_FLOAT if any(row.what == ladder.cause for row in rows) else _DIFFERS
+    return "\n".join([lead, *(f"- {text}" for text in (ladder.cause, *texts[:3])), _CHECKS_AGAIN])
 
 
 def _whole_run(run: RunFolder) -> str:

@@ -127,10 +127,16 @@ def render(judged: Sequence[JudgedRun]) -> str:
 
 
 def _results_of_all_runs(run: RunFolder) -> tuple[Block, ...]:
-    """The table over stages and runs; empty if this run is alone in it, which the first screen shows."""
-    if run.accuracy is None or len(run.accuracy.stages) <= len(run.accuracy.own):
+    """The table over stages and runs; empty if no other run has these metrics: the first screen shows this run."""
+    held = run.accuracy
+    if held is None:
         return ()
-    return tuple(replace(block, note="") for block in run.accuracy.full_blocks())
+    filled = [stage for stage in held.stages if any(stage in row.values for row in held.rows)]
+    if len(filled) <= len(held.own):
+        return ()
+    return tuple(
+        replace(block.only(["metric", "float", "target", *filled, "passed"]), note="") for block in held.full_blocks()
+    )
 
 
 def _static_table(points: PointTable) -> Block:

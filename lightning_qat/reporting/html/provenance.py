@@ -30,30 +30,33 @@ _SECRET_LINE = re.compile(rf"(?im)^(?P<head>[ \t-]*['\"]?{_SECRET}['\"]?[ \t]*:[
 _SECRET_OPTION = re.compile(rf"(?i)--?{_SECRET}")
 
 
-def describe_process(finished: bool) -> dict[str, Any]:
+def describe_process(finished: bool, checkpoint: str = "") -> dict[str, Any]:
     """Return what the running process knows about itself.
 
     Args:
         finished: whether the run is complete.
+        checkpoint: the best one of the run; empty without one.
     """
     return {
         "command": without_secrets([os.path.basename(sys.executable), *sys.argv]),
         "seed": os.environ.get("PL_GLOBAL_SEED"),
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "finished": finished,
+        "checkpoint": checkpoint or None,
         "versions": {"python": platform.python_version(), **_versions()},
         "platform": platform.platform(),
     }
 
 
-def write_provenance(directory: str | os.PathLike[str], finished: bool) -> Path:
+def write_provenance(directory: str | os.PathLike[str], finished: bool, checkpoint: str = "") -> Path:
     """Write ``provenance.json`` into the folder of a run.
 
     Args:
         directory: the run's ``lightning_qat`` folder.
         finished: whether the run is complete.
+        checkpoint: the best one of the run; empty without one.
     """
-    text = json.dumps(json_value(describe_process(finished)), indent=2) + "\n"
+    text = json.dumps(json_value(describe_process(finished, checkpoint)), indent=2) + "\n"
     return write_atomically(Path(directory) / FILE_NAME, text)
 
 
@@ -91,7 +94,8 @@ def export_command(folder: Path, provenance: Mapping[str, Any]) -> str:
     script, configs = _sources(provenance)
     config = configs[0] if configs else "" if script else "fit.yaml"
     checkpoints = list(folder.parent.glob("checkpoints/*.ckpt"))
-    checkpoint = str(checkpoints[0]) if len(checkpoints) == 1 else "best.ckpt"
+    noted = provenance.get("checkpoint")
+    checkpoint = str(noted or (checkpoints[0] if len(checkpoints) == 1 else "best.ckpt"))
     options = ["--config", config] if config else []
     return shlex.join(
         ["python", "-m", "lightning_qat", "export", script or "train.py", *options, "--ckpt_path", checkpoint]

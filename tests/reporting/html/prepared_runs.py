@@ -3,7 +3,7 @@
     python -m tests.reporting.html.prepared_runs FOLDER [--pictures]
 
 writes ``FOLDER/{misaligned,clipped,healthy}/lightning_qat/report.html``, and with ``--pictures`` what Chromium makes of
-them, wide and narrow, light and dark.
+them, wide and narrow, light and dark, and on paper.
 
 The trial: a reader who has never seen the tool gets one page at a time, and no help.
 
@@ -32,7 +32,14 @@ from tests.harness.trainers import trainer
 
 EPOCHS = 3
 CLIPPED = "relu_0.output"
-PICTURES = {"wide": (1280, False), "wide-dark": (1280, True), "narrow": (380, False), "narrow-dark": (380, True)}
+PICTURES = {
+    "wide": (1280, False, ""),
+    "wide-dark": (1280, True, ""),
+    "narrow": (380, False, ""),
+    "narrow-dark": (380, True, ""),
+    "print": (780, False, "print"),
+}
+"""Width, whether it is dark, and the medium."""
 
 
 def prepare(folder: Path, epochs: int = EPOCHS) -> dict[str, Path]:
@@ -89,9 +96,12 @@ def take_pictures(pages: dict[str, Path], folder: Path) -> None:
     """
     with tempfile.TemporaryDirectory() as profile, Chromium(Path(profile)) as browser:
         for name, path in pages.items():
-            for picture, (width, dark) in PICTURES.items():
+            for picture, (width, dark, media) in PICTURES.items():
                 page = browser.page(width, 900, dark)
                 page.open(path)
+                if media:
+                    page.run(f"window.dispatchEvent(new Event('before{media}'))")
+                    page.emulate(dark, media)
                 page.screenshot(folder / f"{name}-{picture}.png")
                 page.close()
 

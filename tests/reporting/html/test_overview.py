@@ -110,7 +110,7 @@ def test_a_running_training_is_not_called_sick_by_what_calibration_lost(tmp_path
         ),
         (
             [ladder("pipeline misaligned", cause="channels are swapped")],
-            "Mend what differs first: channels are swapped.",
+            "Mend what differs first:\n- channels are swapped\n",
         ),
         ([convergence("diverging")], "Lower the learning rate."),
         ([accuracy(False), diagnosis("a.weight")], "Calibrate anew."),
@@ -227,10 +227,12 @@ def test_a_setting_that_differs_stands_in_what_to_do(tmp_path: Path) -> None:
         result = PipelineResult((), "pipeline misaligned", "it falls.", 2, rows[0].what, PipelineDifferences(rows))
         write_json(result, run / "lightning_qat" / "pipeline_check.json")
 
-    assert judged(tmp_path, write).next_action == (
-        "Mend what differs first: mean 0 -> 5: normalization missing here? These settings differ too, so look there: "
-        "Digits normalized: True -> False. Then run again: the check says whether it was that."
-    )
+    assert judged(tmp_path, write).next_action.splitlines() == [
+        "Mend what differs from the float run first (float run -> here):",
+        "- mean 0 -> 5: normalization missing here?",
+        "- Digits normalized: True -> False",
+        "Then run again: the check says whether it was that.",
+    ]
 
 
 def test_the_rung_that_decides_is_shown_and_those_behind_it_are_named(tmp_path: Path) -> None:
@@ -295,6 +297,18 @@ def test_the_export_command_has_what_is_known_of_its_arguments(
         (run / "lightning_qat" / "provenance.json").write_text(json.dumps({"finished": True, "command": command}))
 
     assert f"`python -m lightning_qat export {expected}`" in judged(tmp_path, write, accuracy(True)).next_action
+
+
+def test_the_export_command_names_the_best_checkpoint_of_the_run(tmp_path: Path) -> None:
+    """Wherever it is; also where others are beside it."""
+
+    def write(run: Path) -> None:
+        (run / "checkpoints").mkdir()
+        (run / "checkpoints" / "last.ckpt").touch()
+        held = {"finished": True, "checkpoint": "logs/my best.ckpt"}
+        (run / "lightning_qat" / "provenance.json").write_text(json.dumps(held))
+
+    assert "--ckpt_path 'logs/my best.ckpt'`" in judged(tmp_path, write, accuracy(True)).next_action
 
 
 def test_the_export_command_names_the_only_checkpoint(tmp_path: Path) -> None:

@@ -198,10 +198,14 @@ def test_every_explained_word_links_to_the_glossary(tmp_path: Path) -> None:
 
 
 def test_the_result_table_is_there_only_beside_other_runs(tmp_path: Path) -> None:
-    """The first screen has the stages of the run itself."""
+    """The first screen has the stages of the run itself. A run that has none of its metrics is not beside it."""
     run = full_run(tmp_path)
     assert "#results" not in page_of(run).attributes("href")
     table = ResultTable()
+    table.record("test", "QAT", {"test_acc": 0.7})
+    table.record("run", "QAT", {"val_acc": 0.8})
+    write_json(table.result("run", ["val_acc"], "1%"), run / "lightning_qat" / "accuracy.json")
+    assert "#results" not in page_of(run).attributes("href")
     for name in ("earlier", "run"):
         table.record(name, "float", {"val_acc": 0.9})
         table.record(name, "QAT", {"val_acc": 0.8 if name == "run" else 0.7})
@@ -209,6 +213,7 @@ def test_the_result_table_is_there_only_beside_other_runs(tmp_path: Path) -> Non
     page = page_of(run)
     assert "#results" in page.attributes("href")
     assert {"earlier QAT", "run QAT", "0.7"} <= {text for _, text in page.texts}
+    assert "test QAT" not in page.text
 
 
 def test_a_check_that_decides_is_not_repeated_below_the_first_screen(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ function showGraph(graph) {
     const tip = `${piece.type || "as before"}: ${piece.count} ops, ${piece.from} to ${piece.to}`;
     svg.append(draw("rect", { class: `type ${typeClass(piece.type)}`, x, y: 2, width: size, height: height - 4, tip }));
     if (piece.type === "float") svg.append(draw("rect", { fill: "url(#float-hatch)", x, y: 2, width: Math.max(size, 2), height: height - 4, tip }));
+    if (piece.type && size > 9 * piece.type.length) svg.append(draw("text", { class: `on-${typeClass(piece.type)}`, x: x + 6, y: 21, text: piece.type, "pointer-events": "none" }));
     x += size;
   }
   const legend = make("p", { class: "legend" });
