@@ -131,18 +131,19 @@ class EarlyAnalysis(EpochEndAnalysis):
         """Say that the model is no longer one that shows the cause, if so, and where to look. Call it on all ranks."""
         if self._is_start:
             return self._start_remark
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}  # reduces over ranks
         file = run_directory(trainer) / f"{CALIBRATED}diagnosis.txt"  # broadcasts
         is_there = os.path.exists(file)  # unlike file.exists(), it never raises
         first = f"Look at {file} first: it is about the model that training started from." if is_there else ""
-        why = trainer.strategy.broadcast(self._why_diverged(trainer, pl_module) if trainer.is_global_zero else "")
+        why = trainer.strategy.broadcast(self._why_diverged(trainer, pl_module, logged))
         if why:
             first = first or "Ask PipelineCheck() first whether quantization is to blame at all."
             return f"This is about a model that has diverged ({why}), and does not show the cause. {first}"
-        if self.calibration_loss and trainer.strategy.broadcast(self._falls_from(self._float, trainer)):
+        if self.calibration_loss and trainer.strategy.broadcast(_falls(self._float, logged)):
             return f"Training has not won back what calibration lost ({self.calibration_loss}). {first}".rstrip()
         return ""
 
-    def _why_diverged(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+    def _why_diverged(self, trainer: pl.Trainer, pl_module: pl.LightningModule, logged: dict[str, float]) -> str:
         weights = {name: p for name, p in pl_module.named_parameters() if not is_in_region(name)}
         device = trainer.strategy.root_device
         finite = torch.stack([p.detach().isfinite().all().to(device) for p in weights.values()]) if weights else None
@@ -152,12 +153,12 @@ class EarlyAnalysis(EpochEndAnalysis):
         for monitor in listed(trainer, ConvergenceMonitor):
             if monitor.result is not None and monitor.result.verdict in _DIVERGED:
                 return f"ConvergenceMonitor: {monitor.result.verdict}"
-        return self._falls_from(self._calibrated, trainer)
+        return _falls(self._calibrated, logged)
 
-    def _falls_from(self, before: Measurement | None, trainer: pl.Trainer) -> str:
-        """The metrics that have collapsed since a measurement at the start, in words."""
-        if before is None:
-            return ""
-        latest = {name: float(value) for name, value in trainer.callback_metrics.items() if name in before.metrics}
-        rows = compare(before.metrics, Measurement(latest), before)
-        return format_falls(judged(rows)) if breaks(rows) else ""
+
+def _falls(before: Measurement | None, logged: dict[str, float]) -> str:
+    """Say which logged metrics have collapsed since a measurement at the start; empty if none has."""
+    if before is None:
+        return ""
+    rows = compare(before.metrics, Measurement({k: v for k, v in logged.items() if k in before.metrics}), before)
+    return format_falls(judged(rows)) if breaks(rows) else ""

@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch import callbacks as of_lightning
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import Tensor, nn
@@ -118,6 +118,7 @@ class Case:
         data: arguments of ``fit``.
         warns: what our own warning says; none of ours if not given.
         error: what the clear error says, instead of a training.
+        strategy: in the place of the Trainer's; its own checks want several GPUs, or a package.
     """
 
     check: Callable[[Run], object] = lambda run: None
@@ -127,6 +128,7 @@ class Case:
     data: Callable[[], dict[str, Any]] = dict
     warns: str = ""
     error: str = ""
+    strategy: type | None = None
 
     @property
     def answer(self) -> str:
@@ -618,6 +620,9 @@ CASES: dict[str, Case] = {
         options=lambda path: {"strategy": DDPStrategy(process_group_backend="gloo"), "sync_batchnorm": True},
         error=r"sync_batchnorm=False.*freeze_batch_norm_after=0",
     ),
+    "`ModelParallelStrategy` (FSDP2)": Case(error="ModelParallelStrategy yet.*ddp", strategy=ModelParallelStrategy),
+    "`FSDPStrategy`": Case(error="FSDPStrategy yet.*ddp", strategy=FSDPStrategy),
+    "`DeepSpeedStrategy`": Case(error="DeepSpeedStrategy yet.*ddp", strategy=DeepSpeedStrategy),
 }
 
 
@@ -640,10 +645,12 @@ def test_feature_works(
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.error])
-def test_feature_is_refused(name: str, tmp_path: Path) -> None:
+def test_feature_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By one error, before anything is trained, that says what to write instead."""
     case = CASES[name]
     run = qat_trainer(tmp_path, **case.options(tmp_path))
+    if case.strategy is not None:
+        monkeypatch.setattr(run._accelerator_connector, "strategy", case.strategy.__new__(case.strategy))
     with pytest.raises(MisconfigurationException, match=case.error):
         run.callbacks[0].setup(run, case.module(), "fit")  # type: ignore[attr-defined]
 

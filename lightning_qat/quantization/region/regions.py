@@ -16,7 +16,7 @@ def check_target(module: nn.Module) -> None:
     """Refuse a module that is quantized already, or whose forward cannot be taken over.
 
     Raises:
-        ConfigurationError: it has, or contains, a region; or it is a script module.
+        ConfigurationError: it has, or contains, a region; its parameters are sharded; or it is a script module.
     """
     name = type(module).__name__
     regions = find_regions(module)
@@ -26,6 +26,11 @@ def check_target(module: nn.Module) -> None:
         raise ConfigurationError(
             f"{name} contains quantized regions ({', '.join(regions)}): an op must not be quantized twice. Remove them "
             "first, or leave this target out."
+        )
+    if any(hasattr(parameter, "placements") for parameter in module.parameters()):  # a DTensor
+        raise ConfigurationError(
+            f"the parameters of {name} are sharded: what gathers them runs inside its forward and would be taken for "
+            "ops of the model. Insert fake-quant first, and call fully_shard afterwards."
         )
     if isinstance(module, torch.jit.ScriptModule):
         raise ConfigurationError(
