@@ -93,6 +93,8 @@ class Row:
         faster: time of the float graph by that of the file.
         task: the measure in float, with fake-quant and with onnxruntime; None without a task.
         task_name: its name.
+        torch_task: the measure with fake-quant where torch computes without oneDNN, so adds in another order; None
+            without a task.
     """
 
     model: str
@@ -110,6 +112,7 @@ class Row:
     faster: float = 0.0
     task: tuple[float, float, float] | None = None
     task_name: str = ""
+    torch_task: float | None = None
 
 
 def cases() -> dict[str, Callable[[], Case]]:
@@ -201,8 +204,8 @@ def measure(name: str, make: Callable[[], Case], types: str, scales: str) -> Row
             result = lightning_qat.export_onnx(case.model, file, example)
         except (ConfigurationError, ExportMismatchError) as error:
             return dataclasses.replace(row, why_not=str(error))
-        task = _task(case, region, file) if case.quality is not None else None
-    return dataclasses.replace(row, **_found(result), task=task, task_name=case.task)
+        task, torch_task = _task(case, region, file) if case.quality is not None else (None, None)
+    return dataclasses.replace(row, **_found(result), task=task, task_name=case.task, torch_task=torch_task)
 
 
 def _quantized(case: Case, types: str) -> Region:
@@ -238,21 +241,25 @@ def _train(case: Case, region: Region, scales: str) -> None:
     case.model.eval()
 
 
-def _task(case: Case, region: Region, file: Path) -> tuple[float, float, float]:
+def _task(case: Case, region: Region, file: Path) -> tuple[tuple[float, float, float], float]:
+    """The measure in float, with fake-quant and with onnxruntime; and with fake-quant but without oneDNN."""
     assert case.quality is not None
     select = OutputSelector(case.output or None, None)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
-    found: dict[str, list[Tensor]] = {"off": [], "quantize": [], "onnxruntime": []}
+    found: dict[str, list[Tensor]] = {"off": [], "quantize": [], "onnxruntime": [], "without oneDNN": []}
     for batch in case.held_out:
         with torch.no_grad():
             for state in ("off", "quantize"):
                 with region.state(state):  # type: ignore[arg-type]
                     found[state] += select(case.model(**batch))
+            with region.state("quantize"), torch.backends.mkldnn.flags(enabled=False):
+                found["without oneDNN"] += select(case.model(**batch))
         fed = [leaf.numpy() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         found["onnxruntime"].append(torch.from_numpy(session.run(None, dict(zip(names, fed, strict=True)))[0]))
     outputs = {name: torch.cat(parts) for name, parts in found.items()}
-    return tuple(case.quality(part, outputs["off"]) for part in outputs.values())  # type: ignore[return-value]
+    off, quantized, exported, other = (case.quality(part, outputs["off"]) for part in outputs.values())
+    return (off, quantized, exported), other
 
 
 def _found(result: ExportResult) -> dict[str, Any]:
@@ -298,7 +305,8 @@ uint8 (affine) under this profile. Scales are those of statistics, or learned.
   which amplify every difference, 100 % says no more than that a flip is as large as a step of quantization. Where basic
   changes more than off, onnxruntime rounds biases; where full changes more than basic, it makes 8 bits of 16-bit inputs
   of matrix products. The report of an export names these causes, with the settings that avoid them.
-- **task**: in float / with fake-quant / with onnxruntime at full optimization, in percent.
+- **task**: in float / with fake-quant / with onnxruntime at full optimization, in percent; in brackets with fake-quant
+  where torch computes without oneDNN, so adds in another order: what the order of sums alone does to the task.
 - **integer**: convolutions, matrix products and additions that onnxruntime computes on integers. The report of an
   export names the cause for every other one.
 - **size, time**: of the same graph in float, divided by those of the file: above 1, the file is smaller or faster. Of
@@ -323,6 +331,8 @@ def line(row: Row) -> str:
         ends.append(text)
     counts = ", ".join(f"{some} of {count} {kind}s" for kind, (some, count) in row.integer.items())
     task = "" if row.task is None else f"{row.task_name}: " + " / ".join(f"{100 * value:.2f}" for value in row.task)
+    if row.torch_task is not None:
+        task += f" ({100 * row.torch_task:.2f})"
     behind = f"{_percent(row.behind[0])}, {row.behind[1]}"
     cells = [
         f"{_percent(row.equal)} of {row.codes:,}",
@@ -350,16 +360,16 @@ def document(rows: list[Row]) -> str:
     exported = [row for row in rows if not row.why_not]
     codes = sum(row.codes for row in exported)
     models = len({row.model for row in exported})
-    apart: dict[str, float] = {}
-    for row in exported:
-        if row.task is not None:
-            apart[row.model] = max(apart.get(row.model, 0.0), abs(row.task[1] - row.task[2]))
-    points = ", ".join(f"{name} {100 * most:.2f}" for name, most in apart.items())
+    apart, of_torch = (
+        _apart(exported, lambda row: row.task and row.task[2]),
+        _apart(exported, lambda row: row.torch_task),
+    )
     done = {(row.model, row.types, row.scales) for row in rows}
     missing = [(name, *pair) for name in cases() for pair in wanted(name) if (name, *pair) not in done]
     summary = (
         f"All {codes:,} codes of {len(exported)} exports of {models} models are equal in (a). "
-        f"The task of onnxruntime is at most so many points from fake-quant's: {points}."
+        f"The task of onnxruntime is at most so many points from fake-quant's: {apart}. "
+        f"That of fake-quant without oneDNN: {of_torch}."
     )
     if missing:
         summary += f" Not measured: {'; '.join(f'{name} ({types}, {scales})' for name, types, scales in missing)}."
@@ -370,6 +380,16 @@ def document(rows: list[Row]) -> str:
     ordered = sorted(rows, key=lambda row: (order[row.model], kinds.index(row.types), SCALES.index(row.scales)))
     measured = f"{versions()[:-1]}; onnxruntime {onnxruntime.__version__}."
     return "\n".join([INTRODUCTION, measured, "", summary, "", table(ordered), ""])
+
+
+def _apart(rows: list[Row], task: Callable[[Row], float | None]) -> str:
+    """For each model, the most points between a task and that of fake-quant."""
+    found: dict[str, float] = {}
+    for row in rows:
+        other = task(row)
+        if row.task is not None and other is not None:
+            found[row.model] = max(found.get(row.model, 0.0), abs(row.task[1] - other))
+    return ", ".join(f"{name} {100 * most:.2f}" for name, most in found.items())
 
 
 def wanted(name: str) -> list[tuple[str, str]]:

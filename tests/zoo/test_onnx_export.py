@@ -26,13 +26,14 @@ ROW = Row(
     faster=0.5,
     task=(0.99, 0.98, 0.975),
     task_name="accuracy",
+    torch_task=0.978,
 )
 
 
 def test_line_holds_every_number() -> None:
     assert line(ROW) == (
         "| digits (examples) | int8, trained | 100 % of 1,000 | 99.9 %, 1 | 0 (100 %, 0) | 50 (98 %, 2) | "
-        "25 (99 %, 1) | accuracy: 99.00 / 98.00 / 97.50 | 2 of 9 convolutions | 3.50, 0.50 |"
+        "25 (99 %, 1) | accuracy: 99.00 / 98.00 / 97.50 (97.80) | 2 of 9 convolutions | 3.50, 0.50 |"
     )
     failed = Row("BERT", "mix", "learned", why_not="no such op")
     assert "not exported: no such op" in line(failed)
@@ -41,7 +42,8 @@ def test_line_holds_every_number() -> None:
 def test_document_says_what_holds_and_what_is_missing() -> None:
     text = document([ROW])
     assert "All 1,000 codes of 1 exports of 1 models are equal in (a)." in text
-    assert "digits (examples) 0.50." in text
+    assert "from fake-quant's: digits (examples) 0.50." in text
+    assert "without oneDNN: digits (examples) 0.20." in text
     assert "BERT (int8, trained)" in text
     assert "**Codes differ in (a).**" in document([dataclasses.replace(ROW, equal=0.5)])
 
