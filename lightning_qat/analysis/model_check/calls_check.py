@@ -54,7 +54,7 @@ def check_calls(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
     findings = [
         *_shared_module(registered),
         *_called_again(_outermost(checked, repeated, registered), times),
-        *_unused_module(unused),
+        *_unused_module(unused, _unknown_operand(checked)),
     ]
     note = "" if rows else "every module is called once."
     return findings, [Section("Each module called times:", ("name", "called times"), rows, "A4", note)]
@@ -197,8 +197,19 @@ def _called_again(names: tuple[str, ...], times: Mapping[str, int]) -> Iterable[
         )
 
 
-def _unused_module(unused: tuple[str, ...]) -> Iterable[Finding]:
-    if unused:
+def _unused_module(unused: tuple[str, ...], reader: str) -> Iterable[Finding]:
+    if unused and reader:
+        yield Finding(
+            severity="warning",
+            kind="hidden module",
+            requirement="A4",
+            names=unused,
+            what=f"{shortened(unused)}: has parameters and no op of it was seen, and {reader} reads a tensor of "
+            "unknown origin.",
+            why="Ops inside a custom autograd.Function or a compiled extension cannot be seen: they stay float.",
+            action="Call the modules outside of it, for example by switching the custom function off for QAT.",
+        )
+    elif unused:
         yield Finding(
             severity="info",
             kind="unused module",
@@ -208,6 +219,14 @@ def _unused_module(unused: tuple[str, ...]) -> Iterable[Finding]:
             why="What is not traced is not quantized, and parameters without a gradient stop DistributedDataParallel.",
             action="Remove the module, or trace batches that reach it.",
         )
+
+
+def _unknown_operand(checked: CheckedRegion) -> str:
+    """Name the first op that reads floating-point values of unknown origin; empty if there is none."""
+    for op in checked.graph.ops:
+        if any(o.is_float and any(s.kind == "opaque" for s in o.sources) for o in op.operands):
+            return op.name
+    return ""
 
 
 def _unused_modules(checked: CheckedRegion, times: Mapping[str, int]) -> tuple[str, ...]:

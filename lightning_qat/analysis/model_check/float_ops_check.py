@@ -36,7 +36,21 @@ def check_float_ops(checked: CheckedRegion) -> tuple[list[Finding], list[Section
         Section("Ops that compute in float32:", columns, rows, "A12", note),
         Section("Segments of the deployed model:", ("what", "count"), total, "A12"),
     ]
-    return list(_findings(segments)), [*sections, flops_table(segments)]
+    return [*_nothing_quantized(checked), *_findings(segments)], [*sections, flops_table(segments)]
+
+
+def _nothing_quantized(checked: CheckedRegion) -> Iterable[Finding]:
+    if checked.computing and all(dtype == FLOAT for dtype in checked.dtypes.points.values()):
+        names = tuple(op.name for op in checked.computing)
+        yield Finding(
+            severity="warning",
+            kind="nothing quantized",
+            names=names,
+            what=f"No tensor of the region is quantized: {shortened(names)} compute in float32.",
+            why="What is trained and evaluated is the float model, whatever the reports say of its accuracy.",
+            action="Look at the reasons of the float ops. Choose the target that holds the layers, or take back the "
+            "overrides that keep them float.",
+        )
 
 
 def _findings(segments: Segments) -> Iterable[Finding]:

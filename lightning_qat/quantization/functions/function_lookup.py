@@ -60,6 +60,16 @@ def specialise(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> O
 PARALLEL = frozenset(["broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"])
 """Data movement whose n-th result depends on the n-th tensor only."""
 
+RANDOM = frozenset(
+    name
+    for names in (
+        "rand randn rand_like randn_like uniform normal_ bernoulli_ exponential log_normal cauchy geometric random",
+        "normal bernoulli binomial poisson",
+    )
+    for name in names.split()
+)
+"""Ops that draw random numbers."""
+
 STATISTICS = frozenset(["batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit"])
 """Ops that write running statistics into buffers; these are parameters of the op, not data."""
 

@@ -12,7 +12,13 @@ from torch import Tensor
 from lightning_qat.quantization.functions.function_lookup import is_interceptable
 from lightning_qat.quantization.interception.call_path import ScopeNode
 from lightning_qat.quantization.modules.tensor_leaves import dtype_name, is_float_name
-from lightning_qat.quantization.tracing.op_dependence import data_dependent, index_only, mask_ops, written_with_data
+from lightning_qat.quantization.tracing.op_dependence import (
+    data_dependent,
+    index_only,
+    mask_ops,
+    random_ops,
+    written_with_data,
+)
 from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, RegionOutput, Source
 from lightning_qat.quantization.tracing.op_records import OpRecord
 
@@ -96,10 +102,11 @@ class GraphBuilder:
         renamed = self._merge_modes()
         carried = {name: renamed.get(key, key) for name, key in carried.items()}
         writers = {name: {renamed.get(key, key) for key in keys} for name, keys in writers.items()}
-        changing = written_with_data(self._order, constants, carried, writers)
-        dependent = data_dependent(self._order, constants, carried, changing)
-        exact = index_only(self._order, constants, carried, changing, dependent)
         train_only = self._train_only()
+        random = random_ops(self._order, train_only)
+        changing = written_with_data(self._order, constants, carried, writers, random)
+        dependent = data_dependent(self._order, constants, carried, changing, random)
+        exact = index_only(self._order, constants, carried, changing, random, dependent)
         names = _display_names(self._order)
         resolver = _SourceResolver(names, dependent, constants, carried, changing)
         facts = _Facts(names, dependent, mask_ops(self._order), exact, train_only)

@@ -4,25 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lightning_qat.quantization.functions.function_lookup import RANDOM
 from lightning_qat.quantization.modules.tensor_leaves import is_float_name
 from lightning_qat.quantization.tracing.op_graph import Source
 from lightning_qat.quantization.tracing.op_records import OperandRecord, OpRecord
 
 
-def data_dependent(order: list[OpRecord], constants: set[str], carried: dict[str, str], changing: set[str]) -> set[str]:
-    """Return the keys of the ops whose result depends on an input of the region (or on a tensor of unknown origin).
+def data_dependent(
+    order: list[OpRecord], constants: set[str], carried: dict[str, str], changing: set[str], random: set[str]
+) -> set[str]:
+    """Return the keys of the ops whose result depends on data.
+
+    Data are the inputs of the region, tensors of unknown origin, and random numbers that the deployed model draws, as a
+    generator or a sampled latent variable does.
 
     Args:
         order: the ops.
         constants: names of unknown tensors that stayed the same.
         carried: maps unknown tensors that an op made in an earlier forward to the key of that op.
         changing: buffers that hold data, see :func:`written_with_data`.
+        random: the ops that draw, see :func:`random_ops`.
     """
-    return _spread(order, carried, lambda source, _: _is_data(source, constants, carried, changing), set())
+    return _spread(order, carried, lambda source, _: _is_data(source, constants, carried, changing), set(random))
+
+
+def random_ops(order: list[OpRecord], train_only: set[str]) -> set[str]:
+    """Return the ops that draw floating-point random numbers, in eval mode too.
+
+    What only training draws (noise, stochastic depth) is not part of the deployed model: a weight with such noise is
+    still a weight. Random integers are exact.
+
+    Args:
+        order: the ops.
+        train_only: those that ran in train mode only.
+    """
+    return {
+        record.key
+        for record in order
+        if record.spec.kind in RANDOM
+        and record.key not in train_only
+        and any(is_float_name(dtype) for dtype, _ in record.outputs)
+    }
 
 
 def index_only(
-    order: list[OpRecord], constants: set[str], carried: dict[str, str], changing: set[str], dependent: set[str]
+    order: list[OpRecord],
+    constants: set[str],
+    carried: dict[str, str],
+    changing: set[str],
+    random: set[str],
+    dependent: set[str],
 ) -> set[str]:
     """Return the ``dependent`` ops that compute from nothing but integer inputs and constants.
 
@@ -33,11 +64,15 @@ def index_only(
         is_index = source.kind == "input" and operand.dtype in _INDEX_TYPES
         return not is_index and _is_data(source, constants, carried, changing)
 
-    return dependent - _spread(order, carried, begins, _parameter_dependent(order) & dependent)
+    return dependent - _spread(order, carried, begins, (_parameter_dependent(order) | random) & dependent)
 
 
 def written_with_data(
-    order: list[OpRecord], constants: set[str], carried: dict[str, str], writers: dict[str, set[str]]
+    order: list[OpRecord],
+    constants: set[str],
+    carried: dict[str, str],
+    writers: dict[str, set[str]],
+    random: set[str],
 ) -> set[str]:
     """Return the buffers that hold data: values from an input, from random numbers or from a tensor of unknown origin.
 
@@ -49,11 +84,12 @@ def written_with_data(
         constants: names of unknown tensors that stayed the same.
         carried: maps unknown tensors that an op made in an earlier forward to the key of that op.
         writers: maps buffers that were written in a forward to the keys of the ops that did it.
+        random: the ops that draw, see :func:`random_ops`.
     """
     computing = {record.key for record in order if record.spec.role != "create"}
     changing = {name for name, keys in writers.items() if not keys <= computing}
     while True:
-        found = data_dependent(order, constants, carried, changing)
+        found = data_dependent(order, constants, carried, changing, random)
         more = {name for name, keys in writers.items() if keys & found} | changing
         if more == changing:
             return changing

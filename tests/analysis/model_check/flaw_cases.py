@@ -126,6 +126,14 @@ CASES: dict[str, Case] = {
         lambda: flawed.Decoder(8, 1.0),
         (("info", "called several times", "A4", ("embedding",)),),
     ),
+    "A4 hidden": Case(
+        flawed.Hidden,
+        (("warning", "hidden module", "A4", ("inner",)),),
+    ),
+    "nothing quantized": Case(
+        flawed.Floor,
+        (("warning", "nothing quantized", "", ("floor_0",)), ("info", "float op", "A12", ("floor_0",))),
+    ),
     "A4 unused": Case(flawed.Unused, (("info", "unused module", "A4", ("spare",)),)),
     "A5 ranges apart": Case(
         lambda: flawed.Decoder(3, 4.0, dynamic=True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,6 +99,36 @@ class Unused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.used(x)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Keeps no activations, as reversible networks do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+        return module(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class Hidden(nn.Module):
+    """Calls a layer inside a custom autograd.Function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(_Recomputed.apply(self.first(x), self.inner))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Floor(nn.Module):
+    """Has no op that is quantized."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.floor(x)
 
 
 class FloatOp(nn.Module):
