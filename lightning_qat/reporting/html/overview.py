@@ -51,6 +51,7 @@ class Overview:
         source: whose verdict it is.
         remarks: what else speaks against the run.
         look_at: names of the points to look at first.
+        no_point: why there are none, if that is known.
         metrics: the metrics of the run, by stage.
         findings: of all reports, the most severe first.
     """
@@ -62,6 +63,7 @@ class Overview:
     source: str = ""
     remarks: tuple[str, ...] = ()
     look_at: tuple[str, ...] = ()
+    no_point: str = ""
     metrics: tuple[Block, ...] = ()
     findings: tuple[ReportFinding, ...] = ()
 
@@ -98,9 +100,17 @@ def judge_run(run: RunFolder) -> Overview:
         SOURCES.get(source, source),
         remarks=tuple(_for_this_page(run, remark) for remark in _remarks(run, source)),
         look_at=() if is_innocent else named,
+        no_point=_no_point(run, level),
         metrics=_metrics(run, with_note=source != "accuracy"),
         findings=tuple(_without_repetition(finding, source, sentence) for finding in findings),
     )
+
+
+def _no_point(run: RunFolder, level: Level) -> str:
+    """Why there is no point to look at; empty where points are judged one by one."""
+    if level == "good":
+        return "Points: none has to be changed for this target."
+    return "Points: none is to blame, because quantization is not the cause." if pipeline_is_at_fault(run) else ""
 
 
 def _without_repetition(finding: ReportFinding, source: str, sentence: str) -> ReportFinding:
@@ -213,9 +223,8 @@ def _for_this_page(run: RunFolder, text: str) -> str:
         return text
     here = f"the pipeline check on this page ({check.verdict})"
     text = text.replace("PipelineCheck() (or ZeroLRFinetune() and FloatFinetune()) says", f"{here} says")
-    text = text.replace("Ask PipelineCheck() first", f"See {here} first").replace(
-        "PipelineCheck() says", f"{here} says"
-    )
+    text = text.replace("Ask PipelineCheck() first whether", f"T{here[1:]} says whether")
+    text = text.replace("PipelineCheck() says", f"{here} says")
     return f"T{text[1:]}" if text.startswith(here) else text
 
 

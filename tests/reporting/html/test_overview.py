@@ -139,6 +139,24 @@ def test_no_point_is_blamed_where_the_pipeline_is_at_fault(tmp_path: Path) -> No
     assert [f.advice.level for f in misaligned.findings if f.source == "diagnosis"] == ["info"]
 
 
+@pytest.mark.parametrize(
+    ("writes", "said"),
+    [
+        ([accuracy(True), diagnosis("a.weight")], "none has to be changed"),
+        ([accuracy(False), ladder("pipeline misaligned"), diagnosis("a.weight")], "none is to blame"),
+        ([accuracy(True), ladder("pipeline misaligned")], "none is to blame"),
+        ([accuracy(True), convergence("diverging")], ""),
+        ([accuracy(False), ladder("quantization error"), diagnosis("a.weight")], ""),
+        ([accuracy(False)], ""),
+    ],
+)
+def test_that_no_point_is_to_blame_is_said_where_it_is_known(tmp_path: Path, writes: list[Write], said: str) -> None:
+    found = judged(tmp_path, *writes)
+    assert said in found.no_point
+    assert bool(found.no_point) == bool(said)
+    assert not (found.no_point and found.look_at)
+
+
 def test_a_later_diagnosis_adds_what_the_first_has_not_said(tmp_path: Path) -> None:
     def write(run: Path) -> None:
         folder.write_diagnosis(run, "a.weight", name="calibrated_diagnosis")
@@ -266,7 +284,7 @@ def test_nothing_sends_the_reader_to_a_check_whose_result_is_on_the_page(tmp_pat
     said = [found.sentence, found.next_action, *found.remarks]
     said += [text for finding in found.findings for _, text in finding.advice.facts]
     assert not any("PipelineCheck()" in text for text in said)
-    assert "See the pipeline check on this page (pipeline misaligned) first whether it is." in found.remarks
+    assert "The pipeline check on this page (pipeline misaligned) says whether it is." in found.remarks
     without = judged(tmp_path / "b", write, accuracy(False))
     assert without.next_action == ask
 

@@ -84,7 +84,8 @@ def test_hostile_names_are_text_everywhere(tmp_path: Path, name: str) -> None:
     table |= {"run": name, "note": name, "stages": [name], "own": [], "rows": [
         {"metric": name, "float": 1.0, "target": None, name: 0.5, "passed": None}]}  # fmt: skip
     (folder / "accuracy.json").write_text(json.dumps(table))
-    (folder / "provenance.json").write_text(json.dumps({"command": ["fit", name], "versions": {name: name}}))
+    provenance = {"command": ["fit", name, "--config", name], "checkpoint": name, "versions": {name: name}}
+    (folder / "provenance.json").write_text(json.dumps(provenance))
     (run / "config.yaml").write_text(f"model: {name}\n", encoding="utf-8", errors="backslashreplace")
     page = page_of(run)
     clean = page_of(full_run(tmp_path / "clean", "x.weight", "fc.output", "fc.weight"))

@@ -22,6 +22,7 @@ def test_first_screen_says_what_is_wrong_what_to_do_and_which_points(tmp_path: P
     assert "normalization missing here" in misaligned
     assert "normalized_in_training: True -> False" in misaligned.partition(" Findings ")[0]
     assert "Look at these points first" not in misaligned
+    assert "Points: none is to blame" in misaligned
     assert "quantization error" in clipped
     assert f"Next {CLIPPED}: Its fixed scale is too small" in clipped
     assert "It stands in override 1" in clipped
@@ -29,4 +30,6 @@ def test_first_screen_says_what_is_wrong_what_to_do_and_which_points(tmp_path: P
     assert f"Look at these points first: {CLIPPED}" in clipped
     assert "target reached" in healthy
     assert "Nothing has to be done" in healthy
+    assert "Points: none has to be changed" in healthy
+    assert "Calibration alone reaches it too" in healthy
     assert "warning" not in healthy
