@@ -384,6 +384,7 @@ def test_bf16_mixed_keeps_scales_in_float32(tmp_path: Path) -> None:
     assert {scale.dtype for scale in scales(module).values()} == {torch.float32}
 
 
+@pytest.mark.filterwarnings("ignore:.*keeps the weights in bfloat16")
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_true_precisions_keep_scales_in_float32(tmp_path: Path, precision: str) -> None:
     """lightning-facts.md: a scale rounded to bfloat16 would be another scale."""

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -119,6 +120,7 @@ class Case:
         warns: what our own warning says; none of ours if not given.
         error: what the clear error says, instead of a training.
         strategy: in the place of the Trainer's; its own checks want several GPUs, or a package.
+        needs_cuda: whether Lightning offers it on a GPU alone.
     """
 
     check: Callable[[Run], object] = lambda run: None
@@ -129,6 +131,7 @@ class Case:
     warns: str = ""
     error: str = ""
     strategy: type | None = None
+    needs_cuda: bool = False
 
     @property
     def answer(self) -> str:
@@ -149,9 +152,10 @@ def fit(case: Case, path: Path, *more: Callback) -> Run:
         assert len(region.points) >= 2
         assert all(bool((point.scale > 0).all()) for point in region.points.values())
         module.eval()
-        quantized = module(IMAGES)
+        images = IMAGES.to(next(module.parameters()))
+        quantized = module(images)
         with region.state("off"):
-            assert not torch.equal(module(IMAGES), quantized)
+            assert not torch.equal(module(images), quantized)
     assert watch.states
     assert set(watch.states) == {"quantize"}
     assert any(not torch.equal(watch.start[name], p.detach()) for name, p in module.named_parameters())
@@ -441,6 +445,31 @@ def evaluates_alike(run: Run) -> None:
     assert run.trainer.validate(run.module, verbose=False)[0]["val_loss"] == inside
 
 
+def computes_codes_in_float32(run: Run) -> None:
+    """What every quantizer of a step gives is what numpy makes of the same input in float32."""
+    (region,) = lightning_qat.find_regions(run.module).values()
+    points = {name: point for name, point in region.points.items() if point.axis is None}
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def noted(name: str, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def call(value: Tensor) -> Tensor:
+            seen[name] = value, forward(value)
+            return seen[name][1]
+
+        return call
+
+    for name, point in points.items():
+        point.forward = noted(name, point.forward)  # type: ignore[method-assign]
+    run.trainer.validate(run.module, verbose=False)
+    assert len(seen) == len(points) > 2
+    for name, (value, out) in seen.items():
+        scale = points[name].scale.cpu().numpy()
+        codes = np.clip(np.rint(value.detach().float().cpu().numpy() / scale), -128, 127)
+        assert scale.dtype == codes.dtype == np.float32
+        assert out.dtype == value.dtype
+        assert torch.equal(out.detach().cpu(), torch.from_numpy(codes * scale).to(value.dtype)), name
+
+
 def logged(run: Run) -> None:
     """The loss and the numbers and texts of analyses are in every logger."""
     for log in run.trainer.loggers:
@@ -616,6 +645,14 @@ CASES: dict[str, Case] = {
     ),
     "`detect_anomaly`": Case(batches(8), options(detect_anomaly=True)),
     "LoRA adapters": Case(has_frozen_base, module=Adapted, warns="does not vary as long as"),
+    "`precision: 32-true`": Case(computes_codes_in_float32, options(precision="32-true")),
+    "`precision: bf16-mixed`": Case(computes_codes_in_float32, options(precision="bf16-mixed")),
+    "`precision: 16-mixed`": Case(
+        computes_codes_in_float32, options(precision="16-mixed", accelerator="auto"), needs_cuda=True
+    ),
+    "`precision: bf16-true`": Case(
+        computes_codes_in_float32, options(precision="bf16-true"), warns="keeps the weights in bfloat16"
+    ),
     "`sync_batchnorm`": Case(
         options=lambda path: {"strategy": DDPStrategy(process_group_backend="gloo"), "sync_batchnorm": True},
         error=r"sync_batchnorm=False.*freeze_batch_norm_after=0",
@@ -626,8 +663,16 @@ CASES: dict[str, Case] = {
 }
 
 
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="Lightning computes in float16 on a GPU alone")
+WORKING = [
+    pytest.param(name, id=name, marks=NO_CUDA if case.needs_cuda else ())
+    for name, case in CASES.items()
+    if not case.error
+]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.error])
+@pytest.mark.parametrize("name", WORKING)
 def test_feature_works(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -657,7 +702,7 @@ def test_feature_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.error and name != "`max_time`"])
+@pytest.mark.parametrize("name", [case for case in WORKING if case.id != "`max_time`"])
 def test_no_analysis_leaves_a_trace(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch of training is the same with and without all callbacks that analyse.
 

@@ -15,6 +15,9 @@ from lightning_qat.callbacks.trainer.output_directory import local_instead_of_ur
 from lightning_qat.quantization.numerics.dtypes import quant_dtype
 from lightning_qat.quantization.region.region import find_regions
 
+_TRUE_HALF = {"bf16-true": ("bfloat16", 9), "16-true": ("float16", 12)}
+"""Type of the weights, and binary digits behind which a step is lost: half of the last digit."""
+
 
 def check_trainer(trainer: pl.Trainer, stage: str) -> None:
     """Look at the strategy and the other callbacks.
@@ -74,8 +77,16 @@ def check_averaged_copies(trainer: pl.Trainer) -> None:
 
 
 def warn_about_precision(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Warn if half precision has fewer digits than the wide types of some points."""
+    """Warn if half precision has fewer digits than the wide types of some points, or than the steps of weights need."""
     precision = str(trainer.precision)
+    if precision in _TRUE_HALF:
+        dtype, digits = _TRUE_HALF[precision]
+        rank_zero_warn(
+            f"Trainer(precision={precision!r}) keeps the weights in {dtype}: a step that is smaller than 1/{2**digits} "
+            "of a weight changes nothing, and steps of QAT are small. Scales and codes are computed in float32 all the "
+            f"same. Write precision={precision.replace('true', 'mixed')!r}, which keeps the weights in float32.",
+            category=PossibleUserWarning,
+        )
     digits = 8 if "bf16" in precision else 11 if "16" in precision else 24
     wide = [
         point.name
