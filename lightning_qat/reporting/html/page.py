@@ -53,6 +53,8 @@ SECTIONS = {
     "glossary": "Glossary",
 }
 """Id and title of the sections, in their order."""
+_HEAT_COLUMNS = ("scale_drift", "flip_rate", "clipped_share", "score")
+"""Series of which the page draws points by epochs; ``sections.js`` has the same."""
 _CODE = re.compile(r"`([^`\n]+)`")
 _MOST_NAMES = 30
 """Names of one finding; the file of the finding has all."""
@@ -96,9 +98,12 @@ def render(judged: Sequence[JudgedRun]) -> str:
         "results": _results_of_all_runs(run),
         "choices": front_choices(run),
         "comparisons": compared_runs(judged),
+        "segments": segments(run),
     }
+    moves = (key for key, one in data["series"].items() if key in _HEAT_COLUMNS and len(one["epochs"]) > 1)
     present = {"results": parts["results"], "front": parts["choices"], "comparison": parts["comparisons"],
-               "depth": data["depth"]["names"], "epochs": data["series"], "graph": data["graph"]["ops"]}  # fmt: skip
+               "depth": data["depth"]["names"], "epochs": any(moves),
+               "graph": data["graph"]["ops"] or parts["segments"]}  # fmt: skip
     return template.render(
         **parts,
         run=run,
@@ -111,7 +116,6 @@ def render(judged: Sequence[JudgedRun]) -> str:
         sensitivity=sensitivity_scale(run),
         place=overrides_place(run.provenance),
         places_in_float=float_places(run),
-        segments=segments(run),
         gaps=find_gaps(run),
         evidence=_evidence(run),
         background=background(run),

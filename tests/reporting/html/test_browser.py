@@ -326,6 +326,9 @@ def test_the_heat_map_opens_on_what_has_something_to_show(
     assert len([text for text in offered if text.endswith("(all 0)")]) == 3 - len(columns)
     cells = "[...document.querySelectorAll('#heat-chart .heat')]"
     assert max(page.run(f"{cells}.map((cell) => Number(cell.getAttribute('fill-opacity')))")) == 1
+    page.run("document.querySelector('#heat-chart a').focus()")
+    page.press("Enter")
+    page.until("document.getElementById('point').open")
 
 
 def test_the_first_screen_has_every_number_on_a_narrow_one(opened: Opened, report: Path) -> None:

@@ -14,11 +14,12 @@ import pytest
 
 from lightning_qat.analysis.runs.accuracy import ResultTable
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.reporting import html
 from lightning_qat.reporting.console import console_text
 from lightning_qat.reporting.files import write_json
 from lightning_qat.reporting.html.judged_run import JudgedRun
 from lightning_qat.reporting.html.overview import Overview
-from lightning_qat.reporting.html.page import require_jinja, write_report
+from lightning_qat.reporting.html.page import SECTIONS, require_jinja, write_report
 from lightning_qat.reporting.html.page_data import as_json_element
 from lightning_qat.reporting.html.point_table import COLUMNS
 from lightning_qat.reporting.html.run_folder import read_run
@@ -196,6 +197,47 @@ def test_every_explained_word_links_to_the_glossary(tmp_path: Path) -> None:
     assert len(targets) >= len(links) > 4
     assert {str(target)[1:] for target in targets} <= set(ids)
     assert {column["anchor"] for column in page.data["points"]["columns"]} <= set(ids)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_the_list_of_sections_leads_to_what_is_there(tmp_path: Path, epochs: int) -> None:
+    """Also where no script runs: nothing waits for one to be shown but tools, and a chart says that it needs one."""
+    run = run_folder.write_run(tmp_path, 3, epochs=epochs)
+    page = page_of(run)
+    sections = [a["id"] for tag, a in page.elements if tag == "section"]
+    assert [link[1:] for link in page.attributes("href") if link[1:] in SECTIONS] == sections
+    assert ("epochs" in sections) == (epochs > 1)
+    assert {"depth", "graph"} < set(sections)
+    assert {tag for tag, a in page.elements if "hidden" in a} <= {"button", "div"}
+    assert page.text.count("This chart needs JavaScript.") == 2 + (epochs > 1)
+
+
+def test_a_run_without_points_has_no_charts(tmp_path: Path) -> None:
+    run = tmp_path / "lightning_qat"
+    run.mkdir()
+    run_folder.write_convergence(tmp_path)
+    assert not {"#depth", "#epochs", "#graph"} & set(page_of(tmp_path).attributes("href"))
+
+
+COLOURS = re.compile(r"--(\w+): (#[0-9a-f]{6})")
+
+
+def test_texts_stand_out_from_what_is_behind_them() -> None:
+    """WCAG 2.1, 1.4.3: 4.5 to 1, in light and dark, for every colour of a text on page and panel."""
+    style = (Path(html.__file__).parent / "assets" / "report.css").read_text()
+    light, dark, by_system = (dict(COLOURS.findall(part)) for part in re.split(r"\n\s+color-scheme:", style)[:3])
+    assert dark == by_system
+
+    def luminance(colour: str) -> float:
+        channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for theme in (light, dark):
+        for text in ("text", "soft", "link", "good", "bad", "warning", "unknown", "info"):
+            for behind in ("page", "panel"):
+                high, low = sorted((luminance(theme[text]), luminance(theme[behind])), reverse=True)
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (text, behind)
 
 
 def test_the_result_table_is_there_only_beside_other_runs(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ function hatching(id, color) {
   return draw("defs", {}, draw("pattern", { id, width: 6, height: 6, patternUnits: "userSpaceOnUse" }, line));
 }
 
-/** Rows of cells, the stronger the larger. Each row: {name, values, open}. */
+/** Rows of cells, the stronger the larger. Each row: {name, values}. */
 function heatChart(rows, epochs, label, format) {
   const [left, cell, line] = [8, Math.max(10, Math.min(26, 520 / epochs.length)), 20];
   const most = Math.max(1e-30, ...rows.flatMap((row) => row.values.filter(finite).map(Math.abs)));
@@ -139,7 +139,8 @@ function heatChart(rows, epochs, label, format) {
     });
     const last = row.values.filter(finite).at(-1);
     const name = row.name.length > 48 ? `${row.name.slice(0, 20)}…${row.name.slice(-26)}` : row.name;
-    svg.append(draw("text", { x: names, y: y + 13, text: `${last === undefined ? "" : format(last)}  ${name}`, class: "link", onclick: row.open, tip: row.name }));
+    const text = draw("text", { x: names, y: y + 13, text: `${last === undefined ? "" : format(last)}  ${name}`, class: "link", tip: row.name });
+    svg.append(draw("a", { href: `#point=${encodeURIComponent(row.name)}` }, text));
   });
   return svg;
 }

@@ -69,7 +69,7 @@ function showState() {
 
 const pointNames = data.points.rows.map((row) => row[0]);
 showDepth(data.depth);
-showEpochs(data.series, pointNames, openPoint);
+showEpochs(data.series, pointNames);
 showGraph(data.graph);
 showFront(data.front);
 

@@ -10,7 +10,6 @@ const roomIn = (id) => Math.max(320, byId(id).clientWidth);
 
 function showDepth(depth) {
   if (!depth.names.length) return;
-  byId("depth").hidden = false;
   const lines = [];
   if (depth.accumulated.some(finite)) lines.push({ name: "accumulated", values: depth.accumulated });
   if (depth.own.some(finite)) lines.push({ name: "own", values: depth.own, kind: "own" });
@@ -48,10 +47,9 @@ function pointLink(index) {
   return make("a", { class: "name", href: `#point=${encodeURIComponent(name)}`, text: name });
 }
 
-function showEpochs(series, names, open) {
+function showEpochs(series, names) {
   const columns = Object.keys(HEAT_COLUMNS).filter((key) => key in series && series[key].epochs.length > 1);
   if (!columns.length) return;
-  byId("epochs").hidden = false;
   const select = make("select", { "aria-label": "What is shown" });
   const moves = (key, rows) => rows.some((row) => row.some((value) => finite(value) && value !== 0));
   for (const key of columns) {
@@ -68,7 +66,7 @@ function showEpochs(series, names, open) {
     const size = (row) => row.reduce((most, value) => (finite(value) ? Math.max(most, Math.abs(value)) : most), -1);
     const order = values.map((row, index) => [size(row), index]).filter(([most]) => most >= 0);
     order.sort((a, b) => b[0] - a[0] || a[1] - b[1]);
-    const rows = order.slice(0, HEAT_ROWS).map(([, index]) => ({ name: names[index], values: values[index], open: () => open(index) }));
+    const rows = order.slice(0, HEAT_ROWS).map(([, index]) => ({ name: names[index], values: values[index] }));
     const parts = [heatChart(rows, epochs, `${HEAT_COLUMNS[select.value]} of points over the epochs`, SHARES.has(select.value) ? formatShare : formatNumber)];
     if (order.length > HEAT_ROWS) parts.push(make("p", { class: "note", text: `The first ${HEAT_ROWS} of ${order.length} points.` }));
     byId("heat-chart").replaceChildren(...parts);
@@ -82,14 +80,13 @@ const typeClass = (type) => (["int8", "int16", "float"].includes(type) ? type : 
 /** The ops in execution order as one strip; neighbours of one type are one piece, float is hatched. */
 function showGraph(graph) {
   if (!graph.ops.length) return;
-  byId("graph").hidden = false;
   const pieces = [];
   graph.ops.forEach(([name, , type]) => {
     const last = pieces.at(-1);
     if (last && (last.type === type || !type)) { last.count += 1; last.to = name; }
     else pieces.push({ type, count: 1, from: name, to: name });
   });
-  const [width, height] = [1100, 34];
+  const [width, height] = [roomIn("strip-chart"), 34];
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Types of the ops in execution order" }, hatching("float-hatch", "var(--text)"));
   let x = 0;
   for (const piece of pieces) {
