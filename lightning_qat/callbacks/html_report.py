@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 
@@ -118,9 +117,8 @@ class HTMLReport(ReportingCallback):
     def _note_provenance(self, trainer: pl.Trainer, finished: bool) -> None:
         if self._directory is not None:
             best = str(getattr(trainer.checkpoint_callback, "best_model_path", ""))
-            checkpoint = os.path.relpath(best) if best and Path(best).is_relative_to(Path.cwd()) else best
             path = self._directory / PROVENANCE
-            self._reports.write(path, partial(write_provenance, self._directory, finished, checkpoint))
+            self._reports.write(path, partial(write_provenance, self._directory, finished, best))
 
     def _write(self) -> None:
         if self._directory is not None:

@@ -42,7 +42,7 @@ def describe_process(finished: bool, checkpoint: str = "") -> dict[str, Any]:
         "seed": os.environ.get("PL_GLOBAL_SEED"),
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "finished": finished,
-        "checkpoint": checkpoint or None,
+        "checkpoint": _from_here(checkpoint) or None,
         "versions": {"python": platform.python_version(), **_versions()},
         "platform": platform.platform(),
     }
@@ -134,6 +134,11 @@ def overrides_place(provenance: Mapping[str, Any]) -> str:
         f"Add them to overrides of QuantizationAwareTraining in {configuration_of(provenance)}, behind those that are "
         "there: the last match wins."
     )
+
+
+def _from_here(path: str) -> str:
+    """A path as a user writes it: relative if it is below the working directory."""
+    return os.path.relpath(path) if path and Path(path).is_relative_to(Path.cwd()) else path
 
 
 def _sources(provenance: Mapping[str, Any]) -> tuple[str, list[str]]:
