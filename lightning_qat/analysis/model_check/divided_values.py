@@ -15,6 +15,8 @@ _DIVISIONS = {"div": 1, "rdiv": 0, "floor_divide": 1, "remainder": 1, "fmod": 1,
 """Number of the divisor among the operands."""
 
 
+_SINGULAR_AT_ZERO = frozenset({"sqrt"})
+"""Kinds whose derivative is infinite at zero, besides those that divide."""
 _ZERO_FROM_ZERO = {"div": (0,), "mul": (0, 1), **dict.fromkeys(("abs", "neg", "square", "sqrt", "pow"), (0,))}
 """Operands that make the result zero by being zero."""
 
@@ -28,9 +30,10 @@ def divisors(region: Region) -> dict[str, tuple[str, ...]]:
 
 
 def zeros_divided_by(region: Region) -> dict[str, tuple[DivisorUse, ...]]:
-    """Map each point whose zeros something divides by to the uses of its values on the way there.
+    """Map each point whose zeros make a result or a derivative infinite to the uses of its values on the way there.
 
-    More than :func:`divisors`: where ``x`` is zero, ``log(x / y)`` and ``1 / sqrt(x)`` are infinite.
+    More than :func:`divisors`: where ``x`` is zero, ``log(x / y)`` and ``1 / sqrt(x)`` are infinite, and so is the
+    derivative of ``sqrt(x)``.
     """
     found: dict[str, list[DivisorUse]] = {}
     for use in _uses(region, zeros=True):
@@ -46,7 +49,7 @@ class DivisorUse:
         point: the point.
         reader: the op that reads its values, as a divisor or on the way to one.
         operand: which operand of the reader they are.
-        dividing: the op that divides by them or takes their logarithm.
+        dividing: the op that divides by them, or takes their logarithm or root.
     """
 
     point: str
@@ -62,7 +65,7 @@ def _uses(region: Region, zeros: bool) -> Iterable[DivisorUse]:
     inputs = {(p.op, p.operand): p.name for p in plan.points if p.role == "input"}
     outputs = {p.op: p.name for p in plan.points if p.role == "output"}
     for op in graph.ops:
-        pending = [(op, divided_operand(op))]
+        pending = [(op, 0 if zeros and op.kind in _SINGULAR_AT_ZERO else divided_operand(op))]
         seen = set()
         while pending:
             reader, index = pending.pop()

@@ -1,4 +1,4 @@
-"""Divisors, and operands of logarithms, that are never zero in float and become zero by rounding."""
+"""Divisors, and operands of logarithms and roots, that are never zero in float and become zero by rounding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STEPS = 16
 
 
 def check_divisors(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
-    """Find the points whose smallest values round to zero although an op divides by them or takes their logarithm."""
+    """Find points whose smallest values become zero although an op divides by them, or takes a logarithm or root."""
     return list(_zero_divisors(checked)), []
 
 
@@ -54,10 +54,10 @@ def _zero_divisors(checked: CheckedRegion) -> Iterable[Finding]:
         severity="warning",
         kind="zero divisor",
         names=names,
-        what=f"{shortened(names)}: the smallest values become zero, and so the divisor, or the logarithm's operand, of "
-        f"{shortened(dividing)}. At {names[0]} the smallest value is {nearest:.3g}, and the step is {step:.3g}.",
-        why="In float none of them is zero. Quantized, the result is infinite: even where it is clipped again, its "
-        "gradient is NaN. Clipped by their norm, all gradients are, and so all weights after one step.",
+        what=f"{shortened(names)}: the smallest values become zero. At {names[0]} the smallest is {nearest:.3g}, and "
+        f"the step is {step:.3g}. {shortened(dividing)} divides by them, or takes their logarithm or root.",
+        why="In float none of them is zero. Quantized, the result or its derivative is infinite. Even where that is "
+        "clipped again, the gradient is NaN. Clipped by their norm, all gradients are NaN, and then all weights.",
         action="Give these points a type that tells the smallest value from zero, or, in the model, clamp them to at "
         "least one step.",
         yaml=overrides_yaml(dict.fromkeys(rules)),

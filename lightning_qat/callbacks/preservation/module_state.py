@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 from torchmetrics import Metric, MetricCollection
 
@@ -87,21 +86,6 @@ def shared_data(module: nn.Module) -> dict[int, Tensor | np.ndarray[Any, Any]]:
             found |= {id(one): one for one in changing if _bytes(changing) > _LARGE}
             found |= {id(one): one for one in held if isinstance(one, np.ndarray) and not _can_change(one)}
     return found
-
-
-@contextmanager
-def preserved_parameters(module: nn.Module) -> Iterator[None]:
-    """Put back the values of all parameters on exit: training steps may update a momentum encoder, for example."""
-    saved = [(p, p.data, p.detach().clone()) for p in module.parameters() if not is_lazy(p)]
-    try:
-        yield
-    finally:
-        with torch.inference_mode(False), torch.no_grad():  # in this order: the former turns gradients on
-            for parameter, data, content in saved:
-                if parameter.data_ptr() != data.data_ptr():
-                    parameter.data = data
-                if not torch.equal(parameter, content):
-                    parameter.copy_(content)
 
 
 @contextmanager

@@ -16,11 +16,10 @@ import torch
 from lightning_qat.callbacks.preservation.module_state import (
     preserved_attributes,
     preserved_loader_state,
-    preserved_parameters,
 )
 from lightning_qat.callbacks.preservation.optimizer_state import preserved_optimizers
 from lightning_qat.callbacks.trainer import _compat
-from lightning_qat.quantization.modules.preservation import preserved, replaced_attribute
+from lightning_qat.quantization.modules.preservation import preserved, preserved_parameters, replaced_attribute
 from lightning_qat.quantization.region.region import find_regions
 
 EVALUATION_HOOKS = (

@@ -64,6 +64,25 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
                 owner._buffers[name] = buffer
 
 
+@contextmanager
+def preserved_parameters(module: nn.Module) -> Iterator[None]:
+    """Put back the values of all parameters on exit: forwards in train mode may write them.
+
+    A codebook may follow its vectors, a momentum encoder its online network, and torch's own embeddings limit the norm
+    of their rows.
+    """
+    saved = [(p, p.data, p.detach().clone()) for p in module.parameters() if not (is_lazy(p) or p.is_meta)]
+    try:
+        yield
+    finally:
+        with torch.inference_mode(False), torch.no_grad():  # in this order: the former turns gradients on
+            for parameter, data, content in saved:
+                if parameter.data_ptr() != data.data_ptr():
+                    parameter.data = data
+                if not _equal(parameter, content):
+                    parameter.copy_(content)
+
+
 class TensorContents:
     """Copies of the contents of tensors, to restore those that are written later (inputs of a forward that works in
     place). Inference tensors are left out: nobody can write to them."""

@@ -28,7 +28,7 @@ from lightning_qat.quantization.interception.code_locations import user_location
 from lightning_qat.quantization.interception.interception import Intercepted, InterceptionMode, Opener, active_mode
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.module_walk import has_lazy_tensors
-from lightning_qat.quantization.modules.preservation import preserved, preserved_tensors
+from lightning_qat.quantization.modules.preservation import preserved, preserved_parameters, preserved_tensors
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, leaves, named_leaves
 from lightning_qat.quantization.tracing.graph_building import GraphBuilder
 from lightning_qat.quantization.tracing.op_graph import OpGraph
@@ -62,11 +62,8 @@ def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) ->
     if calls and any(map(has_lazy_tensors, target.modules())):
         _initialize(target, calls[0])
     tracer = Tracer(target)
-    # the parameters that a forward of torch's own modules writes: embeddings that limit the norm of their rows
-    limited = (m for m in target.modules() if getattr(m, "max_norm", None) is not None)
-    rescaled = [p for m in limited for p in m.parameters(recurse=False)]
-    with tracer, preserved(target), torch.inference_mode(False), torch.no_grad():
-        tried = [_run(target, replay, rescaled) for replay in replays(calls, train_mode)]
+    with tracer, preserved(target), preserved_parameters(target), torch.inference_mode(False), torch.no_grad():
+        tried = [_run(target, replay) for replay in replays(calls, train_mode)]
     failures = [failure for failure in tried if failure is not None]
     if failures and not tracer.builder.forwards:
         raise failures[0]
@@ -76,14 +73,14 @@ def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) ->
 def _initialize(target: nn.Module, call: Call) -> None:
     """Let lazy layers see an input, which they take their shapes from: what they compute then is no op of the model."""
     with preserved(target), torch.inference_mode(False), torch.no_grad():
-        _run(target, Replay(call, training=False, as_made=False, required=True), [])
+        _run(target, Replay(call, training=False, as_made=False, required=True))
 
 
-def _run(target: nn.Module, replay: Replay, rescaled: list[nn.Parameter]) -> TracingError | None:
+def _run(target: nn.Module, replay: Replay) -> TracingError | None:
     """Run one forward. Return why it failed, if it did and need not have run."""
     replay.set_modes(target)
     try:
-        with preserved_tensors([*leaves((replay.call.args, replay.call.kwargs)), *rescaled]):
+        with preserved_tensors(leaves((replay.call.args, replay.call.kwargs))):
             replay.call.run(target)
     except TracingError:
         raise

@@ -253,6 +253,14 @@ CASES: dict[str, Case] = {
             ),
         ),
     ),
+    "root of what int8 makes zero": Case(
+        flawed.Deviation,
+        (
+            ("warning", "zero divisor", "", ("add_0.output",)),
+            ("info", "one-sided range", "", ("var_0.input0", "var_0.output", "add_0.output", "sqrt_0.output")),
+        ),
+        batches=lambda: [ramp(8, 4) * torch.tensor([[0.0], [1], [1], [1], [1], [1], [1], [20]])],
+    ),
     "float16 overflow": Case(
         flawed.mlp,
         (("error", "float16 overflow", "", ("0.input0", "0.output")),),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -68,6 +69,49 @@ def test_everything_is_put_back_after_an_exception() -> None:
     assert random.getstate() == states[0]
     assert np.random.get_state()[1].tolist() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
+
+
+class Codebook(nn.Module):
+    """Its codes follow the vectors in training, as in VQ-VAE."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.codes = nn.Linear(4, 4), nn.Parameter(torch.eye(4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        nearest = torch.cdist(x, self.codes).argmin(1)
+        if self.training:
+            self.codes.data.index_copy_(0, nearest, x.detach())
+        return self.codes[nearest]
+
+
+class Momentum(nn.Module):
+    """Its second encoder follows the first, as in MoCo."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online, self.slow = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            for slow, online in zip(self.slow.parameters(), self.online.parameters(), strict=True):
+                slow.data = 0.9 * slow.data + 0.1 * online.data
+        return self.online(x) * self.slow(x)
+
+
+@pytest.mark.parametrize("make", [Codebook, Momentum, lambda: nn.Embedding(4, 4, max_norm=0.1)])
+def test_inserting_leaves_parameters_that_a_forward_in_train_mode_writes(make: Callable[[], nn.Module]) -> None:
+    """The traced forwards moved the codes of a VQ-VAE: after ``insert``, and after removal, it was another model."""
+    torch.manual_seed(0)
+    model = make()
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+    x = torch.arange(3) if isinstance(model, nn.Embedding) else torch.randn(3, 4)
+    insert(model, (x,)).remove()
+    for name, parameter in model.named_parameters():
+        address, content = before[name]
+        assert parameter.data_ptr() == address, name
+        assert torch.equal(parameter, content), name
 
 
 def test_walk_is_that_of_torch_but_for_the_inside_of_regions() -> None:
