@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
@@ -169,6 +169,8 @@ class SensitivityAnalysis(EarlyAnalysis):
         self._task = TaskMetric(self.metric_name, evaluation_batches, seed) if is_task else None
         self._of_output = of_output
         self._turn = 0
+        self._ranks = _Ranks()
+        self._stored = _Ranks()
         self._memory: dict[str, RegionMemory] = {}
 
     @override
@@ -204,9 +206,7 @@ class SensitivityAnalysis(EarlyAnalysis):
         if not is_calibrated(pl_module):
             rank_zero_warn("SensitivityAnalysis: training ended before there were scales; there is no sensitivity.csv.")
             return
-        latest = self.result
-        complete = latest is not None and latest.method == "isolation" and not latest.left_out and not latest.task
-        if complete and self.is_analysed(trainer):  # these weights were analysed, and the files hold the result
+        if self.result is not None and self.result.is_complete and self.is_analysed(trainer):  # the files hold it
             return
         result = self.tried(trainer, lambda: self._analyse(trainer, pl_module, final=True))
         if result is not None:
@@ -253,7 +253,10 @@ class SensitivityAnalysis(EarlyAnalysis):
             result = self._task.measured(trainer, pl_module, result)
         elif self._task is not None:
             result = self._task.without_values(result)
-        self.result = result.compared_with(self.result)
+        # a resumed run may analyse the weights of the checkpoint once more
+        since = self._stored.before if self._stored.complete_at == trainer.global_step else self._ranks.order
+        self.result = result.ranked_since(since)
+        self._ranks = _Ranks(self.result.order, since, trainer.global_step if result.is_complete else -1)
         return self.result
 
     def _samples(self, trainer: pl.Trainer, calls: list[Call]) -> int | None:
@@ -271,13 +274,24 @@ class SensitivityAnalysis(EarlyAnalysis):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"turn": self._turn}
+        return {"turn": self._turn, "ranks": asdict(self._ranks)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._turn = read_state(_Stored, state_dict, self).turn
+        stored = read_state(_Stored, state_dict, self)
+        self._turn, self._ranks, self._stored = stored.turn, stored.ranks, stored.ranks
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """The latest table's order, that of the one before, and the step whose weights it says everything about."""
+
+    order: tuple[tuple[str, str], ...] = ()
+    before: tuple[tuple[str, str], ...] = ()
+    complete_at: int = -1
 
 
 @dataclass(frozen=True)
 class _Stored:
     turn: Annotated[int, AT_LEAST_ZERO]
+    ranks: _Ranks = _Ranks()

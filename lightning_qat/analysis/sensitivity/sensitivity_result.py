@@ -153,9 +153,21 @@ class SensitivityResult(Result[SensitivityRow]):
 
     def compared_with(self, previous: SensitivityResult | None) -> SensitivityResult:
         """Return the same table with ``rank_change`` since an earlier one; rows that are new there have none."""
-        if previous is None:
-            return self
-        ranks = {(row.region, row.point): rank for rank, row in enumerate(previous.rows)}
+        return self if previous is None else self.ranked_since(previous.order)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every point was isolated, with a metric of the output: another method would say nothing new."""
+        return self.method == "isolation" and not self.left_out and not self.task
+
+    @property
+    def order(self) -> tuple[tuple[str, str], ...]:
+        """Region and point of every row, most sensitive first: all that :meth:`ranked_since` needs to know."""
+        return tuple((row.region, row.point) for row in self.rows)
+
+    def ranked_since(self, order: Iterable[tuple[str, str]]) -> SensitivityResult:
+        """Return the same table with ``rank_change`` since the :attr:`order` of an earlier one."""
+        ranks = {place: rank for rank, place in enumerate(order)}
         rows = []
         for rank, row in enumerate(self.rows):
             before = ranks.get((row.region, row.point))
