@@ -1,4 +1,4 @@
-"""The models that are measured: the two of the comparison, and a chain of any number of ops."""
+"""The models that are measured: the three of the comparison, and a chain of any number of ops."""
 
 from __future__ import annotations
 
@@ -96,6 +96,53 @@ class VisionTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2) + self.position
         return self.head(self.norm(self.blocks(x)).mean(dim=1))
+
+
+class InvertedResidual(nn.Module):
+    """Expand, depthwise convolution, squeeze and excite, project; an add where the shape stays."""
+
+    def __init__(self, inputs: int, expanded: int, outputs: int, stride: int, excites: bool) -> None:
+        super().__init__()
+        self.expand = _conv_norm(inputs, expanded, 1)
+        self.depthwise = _conv_norm(expanded, expanded, 3, stride, expanded)
+        self.squeeze = nn.Conv2d(expanded, expanded // 4, 1) if excites else None
+        self.excite = nn.Conv2d(expanded // 4, expanded, 1) if excites else None
+        self.project = _conv_norm(expanded, outputs, 1)
+        self.adds = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.hardswish(self.depthwise(F.hardswish(self.expand(x))))
+        if self.squeeze is not None and self.excite is not None:
+            weights = self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1))))
+            y = y * F.hardsigmoid(weights)
+        y = self.project(y)
+        return x + y if self.adds else y
+
+
+class MobileNet(nn.Module):
+    """After MobileNetV3: many ops on small tensors, where Python's overhead counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _conv_norm(BATCH[1], 16, 3, 2)
+        self.blocks = nn.Sequential(
+            InvertedResidual(16, 16, 16, 2, True),
+            InvertedResidual(16, 72, 24, 2, False),
+            InvertedResidual(24, 88, 24, 1, False),
+            InvertedResidual(24, 96, 40, 2, True),
+            InvertedResidual(40, 120, 40, 1, True),
+        )
+        self.last = _conv_norm(40, 240, 1)
+        self.head = nn.Linear(240, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.last(self.blocks(F.hardswish(self.stem(x)))))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def _conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
 
 class Chain(nn.Module):

@@ -16,11 +16,12 @@ from importlib import metadata
 import torch
 
 from tests.benchmarks.insertion import CalibrationRow, InsertionRow, calibration, insertion
-from tests.benchmarks.models import ResNet, VisionTransformer
+from tests.benchmarks.models import MobileNet, ResNet, VisionTransformer
+from tests.benchmarks.timing import cpu_once, once
 from tests.benchmarks.training_step import Row, compare
 from tests.benchmarks.variants import FLOAT, VARIANTS
 
-MODELS = {"ResNet": ResNet, "ViT": VisionTransformer}
+MODELS = {"ResNet": ResNet, "ViT": VisionTransformer, "MobileNet": MobileNet}
 PACKAGES = ("lightning-qat", "torch", "torchao", "nncf", "brevitas", "nvidia-modelopt")
 
 
@@ -31,13 +32,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     _section("Measured with", environment(arguments.threads))
     variants = [v for v in VARIANTS if v is FLOAT or any(word in v.name for word in arguments.only or [""])]
-    for name, model_class in {} if arguments.no_steps else MODELS.items():
+    models = {name: MODELS[name] for name in arguments.models}
+    for name, model_class in {} if arguments.no_steps else models.items():
         torch.manual_seed(0)
-        rows = compare(model_class(), variants, arguments.rounds, arguments.repeats)
+        clock = cpu_once if arguments.processor_time else once
+        rows = compare(model_class(), variants, arguments.rounds, arguments.repeats, clock)
         _section(f"Training step: {name}", step_table(rows))
     _section("Insertion (processor time, one thread)", insertion_table([insertion(ops) for ops in arguments.ops]))
     rows_by_model = {}
-    for name, model_class in MODELS.items():
+    for name, model_class in models.items():
         torch.manual_seed(0)
         model = model_class()
         rows_by_model[name] = calibration(model, copy.deepcopy(model), arguments.rounds)
@@ -123,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3, help="training steps per turn (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
     parser.add_argument("--only", nargs="*", help="words: only variants with one of them in their name")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="only these models")
+    parser.add_argument("--processor-time", action="store_true", help="for a busy machine; with --threads 1")
     parser.add_argument("--no-steps", action="store_true", help="insertion and calibration only")
     parser.add_argument("--ops", type=int, nargs="*", default=[100, 1_000, 10_000], help="sizes of the insertion test")
     return parser

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.benchmarks.models import BATCH, CLASSES
-from tests.benchmarks.timing import Timing, interleaved
+from tests.benchmarks.timing import Timing, interleaved, once
 from tests.benchmarks.variants import FLOAT, Prepared, Variant
 
 PREPARATION_LIMIT = 300
@@ -45,7 +45,13 @@ class Row:
         return self.timing.extra / self.quantizers * 1e6
 
 
-def compare(model: nn.Module, variants: Sequence[Variant], rounds: int, repeats: int) -> list[Row]:
+def compare(
+    model: nn.Module,
+    variants: Sequence[Variant],
+    rounds: int,
+    repeats: int,
+    clock: Callable[[Callable[[], object]], float] = once,
+) -> list[Row]:
     """Measure all variants that can be prepared, in one run and in turns.
 
     Args:
@@ -53,6 +59,7 @@ def compare(model: nn.Module, variants: Sequence[Variant], rounds: int, repeats:
         variants: the float model must be among them.
         rounds: turns of each variant.
         repeats: steps per turn.
+        clock: how to time a step.
     """
     x, y = torch.randn(BATCH), torch.randint(0, CLASSES, BATCH[:1])
     warm_up = training_step(model.train(), x, y)
@@ -72,7 +79,7 @@ def compare(model: nn.Module, variants: Sequence[Variant], rounds: int, repeats:
         except Exception as error:  # somebody else's package may raise anything
             failed[variant.name] = _reason(variant, error)
             steps.pop(variant.name, None)
-    timings = interleaved(steps, FLOAT.name, rounds, repeats)
+    timings = interleaved(steps, FLOAT.name, rounds, repeats, clock)
     return [
         Row(v, prepared[v.name].quantizers, timings[v.name]) if v.name in steps else Row(v, 0, None, failed[v.name])
         for v in variants

@@ -57,8 +57,7 @@ class Region(nn.Module):
 
     def set_plan(self, graph: OpGraph, plan: QuantPlan) -> None:
         """Replace graph, plan and fake-quants; the new fake-quants are not calibrated."""
-        self.graph = graph
-        self.plan = plan
+        self.graph, self.plan = graph, plan
         self.unplanned.clear()
         self.call_ranges.reset()
         self._stored: dict[str, Any] | None = None
@@ -78,7 +77,7 @@ class Region(nn.Module):
         self._points = self.fake_quants.by_point(self.plan)
         bound = bind(self.graph, self.plan, self.points, self.target)
         self.scales = RegionScales(self.target, self.plan, self.points, bound)
-        self.runner.bind(self.target, self.graph, bound, self._traced_graph is None)
+        self.runner.bind(self.target, self.graph, bound, self._traced_graph)
 
     @property
     def call_ranges(self) -> CallRanges:
@@ -129,6 +128,7 @@ class Region(nn.Module):
             ConfigurationError: there is no such state or role.
         """
         self.switches.set(state, updates)
+        self.runner.know_traced_orders()
 
     @contextmanager
     def state(self, state: State, updates: Iterable[ScaleRole] | None = None) -> Iterator[Self]:
@@ -151,7 +151,7 @@ class Region(nn.Module):
         return self.switches.tap(tap)
 
     def set_compile(self, options: bool | Mapping[str, Any] = True) -> None:
-        """Compile the quantized forward: True, or arguments of ``torch.compile``; the first in each mode runs eagerly.
+        """Compile the quantized forward: True, or arguments of ``torch.compile``.
 
         False keeps it eager also within a ``torch.compile`` of your own."""
         self.runner.compile(options)

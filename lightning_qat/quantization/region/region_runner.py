@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -26,7 +27,7 @@ from lightning_qat.quantization.interception.interception import (
 )
 from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.interception.op_sequence import OpSequences, SequenceRecorder
-from lightning_qat.quantization.region.bound_points import UNPLANNED, BoundPoint, OpQuantizers, refresh
+from lightning_qat.quantization.region.bound_points import UNPLANNED, BoundPoint, OpQuantizers, parameter_view, refresh
 from lightning_qat.quantization.region.compilation import Compilation
 from lightning_qat.quantization.region.compiled_mode import CompiledMode
 from lightning_qat.quantization.region.freezing import Freezing
@@ -65,16 +66,19 @@ class RegionRunner(Opener):
         self.compilation: Compilation | None = None
         self.weights_are_fresh = False
 
-    def bind(self, target: nn.Module, graph: OpGraph, bound: Mapping[str, OpQuantizers], is_restored: bool) -> None:
+    def bind(
+        self, target: nn.Module, graph: OpGraph, bound: Mapping[str, OpQuantizers], traced: OpGraph | None
+    ) -> None:
         """Take over a graph and its fake-quants.
 
         Args:
             target: the module whose forward is quantized.
             graph: its ops.
             bound: the fake-quants of every op by its run-time identity.
-            is_restored: the graph is that of a checkpoint; the code of this process was not traced.
+            traced: the graph of the code of this process; None if only a checkpoint's is there.
         """
-        self._graph, self._bound, self._is_restored = graph, bound, is_restored
+        self._graph, self._bound, self._is_restored = graph, bound, traced is None
+        self._orders = traced.orders if traced is not None else {}
         points = (p for q in bound.values() for p in (*q.inputs.values(), *([q.output] if q.output else ())))
         self._points = tuple(points)
         self.functions = SpecCache()
@@ -83,6 +87,29 @@ class RegionRunner(Opener):
 
     def _find(self, digest: str, node: ScopeNode, kind: str) -> OpQuantizers:
         return self._bound.get(digest, UNPLANNED)
+
+    def know_traced_orders(self) -> None:
+        """Take the order of the ops from tracing, so that the first forward while quantizing can be captured.
+
+        Without it, an eager forward has to come first: where the order varies, where the plan lacks an op, and where a
+        weight is no whole parameter, as only that forward can note which part it is.
+        """
+        if self.switches.state != "quantize" or not self._orders:
+            return
+        orders, self._orders = self._orders, {}
+        parameters = dict(self.target.named_parameters(remove_duplicate=False))
+        weights = [(point, parameters.get(point.parameter or "")) for point in self._points if point.is_weight]
+        if any(op.quantizers not in self._bound for ops in orders.values() for op in ops):
+            return
+        if any(parameter is None for _, parameter in weights):
+            return
+        for training, ops in orders.items():
+            if not self.sequences.of(training):
+                known = [dataclasses.replace(op, quantizers=self._bound[op.quantizers]) for op in ops]
+                self.sequences.add(training, tuple(known))
+        for point, parameter in weights:
+            if point.trained is None and parameter is not None:
+                point.trained = parameter_view(parameter)
 
     @property
     def is_off(self) -> bool:  # type: ignore[override]
@@ -256,6 +283,6 @@ class RegionRunner(Opener):
 
     def __getstate__(self) -> dict[str, Any]:
         # made by the region of the copy; some hold code objects
-        rebuilt = ("call_paths", "functions", "sequences", "_bound", "_graph", "_points")
+        rebuilt = ("call_paths", "functions", "sequences", "_bound", "_graph", "_orders", "_points")
         kept = {name: value for name, value in self.__dict__.items() if name not in rebuilt}
         return {**kept, "compilation": None}  # copies are for analyses, and run eagerly

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lightning_qat.quantization.errors import shown
 from lightning_qat.quantization.functions.op_spec import Role
+from lightning_qat.quantization.interception.op_sequence import RecordedOp
 from lightning_qat.quantization.modules.tensor_leaves import is_float_name
 from lightning_qat.quantization.reading.plain_values import UnreadableValueError
 from lightning_qat.quantization.reading.schema import read_as
@@ -160,6 +161,10 @@ class OpGraph:
         outputs: the tensors that leave the region.
         forwards: number of traced forwards.
         varying: locations whose op sequence differed between traced forwards.
+
+    Attributes:
+        orders: the ops of one forward in each mode (True: train mode) in their order, with keys in the place of
+            fake-quants; empty if the order varies. It belongs to the code of this process, and is not stored.
     """
 
     target_type: str
@@ -167,6 +172,7 @@ class OpGraph:
     outputs: tuple[RegionOutput, ...]
     forwards: int
     varying: tuple[str, ...] = ()
+    orders: dict[bool, tuple[RecordedOp, ...]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @cached_property
     def by_name(self) -> dict[str, Op]:
@@ -221,7 +227,7 @@ class OpGraph:
 def primitives(value: Any) -> Any:
     """Convert like ``dataclasses.asdict``, with lists for tuples, so that a round trip through JSON changes nothing."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: primitives(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: primitives(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, (tuple, list)):
         return [primitives(item) for item in value]
     if isinstance(value, dict):

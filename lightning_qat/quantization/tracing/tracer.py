@@ -26,10 +26,11 @@ from lightning_qat.quantization.interception.call_path import CallPaths
 from lightning_qat.quantization.interception.call_stack import CallStack
 from lightning_qat.quantization.interception.code_locations import user_location
 from lightning_qat.quantization.interception.interception import Intercepted, InterceptionMode, Opener, active_mode
+from lightning_qat.quantization.interception.op_sequence import RecordedOp, SequenceRecorder
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.module_walk import has_lazy_tensors
 from lightning_qat.quantization.modules.preservation import preserved, preserved_parameters, preserved_tensors
-from lightning_qat.quantization.modules.tensor_leaves import call_leaves, leaves, named_leaves
+from lightning_qat.quantization.modules.tensor_leaves import call_leaves, is_float, leaves, named_leaves
 from lightning_qat.quantization.tracing.graph_building import GraphBuilder
 from lightning_qat.quantization.tracing.op_graph import OpGraph
 from lightning_qat.quantization.tracing.op_records import OpRecord
@@ -113,6 +114,7 @@ class Tracer(Opener):
         self.builder = GraphBuilder(type(target).__name__)
         self.paths = CallPaths(target, self.builder.record)
         self.sources = TensorSources(target)
+        self.orders: dict[bool, tuple[RecordedOp, ...]] = {}
         self._intercepted: Intercepted | None = None
         self._thread = threading.get_ident()
 
@@ -160,6 +162,8 @@ class Tracer(Opener):
         for path, tensor in named_leaves(output):
             self.builder.leaving(path, tensor, self.sources.source(tensor))
         self.builder.end()
+        if isinstance(mode, _TracingMode) and mode.recorder is not None:
+            self.orders[self.target.training] = tuple(mode.recorder.ops)
         return output
 
     def graph(self) -> OpGraph:
@@ -170,7 +174,10 @@ class Tracer(Opener):
         """
         if self.builder.forwards == 0:
             raise TracingError(f"{type(self.target).__name__} was never called while tracing.")
-        return self.builder.graph(self.sources.constants, self.sources.carried, self.sources.writers)
+        graph = self.builder.graph(self.sources.constants, self.sources.carried, self.sources.writers)
+        if not graph.varying:
+            graph.orders.update(self.orders)
+        return graph
 
 
 class _TracingMode(InterceptionMode):
@@ -178,6 +185,7 @@ class _TracingMode(InterceptionMode):
         self.calls = CallStack(tracer.paths, frame)
         super().__init__(self.calls)
         self.tracer = tracer
+        self.recorder = None if tracer.target.training in tracer.orders else SequenceRecorder(frame)
 
     def resumed(self, frame: FrameType, scope: Any) -> InterceptionMode | None:
         return None  # the backward inside a traced step repeats ops that are recorded already
@@ -191,7 +199,7 @@ class _TracingMode(InterceptionMode):
             return self.run_composite(func, args, kwargs)
         frame = sys._getframe(1)
         record: OpRecord | None = None
-        if is_interceptable(spec):  # identified exactly as at run time: before the call, which may raise
+        if is_op := is_interceptable(spec):  # identified exactly as at run time: before the call, which may raise
             record = self.calls.op(frame, spec.kind)
             if record is None:
                 return func(*args, **kwargs)
@@ -204,6 +212,8 @@ class _TracingMode(InterceptionMode):
         else:
             result = func(*args, **kwargs)
         outputs = leaves(result)
+        if is_op and record is not None and self.recorder is not None and any(map(is_float, outputs)):
+            self.recorder.note(spec.kind, record.key, frame)
         written = [t for t, version in zip(inputs, versions, strict=True) if version_of(t) != version]
         if record is None and (outputs or written):
             record = self.calls.bystander(frame, spec.kind)

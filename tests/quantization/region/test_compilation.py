@@ -290,6 +290,64 @@ def test_the_users_own_compile_captures_the_region(wrap: Callable[[nn.Module], n
     assert graphs() == 1
 
 
+def test_the_users_own_compile_captures_the_first_training_step() -> None:
+    """Tracing has seen the order of the ops: after calibration, which is eval mode, no forward has to run eagerly.
+
+    The scales in a checkpoint are those of the weights after the last step, as they are in eager mode.
+    """
+    torch.manual_seed(0)
+    region = calibrated(ResNet(), IMAGES)
+    module = region.target
+    eager = copy.deepcopy(module)
+    module.compile(fullgraph=True, **EAGER)
+    assert same(trained(module, IMAGES), trained(eager, IMAGES))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    trained(module, IMAGES, 1)
+    trained(eager, IMAGES, 1)
+    assert_same_state(module, eager)
+
+
+def assert_same_state(module: nn.Module, other: nn.Module) -> None:
+    state, expected = module.state_dict(), other.state_dict()
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    assert tensors.keys() <= expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in tensors.items())
+
+
+class PartsOfParameters(nn.Module):
+    """A weight that is a slice of a parameter, and a square one that is used transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.square = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.linear(x, self.both[:4])) @ self.square.t()
+
+
+def test_parts_of_parameters_have_the_scales_of_eager_mode_under_the_users_own_compile() -> None:
+    """A forward in eager mode comes first there: only that can note which part a weight is."""
+    torch.manual_seed(0)
+    module = PartsOfParameters()
+    region_of(module, X)
+    eager = copy.deepcopy(module)
+    module.compile(**EAGER)
+    assert same(trained(module, X), trained(eager, X))
+    trained(module, X, 1)
+    trained(eager, X, 1)
+    assert_same_state(module, eager)
+
+
+@pytest.mark.parametrize("how", ["swapped", "more", "fewer"])
+def test_the_users_own_compile_refuses_another_order_than_the_traced_one(how: str) -> None:
+    module = Switched()
+    region_of(module, X)
+    module.compile(**EAGER)
+    with torch.no_grad(), pytest.raises((PlanMismatchError, torch._dynamo.exc.TorchDynamoException)) as raised:
+        module.train()(X, how=how)
+    assert "cannot be compiled: while its forward was captured" in str(raised.value)
+
+
 def test_in_an_analysis_nothing_is_compiled() -> None:
     """Taps and replaced modes would see nothing. The results are those of a region that is not compiled."""
     torch.manual_seed(0)
