@@ -49,6 +49,9 @@ from lightning_qat.reporting.tensorboard_tags import LAYER_COMPARISON, WHAT_TO_D
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_DRAWN_EPOCHS = 32
+"""About as many epochs are in the figure of sensitivity over epochs, however many there are."""
+
 
 class LayerComparison(EarlyAnalysis):
     """Compare every tensor of the quantized model with that of the float model, at the end of training, and diagnose.
@@ -157,7 +160,7 @@ class LayerComparison(EarlyAnalysis):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         sensitivity = _sensitivity(trainer)
         if sensitivity is not None and self.figures:
-            self._sensitivities[trainer.current_epoch] = sensitivity
+            self._sensitivities = _thinned({**self._sensitivities, trainer.current_epoch: sensitivity})
         if not self.should_analyse(trainer) or not is_calibrated(pl_module):
             self._log_numbers(trainer, pl_module, {})
             return
@@ -266,6 +269,14 @@ class LayerComparison(EarlyAnalysis):
             path, tag = directory / f"{name}.png", f"{LAYER_COMPARISON.name}/{name}"
             self._reports.write(path, partial(write_figure, figure, path))
             self._reports.send(trainer.loggers, partial(log_figure, tag=tag, figure=figure, step=step))
+
+
+def _thinned(results: dict[int, SensitivityResult]) -> dict[int, SensitivityResult]:
+    """Keep the results of evenly spaced epochs, and the last: a long run must not fill the memory for one figure."""
+    last, stride = max(results), 1
+    while last // stride > _DRAWN_EPOCHS:
+        stride *= 2
+    return {epoch: result for epoch, result in results.items() if epoch % stride == 0 or epoch == last}
 
 
 def _sensitivity(trainer: pl.Trainer) -> SensitivityResult | None:
