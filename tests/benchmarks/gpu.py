@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", choices=tuple(SIZES), default="full")
     parser.add_argument("--only", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS), metavar="VARIANT")
-    parser.add_argument("--limit", type=float, default=450.0, help="seconds for everything")
+    parser.add_argument("--limit", type=float, default=380.0, help="seconds after which nothing more is begun")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
     parser.add_argument("--no-tests", action="store_true", help="do not run the tests that need a GPU")
     options = parser.parse_args(arguments)
