@@ -42,6 +42,10 @@ SIGNIFICANCE = 0.001
 would pass this hurdle by chance; every flag needs a second condition besides."""
 MOST_BLOCKS = 512
 """Blocks of a trend test at most: more cost time and find nothing that matters."""
+_HEALTHY = (
+    "healthy: training makes nothing worse than calibration left it, neither losses nor metrics nor points. Whether "
+    "that is good enough is not judged here: AccuracyTable(target=...) says."
+)
 FIRST_LOOK = 32
 """Steps before the loss is judged: eight blocks of four, and with fewer than eight the trend test cannot reach its
 level."""
@@ -93,7 +97,7 @@ def judge_convergence(series: TrainingSeries) -> ConvergenceResult:
     judged_loss = len(series.losses) >= FIRST_LOOK
     if not judged_loss and (series.metrics is None or series.calibrated is None):
         return ConvergenceResult(rows, "too early", "too early to judge: neither losses nor metrics yet.", **counted)
-    return ConvergenceResult(rows, "healthy", "healthy: nothing in losses, metrics or points looks wrong.", **counted)
+    return ConvergenceResult(rows, "healthy", _HEALTHY, **counted)
 
 
 def _metric(series: TrainingSeries) -> ConvergenceRow:
@@ -102,7 +106,10 @@ def _metric(series: TrainingSeries) -> ConvergenceRow:
         return ConvergenceRow(check, "cannot tell", evidence="no evaluation before and after an epoch yet")
     rows = compare(series.calibrated.metrics, series.metrics, series.calibrated)
     if not breaks(rows):
-        return ConvergenceRow(check, "holds" if judged(rows) else "cannot tell")
+        kept = ", ".join(f"{row.metric} {row.expected:.4g} -> {row.value:.4g}" for row in judged(rows)[:2])
+        if not kept:
+            return ConvergenceRow(check, "cannot tell", evidence="no metric that was logged both times")
+        return ConvergenceRow(check, "holds", evidence=f"against the calibrated model: {kept}.")
     worst = next(row for row in judged(rows) if row.status == "breaks")
     known = series.float_model
     lost = compare(known.metrics, series.calibrated, known) if known is not None else []
@@ -111,8 +118,8 @@ def _metric(series: TrainingSeries) -> ConvergenceRow:
         "flagged",
         worst.value,
         worst.expected,
-        evidence=f"the metric has collapsed against the calibrated model's ({format_falls(judged(rows))}); a fall of a "
-        f"tenth or of {STANDARD_ERRORS:g} standard errors is tolerated.",
+        evidence=f"the metric has collapsed against the calibrated model's ({format_falls(judged(rows))}); a fall is "
+        f"tolerated up to a tenth or to {STANDARD_ERRORS:g} standard errors, whichever is more.",
         next_step=(
             f"Calibration alone had lost much already ({format_falls(judged(lost))}): first {RAISE_POINTS}. "
             "calibrated_diagnosis.txt says what is wrong, if LayerComparison() is listed."
@@ -134,7 +141,7 @@ def _diverging(series: TrainingSeries) -> ConvergenceRow:
     rise, noise = last[0] - first[0], tolerance(first[1], last[1])
     evidence = (
         f"mean loss {first[0]:.4g} in the first quarter of {len(losses)} steps, {last[0]:.4g} in the last "
-        f"(Mann-Kendall p = {whole.p_rise:.1g} for a rise)."
+        f"(Mann-Kendall p = {whole.p_rise:.1g} for a rise; only p below {SIGNIFICANCE:g} counts as one)."
     )
     rises = whole.p_rise < SIGNIFICANCE and recent.p_rise < STILL and rise > noise
     if not rises:
@@ -169,16 +176,25 @@ def _not_learning(series: TrainingSeries) -> ConvergenceRow:
         f"float model's is {reference[0]:.4g}."
     )
     if falling or gained or not above or series.reaches_float:
-        return ConvergenceRow(check, "holds", now[0], reference[0], evidence)
+        reason = _no_plateau(falling, gained, above)
+        return ConvergenceRow(check, "holds", now[0], reference[0], f"{evidence} It is no plateau: {reason}.")
     return ConvergenceRow(
         check,
         "flagged",
         now[0],
         reference[0],
         f"training gains nothing: {evidence}",
-        f"Next: {RAISE_POINTS}. If the loss does not move at all, the learning rate is too small or gradients are "
+        f"First {RAISE_POINTS}. If the loss does not move at all, the learning rate is too small or gradients are "
         "clipped to nothing.",
     )
+
+
+def _no_plateau(falling: bool, gained: bool, above: bool) -> str:
+    if not above:
+        return "it is not above the float model's"
+    if gained:
+        return "it has fallen"
+    return "it is falling" if falling else "the metric of the float model is reached"
 
 
 _CHECKS: dict[ConvergenceVerdict, Callable[[TrainingSeries], ConvergenceRow]] = {

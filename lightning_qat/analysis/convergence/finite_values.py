@@ -47,7 +47,9 @@ def finite_values(series: TrainingSeries) -> ConvergenceRow:
         return ConvergenceRow(check, "flagged", evidence=evidence, next_step=_next_step(series))
     if first:
         return ConvergenceRow(check, "noted", evidence=first.strip(), next_step=_next_step(series))
-    return ConvergenceRow(check, "holds" if series.losses else "cannot tell")
+    if not series.losses:
+        return ConvergenceRow(check, "cannot tell", evidence="no step yet")
+    return ConvergenceRow(check, "holds", evidence="every training loss is finite.")
 
 
 def _first(series: TrainingSeries) -> str:

@@ -18,7 +18,9 @@ def dead_gradients(series: TrainingSeries) -> ConvergenceRow:
     check = "gradients"
     names = series.zero_gradients
     if not names:
-        return ConvergenceRow(check, "holds" if series.losses else "cannot tell")
+        if not series.losses:
+            return ConvergenceRow(check, "cannot tell", evidence="no step yet")
+        return ConvergenceRow(check, "holds", evidence="no gradient is exactly zero at every step looked at.")
     return ConvergenceRow(
         check,
         "flagged",
@@ -50,6 +52,7 @@ def drifting_scales(series: TrainingSeries) -> ConvergenceRow:
         "the scale of {names} has moved by a factor of {worst:.3g} since calibration and the point has lost more than "
         "6 dB: a bit of its resolution.",
         "Keep scales fixed (activation_scales: fixed, or freeze_observers_after: 1) and calibrate with more batches.",
+        "no scale has moved by a factor of two since calibration while its point lost more than 6 dB.",
     )
 
 
@@ -72,6 +75,8 @@ def growing_clipping(series: TrainingSeries) -> ConvergenceRow:
         "clipping is most of its error, and it has lost more than 6 dB.",
         "Its data have outgrown the calibrated range: activation_scales: ema for it to follow, or a fixed_scale or "
         "int16 for these points in overrides.",
+        "no clipped share has more than doubled since the first epoch while its point lost more than 6 dB. What was "
+        "clipped from the start is not judged here: LayerComparison() and ModelCheck() do.",
     )
 
 
@@ -91,7 +96,8 @@ def oscillating_weights(series: TrainingSeries) -> ConvergenceRow:
         if health.flip_rate and health.return_rate is not None and health.return_rate > 0.5
     }
     if not returning or mann_kendall(rates).p_fall <= STILL or series.reaches_float:
-        return ConvergenceRow(check, "holds", rates[-1])
+        evidence = f"{rates[-1]:.1%} of the weight codes have flipped in the latest epoch."
+        return ConvergenceRow(check, "holds", rates[-1], evidence=evidence)
     names = tuple(sorted(returning, key=lambda name: -returning[name]))
     return ConvergenceRow(
         check,
@@ -113,6 +119,7 @@ def _points_row(
     limit: float | None,
     evidence: str,
     next_step: str,
+    nothing: str,
 ) -> ConvergenceRow:
     """Compare the first and the last epoch point by point; while the metric holds, what is found is only noted."""
     if series.points.epochs < 2:
@@ -121,7 +128,7 @@ def _points_row(
     values = {name: measure(first[name], health) for name, health in last.items() if name in first}
     found = {name: value for name, value in values.items() if value is not None}
     if not found:
-        return ConvergenceRow(check, "holds", None, limit)
+        return ConvergenceRow(check, "holds", None, limit, nothing)
     names = tuple(sorted(found, key=lambda name: -found[name]))
     shown = names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
     return ConvergenceRow(

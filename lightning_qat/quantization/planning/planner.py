@@ -22,6 +22,8 @@ from lightning_qat.quantization.qconfig import QConfig
 from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, Source
 from lightning_qat.quantization.tracing.tensor_origins import TensorOrigins
 
+FUSED_INTO = "fused into "
+"""Begins the reason of an op that runs in another one; the name of that op follows."""
 _COMPUTED_MOVES = ("max_pool", "adaptive_max_pool", "fractional_max_pool", "interpolate", "upsample_", "amax", "amin")
 
 
@@ -136,7 +138,7 @@ class Planner:
             else:
                 self._status(op, "float", reason)
         elif op.name in self.group and self.group[op.name].ops[-1] != op.name:
-            self._status(op, "fused", f"fused into {self.group[op.name].ops[-1]}")
+            self._status(op, "fused", f"{FUSED_INTO}{self.group[op.name].ops[-1]}")
         elif op.inplace and Source("op", op.name) not in self.used:
             self._float_output(op, name, "written in place and the result is not used: quantized where it is read")
             self._note_output(op, None)

@@ -10,6 +10,7 @@ from lightning_qat.analysis.results import Block
 from lightning_qat.analysis.runs.run_comparison import compare_runs
 from lightning_qat.analysis.runs.run_files import log_directory
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.reporting.html.findings import SOURCES
 from lightning_qat.reporting.html.judged_run import JudgedRun
 from lightning_qat.reporting.html.point_history import full_name
 from lightning_qat.reporting.html.provenance import read_configurations, read_hashes
@@ -39,7 +40,7 @@ def find_gaps(run: RunFolder) -> tuple[Gap, ...]:
     Args:
         run: its files.
     """
-    return (*run.gaps, *_missing(run), *_left_out(run))
+    return (*run.gaps, *_missing(run), *_left_out(run), *_undecided(run))
 
 
 def float_places(run: RunFolder) -> Block:
@@ -136,6 +137,19 @@ def _left_out(run: RunFolder) -> Iterator[Gap]:
     silent = [full_name(key) for key, row in run.statistics.latest.items() if row.get("count") == 0]
     if silent:
         yield Gap(f"values of {len(silent)} points", f"no sampled batch reached them: {_shortened(silent)}.")
+
+
+def _undecided(run: RunFolder) -> Iterator[Gap]:
+    """The checks that could not tell."""
+    if run.convergence is not None:
+        for row in run.convergence.rows:
+            if row.status == "cannot tell":
+                yield Gap(f"convergence: {row.check}", f"it cannot tell: {row.evidence or 'it has no numbers yet'}.")
+    for name, result in run.ladders.items():
+        for step in result.rows:
+            if step.status == "cannot tell":
+                what = f"{SOURCES[name]}: rung {step.rung}, {step.metric or step.what}"
+                yield Gap(what, f"it cannot tell: {step.note or 'it has no number'}.")
 
 
 def _newest(run: RunFolder, metric: str) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any
 from lightning_qat.analysis.results import Block
 from lightning_qat.atomic_files import json_value
 from lightning_qat.quantization.planning.deployed_part import TRAIN_ONLY
+from lightning_qat.quantization.planning.planner import FUSED_INTO
 from lightning_qat.reporting.html.point_history import PointKey, full_name, point_key
 from lightning_qat.reporting.html.point_table import PointTable
 from lightning_qat.reporting.html.run_folder import RunFolder
@@ -109,7 +110,7 @@ def graph(run: RunFolder, points: PointTable) -> dict[str, Any]:
     for region, held in run.regions.items():
         numbers = {str(op.get("name")): len(ops) + place for place, op in enumerate(held.get("ops", []))}
         dtypes, results = _types(held)
-        floats = _float_ops(run, region, held)
+        floats, fused = _float_ops(run, region, held), _fused(held)
         for op in held.get("ops", []):
             name = str(op.get("name"))
             inputs = op.get("inputs") if isinstance(op.get("inputs"), list) else []
@@ -117,7 +118,7 @@ def graph(run: RunFolder, points: PointTable) -> dict[str, Any]:
                 [
                     one_line(full_name((region, name))),
                     one_line(str(op.get("op_type"))),
-                    "float" if name in floats else dtypes.get(name, ""),
+                    "float" if name in floats else dtypes.get(fused.get(name, name), ""),
                     [numbers[source] for source in inputs if isinstance(source, str) and source in numbers],
                     places.get(point_key(region, results.get(name, ""))),
                     one_line(floats.get(name, "")),
@@ -164,6 +165,12 @@ def _types(held: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
         if point.get("role") == "output" or op not in dtypes:
             dtypes[op] = str(point.get("dtype"))
     return dtypes, results
+
+
+def _fused(held: Mapping[str, Any]) -> dict[str, str]:
+    """The op that another one runs in: both compute in one type."""
+    found = {str(op.get("name")): str(op.get("reason") or "") for op in held.get("ops", [])}
+    return {name: text.removeprefix(FUSED_INTO) for name, text in found.items() if text.startswith(FUSED_INTO)}
 
 
 def _op_of_point(run: RunFolder, points: PointTable, numbers: Mapping[str, int]) -> list[int | None]:

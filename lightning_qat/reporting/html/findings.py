@@ -22,7 +22,7 @@ SOURCES = {
     "calibration": "calibration",
     "model_check": "model check",
     "calibrated_diagnosis": "diagnosis of the calibrated model",
-    "diagnosis": "diagnosis",
+    "diagnosis": "diagnosis of the latest model",
 }
 """What found something, in the order in which its findings stand within a severity."""
 _MOST_DIFFERENCES = 8
@@ -64,11 +64,9 @@ def _of_ladders(run: RunFolder) -> Iterator[ReportFinding]:
             facts = [("cause", result.cause)] if result.cause else []
             first = [row for row in broken if result.rung is None or row.rung is None or row.rung <= result.rung]
             facts += [(f"rung {r.rung}", f"{r.what}: {r.metric} {_change(r.expected, r.value)}") for r in first]
-            later = sorted({row.rung for row in broken if row not in first and row.rung is not None})
-            if later:
-                others = f"{'rung' if len(later) == 1 else 'rungs'} {', '.join(map(str, later))}"
-                text = f"rung {result.rung}: it is the first that breaks. So do, behind it, {others} (see Evidence)."
-                facts.append(("decides", text))
+            if later := dict.fromkeys(f"{row.rung} {row.what}" for row in broken if row not in first):
+                text = f"rung {result.rung} is the first that breaks. What does not hold behind it may follow from it:"
+                facts.append(("decides", f"{text} {'; '.join(later)} (see Evidence)."))
             facts += [("difference", difference) for difference in _differences(result)]
             advice = Advice(result.verdict, "error", what_is_found(result), facts=tuple(facts))
             yield ReportFinding(name, advice)
@@ -98,6 +96,7 @@ def _of_diagnoses(run: RunFolder, is_innocent: bool) -> Iterator[ReportFinding]:
     """That of the model that training started from comes first; the later one adds what is new."""
     level = "info" if is_innocent else "warning"
     known: set[tuple[str, str, str]] = set()
+    models = {"calibrated_diagnosis": "before training", "diagnosis": latest_model(run.comparison.about.get("epoch"))}
     for name, result in (("calibrated_diagnosis", run.start_diagnosis), ("diagnosis", run.diagnosis)):
         if result is None:
             continue
@@ -110,17 +109,22 @@ def _of_diagnoses(run: RunFolder, is_innocent: bool) -> Iterator[ReportFinding]:
                 known.add(about)
                 follows = point_key(row.region, row.point) in run.follows
                 advice = _diagnosis_advice(row, rounds, "info" if follows else level)
-                yield ReportFinding(name, advice, advice.names)
+                measured = ("measured", _MEASURED.format(model=models[name]))
+                yield ReportFinding(name, replace(advice, facts=(*advice.facts, measured)), advice.names)
 
 
 _CALIBRATION = "calibration data"
+_MEASURED = (
+    "{model}, with the values that the float model has at this point. The table of points has those that reach it in "
+    "the quantized model."
+)
 
 
 def _diagnosis_advice(row: Diagnosis, rounds: int, level: str) -> Advice:
     facts = [("do", row.action)] if row.action else []
     if row.factor is not None:
         of_what = "relative error" if row.relative else "error"
-        facts.append(("gain", f"the {of_what} falls at least {row.factor:.3g} times"))
+        facts.append(("gain", f"the {of_what} of this point becomes at least {row.factor:.3g} times smaller"))
     text = f"{row.evidence} This is the worst of {rounds} rounds of {row.loop}." if rounds > 1 else row.evidence
     return Advice(row.verdict, level, text, (full_name(point_key(row.region, row.point)),), tuple(facts), row.yaml)
 
@@ -136,6 +140,19 @@ def _of_model_check(run: RunFolder) -> Iterator[ReportFinding]:
                 facts = (*advice.facts, ("where", ", ".join(sorted(where))))
                 advice = replace(advice, yaml="", facts=facts)
             yield ReportFinding("model_check", advice, tuple(map(full_name, keys)))
+
+
+def latest_model(epoch: object) -> str:
+    """Return which model the latest analyses are about.
+
+    Args:
+        epoch: its epoch, as a file has it; None if the file does not say.
+
+    Example:
+        >>> latest_model(2), latest_model(None)
+        ('at the end of epoch 2, counted from 0', 'at the latest analysis')
+    """
+    return f"at the end of epoch {epoch}, counted from 0" if isinstance(epoch, int) else "at the latest analysis"
 
 
 def first_action(findings: tuple[ReportFinding, ...], *sources: str) -> str:

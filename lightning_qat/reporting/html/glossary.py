@@ -24,8 +24,16 @@ _TERMS = (
     ("rung", "a step of the pipeline check; each changes one thing, so the first that breaks names the cause"),
     ("holds", "the number is as good as before, within the tolerance"),
     ("falls", "the number is worse than before by more than the tolerance, but it has not collapsed"),
-    ("breaks", "the number has collapsed"),
+    (
+        "breaks",
+        "the number is worse by more than the tolerance and by more than a tenth; where nothing may change, or of a "
+        "training loss, by more than the tolerance",
+    ),
     ("noted", "evidence that is not judged"),
+    ("flagged", "the check has found what it looks for, and something has to be done"),
+    ("tolerance", "how much worse the number may be, in its own unit: what other batches, or rounding, would change"),
+    ("expected", "what the number was before, or in the float run; in its own unit, as the value is"),
+    ("limit", "what the value of a check is compared with; the sentence beside it says in which direction"),
     ("BN fixed", "batch norm keeps its statistics while the check trains"),
     ("BN moving", "batch norm updates its statistics while the check trains"),
     ("own", "the error that an op makes itself when it gets the inputs of the float model"),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lightning_qat.analysis.fingerprint.module_differences import ATTRIBUTES
@@ -21,6 +20,7 @@ from lightning_qat.reporting.html.findings import (
     what_is_found,
     without_verdict,
 )
+from lightning_qat.reporting.html.page_words import PageWords
 from lightning_qat.reporting.html.point_causes import bad_ladder, pipeline_is_at_fault
 from lightning_qat.reporting.html.point_history import PointKey, full_name, point_key
 from lightning_qat.reporting.html.provenance import export_command
@@ -31,7 +31,7 @@ _NO_TARGET = (
     "Add AccuracyTable(target=...) to the callbacks, or evaluate the checkpoint with it. It says whether the target is "
     "reached."
 )
-_REACHED = "Nothing has to be done. Export the model with `{command}`, or try narrower types."
+_REACHED = "Nothing has to be mended. Export the model with `{command}`, or try narrower types."
 _ABOUT_POINTS = ("calibrated_diagnosis", "diagnosis")
 _DIFFERS = "Mend what differs first:"
 _DIFFERS_FROM_FLOAT = "Mend what differs from the float run first (float run -> here):"
@@ -54,6 +54,7 @@ class Overview:
         no_point: why there are none, if that is known.
         metrics: the metrics of the run, by stage.
         findings: of all reports, the most severe first.
+        words: in which the page says what stands in the notes and tables of reports.
     """
 
     verdict: str
@@ -66,6 +67,7 @@ class Overview:
     no_point: str = ""
     metrics: tuple[Block, ...] = ()
     findings: tuple[ReportFinding, ...] = ()
+    words: PageWords = field(default_factory=PageWords)
 
     @property
     def flagged(self) -> frozenset[str]:
@@ -85,12 +87,15 @@ def judge_run(run: RunFolder) -> Overview:
     """
     passed = _passed(run)
     is_innocent = passed is True or pipeline_is_at_fault(run)
-    findings = tuple(_finding_for_this_page(run, finding) for finding in find_all(run, is_innocent))
+    findings = find_all(run, is_innocent)
     verdict, level, note, source = _verdict(run, passed, findings)
-    sentence, _ = split_next(_for_this_page(run, note))
+    words = PageWords(run.ladders.get("pipeline_check"))
+    action = words(_next_action(run, source, level, findings))
+    words = replace(words, next_action="" if level == "good" else action)
+    findings = tuple(_in_words(words, finding) for finding in findings)
+    sentence, _ = split_next(words(note))
     if source in run.ladders and any(row.rung == QAT and row.metric for row in run.ladders[source].rows):
         sentence = f"{sentence} {_whole_run(run)}".rstrip()
-    action = _for_this_page(run, _next_action(run, source, level, findings))
     named = tuple(map(full_name, _culprits(run)[:5]))
     return Overview(
         verdict,
@@ -98,11 +103,12 @@ def judge_run(run: RunFolder) -> Overview:
         sentence,
         action,
         SOURCES.get(source, source),
-        remarks=tuple(_for_this_page(run, remark) for remark in _remarks(run, source)),
+        remarks=tuple(map(words, _remarks(run, source))),
         look_at=() if is_innocent else named,
         no_point=_no_point(run, level),
-        metrics=_metrics(run, with_note=source != "accuracy"),
+        metrics=_metrics(run, words, with_note=source != "accuracy"),
         findings=tuple(_without_repetition(finding, source, sentence) for finding in findings),
+        words=words,
     )
 
 
@@ -119,16 +125,11 @@ def _without_repetition(finding: ReportFinding, source: str, sentence: str) -> R
     return replace(finding, advice=replace(finding.advice, text="")) if is_said else finding
 
 
-def _metrics(run: RunFolder, with_note: bool) -> tuple[Block, ...]:
+def _metrics(run: RunFolder, words: PageWords, with_note: bool) -> tuple[Block, ...]:
     blocks = run.accuracy.blocks() if run.accuracy is not None else ()
     if not with_note:
         return tuple(replace(block, note="") for block in blocks)
-    return tuple(replace(block, note=_for_this_page(run, block.note)) for block in _without_advice(blocks))
-
-
-def _without_advice(blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """Leave out what the notes of tables advise: the first screen says what to do, in one place."""
-    return tuple(replace(block, note=split_next(block.note)[0]) for block in blocks)
+    return words.in_tables(blocks)
 
 
 def _passed(run: RunFolder) -> bool | None:
@@ -216,21 +217,9 @@ def _whole_run(run: RunFolder) -> str:
     return f"The run itself, which trains longer than the check, came to {', '.join(values[:2])}." if values else ""
 
 
-def _for_this_page(run: RunFolder, text: str) -> str:
-    """Point to the pipeline check of this page where a note asks for one."""
-    check = run.ladders.get("pipeline_check")
-    if check is None:
-        return text
-    here = f"the pipeline check on this page ({check.verdict})"
-    text = text.replace("PipelineCheck() (or ZeroLRFinetune() and FloatFinetune()) says", f"{here} says")
-    text = text.replace("Ask PipelineCheck() first whether", f"T{here[1:]} says whether")
-    text = text.replace("PipelineCheck() says", f"{here} says")
-    return f"T{text[1:]}" if text.startswith(here) else text
-
-
-def _finding_for_this_page(run: RunFolder, finding: ReportFinding) -> ReportFinding:
-    facts = tuple((label, _for_this_page(run, text)) for label, text in finding.advice.facts)
-    return replace(finding, advice=replace(finding.advice, text=_for_this_page(run, finding.advice.text), facts=facts))
+def _in_words(words: PageWords, finding: ReportFinding) -> ReportFinding:
+    facts = tuple((label, words(text)) for label, text in finding.advice.facts)
+    return replace(finding, advice=replace(finding.advice, text=words(finding.advice.text), facts=facts))
 
 
 def _model_check_error(findings: tuple[ReportFinding, ...]) -> str:

@@ -17,11 +17,12 @@ from lightning_qat.atomic_files import write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.html.background import background, compared_runs, find_gaps, float_places
 from lightning_qat.reporting.html.drawings import segments
-from lightning_qat.reporting.html.findings import SOURCES
+from lightning_qat.reporting.html.findings import SOURCES, latest_model
 from lightning_qat.reporting.html.front import front_choices
 from lightning_qat.reporting.html.glossary import ANCHORS, GLOSSARY, MEANINGS, anchor
 from lightning_qat.reporting.html.judged_run import JudgedRun
 from lightning_qat.reporting.html.page_data import as_json_element, page_data
+from lightning_qat.reporting.html.page_words import PageWords
 from lightning_qat.reporting.html.point_table import COLUMNS, Column, PointTable
 from lightning_qat.reporting.html.provenance import overrides_place
 from lightning_qat.reporting.html.run_folder import RunFolder, read_run
@@ -56,6 +57,8 @@ SECTIONS = {
 _HEAT_COLUMNS = ("scale_drift", "flip_rate", "clipped_share", "score")
 """Series of which the page draws points by epochs; ``sections.js`` has the same."""
 _CODE = re.compile(r"`([^`\n]+)`")
+_ARROW = "-&gt;"
+"""Of a text that is escaped already: a line must not end within it."""
 _MOST_NAMES = 30
 """Names of one finding; the file of the finding has all."""
 _STATIC_ROWS = 50
@@ -113,11 +116,12 @@ def render(judged: Sequence[JudgedRun]) -> str:
         most_names=_MOST_NAMES,
         point_places={name: place for place, name in enumerate(points.names)},
         static=_static_table(points),
+        analysed=latest_model(max((*run.statistics.epochs, *run.sensitivity.epochs), default=None)),
         sensitivity=sensitivity_scale(run),
         place=overrides_place(run.provenance),
         places_in_float=float_places(run),
         gaps=find_gaps(run),
-        evidence=_evidence(run),
+        evidence=_evidence(run, overview.words),
         background=background(run),
         glossary=GLOSSARY,
         meanings=MEANINGS,
@@ -156,11 +160,11 @@ def _static_cell(value: Any, column: Column) -> Any:
     return f"{100 * value:.3g} %" if column.share and _is_number(value) else value
 
 
-def _evidence(run: RunFolder) -> list[tuple[str, tuple[Block, ...]]]:
-    """The tables of the checks, as the txt files have them."""
-    found = [(SOURCES[name], result.full_blocks()) for name, result in run.ladders.items()]
+def _evidence(run: RunFolder, words: PageWords) -> list[tuple[str, tuple[Block, ...]]]:
+    """The tables of the checks, as the txt files have them, without advice that the page has put elsewhere."""
+    found = [(SOURCES[name], words.in_tables(result.full_blocks())) for name, result in run.ladders.items()]
     if run.convergence is not None:
-        found.append((SOURCES["convergence"], run.convergence.full_blocks()))
+        found.append((SOURCES["convergence"], words.in_tables(run.convergence.full_blocks())))
     if run.model_check is not None:
         found.append((f"{SOURCES['model_check']}: tables", run.model_check.full_blocks()[1:]))
     return found
@@ -213,10 +217,11 @@ def _cell(value: Any) -> str:
 
 
 def _prose(text: str) -> Markup:
-    """A text as HTML: what stands in backticks is code."""
+    """A text as HTML: what stands in backticks is code, and arrows are whole."""
     from markupsafe import Markup, escape
 
-    return Markup(_CODE.sub(r"<code>\1</code>", str(escape(printable(text)))))
+    html = _CODE.sub(r"<code>\1</code>", str(escape(printable(text))))
+    return Markup(html.replace(_ARROW, f'<span class="arrow">{_ARROW}</span>'))
 
 
 def _is_number(value: Any) -> bool:

@@ -112,15 +112,15 @@ def _advised(
         return replace(row, action=_PIPELINE_FIRST + then)
     if key in before:
         action = (
-            f"Mend {before[key]} first, and calibrate again: most of the error here comes from there. This point needs "
-            "no override of its own until then."
+            f"Mend {before[key]} first, and calibrate again. In the quantized model most of the error here comes from "
+            "there, and this range was made for what passes through it: judge this point anew after that."
         )
         return replace(row, action=action, yaml="", factor=None)
     end = max(
         (row.action.find(words) + len(words) for words in (LEAVE_OUT, REMOVE_SCALE) if words in row.action), default=0
     )
     if end and key in rules:
-        action = f"{row.action[:end]} It stands in {rules[key]}. No other override is needed."
+        action = f"{row.action[:end]} It stands in {rules[key]}. This point needs no other override."
         return replace(row, action=action, yaml="")
     return row
 

@@ -241,3 +241,26 @@ def test_bad_values_that_do_no_harm_are_only_noted() -> None:
     assert row(result, "finite loss").status == "noted"
     unknown = Measurement({"val_acc": 0.9, "val_auc": math.nan}, {"val_acc": 0.01})
     assert judge_convergence(series((0.3,) * 64, metrics=unknown, calibrated=unknown)).verdict == "healthy"
+
+
+@pytest.mark.parametrize("losses", [(), noisy(FALLING), noisy(np.full(300, 0.3))], ids=["none", "falling", "flat"])
+@pytest.mark.parametrize("metrics", [None, GOOD])
+def test_every_check_says_why_it_holds_or_cannot_tell(losses: tuple[float, ...], metrics: Measurement | None) -> None:
+    """A reader of the table has to see what `holds` is about: clipping that was there from the start is not."""
+    clipped = {"a.output": PointHealth(0.4, 0.0, 0.0, True, 1.5)}
+    points = over_epochs(clipped, clipped, clipped, clipped)
+    result = judge_convergence(series(losses, metrics=metrics, evaluations=4, points=points))
+    assert not result.is_bad
+    assert all(found.evidence for found in result.rows), [found.check for found in result.rows if not found.evidence]
+    clipping = row(result, "clipping")
+    assert clipping.status == "holds"
+    assert "from the start is not judged" in clipping.evidence
+
+
+def test_a_healthy_verdict_is_about_training_and_not_about_the_target() -> None:
+    lost = Measurement({"val_acc": 0.09}, {"val_acc": 0.01})
+    result = judge_convergence(series(noisy(FALLING), calibrated=lost, metrics=Measurement({"val_acc": 0.5})))
+    assert result.verdict == "healthy"
+    assert "AccuracyTable(target=...)" in result.note
+    assert row(result, "metric").evidence == "against the calibrated model: val_acc 0.09 -> 0.5."
+    assert row(result, "plateau").evidence.endswith("It is no plateau: it has fallen.")

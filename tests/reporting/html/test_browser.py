@@ -370,13 +370,13 @@ def test_the_depth_chart_has_round_numbers_with_a_unit_and_names_the_jump(opened
     texts = page.run("[...document.querySelectorAll('#depth svg > text')].map((t) => t.textContent)")
     assert {"35 dB", "40 dB", "45 dB", "first jump: b.output"} <= set(texts)
     assert page.run("document.querySelectorAll('#depth line.mark:not(.calm)').length") == 1
-    assert "No point of this run is flagged" not in page.run("document.getElementById('depth').textContent")
+    assert "No finding warns of a point" not in page.run("document.getElementById('depth').textContent")
 
 
 def test_the_first_jump_is_no_alarm_where_every_point_is_fine(opened: Opened, tmp_path: Path) -> None:
     page = opened(write_report([compared_run(tmp_path)]))
     assert page.run("document.querySelectorAll('#depth line.mark.calm').length") == 1
-    assert "No point of this run is flagged" in page.run("document.getElementById('depth').textContent")
+    assert "No finding warns of a point" in page.run("document.getElementById('depth').textContent")
 
 
 @pytest.mark.parametrize(("passed", "marked"), [(False, ["", "! clipping"]), (True, ["", "clipping"])])

@@ -22,8 +22,10 @@ from lightning_qat.reporting.files import write_json
 from lightning_qat.reporting.html.findings import ReportFinding
 from lightning_qat.reporting.html.judged_run import JudgedRun
 from lightning_qat.reporting.html.overview import Overview
+from lightning_qat.reporting.html.page import write_report
 from lightning_qat.reporting.html.run_folder import read_run
 from tests.harness import run_folder as folder
+from tests.harness.parsed_page import ParsedPage
 
 Write = Callable[[Path], None]
 
@@ -169,6 +171,21 @@ def test_a_later_diagnosis_adds_what_the_first_has_not_said(tmp_path: Path) -> N
     assert found.look_at == ("a.weight",)
 
 
+def test_a_finding_and_the_table_say_of_which_model_their_numbers_are(tmp_path: Path) -> None:
+    """The diagnosis looks at the float model's values, before training or at an epoch; the table at quantized ones."""
+
+    def write(run: Path) -> None:
+        folder.write_diagnosis(run, "a.weight", name="calibrated_diagnosis")
+        (run / "lightning_qat" / "layer_comparison.json").write_text(json.dumps({"epoch": 7, "rows": []}))
+
+    found = judged(tmp_path, accuracy(False), write, diagnosis("b.weight"))
+    before, later = (dict(finding.advice.facts)["measured"] for finding in found.findings)
+    assert before.startswith("before training, with the values that the float model has")
+    assert later.startswith("at the end of epoch 7, counted from 0, with the values that the float model has")
+    text = ParsedPage(write_report([tmp_path]).read_text()).text
+    assert "All numbers are those of the quantized model at the end of epoch 2, counted from 0" in text
+
+
 def test_what_a_point_might_gain_is_no_warning_if_the_target_is_reached(tmp_path: Path) -> None:
     def levels(findings: tuple[ReportFinding, ...]) -> list[str]:
         return [finding.advice.level for finding in findings if finding.source == "diagnosis"]
@@ -205,6 +222,32 @@ def test_the_first_screen_says_one_thing_to_do(tmp_path: Path) -> None:
         texts = [found.sentence, *(finding.advice.text for finding in found.findings)]
         texts += [block.note for block in found.metrics]
         assert not any("Next:" in text or RAISE_POINTS in text for text in texts)
+
+
+def test_no_table_or_remark_advises_something_else_than_the_first_screen(tmp_path: Path) -> None:
+    """Siblings: the note of the pipeline check, the note and a cell of convergence, a remark, a finding.
+
+    Where the first screen itself says so, it may stand everywhere; so it may where nothing has to be mended.
+    """
+    note = f"quantization error (rung 4): it falls. Next: {RAISE_POINTS}; evaluate again."
+    lost = f"Calibration had lost it: first {RAISE_POINTS}."
+
+    def write(run: Path) -> None:
+        row = ConvergenceRow("metric", "flagged", 0.1, 0.9, "It fell.", lost)
+        held = ConvergenceResult((row,), "metric collapsed", f"metric collapsed: It fell. {lost}", 9, 2)
+        write_json(held, run / "lightning_qat" / "convergence.json")
+
+    run = tmp_path / "a"
+    found = judged(run, accuracy(False), ladder("quantization error", note), write, diagnosis("a.weight"))
+    assert found.next_action == "a.weight: Calibrate anew."
+    text = ParsedPage(write_report([run]).read_text()).text
+    assert RAISE_POINTS not in text
+    assert "Calibration had lost it: first do what stands under Next." in text
+    alone = judged(tmp_path / "b", accuracy(False), ladder("quantization error", note), write)
+    assert alone.next_action.startswith(f"R{RAISE_POINTS[1:]}")
+    assert any(RAISE_POINTS in remark for remark in alone.remarks)
+    reached = judged(tmp_path / "c", accuracy(True), ladder("healthy"))
+    assert reached.words(lost) == lost
 
 
 def test_a_flag_that_advises_wider_types_gives_way_to_the_cause_at_a_point(tmp_path: Path) -> None:
@@ -265,7 +308,11 @@ def test_the_rung_that_decides_is_shown_and_those_behind_it_are_named(tmp_path: 
     assert finding.advice.facts == (
         ("rung 2", "rung 2: val_acc 0.9 -> 0.2"),
         ("rung 3", "rung 3: val_acc 0.9 -> 0.2"),
-        ("decides", "rung 3: it is the first that breaks. So do, behind it, rungs 5, 6 (see Evidence)."),
+        (
+            "decides",
+            "rung 3 is the first that breaks. What does not hold behind it may follow from it: 5 rung 5; 6 rung 6 "
+            "(see Evidence).",
+        ),
     )
 
 
@@ -284,7 +331,9 @@ def test_nothing_sends_the_reader_to_a_check_whose_result_is_on_the_page(tmp_pat
     said = [found.sentence, found.next_action, *found.remarks]
     said += [text for finding in found.findings for _, text in finding.advice.facts]
     assert not any("PipelineCheck()" in text for text in said)
-    assert "The pipeline check on this page (pipeline misaligned) says whether it is." in found.remarks
+    assert "The pipeline check on this page answers whether it is: no, pipeline misaligned." in found.remarks
+    undecided = judged(tmp_path / "c", write, accuracy(False), ladder("healthy"))
+    assert "The pipeline check on this page (healthy) says whether it is." in undecided.remarks
     without = judged(tmp_path / "b", write, accuracy(False))
     assert without.next_action == ask
 

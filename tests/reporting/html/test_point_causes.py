@@ -142,7 +142,7 @@ def test_a_fixed_scale_of_the_user_is_removed_where_it_stands(tmp_path: Path, en
     (checked,) = (f.advice for f in judged(run).findings if f.source == "model_check")
     assert dict(checked.facts)["where"] == f"override 2 (match {FIRST!r}) of the configuration"
     assert not checked.yaml
-    where = f"It stands in override 2 (match {FIRST!r}) of the configuration. No other override is needed."
+    where = f"It stands in override 2 (match {FIRST!r}) of the configuration. This point needs no other override."
     assert (action, yaml) == (f"It is too small: {ending} {where}", "")
     assert judged(run).next_action == f"{FIRST}: {action}"
 

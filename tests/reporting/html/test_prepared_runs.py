@@ -29,7 +29,7 @@ def test_first_screen_says_what_is_wrong_what_to_do_and_which_points(tmp_path: P
     assert "to int16" not in clipped
     assert f"Look at these points first: {CLIPPED}" in clipped
     assert "target reached" in healthy
-    assert "Nothing has to be done" in healthy
+    assert "Nothing has to be mended" in healthy
     assert "Points: none has to be changed" in healthy
     assert "Calibration alone reaches it too" in healthy
     assert "warning" not in healthy

@@ -9,6 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_qat.analysis.convergence.convergence import ConvergenceResult
+from lightning_qat.analysis.convergence.training_series import ConvergenceRow
+from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
+from lightning_qat.analysis.ladder.rows import PipelineRow
+from lightning_qat.reporting.files import write_json
 from lightning_qat.reporting.growing_table import GrowingTable
 from lightning_qat.reporting.html.background import background, compared_runs, find_gaps, float_places
 from lightning_qat.reporting.html.drawings import depth, first_jump, graph, histograms
@@ -81,6 +86,34 @@ def test_graph_has_producers_types_and_the_reason_for_float(tmp_path: Path) -> N
         ["c", "topk", "float", [1], None, "indices"],
     ]
     assert drawn["op_of_point"] == [0, 0, 1]
+
+
+def test_a_fused_op_has_the_type_of_the_op_it_runs_in(tmp_path: Path) -> None:
+    """The count of ops by type is then that of the model check; what only moves values keeps having none."""
+    run = folder.write_run(tmp_path, ["relu.output"])
+    plan = folder.plan(["relu.output"])
+    other = {"op_type": "x", "location": "net.py:1", "inputs": []}
+    plan["regions"][""]["ops"] += [
+        {"name": "bn", "status": "fused", "reason": "fused into relu", **other},
+        {"name": "flatten", "status": "passes", "reason": "", **other},
+    ]
+    put(run, "quant_plan.json", plan)
+    read = read_run(run)
+    types = {op[0]: op[2] for op in graph(read, point_table(read))["ops"]}
+    assert types == {"relu": "int8", "bn": "int8", "flatten": ""}
+
+
+def test_a_check_that_cannot_tell_is_a_gap(tmp_path: Path) -> None:
+    """Siblings: a check of convergence, a rung of the pipeline check."""
+    run = folder.write_run(tmp_path, 3)
+    rows = (ConvergenceRow("oscillation", "cannot tell", evidence="fewer than 4 epochs"), ConvergenceRow("x", "holds"))
+    write_json(ConvergenceResult(rows, "healthy", "healthy: so."), run / "lightning_qat" / "convergence.json")
+    steps = (PipelineRow(5, "float finetune", "", None, None, None, "cannot tell", "it was not asked for"),)
+    write_json(PipelineResult(steps, "healthy", "healthy: so."), run / "lightning_qat" / "pipeline_check.json")
+    gaps = {gap.what: gap.why for gap in find_gaps(read_run(run))}
+    assert gaps["convergence: oscillation"] == "it cannot tell: fewer than 4 epochs."
+    assert gaps["pipeline check: rung 5, float finetune"] == "it cannot tell: it was not asked for."
+    assert "convergence: x" not in gaps
 
 
 def test_choices_on_the_front_are_overrides_to_paste(tmp_path: Path) -> None:

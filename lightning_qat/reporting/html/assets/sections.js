@@ -1,6 +1,7 @@
 /* The sections below the table: error along the depth, points over the epochs, the model by scopes, error against cost. */
 
 const HEAT_ROWS = 40;
+const ONE_BIT = 6;  // in dB, as for the first jump
 const HEAT_COLUMNS = { scale_drift: "drift of the scale", flip_rate: "flips of weight codes", clipped_share: "clipped share", score: "sensitivity" };
 
 const SHARES = new Set(["flip_rate", "clipped_share"]);
@@ -26,12 +27,14 @@ function showDepth(depth) {
     const point = depth.points[depth.jump];
     const text = make("p", {}, "The first jump (the ratio falls 6 dB, one bit, below the lowest before) is at ");
     text.append(point === null ? make("span", { class: "name", text: name }) : pointLink(point), ".");
-    if (isCalm) text.append(" No point of this run is flagged, so this only says where most of the error begins.");
+    if (isCalm) text.append(" No finding warns of a point, so this only says where most of the error begins.");
     byId("depth-chart").append(text);
   }
-  const worst = depth.own.map((value, index) => [value, index]).filter(([value]) => finite(value)).sort((a, b) => a[0] - b[0]).slice(0, 5);
+  const own = depth.own.map((value, index) => [value, index]).filter(([value]) => finite(value)).sort((a, b) => a[0] - b[0]);
+  const usual = own.length ? own[Math.floor((own.length - 1) / 2)][0] : 0;
+  const worst = own.filter(([value]) => value < usual - ONE_BIT).slice(0, 5);
   if (worst.length) {
-    const text = make("p", {}, "Lowest own ratio: ");
+    const text = make("p", {}, "Own ratio more than 6 dB, one bit, below the median: ");
     worst.forEach(([value, index], number) => {
       const point = depth.points[index];
       text.append(number ? ", " : "", point === null ? make("span", { class: "name", text: depth.names[index] }) : pointLink(point), ` (${formatNumber(value)} dB)`);
