@@ -78,7 +78,10 @@ def test_only_what_a_report_says_at_the_right_place_is_done(tmp_path: Path) -> N
 @pytest.mark.full
 @pytest.mark.timeout(3000)
 def test_the_quick_story_finds_and_repairs_everything(tmp_path: Path) -> None:
-    """All columns of the source, on less data and with a model that is trained less."""
+    """All columns of the source, on less data and with a model that is trained less: it finds vehicles, but few lines.
+
+    So nothing is asserted of the lines' column, and nothing of the target at int8: one epoch of 20 steps ends anywhere.
+    """
     command = [sys.executable, "examples/bev/story.py", "--quick", "--root", str(tmp_path / "story"), "--without-tune"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -88,7 +91,8 @@ def test_the_quick_story_finds_and_repairs_everything(tmp_path: Path) -> None:
         assert columns[collapsed]["dynamic"] < 0.7 * floats["dynamic"], columns
     for right in ("int16 calibration, fixed inputs", "int16 calibration, split dim_t"):
         assert columns[right]["dynamic"] > 0.95 * floats["dynamic"], columns
-    assert columns["float finetune, lr 0"]["dynamic"] < 0.5 * floats["dynamic"], columns
+    for lost in ("int16 QAT, first", "float finetune", "float finetune, lr 0"):
+        assert columns[lost]["dynamic"] < 0.1 * floats["dynamic"], columns
     assert columns["int16 QAT, pipeline fixed"]["dynamic"] > 0.95 * floats["dynamic"], columns
     story = (tmp_path / "story" / "story.md").read_text()
     for said in ("varying code", "shared scale", "configuration not applied", "float op", "wide integer output"):
