@@ -31,9 +31,9 @@ def check_trainer(trainer: pl.Trainer, stage: str) -> None:
     """
     if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
         raise MisconfigurationException(
-            f"QuantizationAwareTraining does not work with {type(trainer.strategy).__name__} yet: fake-quant has to be "
-            "in the module before its parameters are sharded, and the Trainer offers no place for that. Use Trainer("
-            'strategy="ddp") or a single device; or, without a Trainer, lightning_qat.insert before fully_shard.'
+            f"QuantizationAwareTraining does not work with {type(trainer.strategy).__name__} yet: it shards parameters "
+            "before fake-quant can be inserted, and keeps them so in checkpoints and for analyses. Use "
+            'Trainer(strategy="ddp") or one device. Without a Trainer, call lightning_qat.insert before fully_shard.'
         )
     if stage == "fit" and _compat.replaces_batch_norm(trainer):
         raise MisconfigurationException(
