@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_qat.analysis.results import Block
+from lightning_qat.analysis.results import Block, Result
 from lightning_qat.atomic_files import write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.html.background import background, compared_runs, find_gaps, float_places
@@ -162,12 +162,22 @@ def _static_cell(value: Any, column: Column) -> Any:
 
 def _evidence(run: RunFolder, words: PageWords) -> list[tuple[str, tuple[Block, ...]]]:
     """The tables of the checks, as the txt files have them, without advice that the page has put elsewhere."""
-    found = [(SOURCES[name], words.in_tables(result.full_blocks())) for name, result in run.ladders.items()]
+    checks: dict[str, Result[Any]] = dict(run.ladders)
     if run.convergence is not None:
-        found.append((SOURCES["convergence"], words.in_tables(run.convergence.full_blocks())))
+        checks["convergence"] = run.convergence
+    found = [(SOURCES[name], _filled(words.in_tables(result.full_blocks()))) for name, result in checks.items()]
     if run.model_check is not None:
         found.append((f"{SOURCES['model_check']}: tables", run.model_check.full_blocks()[1:]))
     return found
+
+
+def _filled(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """Leave out columns without any cell."""
+    kept = (
+        [c for place, c in enumerate(b.columns) if any(row[place] not in (None, "", ()) for row in b.rows)]
+        for b in blocks
+    )
+    return tuple(block.only(columns) if columns else block for block, columns in zip(blocks, kept, strict=True))
 
 
 @cache

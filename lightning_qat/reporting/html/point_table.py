@@ -22,7 +22,7 @@ class Column:
         label: what the page calls it.
         help: what it means.
         shown: whether it is shown at first.
-        share: whether it is a part of a whole, which the page writes in percent.
+        share: whether it is a fraction of something, which the page writes in percent.
     """
 
     key: str
@@ -67,7 +67,7 @@ COLUMNS = (
         "share of the op, with what is fused to it, of all floating-point operations",
         share=True,
     ),
-    Column("scale_drift", "drift", "scale relative to the calibrated one, minus 1"),
+    Column("scale_drift", "drift", "change of the scale since calibration, relative to the calibrated one", share=True),
     Column("flip_rate", "flips", "share of the weight codes that changed since the measurement before", share=True),
     Column(
         "verdict",

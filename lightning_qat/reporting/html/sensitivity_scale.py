@@ -12,7 +12,7 @@ from lightning_qat.reporting.html.point_history import full_name
 from lightning_qat.reporting.html.run_folder import RunFolder
 
 _MOST_NAMES = 5
-RULE = f"{SENSITIVE_FACTOR:g} times the median of all points and {100 * LEAST_EFFECT:.2g} % of the output"
+RULE = f"{SENSITIVE_FACTOR:g} times the median of all points and {100 * LEAST_EFFECT:.4g} % of the output"
 """From where on the diagnosis calls a point sensitive."""
 
 
@@ -66,7 +66,8 @@ def sensitivity_scale(run: RunFolder) -> SensitivityScale:
     of_output = f"; the output itself has a root mean square of {size:.4g}" if size is not None else ""
     rule = RULE if size is not None else f"{SENSITIVE_FACTOR:g} times the median of all points"
     text = (
-        f"Sensitivity: the median of {len(known)} points is {usual:.4g}{of_output}. It is large from {limit:.4g} on "
+        f"Sensitivity, in the unit of the output: the median of {len(known)} points is {usual:.4g}{of_output}. It is "
+        f"large from {limit:.4g} on "
         f"({rule})."
     )
     return SensitivityScale(text, tuple(large[:_MOST_NAMES]), max(0, len(large) - _MOST_NAMES))

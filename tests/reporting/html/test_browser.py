@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -371,6 +372,70 @@ def test_the_depth_chart_has_round_numbers_with_a_unit_and_names_the_jump(opened
     assert {"35 dB", "40 dB", "45 dB", "first jump: b.output"} <= set(texts)
     assert page.run("document.querySelectorAll('#depth line.mark:not(.calm)').length") == 1
     assert "No finding warns of a point" not in page.run("document.getElementById('depth').textContent")
+
+
+def test_the_first_jump_always_has_its_label_on_the_axis(opened: Opened, tmp_path: Path) -> None:
+    """Of many places as many as fit are labelled, wide and narrow, and no label lies on another or outside."""
+    names = [f"block{n}.conv{n}.output" for n in range(30)]
+    run = run_folder.write_run(tmp_path, names)
+    rows = [
+        {"mod_name": n, "point": n, "SQNR": 50.0 if k < 17 else 30.0, "own_SQNR": 48.0} for k, n in enumerate(names)
+    ]
+    rows[3]["own_SQNR"] = 20.0
+    rows.append({"mod_name": "<output>", "SQNR": 29.0})
+    (run / "lightning_qat" / "layer_comparison.json").write_text(json.dumps({"rows": rows}))
+    path = write_report([run])
+    for width in (1280, 380):
+        page = opened(path, width=width)
+        texts = page.run(
+            "[...document.querySelectorAll('#depth svg > text[text-anchor=middle]')].map((t) => {"
+            "const box = t.getBBox(); return [t.textContent, box.x, box.x + box.width]; })"
+        )
+        shown = sorted(texts, key=lambda text: text[1])
+        assert names[17][-14:] in [text[-14:] for text, *_ in shown]
+        assert len(shown) >= 2
+        assert all(one[2] <= other[1] for one, other in itertools.pairwise(shown))
+        right = page.run("document.querySelector('#depth svg').viewBox.baseVal.width")
+        assert shown[0][1] >= -1
+        assert shown[-1][2] <= right + 1
+    said = page.run("document.getElementById('depth').textContent")
+    assert f"below the median: {names[3]} (20 dB)" in said  # and none of those that are as the others
+    assert 'without a value of "own": <output>.' in said
+
+
+def test_no_value_lies_beyond_the_last_tick(opened: Opened, tmp_path: Path) -> None:
+    page = opened(write_report([compared_run(tmp_path, "b.output")]))
+    ticks = page.run("[...document.querySelectorAll('#depth svg > text[text-anchor=end]')].map((t) => t.textContent)")
+    numbers = [float(text.removesuffix(" dB")) for text in ticks if text.endswith(" dB")]
+    assert min(numbers) <= 31.1
+    assert max(numbers) >= 47.3
+
+
+def test_a_heat_map_says_what_its_colours_mean(opened: Opened, report: Path) -> None:
+    page = opened(report)
+    largest = page.run("document.querySelector('#heat-chart .largest').textContent")
+    tips = page.run("[...document.querySelectorAll('#heat-chart rect title')].map((t) => t.textContent)")
+    values = [abs(float(tip.rpartition(": ")[2].removesuffix(" %"))) for tip in tips]
+    assert float(largest.removesuffix(" %")) == max(values)
+
+
+def test_a_narrow_screen_shows_the_verdicts_and_says_that_a_table_scrolls(opened: Opened, tmp_path: Path) -> None:
+    """Siblings: the table of points, the heat map, tables that are shown only when their section is opened."""
+    run = compared_run(tmp_path, "b.output")
+    run_folder.write_ladder(run, cause="a cause")
+    path = write_report([run])
+    page = opened(path, width=380)
+    head = "[...document.querySelectorAll('#grid th')].map((h) => h.textContent)"
+    assert page.run(head)[:2] == ["point", "verdict"]
+    right = "[...document.querySelectorAll('#grid tbody tr')].map((row) => row.cells[1].getBoundingClientRect().right)"
+    assert max(page.run(right)) <= 380
+    hint = "getComputedStyle(document.querySelector('{}'), '::before').content"
+    page.until(f"{hint.format('#grid')}.includes('Scroll sideways')")
+    page.run("document.querySelectorAll('#checks details').forEach((one) => { one.open = true; })")
+    page.until(f"{hint.format('#checks .scroll')}.includes('Scroll sideways')")
+    wide = opened(path, width=1600)
+    assert wide.run(head)[-1] == "verdict"
+    assert wide.run(hint.format("#grid")) == "none"
 
 
 def test_the_first_jump_is_no_alarm_where_every_point_is_fine(opened: Opened, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_large_is_what_is_above_both_limits(
     assert f"the median of 3 points is {statistics.median(scores):.4g}" in found.text
     shown = float(found.text.partition("large from ")[2].partition(" ")[0])
     assert shown == pytest.approx(limit, rel=0.02)
-    assert ("3.1 % of the output" in found.text) == output
+    assert ("3.125 % of the output" in found.text) == output
 
 
 def test_without_numbers_nothing_is_said(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 /* Charts as SVG, made element by element. Colours come from the style sheet; shapes and texts say the same. */
 
 const MOST_DOTS = 400;
+const MOST_LABELS = 9;
+const LETTER = 6.8;  // width of a letter in a chart, nearly
 const SVG = "http://www.w3.org/2000/svg";
 
 function draw(tag, attributes = {}, ...children) {
@@ -26,15 +28,19 @@ function extent(values, withZero = false) {
     high = Math.max(high, value);
   }
   if (low > high || (withZero && low === high)) return [0, 1];
-  const room = low === high ? Math.abs(low) / 2 || 1 : (high - low) * 0.05;
+  const room = low === high ? Math.abs(low) / 2 || 1 : 0;
   return [withZero && low === 0 ? 0 : low - room, high + room];
 }
 
-/** Two to six round numbers inside a range. */
-function roundTicks([low, high]) {
+/** A round distance that divides a range into two to five parts. */
+function roundStep([low, high]) {
   const rough = (high - low) / 4;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].find((times) => times * power >= rough * 0.999) * power;
+  return [1, 2, 5, 10].find((times) => times * power >= rough * 0.999) * power;
+}
+
+/** Two to seven round numbers inside a range. */
+function roundTicks([low, high], step) {
   const ticks = [];
   for (let at = Math.ceil(low / step - 1e-9); at * step <= high + step * 1e-9; at += 1) ticks.push(Number((at * step).toPrecision(12)) + 0);
   return ticks;
@@ -42,22 +48,38 @@ function roundTicks([low, high]) {
 
 const scaleTo = ([low, high], from, to) => (value) => from + ((value - low) / (high - low)) * (to - from);
 
+/** The places that have a label, as many as fit: that of the mark first, then both ends, then those between. */
+function placesOnAxis(count, x, width, options) {
+  const between = Array.from({ length: Math.min(count, MOST_LABELS) }, (_, n) => Math.round((n * (count - 1)) / Math.max(1, Math.min(count, MOST_LABELS) - 1)));
+  const marked = Number.isInteger(options.mark) ? [options.mark] : [];
+  const taken = [];
+  for (const place of new Set([...marked, 0, count - 1, ...between])) {
+    const text = options.place(place);
+    const half = text.length * LETTER / 2;
+    const at = Math.max(half, Math.min(width - half, x(place)));
+    if (taken.every(([, other, name]) => Math.abs(other - at) > half + name.length * LETTER / 2 + LETTER)) taken.push([place, at, text]);
+  }
+  return taken;
+}
+
 /** Lines over common x places, with dots where there are few. Each line: {name, values, kind}. */
 function lineChart(lines, options) {
   const [width, height, left, bottom] = [options.width || 360, options.height || 170, 52, 26];
   const count = Math.max(...lines.map((line) => line.values.length));
-  const range = extent(lines.flatMap((line) => line.values.filter(finite)), options.withZero);
+  const exact = extent(lines.flatMap((line) => line.values.filter(finite)), options.withZero);
+  const step = roundStep(exact);
+  const range = [Math.floor(exact[0] / step + 1e-9) * step, Math.ceil(exact[1] / step - 1e-9) * step];  // no value lies beyond the last tick
   const x = scaleTo([0, Math.max(1, count - 1)], left + 6, width - 10);
   const y = scaleTo(range, height - bottom, 12);
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": options.label });
   const format = options.format || formatNumber;
-  for (const value of roundTicks(range)) {
+  for (const value of roundTicks(range, step)) {
     svg.append(draw("line", { class: "axis", x1: left, x2: width - 6, y1: y(value), y2: y(value) }));
     svg.append(draw("text", { x: left - 4, y: y(value) + 4, "text-anchor": "end", text: format(value) }));
   }
-  const marks = count < 2 ? [0] : count < 4 ? [0, count - 1] : [0, Math.floor((count - 1) / 2), count - 1];
-  for (const place of marks) {
-    svg.append(draw("text", { x: x(place), y: height - 8, "text-anchor": place === 0 ? "start" : place === count - 1 ? "end" : "middle", text: options.place(place) }));
+  for (const [place, at, text] of placesOnAxis(count, x, width, options)) {
+    svg.append(draw("text", { class: place === options.mark ? "strong" : null, x: at, y: height - 8, "text-anchor": "middle", text }));
+    svg.append(draw("line", { class: "axis", x1: x(place), x2: x(place), y1: height - bottom, y2: height - bottom + 4 }));
   }
   for (const line of lines) {
     const path = [];
@@ -121,6 +143,8 @@ function hatching(id, color) {
   return draw("defs", {}, draw("pattern", { id, width: 6, height: 6, patternUnits: "userSpaceOnUse" }, line));
 }
 
+const shadeOf = (strength) => (0.06 + 0.94 * strength).toFixed(3);
+
 /** Rows of cells, the stronger the larger. Each row: {name, values}. */
 function heatChart(rows, epochs, label, format) {
   const [left, cell, line] = [8, Math.max(10, Math.min(26, 520 / epochs.length)), 20];
@@ -129,12 +153,17 @@ function heatChart(rows, epochs, label, format) {
   const [width, height] = [names + 520, 24 + rows.length * line];
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, width, height, class: "fixed", role: "img", "aria-label": label });
   svg.append(draw("text", { x: left, y: 13, text: `epoch ${epochs[0]} to ${epochs[epochs.length - 1]}` }));
+  const key = Math.max(names, left + 110);
+  const shades = [0, 0.25, 0.5, 0.75, 1];
+  const largest = Math.max(0, ...rows.flatMap((row) => row.values.filter(finite).map(Math.abs)));
+  svg.append(draw("text", { x: key, y: 13, text: "0" }), draw("text", { class: "largest", x: key + 12 + 12 * shades.length, y: 13, text: format(largest) }));
+  shades.forEach((shade, n) => svg.append(draw("rect", { class: "heat", x: key + 10 + 12 * n, y: 4, width: 11, height: 11, "fill-opacity": shadeOf(shade) })));
   rows.forEach((row, index) => {
     const y = 20 + index * line;
     row.values.forEach((value, place) => {
       const strength = finite(value) ? Math.sqrt(Math.abs(value) / most) : 0;
       svg.append(draw("rect", { class: "heat", x: left + place * cell, y, width: cell - 1, height: line - 2,
-        "fill-opacity": finite(value) ? (0.06 + 0.94 * strength).toFixed(3) : 0,
+        "fill-opacity": finite(value) ? shadeOf(strength) : 0,
         tip: `${row.name}, epoch ${epochs[place]}: ${finite(value) ? format(value) : "no value"}` }));
     });
     const last = row.values.filter(finite).at(-1);

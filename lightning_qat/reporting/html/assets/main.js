@@ -73,6 +73,15 @@ showEpochs(data.series, pointNames);
 showGraph(data.graph);
 showFront(data.front);
 
+/** Say of everything that scrolls sideways that it does, as soon as it is shown and whenever its width changes. */
+function markWide() {
+  const seen = new ResizeObserver((entries) => {
+    for (const box of new Set(entries.map(({ target }) => target.closest(".scroll")))) box?.classList.toggle("wide", box.scrollWidth > box.clientWidth + 1);
+  });
+  for (const box of document.querySelectorAll(".scroll")) for (const one of [box, ...box.children]) seen.observe(one);
+}
+
+markWide();
 enableCopying(document);
 enableTheme();
 /** Show a section or a word of the glossary, and let the keyboard go on from there. */

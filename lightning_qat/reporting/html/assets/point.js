@@ -63,7 +63,7 @@ class PointPage {
       const found = this.data.series[key];
       const values = found ? found.values[index].map(asNumber) : [];
       if (!values.some((value) => finite(value) && value !== 0)) continue;
-      const chart = lineChart([{ name, values }], { label: `${name} over the epochs`, withZero: FROM_ZERO.has(key), format: FROM_ZERO.has(key) ? formatShare : formatNumber, place: (at) => `epoch ${found.epochs[at]}` });
+      const chart = lineChart([{ name, values }], { label: `${name} over the epochs`, withZero: FROM_ZERO.has(key), format: SHARES.has(key) ? formatShare : formatNumber, place: (at) => `epoch ${found.epochs[at]}` });
       charts.append(make("figure", {}, make("figcaption", { text: `${name} over the epochs` }), chart));
     }
     return charts.childElementCount ? [charts] : [];

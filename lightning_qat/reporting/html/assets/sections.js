@@ -4,7 +4,7 @@ const HEAT_ROWS = 40;
 const ONE_BIT = 6;  // in dB, as for the first jump
 const HEAT_COLUMNS = { scale_drift: "drift of the scale", flip_rate: "flips of weight codes", clipped_share: "clipped share", score: "sensitivity" };
 
-const SHARES = new Set(["flip_rate", "clipped_share"]);
+const SHARES = new Set(["flip_rate", "clipped_share", "scale_drift"]);
 
 /** How wide a chart may be, so that its letters have their size. */
 const roomIn = (id) => Math.max(320, byId(id).clientWidth);
@@ -40,6 +40,11 @@ function showDepth(depth) {
       text.append(number ? ", " : "", point === null ? make("span", { class: "name", text: depth.names[index] }) : pointLink(point), ` (${formatNumber(value)} dB)`);
     });
     byId("depth-chart").append(text);
+  }
+  const without = depth.names.filter((_, index) => finite(depth.accumulated[index]) && !finite(depth.own[index]));
+  if (lines.length > 1 && without.length) {
+    const names = without.slice(0, 5).join(", ") + (without.length > 5 ? ` and ${without.length - 5} more` : "");
+    byId("depth-chart").append(make("p", { class: "note", text: `Without an error of its own, so without a value of "own": ${names}.` }));
   }
 }
 

@@ -2,6 +2,7 @@
 
 const ROW_HEIGHT = 31;
 const SPARE_ROWS = 12;
+const NARROW = 640;  // as in the style sheet
 const PRINTED_ROWS = 300;
 const FILTERS = ["dtype", "role", "verdict"];
 
@@ -67,6 +68,12 @@ class PointGrid {
     return this.columns.filter((column, index) => index === 0 || (column.shown && filled(index))).map((column) => column.key);
   }
 
+  /** On a narrow screen the verdict stands beside the name: it is seen without scrolling. */
+  arranged(keys) {
+    if (window.innerWidth > NARROW || !keys.includes("verdict")) return keys;
+    return ["point", "verdict", ...keys.filter((key) => key !== "point" && key !== "verdict")];
+  }
+
   /** Change what is shown, and put it into the URL. */
   change(changes) {
     this.state.set(changes === null ? { q: "", dtype: "", role: "", verdict: "", sort: "", cols: "" } : changes);
@@ -81,7 +88,7 @@ class PointGrid {
     if (this.search.value !== (state.q || "")) this.search.value = state.q || "";
     for (const [key, select] of Object.entries(this.selects)) select.value = state[key] || "";
     const known = (state.cols || "").split(",").filter((key) => key in this.place && key !== "point");
-    this.visible = state.cols ? ["point", ...known] : this.standardColumns();
+    this.visible = state.cols ? ["point", ...known] : this.arranged(this.standardColumns());
     for (const box of this.boxes.querySelectorAll("input")) box.checked = this.visible.includes(box.value);
     const words = (state.q || "").toLowerCase().split(/\s+/).filter(Boolean);
     const filters = FILTERS.filter((key) => state[key]).map((key) => [this.place[key], state[key]]);
