@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_qat.quantization.modules.garbage_collection import rare_garbage_collection
 from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.deployed_part import DeployedPart, deployed_part
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
@@ -51,6 +52,7 @@ def make_plan(
     return make_plans({"": graph}, qconfig, overrides, profile)[""]
 
 
+@rare_garbage_collection()
 def make_plans(
     graphs: Mapping[str, OpGraph],
     qconfig: QConfig | Mapping[str, Any] | None = None,

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.modules.garbage_collection import rare_garbage_collection
 from lightning_qat.quantization.overrides import Override
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.make_plan import make_plan
@@ -71,6 +72,7 @@ def insert(
     return attach(module, graph, make_plan(graph, qconfig, overrides, profile))
 
 
+@rare_garbage_collection()
 def attach(module: nn.Module, graph: OpGraph, plan: QuantPlan, traced: bool = True) -> Region:
     """Put a plan into effect on a module.
 

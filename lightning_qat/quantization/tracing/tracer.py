@@ -28,6 +28,7 @@ from lightning_qat.quantization.interception.code_locations import user_location
 from lightning_qat.quantization.interception.interception import Intercepted, InterceptionMode, Opener, active_mode
 from lightning_qat.quantization.interception.op_sequence import RecordedOp, SequenceRecorder
 from lightning_qat.quantization.modules.call import Call
+from lightning_qat.quantization.modules.garbage_collection import rare_garbage_collection
 from lightning_qat.quantization.modules.module_walk import has_lazy_tensors
 from lightning_qat.quantization.modules.preservation import preserved, preserved_parameters, preserved_tensors
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, is_float, leaves, named_leaves
@@ -38,6 +39,7 @@ from lightning_qat.quantization.tracing.replays import Replay, replays
 from lightning_qat.quantization.tracing.tensor_sources import TensorSources, version_of
 
 
+@rare_garbage_collection()
 def trace(target: nn.Module, batches: Iterable[Any], train_mode: bool = True) -> OpGraph:
     """Trace a module on a few batches and return its ops.
 
