@@ -197,13 +197,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], 
     return train(path), tables(path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+CASES = [
+    (place, number, by_validation)
+    for number in (signal.SIGKILL, signal.SIGTERM)
+    for place, by_validation in [*((place, False) for place in PLACES), ("analysis", True), ("table", True)]
+]
+QUICK = [*((place, signal.SIGKILL, False) for place in PLACES), ("analysis", signal.SIGTERM, True)]
+
+
 @pytest.mark.parametrize(
-    ("place", "by_validation"),
-    [
-        *((place, False) for place in PLACES),
-        *(pytest.param(p, True, id=f"{p}-validation") for p in ("analysis", "table")),
-    ],
+    ("place", "number", "by_validation"),
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.full) for case in CASES],
 )
 def test_resumed_run_has_lost_nothing(
     tmp_path: Path,

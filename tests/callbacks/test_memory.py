@@ -42,7 +42,7 @@ def _resident_bytes() -> int:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("first", "last"), [(6, 18), pytest.param(50, 200, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("first", "last"), [(5, 11), pytest.param(50, 200, marks=pytest.mark.full)])
 def test_memory_is_flat_over_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
     """No tensor more, and fewer than two objects more for each epoch.
 
