@@ -172,9 +172,9 @@ def _numbers(e: PointEvidence, severity: float) -> str:
     share = 100 * e.clipping / total if total else 0.0
     low, high = e.representable
     text = (
-        f"Relative error {percent(severity)} at {e.dtype}; {share:.3g} % of its energy is clipping, of "
-        f"{percent(e.clipped_share)} of the values. Represents {low:.4g} to {high:.4g}, saw {e.min:.4g} to "
-        f"{e.max:.4g}, step {e.scale:.4g}."
+        f"Relative error {percent(severity)} at {e.dtype}; {share:.3g} % of the energy of that error is clipping, "
+        f"and {percent(e.clipped_share)} of the values are clipped. Represents {low:.4g} to {high:.4g}, "
+        f"saw {e.min:.4g} to {e.max:.4g}, step {e.scale:.4g}."
     )
     if is_shared_unevenly(e):
         calls = ", ".join(f"{a:.4g} to {b:.4g}" for a, b in e.calls[:4])

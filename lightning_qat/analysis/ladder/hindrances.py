@@ -84,21 +84,26 @@ def plan_rows(reference: Fingerprint | None, here: Fingerprint | None) -> list[P
     known = (reference.plan if reference is not None else None) or TrainingPlan()
     if plan is None:
         return []
-    numbers: list[tuple[str, float | None, float | None]] = [
-        (f"update per step, group {i}", known.updates[i] if i < len(known.updates) else None, update)
+    numbers: list[tuple[str, float | None, float | None, str]] = [
+        (f"update per step, group {i}", known.updates[i] if i < len(known.updates) else None, update, _UPDATE)
         for i, update in enumerate(plan.updates)
     ]
-    numbers.append(("samples per step", known.samples, plan.samples))
+    numbers.append(("samples per step", known.samples, plan.samples, ""))
     numbers += [
-        (f"mean of highest lr, group {i}", known.rate_shares[i] if i < len(known.rate_shares) else None, share)
+        (f"mean of highest lr, group {i}", known.rate_shares[i] if i < len(known.rate_shares) else None, share, _SHARE)
         for i, share in enumerate(plan.rate_shares)
     ]
-    numbers.append(("gradient kept", known.kept, plan.kept))
+    numbers.append(("gradient kept", known.kept, plan.kept, _KEPT))
     return [
-        PipelineRow(FLOAT_FINETUNE, RUNG_NAMES[FLOAT_FINETUNE], name, before, value, None, "noted")
-        for name, before, value in numbers
+        PipelineRow(FLOAT_FINETUNE, RUNG_NAMES[FLOAT_FINETUNE], name, before, value, None, "noted", note)
+        for name, before, value, note in numbers
         if value is not None
     ]
+
+
+_UPDATE = "relative change of the weights in one step at the highest learning rate"
+_SHARE = "mean learning rate of the schedule, as a fraction of its highest"
+_KEPT = "fraction of the gradient that clipping leaves"
 
 
 def prevention(ladder: Ladder, found: Sequence[str]) -> list[BrokenRung]:

@@ -46,9 +46,11 @@ class BrokenRung:
         verdict: what is to blame.
         text: why, and what to do.
         cause: the setting that does it, if the text names one; else a difference from the float run may explain it.
+        what: name of the rows that break, if it is not that of the rung.
     """
 
     rung: int
     verdict: Verdict
     text: str
     cause: str = ""
+    what: str = ""

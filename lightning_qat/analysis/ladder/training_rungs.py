@@ -136,7 +136,7 @@ def calibrated_evidence(ladder: Ladder) -> Evidence:
         training = f"; {format_training(ladder.qat)} in this short check do not win it back ({format_falls(after)})"
     causes = _causes(ladder, "; evaluate again before you train")
     text = f"calibration alone loses the accuracy ({format_falls(judged(rows))}){training}. {causes}"
-    return rows, [BrokenRung(QUANTIZED, "quantization error", text)]
+    return rows, [BrokenRung(QUANTIZED, "quantization error", text, what=CALIBRATED)]
 
 
 def blame_quantization(broken: Sequence[BrokenRung], ladder: Ladder) -> list[BrokenRung]:

@@ -229,7 +229,7 @@ def _convicted(result: PipelineResult, broken: BrokenRung, has_fingerprint: bool
         words = f" Most likely cause: {ended(cause.what)}"
     elif verdict == "pipeline misaligned" and not has_fingerprint and broken.rung in _EXPLAINS:
         words = f" {MAKE_REFERENCE}: it says what differs."
-    where = f"{verdict} (rung {broken.rung}, {RUNG_NAMES[broken.rung]})"
+    where = f"{verdict} (rung {broken.rung}, {broken.what or RUNG_NAMES[broken.rung]})"
     return replace(
         result,
         verdict=verdict,

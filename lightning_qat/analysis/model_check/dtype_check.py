@@ -10,7 +10,7 @@ from lightning_qat.analysis.model_check.finding import Finding, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.quantization.functions.function_table import FLOAT_INSIDE
 from lightning_qat.quantization.region.effective_dtypes import FLOAT, bits
-from lightning_qat.quantization.tracing.op_graph import Op
+from lightning_qat.quantization.tracing.op_graph import Op, Operand
 
 QUANTIZE, DEQUANTIZE = "quantize", "dequantize"
 """Types of the rows for points at the inputs of ops, and for quantized tensors that leave the region."""
@@ -111,6 +111,12 @@ def _statistics(title: str, counts: dict[str, Counter[str]], requirement: str) -
     return Section(title, ("module type", *dtypes), tuple(rows), requirement)
 
 
+def _is_inner(checked: CheckedRegion, operand: Operand) -> bool:
+    """Whether a tensor stays inside of what is fused: no tensor of the deployed model, it has no type of its own."""
+    ops = (checked.graph.by_name[source.name] for source in operand.sources if source.kind == "op")
+    return any(map(checked.is_inside_group, ops))
+
+
 def _activation_rows(checked: CheckedRegion) -> Iterable[tuple[object, ...]]:
     dtypes, plan = checked.dtypes, checked.plan
     for op in checked.graph.ops:
@@ -122,7 +128,7 @@ def _activation_rows(checked: CheckedRegion) -> Iterable[tuple[object, ...]]:
             if point is not None and not plan.by_name[point].is_weight:
                 before = dtypes.of_tensor(operand.sources)
                 yield point, QUANTIZE, before, dtypes.points[point], _axis(checked, point), _source(checked, point)
-            if operand.is_float and operand.role == "data":
+            if operand.is_float and operand.role == "data" and not _is_inner(checked, operand):
                 read.append(dtypes.of_operand(op, operand))
         name = f"{op.name}.output"
         status = plan.status[op.name]

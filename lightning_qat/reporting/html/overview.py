@@ -23,7 +23,7 @@ from lightning_qat.reporting.html.findings import (
 from lightning_qat.reporting.html.page_words import PageWords
 from lightning_qat.reporting.html.point_causes import bad_ladder, pipeline_is_at_fault
 from lightning_qat.reporting.html.point_history import PointKey, full_name, point_key
-from lightning_qat.reporting.html.provenance import export_command
+from lightning_qat.reporting.html.provenance import ANY_CHECKPOINT, export_command, known_checkpoint
 from lightning_qat.reporting.html.run_folder import RunFolder
 
 Level = Literal["good", "bad", "warning", "unknown"]
@@ -31,7 +31,8 @@ _NO_TARGET = (
     "Add AccuracyTable(target=...) to the callbacks, or evaluate the checkpoint with it. It says whether the target is "
     "reached."
 )
-_REACHED = "Nothing has to be mended. Export the model with `{command}`, or try narrower types."
+_REACHED = "Nothing has to be mended. Export the model with `{command}`{unknown}, or try narrower types."
+_UNKNOWN_CHECKPOINT = f" ({ANY_CHECKPOINT} stands for your checkpoint: the run names none)"
 _ABOUT_POINTS = ("calibrated_diagnosis", "diagnosis")
 _DIFFERS = "Mend what differs first:"
 _DIFFERS_FROM_FLOAT = "Mend what differs from the float run first (float run -> here):"
@@ -176,7 +177,10 @@ def _next_action(run: RunFolder, source: str, level: Level, findings: tuple[Repo
         return (
             _STILL_TRAINING
             if run.provenance.get("finished") is False
-            else _REACHED.format(command=export_command(run.path, run.provenance))
+            else _REACHED.format(
+                command=export_command(run.path, run.provenance),
+                unknown="" if known_checkpoint(run.path, run.provenance) else _UNKNOWN_CHECKPOINT,
+            )
         )
     ladder = run.ladders.get(source)
     if ladder is not None and ladder.verdict != "quantization error":
@@ -241,7 +245,7 @@ def _remarks(run: RunFolder, source: str) -> tuple[str, ...]:
     if source != "convergence" and run.convergence is not None and run.convergence.is_bad:
         found.append(f"convergence: {run.convergence.note}")
     if run.diagnosis is not None and run.diagnosis.remark:
-        found.append(run.diagnosis.remark)
+        found.append(f"{SOURCES['diagnosis']}: {run.diagnosis.remark}")
     return tuple(found)
 
 

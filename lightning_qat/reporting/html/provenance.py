@@ -19,6 +19,8 @@ from typing import Any
 from lightning_qat.atomic_files import json_value, write_atomically
 
 FILE_NAME = "provenance.json"
+ANY_CHECKPOINT = "best.ckpt"
+"""In the place of a checkpoint that is not known."""
 _PACKAGES = ("lightning-qat", "torch", "lightning", "torchmetrics", "numpy")
 _CONFIGURATIONS = ("config.yaml", "hparams.yaml")
 _HASHED = ("quant_plan.json", "pipeline_fingerprint.json")
@@ -93,13 +95,22 @@ def export_command(folder: Path, provenance: Mapping[str, Any]) -> str:
     """
     script, configs = _sources(provenance)
     config = configs[0] if configs else "" if script else "fit.yaml"
-    checkpoints = list(folder.parent.glob("checkpoints/*.ckpt"))
-    noted = provenance.get("checkpoint")
-    checkpoint = str(noted or (checkpoints[0] if len(checkpoints) == 1 else "best.ckpt"))
+    checkpoint = known_checkpoint(folder, provenance) or ANY_CHECKPOINT
     options = ["--config", config] if config else []
     return shlex.join(
         ["python", "-m", "lightning_qat", "export", script or "train.py", *options, "--ckpt_path", checkpoint]
     )
+
+
+def known_checkpoint(folder: Path, provenance: Mapping[str, Any]) -> str:
+    """Return the path of the checkpoint to export; empty if a run has none, or several and names none.
+
+    Args:
+        folder: the run's ``lightning_qat`` folder.
+        provenance: how it was started, see :func:`describe_process`.
+    """
+    checkpoints = list(folder.parent.glob("checkpoints/*.ckpt"))
+    return str(provenance.get("checkpoint") or (checkpoints[0] if len(checkpoints) == 1 else ""))
 
 
 def configuration_of(provenance: Mapping[str, Any]) -> str:

@@ -198,6 +198,8 @@ def test_numbers_of_both_trainings_are_evidence() -> None:
     rows = {row.metric: row for row in run({}).rows if row.rung == 5 and row.status == "noted"}
     assert (rows["update per step, group 0"].expected, rows["update per step, group 0"].value) == (0.04, 0.003)
     assert (rows["samples per step"].expected, rows["mean of highest lr, group 0"].value) == (64.0, 0.5)
+    fractions = [row for name, row in rows.items() if name.startswith(("update", "mean", "gradient"))]
+    assert all(row.note.startswith(("relative change", "mean learning rate", "fraction")) for row in fractions)
     assert not any(row.metric == "gradient kept" for row in judged(HERE, HERE).rows)
 
 

@@ -351,5 +351,6 @@ def test_averaged_weights_that_are_as_good_are_not_called_another_checkpoint() -
 def test_what_the_short_check_does_not_win_back_is_called_that() -> None:
     """A run trains longer than the check: its accuracy may be far better than what the check's steps reach."""
     result = judged(calibrated=Measurement({"val_acc": 0.3}), qat=trained(0.5))
+    assert result.note.startswith("quantization error (rung 4, calibrated)")  # the rows that break are called so
     assert "50 batches of QAT's own training" in result.note
     assert "in this short check do not win it back (val_acc 0.98 -> 0.5)" in result.note

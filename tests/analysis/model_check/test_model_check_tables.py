@@ -210,6 +210,15 @@ def test_fused_groups_are_one_type() -> None:
     assert [row[0] for row in rows] == ["quantize", "conv2d+batch_norm+relu", "conv2d", "total"]
 
 
+def test_a_tensor_inside_of_what_is_fused_has_no_type() -> None:
+    """A9: nothing computes in float32 there, though the simulation does; what comes from outside keeps its type."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 1, 1))
+    region = insert(model, (ramp(2, 1, 3, 3),))
+    rows = {row[0]: row[2:4] for row in _section(check(region), "Each layer out qconfig:").rows}
+    assert (rows["0"], rows["1"], rows["2"]) == (("int8", ""), ("", ""), ("", "int8"))
+    assert rows["3"] == ("int8", "float32")
+
+
 def test_layer_tables_say_where_each_scale_comes_from() -> None:
     """A9: fixed scales, observers, and why not."""
     overrides = [{"match": "1.output", "activation": {"dtype": "int16", "threshold": 100}}]
