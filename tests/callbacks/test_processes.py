@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 import torch
 
+import lightning_qat
 from tests.callbacks.test_ddp import pytestmark as ddp_warnings
-from tests.harness.ranks import Writers, main
+from tests.callbacks.test_unwritable import all_callbacks
+from tests.harness.ranks import AtTheEnd, Shared, Writers, main
 from tests.harness.state import assert_same
+from tests.harness.trainers import trainer
 
 ROOT = Path(__file__).parents[2]
 REPORTS = {
@@ -125,3 +128,20 @@ def test_rank_that_raises_leaves_no_other_waiting(tmp_path: Path, strategy: str,
     with pytest.raises(Exception, match="only here"):
         train(tmp_path, strategy, 2, kind)
     assert not list(tmp_path.glob("rank*.pt"))
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")
+def test_all_callbacks_come_to_the_end_where_metrics_are_reduced_over_ranks(tmp_path: Path) -> None:
+    """``sync_dist=True``: reading a metric is a step of all ranks. One that rank 0 took alone hung the run."""
+    callbacks = [lightning_qat.QuantizationAwareTraining(), lightning_qat.Calibration(batches=8), *all_callbacks()]
+    run = trainer(
+        tmp_path, *callbacks, Writers(tmp_path), AtTheEnd(tmp_path), max_epochs=2, strategy="ddp_fork", devices=2
+    )
+    run.fit(Shared())
+    one, other = ends(tmp_path, 2)
+    assert_same(one["state"], other["state"])
+    assert [path.name for path in tmp_path.glob("written*")] == ["written0"]
+    assert {"report.html", "pipeline_check.json", "float_finetune.json", "result_table.json"} <= {
+        path.name for path in (tmp_path / "lightning_qat").iterdir()
+    }
