@@ -1,17 +1,19 @@
-"""What SensitivityAnalysis adds to an epoch of the digits example, in processor time of one thread.
+"""What callbacks add to an epoch of the digits example, in processor time of one thread.
 
-.venv/bin/python tests/benchmarks/epoch_cost.py        # prints the table of README.md
+.venv/bin/python tests/benchmarks/epoch_cost.py        # prints the tables of README.md
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import statistics
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,48 +23,78 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.digits import DigitsClassifier, DigitsDataModule
-from lightning_qat import Calibration, QuantizationAwareTraining, SensitivityAnalysis
+from lightning_qat import (
+    Calibration,
+    ConvergenceMonitor,
+    HTMLReport,
+    LayerComparison,
+    LayerStatistics,
+    ModelCheck,
+    QuantizationAwareTraining,
+    SensitivityAnalysis,
+)
+
+ROWS: dict[str, Callable[[], list[Callback]]] = {
+    "SensitivityAnalysis": lambda: [SensitivityAnalysis()],
+    "SensitivityAnalysis, max_samples=16": lambda: [SensitivityAnalysis(max_samples=16)],
+    "LayerStatistics": lambda: [LayerStatistics()],
+    "ConvergenceMonitor": lambda: [ConvergenceMonitor()],
+    "LayerStatistics, ConvergenceMonitor": lambda: [LayerStatistics(), ConvergenceMonitor()],
+    "these three, LayerComparison, ModelCheck, HTMLReport": lambda: [
+        LayerStatistics(),
+        ConvergenceMonitor(),
+        SensitivityAnalysis(),
+        LayerComparison(),
+        ModelCheck(),
+        HTMLReport(),
+    ],
+}
 
 
-class TimedSensitivity(SensitivityAnalysis):
-    """With the processor time of each epoch's analysis, in seconds."""
+class Epochs(Callback):
+    """The processor time of each epoch, and that of the hooks of some callbacks in it, in seconds.
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.seconds: list[float] = []
+    Args:
+        callbacks: their hooks are replaced by timed ones.
+    """
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        start = time.process_time()
-        super().on_train_epoch_end(trainer, pl_module)
-        self.seconds.append(time.process_time() - start)
-
-
-class TimedEpochs(Callback):
-    """The processor time of each epoch, in seconds."""
-
-    def __init__(self) -> None:
-        self._starts: list[float] = []
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        self.found: list[tuple[float, float]] = []
+        self._start: float | None = None
+        self._in_hooks, self._inside = 0.0, False
+        for callback in callbacks:
+            for name in dir(Callback):
+                if name.startswith("on_") and getattr(type(callback), name) is not getattr(Callback, name):
+                    setattr(callback, name, functools.partial(self._timed, getattr(callback, name)))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._starts.append(time.process_time())
+        now = time.process_time()
+        if self._start is not None:
+            self.found.append((now - self._start, self._in_hooks))
+        self._start, self._in_hooks = now, 0.0
 
-    @property
-    def seconds(self) -> list[float]:
-        """Of all epochs but the last."""
-        return [end - start for start, end in zip(self._starts, self._starts[1:], strict=False)]
+    def _timed(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._inside:  # a hook that runs a step, which calls hooks
+            return hook(*args, **kwargs)
+        self._inside, start = True, time.process_time()
+        try:
+            return hook(*args, **kwargs)
+        finally:
+            self._inside = False
+            self._in_hooks += time.process_time() - start
 
 
-def epoch_cost(epochs: int, **options: Any) -> tuple[float, float]:
-    """Return milliseconds of the analysis and of the rest of an epoch: medians, without the first epoch.
+def epoch_cost(epochs: int, callbacks: list[Callback]) -> tuple[float, float]:
+    """Return milliseconds of the callbacks and of the rest of an epoch: medians, without the first epoch.
 
-    The first epoch's analysis also finds out where the samples are in every tensor.
+    What runs once per training is in the first epoch: measurements at the start, and where the samples are.
     """
-    sensitivity, timed = TimedSensitivity(**options), TimedEpochs()
+    timed = Epochs(callbacks)
     seed_everything(0, verbose=False)
     with tempfile.TemporaryDirectory() as directory:
         trainer = Trainer(
             max_epochs=epochs + 2,
-            callbacks=[QuantizationAwareTraining(), Calibration(epochs=1), timed, sensitivity],
+            callbacks=[QuantizationAwareTraining(), Calibration(epochs=1), timed, *callbacks],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -71,10 +103,8 @@ def epoch_cost(epochs: int, **options: Any) -> tuple[float, float]:
             default_root_dir=directory,
         )
         trainer.fit(DigitsClassifier(), DigitsDataModule())
-    analyses, rests = sensitivity.seconds[1 : epochs + 1], []
-    for whole, analysis in zip(timed.seconds[1:], analyses, strict=True):
-        rests.append(whole - analysis)
-    return 1e3 * statistics.median(analyses), 1e3 * statistics.median(rests)
+    later = timed.found[1 : epochs + 1]
+    return 1e3 * statistics.median(own for _, own in later), 1e3 * statistics.median(all_ - own for all_, own in later)
 
 
 def main() -> None:
@@ -86,10 +116,10 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    print("| options | analysis, ms | rest of the epoch, ms | share |\n|---|---|---|---|")
-    for name, options in (("defaults", {}), ("max_samples=16", {"max_samples": 16})):
+    print("| callbacks | ms per epoch | rest of the epoch, ms | share |\n|---|---|---|---|")
+    for name, callbacks in ROWS.items():
         for _ in range(arguments.runs):
-            analysis, rest = epoch_cost(arguments.epochs, **options)
+            analysis, rest = epoch_cost(arguments.epochs, callbacks())
             print(f"| {name} | {analysis:.1f} | {rest:.0f} | {analysis / rest:.1%} |", flush=True)
 
 
