@@ -43,7 +43,7 @@ would pass this hurdle by chance; every flag needs a second condition besides.""
 MOST_BLOCKS = 512
 """Blocks of a trend test at most: more cost time and find nothing that matters."""
 _HEALTHY = (
-    "healthy: training makes nothing worse than calibration left it, neither losses nor metrics nor points. Whether "
+    "healthy: losses, metrics and points are not worse than calibration left them, within what is tolerated. Whether "
     "that is good enough is not judged here: AccuracyTable(target=...) says."
 )
 FIRST_LOOK = 32

@@ -75,7 +75,7 @@ def growing_clipping(series: TrainingSeries) -> ConvergenceRow:
         "clipping is most of its error, and it has lost more than 6 dB.",
         "Its data have outgrown the calibrated range: activation_scales: ema for it to follow, or a fixed_scale or "
         "int16 for these points in overrides.",
-        "no clipped share has more than doubled since the first epoch while its point lost more than 6 dB. What was "
+        "no clipped share has more than doubled since the first epoch and cost its point more than 6 dB. What was "
         "clipped from the start is not judged here: LayerComparison() and ModelCheck() do.",
     )
 

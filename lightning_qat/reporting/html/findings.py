@@ -96,7 +96,6 @@ def _of_diagnoses(run: RunFolder, is_innocent: bool) -> Iterator[ReportFinding]:
     """That of the model that training started from comes first; the later one adds what is new."""
     level = "info" if is_innocent else "warning"
     known: set[tuple[str, str, str]] = set()
-    models = {"calibrated_diagnosis": "before training", "diagnosis": latest_model(run.comparison.about.get("epoch"))}
     for name, result in (("calibrated_diagnosis", run.start_diagnosis), ("diagnosis", run.diagnosis)):
         if result is None:
             continue
@@ -109,14 +108,14 @@ def _of_diagnoses(run: RunFolder, is_innocent: bool) -> Iterator[ReportFinding]:
                 known.add(about)
                 follows = point_key(row.region, row.point) in run.follows
                 advice = _diagnosis_advice(row, rounds, "info" if follows else level)
-                measured = ("measured", _MEASURED.format(model=models[name]))
-                yield ReportFinding(name, replace(advice, facts=(*advice.facts, measured)), advice.names)
+                facts = (*advice.facts, ("measured", measured_on(run, name)))
+                yield ReportFinding(name, replace(advice, facts=facts), advice.names)
 
 
 _CALIBRATION = "calibration data"
 _MEASURED = (
-    "{model}, with the values that the float model has at this point. The table of points has those that reach it in "
-    "the quantized model."
+    "{model}, with the values that the float model has at this point. The table of points is about those that reach it "
+    "in the quantized model."
 )
 
 
@@ -140,6 +139,17 @@ def _of_model_check(run: RunFolder) -> Iterator[ReportFinding]:
                 facts = (*advice.facts, ("where", ", ".join(sorted(where))))
                 advice = replace(advice, yaml="", facts=facts)
             yield ReportFinding("model_check", advice, tuple(map(full_name, keys)))
+
+
+def measured_on(run: RunFolder, source: str) -> str:
+    """Say which model, and which values, the numbers of a diagnosis are about.
+
+    Args:
+        run: its files.
+        source: a key of :data:`SOURCES`.
+    """
+    is_latest = source == "diagnosis"
+    return _MEASURED.format(model=latest_model(run.comparison.about.get("epoch")) if is_latest else "before training")
 
 
 def latest_model(epoch: object) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 
 from lightning_qat.atomic_files import json_value
 from lightning_qat.reporting.html.drawings import depth, graph, histograms, short
+from lightning_qat.reporting.html.findings import measured_on
 from lightning_qat.reporting.html.front import front_chart
 from lightning_qat.reporting.html.glossary import ANCHORS
+from lightning_qat.reporting.html.point_history import point_key
 from lightning_qat.reporting.html.point_table import COLUMNS, PointTable
 from lightning_qat.reporting.html.provenance import overrides_place
 from lightning_qat.reporting.html.run_folder import RunFolder
@@ -28,6 +30,7 @@ def page_data(run: RunFolder, points: PointTable, flagged: Collection[str] = ())
         points: its points.
         flagged: names of the points that something is said against.
     """
+    latest = {point_key(row.region, row.point) for row in run.diagnosis.rows} if run.diagnosis is not None else set()
     return {
         "run": one_line(run.name),
         "points": {
@@ -36,7 +39,10 @@ def page_data(run: RunFolder, points: PointTable, flagged: Collection[str] = ())
             "flagged": [place for place, name in enumerate(points.names) if name in flagged],
         },
         "advice": {
-            str(place): {name: printable(getattr(row, name)) for name in ("evidence", "action", "yaml")}
+            str(place): {
+                **{name: printable(getattr(row, name)) for name in ("evidence", "action", "yaml")},
+                "measured": measured_on(run, "diagnosis" if key in latest else "calibrated_diagnosis"),
+            }
             for place, key in enumerate(points.keys)
             if (row := points.diagnoses.get(key)) is not None and row.verdict != "fine"
         },

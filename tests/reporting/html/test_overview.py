@@ -174,15 +174,19 @@ def test_a_later_diagnosis_adds_what_the_first_has_not_said(tmp_path: Path) -> N
 def test_a_finding_and_the_table_say_of_which_model_their_numbers_are(tmp_path: Path) -> None:
     """The diagnosis looks at the float model's values, before training or at an epoch; the table at quantized ones."""
 
+    first, second, _ = folder.point_names(3)
+
     def write(run: Path) -> None:
-        folder.write_diagnosis(run, "a.weight", name="calibrated_diagnosis")
+        folder.write_diagnosis(run, first, name="calibrated_diagnosis")
         (run / "lightning_qat" / "layer_comparison.json").write_text(json.dumps({"epoch": 7, "rows": []}))
 
-    found = judged(tmp_path, accuracy(False), write, diagnosis("b.weight"))
+    found = judged(tmp_path, accuracy(False), write, diagnosis(second))
     before, later = (dict(finding.advice.facts)["measured"] for finding in found.findings)
     assert before.startswith("before training, with the values that the float model has")
     assert later.startswith("at the end of epoch 7, counted from 0, with the values that the float model has")
-    text = ParsedPage(write_report([tmp_path]).read_text()).text
+    page = ParsedPage(write_report([tmp_path]).read_text())
+    text = page.text
+    assert {one["measured"] for one in page.data["advice"].values()} == {before, later}
     assert "All numbers are those of the quantized model at the end of epoch 2, counted from 0" in text
 
 

@@ -30,7 +30,7 @@ class PointPage {
   advice(index) {
     const advice = this.data.advice[index];
     if (!advice) return [];
-    const parts = [make("p", { text: advice.evidence })];
+    const parts = [make("p", { text: advice.evidence }), make("p", { class: "note", text: `Measured ${advice.measured}` })];
     if (advice.action) parts.push(make("p", {}, make("strong", { text: "What to do: " }), advice.action));
     if (advice.yaml) parts.push(make("div", { class: "paste" }, make("button", { type: "button", class: "copy", text: "Copy" }), make("pre", {}, make("code", { text: advice.yaml })), make("p", { class: "note", text: this.data.place })));
     return parts;
