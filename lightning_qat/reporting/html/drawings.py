@@ -6,8 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_qat.analysis.diagnosis.judgement import allowed_error
 from lightning_qat.analysis.results import Block
 from lightning_qat.atomic_files import json_value
+from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.quantization.numerics.dtypes import quant_dtype
 from lightning_qat.quantization.planning.deployed_part import TRAIN_ONLY
 from lightning_qat.quantization.planning.planner import FUSED_INTO
 from lightning_qat.reporting.html.point_history import PointKey, full_name, point_key
@@ -68,6 +71,7 @@ def depth(run: RunFolder, points: PointTable) -> dict[str, Any]:
             "points": [places.get(point_key(row.get("region"), row.get("point") or "")) for row in rows],
             "accumulated": [short(row.get("SQNR")) for row in rows],
             "own": [short(row.get("own_SQNR")) for row in rows],
+            "low": _low([row.get("own_SQNR") for row in rows], [row.get("quant_dtype") for row in rows]),
             "jump": first_jump([row.get("SQNR") for row in rows]),
         }
     own, names = points.column("sqnr"), points.names
@@ -77,8 +81,32 @@ def depth(run: RunFolder, points: PointTable) -> dict[str, Any]:
         "points": kept,
         "accumulated": [],
         "own": [short(own[place]) for place in kept],
+        "low": _low([own[place] for place in kept], [points.column("dtype")[place] for place in kept]),
         "jump": None,
     }
+
+
+def _low(own: list[Any], dtypes: list[Any]) -> list[int]:
+    """The places whose own error is larger than the diagnosis calls fine for their type, the worst first."""
+    limits = [fine_ratio(dtype) if isinstance(dtype, str) else None for dtype in dtypes]
+    found = [(v, p) for p, (v, limit) in enumerate(zip(own, limits, strict=True)) if _number(v) and limit and v < limit]
+    return [place for _, place in sorted(found)]
+
+
+def fine_ratio(dtype: str) -> float | None:
+    """Return the signal to noise ratio, in dB, from which on the diagnosis calls a point fine.
+
+    Args:
+        dtype: its type; None is returned for one that is not quantized, or that a damaged file holds.
+
+    Example:
+        >>> [fine_ratio(dtype) for dtype in ("int8", "float32")]
+        [30.102999566398122, None]
+    """
+    try:
+        return -20 * math.log10(allowed_error(quant_dtype(dtype).bits))
+    except ConfigurationError:
+        return None
 
 
 def first_jump(values: list[Any]) -> int | None:

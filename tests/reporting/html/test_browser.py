@@ -379,7 +379,8 @@ def test_the_first_jump_always_has_its_label_on_the_axis(opened: Opened, tmp_pat
     names = [f"block{n}.conv{n}.output" for n in range(30)]
     run = run_folder.write_run(tmp_path, names)
     rows = [
-        {"mod_name": n, "point": n, "SQNR": 50.0 if k < 17 else 30.0, "own_SQNR": 48.0} for k, n in enumerate(names)
+        {"mod_name": n, "point": n, "SQNR": 50.0 if k < 17 else 30.0, "own_SQNR": 48.0, "quant_dtype": "int8"}
+        for k, n in enumerate(names)
     ]
     rows[3]["own_SQNR"] = 20.0
     rows.append({"mod_name": "<output>", "SQNR": 29.0})
@@ -399,7 +400,7 @@ def test_the_first_jump_always_has_its_label_on_the_axis(opened: Opened, tmp_pat
         assert shown[0][1] >= -1
         assert shown[-1][2] <= right + 1
     said = page.run("document.getElementById('depth').textContent")
-    assert f"below the median: {names[3]} (20 dB)" in said  # and none of those that are as the others
+    assert f"calls fine for the type: {names[3]} (20 dB)" in said  # and none of those that are as the others
     assert 'without a value of "own": <output>.' in said
 
 

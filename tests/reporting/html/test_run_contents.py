@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lightning_qat.reporting.html.front import front_choices
 from lightning_qat.reporting.html.judged_run import JudgedRun
 from lightning_qat.reporting.html.page_data import page_data
 from lightning_qat.reporting.html.point_history import MOST_EPOCHS, read_history
-from lightning_qat.reporting.html.point_table import point_table
+from lightning_qat.reporting.html.point_table import COLUMNS, point_table
 from lightning_qat.reporting.html.run_folder import read_run
 from tests.harness import run_folder as folder
 from tests.harness.damage import damaged_bytes
@@ -61,7 +62,35 @@ def test_depth_is_that_of_the_layer_comparison_if_there_is_one(tmp_path: Path) -
     ]
     put(run, "layer_comparison.json", {"rows": rows})
     found = depth(read_run(run), point_table(read_run(run)))
+    assert found.pop("low") == []
     assert found == {"names": ["a", "b"], "points": [1, None], "accumulated": [40, 30], "own": [41, None], "jump": 1}
+
+
+@pytest.mark.parametrize("compared", [True, False])
+def test_a_low_ratio_is_one_that_the_diagnosis_does_not_call_fine(tmp_path: Path, compared: bool) -> None:
+    """Three bits worse than an even spread: 30.1 dB at int8, 48.2 dB at int16; half of the points may be low.
+
+    Siblings: with and without a layer comparison, a type that is not quantized, one that does not exist.
+    """
+    own = {"a.output": 30.2, "b.output": 1.5, "c.output": 29.9, "d.output": 40.0, "e.output": 1.0, "f.output": 1.0}
+    types = dict(zip(own, ("int8", "int8", "int8", "int16", "float32", "int99"), strict=True))
+    run = folder.write_run(tmp_path, list(own))
+    plan = folder.plan(list(own))
+    for point in plan["regions"][""]["points"]:
+        point["dtype"] = types[point["name"]]
+    put(run, "quant_plan.json", plan)
+    rows = [{"mod_name": n, "point": n, "SQNR": 20.0, "own_SQNR": v, "quant_dtype": types[n]} for n, v in own.items()]
+    if compared:
+        put(run, "layer_comparison.json", {"rows": rows})
+    read = read_run(run)
+    table = point_table(read)
+    if not compared:
+        at = [column.key for column in COLUMNS].index("sqnr")
+        table = replace(
+            table, rows=tuple((*r[:at], v, *r[at + 1 :]) for r, v in zip(table.rows, own.values(), strict=True))
+        )
+    drawn = depth(read, table)
+    assert [drawn["names"][place] for place in drawn["low"]] == ["b.output", "c.output", "d.output"]
 
 
 def test_histograms_stand_beside_the_statistics(tmp_path: Path) -> None:

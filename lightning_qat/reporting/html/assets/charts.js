@@ -150,7 +150,8 @@ function heatChart(rows, epochs, label, format) {
   const [left, cell, line] = [8, Math.max(10, Math.min(26, 520 / epochs.length)), 20];
   const most = Math.max(1e-30, ...rows.flatMap((row) => row.values.filter(finite).map(Math.abs)));
   const names = left + epochs.length * cell + 8;
-  const [width, height] = [names + 520, 24 + rows.length * line];
+  const letters = 12 + Math.min(48, Math.max(8, ...rows.map((row) => row.name.length)));  // the value stands before the name
+  const [width, height] = [Math.max(names, left + 110) + letters * LETTER, 24 + rows.length * line];
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, width, height, class: "fixed", role: "img", "aria-label": label });
   svg.append(draw("text", { x: left, y: 13, text: `epoch ${epochs[0]} to ${epochs[epochs.length - 1]}` }));
   const key = Math.max(names, left + 110);

@@ -1,7 +1,7 @@
 /* The sections below the table: error along the depth, points over the epochs, the model by scopes, error against cost. */
 
 const HEAT_ROWS = 40;
-const ONE_BIT = 6;  // in dB, as for the first jump
+const MOST_LOW = 5;
 const HEAT_COLUMNS = { scale_drift: "drift of the scale", flip_rate: "flips of weight codes", clipped_share: "clipped share", score: "sensitivity" };
 
 const SHARES = new Set(["flip_rate", "clipped_share", "scale_drift"]);
@@ -30,11 +30,9 @@ function showDepth(depth) {
     if (isCalm) text.append(" No finding warns of a point, so this only says where most of the error begins.");
     byId("depth-chart").append(text);
   }
-  const own = depth.own.map((value, index) => [value, index]).filter(([value]) => finite(value)).sort((a, b) => a[0] - b[0]);
-  const usual = own.length ? own[Math.floor((own.length - 1) / 2)][0] : 0;
-  const worst = own.filter(([value]) => value < usual - ONE_BIT).slice(0, 5);
+  const worst = depth.low.slice(0, MOST_LOW).map((index) => [depth.own[index], index]);
   if (worst.length) {
-    const text = make("p", {}, "Own ratio more than 6 dB, one bit, below the median: ");
+    const text = make("p", {}, "Own ratio lower than the diagnosis calls fine for the type: ");
     worst.forEach(([value, index], number) => {
       const point = depth.points[index];
       text.append(number ? ", " : "", point === null ? make("span", { class: "name", text: depth.names[index] }) : pointLink(point), ` (${formatNumber(value)} dB)`);
