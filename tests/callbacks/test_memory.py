@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ from torch import Tensor
 from lightning_qat.callbacks import layer_comparison
 from tests.callbacks.test_unwritable import all_callbacks
 from tests.harness.noisy_run import run
+
+
+@pytest.fixture(autouse=True)
+def only_new_objects() -> Iterator[None]:
+    """Leave out what other tests of this process have left behind: ``gc.get_objects`` does not list what is frozen."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Alive(Callback):
