@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from lightning_qat.analysis.sensitivity.sensitivity import sensitivity
 from lightning_qat.quantization.modules.tensor_leaves import is_float, leaves
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
+from tests.harness.state import assert_same
 from tests.zoo.architectures import ARCHITECTURES, Batch
 
 pytest.importorskip("transformers", reason="transformers needs Python 3.11 or newer")
@@ -24,10 +24,6 @@ QUICK = ("GPT-2", "RegNet", "Wav2Vec 2")
 def outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
     torch.manual_seed(5)  # some draw
     return [tensor for tensor in leaves(model(**batch)) if is_float(tensor)]
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> Iterator[bool]:
-    return (torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -48,13 +44,13 @@ def test_goes_in_trains_and_comes_out(name: str) -> None:
     region = insert(model, batches=calls[:2])
     region.set_state("off")
     with torch.no_grad():
-        assert all(same(outputs(model, batches[0]), expected))
+        assert_same(outputs(model, batches[0]), expected)
     calibrate(region, calls)
     region.set_state("quantize")
     with torch.no_grad():
         quantized = outputs(model, batches[0])
     assert all(bool(tensor.isfinite().all()) for tensor in quantized)
-    assert not all(same(quantized, expected))
+    assert not all(map(torch.equal, quantized, expected))
     found = {finding.kind for finding in check(region).findings}
     assert sensitivity(region, calls[:1], max_points=8).rows
 
@@ -69,4 +65,4 @@ def test_goes_in_trains_and_comes_out(name: str) -> None:
     model.load_state_dict(state)  # the step in train mode has moved batch norms
     model.eval()
     with torch.no_grad():
-        assert all(same(outputs(model, batches[0]), expected))
+        assert_same(outputs(model, batches[0]), expected)

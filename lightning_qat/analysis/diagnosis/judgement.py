@@ -21,13 +21,12 @@ from lightning_qat.analysis.diagnosis.remedy_choice import (
     is_too_wide,
 )
 from lightning_qat.analysis.diagnosis.split_remedy import split
+from lightning_qat.analysis.model_check.divided_values import LEAST_DIVISOR_PRECISION
 from lightning_qat.quantization.numerics.scales import MIN_SCALE
 
 LOST_BITS = 3.0
 """Values spread evenly over the whole range have a relative error of ``2**-bits``. A bell-shaped distribution costs a
 bit or two, a sign that is never used one more: what is worse than three bits has another cause."""
-LEAST_DIVISOR_PRECISION = 1 / 32
-"""Relative error of a divisor's small values: with less than four significant bits, quotients are off by percents."""
 LEAST_DYNAMIC_RANGE = 16.0
 """Below four octaves, groups with scales of their own would not gain what they cost."""
 RARE = 0.01

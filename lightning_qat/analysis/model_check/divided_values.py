@@ -9,12 +9,12 @@ from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.tracing.op_graph import Op
 from lightning_qat.quantization.tracing.tensor_origins import TensorOrigins
 
+LEAST_DIVISOR_PRECISION = 1 / 32
+"""Relative error of a divisor's small values: with less than four significant bits, quotients are off by percents."""
 RECIPROCALS = frozenset({"reciprocal", "rsqrt", "log", "log2", "log10"})
 """Kinds that answer to the *relative* error of their operand, as a divisor does."""
 _DIVISIONS = {"div": 1, "rdiv": 0, "floor_divide": 1, "remainder": 1, "fmod": 1, "addcdiv": 2}
 """Number of the divisor among the operands."""
-
-
 _SINGULAR_AT_ZERO = frozenset({"sqrt"})
 """Kinds whose derivative is infinite at zero, besides those that divide."""
 _ZERO_FROM_ZERO = {"div": (0,), "mul": (0, 1), **dict.fromkeys(("abs", "neg", "square", "sqrt", "pow"), (0,))}

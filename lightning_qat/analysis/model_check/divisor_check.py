@@ -7,16 +7,13 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from lightning_qat.analysis.model_check.checked_region import CheckedRegion
-from lightning_qat.analysis.model_check.divided_values import zeros_divided_by
+from lightning_qat.analysis.model_check.divided_values import LEAST_DIVISOR_PRECISION, zeros_divided_by
 from lightning_qat.analysis.model_check.finding import Finding, overrides_yaml, shortened
 from lightning_qat.analysis.model_check.model_check_result import Section
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
+from lightning_qat.quantization.numerics.dtypes import quant_dtype
 from lightning_qat.quantization.overrides import yaml_name
 from lightning_qat.quantization.region.effective_dtypes import bits
-
-_LARGEST_INT16 = 2**15 - 1
-_STEPS = 16
-"""A divisor of that many steps is off by at most 1/32."""
 
 
 def check_divisors(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
@@ -36,7 +33,8 @@ def _zero_divisors(checked: CheckedRegion) -> Iterable[Finding]:
             continue
         nearest, largest, step = found
         smallest[name] = (nearest, step)
-        if bits(point.dtype) < 16 and nearest * _LARGEST_INT16 >= _STEPS * largest:
+        rounding = largest / quant_dtype("int16").quant_max / 2
+        if bits(point.dtype) < 16 and rounding <= LEAST_DIVISOR_PRECISION * nearest:
             rules.append(f"match: {yaml_name(name)}, activation: {{dtype: int16}}")
             continue
         # without a rule for the op that reads it, that op would quantize a float result by itself
