@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lightning_qat.atomic_files import write_atomically
 from lightning_qat.cli.command import Command
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.console import print_text
 from lightning_qat.reporting.html.judged_run import JudgedRun
 from lightning_qat.reporting.html.node_data import write_node_data
-from lightning_qat.reporting.html.page import FILE_NAME, render
+from lightning_qat.reporting.html.page import FILE_NAME, write_page
 from lightning_qat.reporting.html.run_folder import read_run, require_run
 
 _USAGE = "python -m lightning_qat report RUN_DIR [RUN_DIR ...] [--output FILE] [--node-data COLUMN]"
@@ -42,7 +41,7 @@ def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) 
     if output is not None and output.is_dir():
         output = output / FILE_NAME
     judged = [JudgedRun.of(read_run(run)) for run in runs]
-    path = write_atomically(output or judged[-1].run.path / FILE_NAME, render(judged))
+    path = write_page(judged, output)
     for column in options.node_data:
         print_text(f"Node data: {write_node_data(judged[-1].points, column, path.parent).resolve()}")
     print_text(f"Report: {path.resolve()}")

@@ -80,19 +80,20 @@ def write_report(runs: Sequence[str | os.PathLike[str]], path: str | os.PathLike
         ConfigurationError: Jinja2 is missing.
         NotWrittenError: the file cannot be written.
     """
-    judged = [JudgedRun.of(read_run(run)) for run in runs]
-    return write_atomically(path or judged[-1].run.path / FILE_NAME, render(judged))
+    return write_page([JudgedRun.of(read_run(run)) for run in runs], path)
 
 
-def render(judged: Sequence[JudgedRun]) -> str:
-    """Return the page about the last of some runs.
+def write_page(judged: Sequence[JudgedRun], path: str | os.PathLike[str] | None = None) -> Path:
+    """Write the report of runs that are judged already; otherwise like :func:`write_report`.
 
     Args:
         judged: the earliest first.
-
-    Raises:
-        ConfigurationError: Jinja2 is missing.
+        path: the file.
     """
+    return write_atomically(path or judged[-1].run.path / FILE_NAME, _rendered(judged))
+
+
+def _rendered(judged: Sequence[JudgedRun]) -> str:
     template = _template()
     run, overview, points = judged[-1].run, judged[-1].overview, judged[-1].points
     style, script = _assets()
