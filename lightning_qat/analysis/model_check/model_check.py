@@ -17,6 +17,7 @@ from lightning_qat.analysis.model_check.export_check import check_export
 from lightning_qat.analysis.model_check.finding import Finding, in_region, sorted_findings
 from lightning_qat.analysis.model_check.float_ops_check import check_float_ops
 from lightning_qat.analysis.model_check.fusion_check import check_fusion, check_varying_code
+from lightning_qat.analysis.model_check.learned_scales_check import check_learned_scales
 from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult, Section
 from lightning_qat.analysis.model_check.output_check import check_outputs
 from lightning_qat.analysis.model_check.scale_check import check_scales
@@ -42,6 +43,7 @@ CHECKS: tuple[Check, ...] = (
     check_configuration,
     check_profile,
     check_scales,
+    check_learned_scales,
     check_divisors,
     check_weights,
     check_training,

@@ -1,4 +1,4 @@
-"""Scales and ranges that cost accuracy: degenerate, beyond the type, unevenly used, or not trained."""
+"""Scales and ranges that cost accuracy: degenerate, beyond the type, or unevenly used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SIGNIFICANT_BITS = {"bf16": 8, "16": 11}
 
 
 def check_scales(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
-    """Look at the scale and the observed range of every point, and whether learned ones are trained."""
+    """Look at the scale and the observed range of every point."""
     return [
         *_bad_scales(checked),
         *_without_scale(checked),
@@ -36,11 +36,10 @@ def check_scales(checked: CheckedRegion) -> tuple[list[Finding], list[Section]]:
         *_clipping_scales(checked),
         *_coarse_precision(checked),
         *_one_sided(checked),
-        *_learned_scales(checked),
     ], []
 
 
-def _present(checked: CheckedRegion) -> Iterable[tuple[str, PointPlan]]:
+def points_with_scale(checked: CheckedRegion) -> Iterable[tuple[str, PointPlan]]:
     """The points that quantize with a scale now."""
     for name, plan in checked.plan.by_name.items():
         if plan.same_as is None and checked.points[name].scale_source is not None and checked.points[name].enabled:
@@ -49,7 +48,7 @@ def _present(checked: CheckedRegion) -> Iterable[tuple[str, PointPlan]]:
 
 def _bad_scales(checked: CheckedRegion) -> Iterable[Finding]:
     broken, empty = [], []
-    for name, plan in _present(checked):
+    for name, plan in points_with_scale(checked):
         scale = checked.points[name].scale.detach()
         if not bool((scale.isfinite() & (scale > MIN_SCALE)).all()):
             broken.append(name)
@@ -128,7 +127,7 @@ def _starting_at_zero(checked: CheckedRegion) -> Iterable[Finding]:
 def _wide_ranges(checked: CheckedRegion) -> Iterable[Finding]:
     wide, overflowing = [], []
     half = checked.options.precision.split("-")[0] == "16"
-    for name, plan in _present(checked):
+    for name, plan in points_with_scale(checked):
         if plan.is_weight:
             continue
         point = checked.points[name]
@@ -161,7 +160,7 @@ def _wide_ranges(checked: CheckedRegion) -> Iterable[Finding]:
 
 def _clipping_scales(checked: CheckedRegion) -> Iterable[Finding]:
     shares, larger = {}, []
-    for name, plan in _present(checked):
+    for name, plan in points_with_scale(checked):
         point = checked.points[name]
         seen = observed_range(point)
         if plan.is_weight or point.scale_source != "fixed" or seen is None:
@@ -208,7 +207,7 @@ def _coarse_precision(checked: CheckedRegion) -> Iterable[Finding]:
 def _one_sided(checked: CheckedRegion) -> Iterable[Finding]:
     styles = hardware_styles(checked)
     gains = {}
-    for name, plan in _present(checked):
+    for name, plan in points_with_scale(checked):
         gain = affine_gain(checked.points[name]) if not plan.is_weight else None
         if gain is not None and gain >= WORTHWHILE_GAIN and "affine" in styles.get(name, ("affine",)):
             gains[name] = gain
@@ -225,22 +224,4 @@ def _one_sided(checked: CheckedRegion) -> Iterable[Finding]:
             "predicted from the histogram.",
             action="Where the hardware has it, use scheme: affine, or uint8 where no value is negative.",
             yaml=overrides_yaml(f"match: {yaml_name(name)}, activation: {{scheme: affine}}" for name in gains),
-        )
-
-
-def _learned_scales(checked: CheckedRegion) -> Iterable[Finding]:
-    if not checked.options.optimizers:
-        return
-    trained = {id(p) for o in checked.options.optimizers for group in o.param_groups for p in group["params"]}
-    scales = checked.region.learned_scales
-    names = tuple(name for name, scale in scales.items() if scale.requires_grad and id(scale) not in trained)
-    if names:
-        yield Finding(
-            severity="warning",
-            kind="scale not trained",
-            names=names,
-            what=f"The learned scales of {shortened(names)} are in no optimizer.",
-            why="They keep the values of calibration while the model moves away from them.",
-            action="Build the optimizer after the scales are learned, from lightning_qat.parameter_groups(model) or "
-            "model.parameters().",
         )

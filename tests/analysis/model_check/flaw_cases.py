@@ -27,6 +27,14 @@ def ramp(*shape: int) -> Tensor:
     return torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape)
 
 
+NARROW = {
+    f"{width} bits": {"activation": {"observer": "minmax"}, "weight": {"dtype": f"int{width}"}} for width in (2, 3, 4)
+}
+"""Defaults of a region whose weights are narrow."""
+_SPREAD: Expected = ("info", "channel spread", "", ())
+_WITHOUT_ONNX: Expected = ("info", "type without ONNX", "", ("0.weight", "2.weight"))
+
+
 @dataclass(frozen=True)
 class Case:
     """A model with a flaw, and exactly what has to be found."""
@@ -315,5 +323,22 @@ CASES: dict[str, Case] = {
         (("warning", "scale not trained", "", ("0.weight", "2.weight")),),
         prepare=_learn,
         checked_with={"optimizers": [OPTIMIZER]},
+    ),
+    "2-bit weights": Case(
+        flawed.mlp,
+        (("info", "scales not learned", "", ("0.weight", "2.weight")), _SPREAD, _WITHOUT_ONNX),
+        options={"qconfig": NARROW["2 bits"]},
+    ),
+    "2-bit weights, learned activations": Case(
+        flawed.mlp,
+        (("warning", "activation scales learned alone", "", ("0.weight", "2.weight")), _SPREAD, _WITHOUT_ONNX),
+        options={"qconfig": NARROW["2 bits"]},
+        prepare=lambda region: region.learn_scales({"activation"}),
+    ),
+    "3-bit weights, learned activations": Case(
+        flawed.mlp,
+        (("warning", "activation scales learned alone", "", ("0.weight", "2.weight")), _WITHOUT_ONNX),
+        options={"qconfig": NARROW["3 bits"]},
+        prepare=lambda region: region.learn_scales({"activation"}),
     ),
 }

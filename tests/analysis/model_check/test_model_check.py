@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from lightning_qat.analysis.model_check.long_loops import LONG_LOOP
 from lightning_qat.analysis.model_check.model_check import check
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
 from tests.analysis.model_check import flawed_models as flawed
-from tests.analysis.model_check.flaw_cases import CASES, Expected, ramp
+from tests.analysis.model_check.flaw_cases import CASES, NARROW, Case, Expected, ramp
 from tests.quantization.models import ZOO, calibrated
 from tests.zoo.models import ZOO as MODELS
 from tests.zoo.models import inputs
@@ -87,6 +89,25 @@ def test_all_findings_with_yaml_are_pasted_by_a_test() -> None:
     assert {p.dtype for n, p in case.region(tuple(pasted)).points.items() if n in {o["match"] for o in pasted}} == {
         "int16"
     }
+
+
+@pytest.mark.parametrize(
+    ("width", "prepare"),
+    [
+        ("2 bits", lambda region: region.learn_scales({"weight"})),
+        ("2 bits", lambda region: region.learn_scales({"activation", "weight"})),
+        ("2 bits", lambda region: region.freeze(["0", "2"])),
+        ("3 bits", lambda region: None),
+        ("3 bits", lambda region: region.learn_scales({"activation", "weight"})),
+        ("4 bits", lambda region: region.learn_scales({"activation"})),
+    ],
+)
+def test_what_won_at_its_width_gets_no_advice_about_learned_scales(
+    width: str, prepare: Callable[[Region], object]
+) -> None:
+    """As measured in tests/benchmarks/accuracy.md: 2-bit weights learn both kinds, and above 3 bits either is fine."""
+    case = Case(flawed.mlp, (), options={"qconfig": NARROW[width]}, prepare=prepare)
+    assert not [finding for finding in case.check().findings if "learned" in finding.kind]
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
