@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_qat.analysis.ladder.measurements import Measurement
 from lightning_qat.analysis.ladder.rows import breaks, compare, format_falls, judged
+from lightning_qat.analysis.open_question import OpenQuestion
 from lightning_qat.analysis.results import Result
 from lightning_qat.callbacks.analyses.calibration_data import ForeignData, foreign_data
 from lightning_qat.callbacks.analyses.epoch_end_analysis import EpochEndAnalysis
@@ -127,21 +128,21 @@ class EarlyAnalysis(EpochEndAnalysis):
         self._reports.send(trainer.loggers, send)
 
     @override
-    def remark(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+    def remark(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[str, OpenQuestion]:
         """Say that the model is no longer one that shows the cause, if so, and where to look. Call it on all ranks."""
         if self._is_start:
-            return self._start_remark
+            return self._start_remark, ""
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}  # reduces over ranks
         file = run_directory(trainer) / f"{CALIBRATED}diagnosis.txt"  # broadcasts
         is_there = os.path.exists(file)  # unlike file.exists(), it never raises
         first = f"Look at {file} first: it is about the model that training started from." if is_there else ""
         why = trainer.strategy.broadcast(self._why_diverged(trainer, pl_module, logged))
         if why:
-            first = first or "Ask PipelineCheck() first whether quantization is to blame at all."
-            return f"This is about a model that has diverged ({why}), and does not show the cause. {first}"
+            text = f"This is about a model that has diverged ({why}), and does not show the cause. {first}".rstrip()
+            return text, "" if first else "quantization"
         if self.calibration_loss and trainer.strategy.broadcast(_falls(self._float, logged)):
-            return f"Training has not won back what calibration lost ({self.calibration_loss}). {first}".rstrip()
-        return ""
+            return f"Training has not won back what calibration lost ({self.calibration_loss}). {first}".rstrip(), ""
+        return "", ""
 
     def _why_diverged(self, trainer: pl.Trainer, pl_module: pl.LightningModule, logged: dict[str, float]) -> str:
         weights = {name: p for name, p in pl_module.named_parameters() if not is_in_region(name)}

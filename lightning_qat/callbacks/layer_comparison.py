@@ -203,7 +203,8 @@ class LayerComparison(EarlyAnalysis):
             if final and self.figures:
                 with trainer.precision_plugin.forward_context():
                     self._draw(trainer, regions, calls, result, diagnosis)
-        diagnosis = replace(diagnosis, remark=self.remark(trainer, pl_module))
+        remark, left_open = self.remark(trainer, pl_module)
+        diagnosis = replace(diagnosis, remark=remark, left_open=left_open)
         if diagnosis.remark and self.foreign is not None:
             diagnosis = self.foreign.blamed(diagnosis, find_regions(pl_module))
         self.result, self.diagnosis = replace(result, what_to_do=diagnosis.lines()), diagnosis

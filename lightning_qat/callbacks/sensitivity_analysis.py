@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_qat.analysis.metrics import MetricName
+from lightning_qat.analysis.open_question import with_question
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.region_memory import RegionMemory
 from lightning_qat.analysis.sensitivity.sample_axes import number_of_samples
@@ -245,9 +246,9 @@ class SensitivityAnalysis(EarlyAnalysis):
                 )
                 for path, region in regions.items()
             }
-        remark = self.remark(trainer, pl_module)
-        if remark and self.foreign is not None:
-            remark = f"{remark} {self.foreign.text}"
+        said, left_open = self.remark(trainer, pl_module)
+        foreign = self.foreign.text if said and self.foreign is not None else ""
+        remark = " ".join(part for part in (said, with_question(left_open), foreign) if part)
         result = replace(SensitivityResult.merged(results), remark=remark)
         if self._task is not None and final:
             result = self._task.measured(trainer, pl_module, result)

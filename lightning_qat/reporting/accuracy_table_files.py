@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_qat.analysis.open_question import OpenQuestion
 from lightning_qat.analysis.runs.accuracy import RESULT_TABLE_VERSION, AccuracyResult, AccuracyRow, ResultTable
 from lightning_qat.atomic_files import NotWrittenError, json_value, write_atomically
 from lightning_qat.quantization.reading.files import Document
@@ -86,7 +87,16 @@ def read_own_accuracy(path: str | os.PathLike[str]) -> AccuracyResult:
     found = document.as_json(_OwnTable, ignore_unknown=True)
     with document.checked():
         rows = tuple(_own_row(row, found.stages) for row in found.rows)
-    return AccuracyResult(rows, found.stages, found.run, found.own, found.note)
+    return AccuracyResult(
+        rows,
+        found.stages,
+        found.run,
+        found.own,
+        found.note,
+        found.finding or found.note,
+        found.next_step,
+        found.left_open,
+    )
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,9 @@ class _OwnTable:
     run: str
     own: tuple[str, ...]
     note: str = ""
+    finding: str = ""
+    next_step: str = ""
+    left_open: OpenQuestion = ""
 
 
 def _own_row(row: dict[str, Any], stages: tuple[str, ...]) -> AccuracyRow:

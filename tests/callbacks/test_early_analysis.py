@@ -205,7 +205,7 @@ def test_diverged_run_after_a_good_calibration_is_not_sent_to_a_report_that_does
     comparison = LayerComparison()
     run(tmp_path, pretrained(lr=3.0), comparison, limit_train_batches=8, quantization=QuantizationAwareTraining())
     assert comparison.diagnosis is not None
-    assert "Ask PipelineCheck() first" in comparison.diagnosis.remark
+    assert "PipelineCheck() says whether it is quantization." in comparison.diagnosis.note
     assert not list((tmp_path / "lightning_qat").glob("calibrated_*"))
 
 

@@ -104,11 +104,18 @@ def write_accuracy(folder: Path, passed: bool | None, stages: Sequence[str] = ("
     write_json(result, folder / "lightning_qat" / OWN_TABLE)
 
 
-def write_ladder(folder: Path, verdict: Verdict = "pipeline misaligned", note: str = "", cause: str = "") -> None:
+def write_ladder(
+    folder: Path,
+    verdict: Verdict = "pipeline misaligned",
+    finding: str = "it collapses.",
+    next_step: str = "Compare the data.",
+    cause: str = "",
+) -> None:
     """Write a pipeline check."""
     status = "holds" if verdict == "healthy" else "breaks"
     row = PipelineRow(2, "lr 0, BN fixed", "val_acc", 0.9, 0.1, 0.05, status)
-    result = PipelineResult((row,), verdict, note or f"{verdict} (rung 2): it collapses. Compare the data.", 2, cause)
+    note = f"{verdict} (rung 2): {finding} {next_step}" + (f" Most likely cause: {cause}." if cause else "")
+    result = PipelineResult((row,), verdict, note, 2, cause, finding=finding, next_step=next_step)
     write_json(result, folder / "lightning_qat" / "pipeline_check.json")
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from typing_extensions import override
+
 from lightning_qat.analysis.convergence.finite_values import finite_values
 from lightning_qat.analysis.convergence.point_checks import (
     dead_gradients,
@@ -20,8 +22,8 @@ from lightning_qat.analysis.convergence.point_checks import (
 )
 from lightning_qat.analysis.convergence.training_series import ConvergenceRow, TrainingSeries
 from lightning_qat.analysis.ladder.rows import breaks, compare, format_falls, judged
-from lightning_qat.analysis.ladder.sentences import LOWER_LEARNING_RATE, RAISE_POINTS
-from lightning_qat.analysis.results import Result
+from lightning_qat.analysis.ladder.sentences import LOWER_LEARNING_RATE
+from lightning_qat.analysis.results import Block, Result
 from lightning_qat.analysis.tolerance import STANDARD_ERRORS, tolerance
 from lightning_qat.analysis.trend import STILL, Trend, block_length, mann_kendall, mean_and_error
 
@@ -74,6 +76,13 @@ class ConvergenceResult(Result[ConvergenceRow]):
         """Whether something was flagged."""
         return self.verdict not in ("healthy", "too early")
 
+    @override
+    def full_blocks(self) -> tuple[Block, ...]:
+        """All columns, with what is left open among what to do."""
+        rows = [{**cells, "next_step": row.advice} for cells, row in zip(self.to_dicts(), self.rows, strict=True)]
+        columns = [column for column in self.columns() if column != "left_open"]
+        return (Block.of(self.title, columns, rows, self.note),)
+
 
 def judge_convergence(series: TrainingSeries) -> ConvergenceResult:
     """Judge a run by everything known so far; the checks come in the order in which they would be fixed.
@@ -93,7 +102,7 @@ def judge_convergence(series: TrainingSeries) -> ConvergenceResult:
     counted = {"steps": max(series.steps, len(series.losses)), "epochs": series.evaluations}
     if flagged:
         verdict, first = flagged[0]
-        return ConvergenceResult(rows, verdict, f"{verdict}: {first.evidence} {first.next_step}", **counted)
+        return ConvergenceResult(rows, verdict, f"{verdict}: {first.evidence} {first.advice}", **counted)
     judged_loss = len(series.losses) >= FIRST_LOOK
     if not judged_loss and (series.metrics is None or series.calibrated is None):
         return ConvergenceResult(rows, "too early", "too early to judge: neither losses nor metrics yet.", **counted)
@@ -113,20 +122,24 @@ def _metric(series: TrainingSeries) -> ConvergenceRow:
     worst = next(row for row in judged(rows) if row.status == "breaks")
     known = series.float_model
     lost = compare(known.metrics, series.calibrated, known) if known is not None else []
+    calibration = (
+        f"Calibration alone had lost much already ({format_falls(judged(lost))})."
+        if breaks(lost)
+        else "Calibration was right."
+    )
     return ConvergenceRow(
         check,
         "flagged",
         worst.value,
         worst.expected,
         evidence=f"the metric has collapsed against the calibrated model's ({format_falls(judged(rows))}); a fall is "
-        f"tolerated up to a tenth or to {STANDARD_ERRORS:g} standard errors, whichever is more.",
+        f"tolerated up to a tenth or to {STANDARD_ERRORS:g} standard errors, whichever is more. {calibration}",
         next_step=(
-            f"Calibration alone had lost much already ({format_falls(judged(lost))}): first {RAISE_POINTS}. "
             "calibrated_diagnosis.txt says what is wrong, if LayerComparison() is listed."
             if breaks(lost)
-            else "Calibration was right, so do not sweep learning rate and weight decay yet: see what PipelineCheck() "
-            "(or ZeroLRFinetune() and FloatFinetune()) says, whether quantization is to blame at all."
+            else "Until then, do not sweep learning rate and weight decay."
         ),
+        left_open="points" if breaks(lost) else "quantization",
     )
 
 
@@ -184,8 +197,8 @@ def _not_learning(series: TrainingSeries) -> ConvergenceRow:
         now[0],
         reference[0],
         f"training gains nothing: {evidence}",
-        f"First {RAISE_POINTS}. If the loss does not move at all, the learning rate is too small or gradients are "
-        "clipped to nothing.",
+        "If the loss does not move at all, the learning rate is too small or gradients are clipped to nothing.",
+        left_open="points",
     )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from lightning_qat.analysis.convergence.point_history import PointHealth, PointHistory
 from lightning_qat.analysis.ladder.measurements import Measurement
 from lightning_qat.analysis.ladder.rows import compare, judged
+from lightning_qat.analysis.open_question import OpenQuestion, with_question
 from lightning_qat.quantization.reading.checks import AT_LEAST_ONE, AT_LEAST_ZERO
 
 CheckStatus = Literal["holds", "flagged", "noted", "cannot tell"]
@@ -168,6 +169,7 @@ class ConvergenceRow:
         evidence: the numbers as a sentence, and why the limit is what it is.
         next_step: what to do about it.
         names: points or parameters concerned.
+        left_open: what another report can tell; part of what to do.
     """
 
     check: str
@@ -177,6 +179,12 @@ class ConvergenceRow:
     evidence: str = ""
     next_step: str = ""
     names: tuple[str, ...] = field(default=())
+    left_open: OpenQuestion = ""
+
+    @property
+    def advice(self) -> str:
+        """What to do, with where to look for what is left open."""
+        return with_question(self.left_open, self.next_step)
 
 
 _StoredHealth = tuple[float | None, float | None, float | None, bool, float | None, float | None]

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_qat.analysis.comparison.loop_rounds import worst_rounds
 from lightning_qat.analysis.model_check.long_loops import ANNOTATION
+from lightning_qat.analysis.open_question import OpenQuestion, with_question
 from lightning_qat.analysis.results import Result
 from lightning_qat.quantization.planning.target_paths import with_target_path
 
@@ -88,10 +89,12 @@ class DiagnosisResult(Result[Diagnosis]):
     Args:
         remark: which model it is about, if that is not what is expected; begins the note.
         calibration: why the calibration data are not those the model is for; empty if they are.
+        left_open: what another report can tell about that model; the end of the remark.
     """
 
     remark: str = ""
     calibration: str = ""
+    left_open: OpenQuestion = ""
     title: ClassVar[str] = "What to do"
     shown: ClassVar[tuple[str, ...]] = ("point", "verdict", "evidence", "action")
 
@@ -128,7 +131,11 @@ class DiagnosisResult(Result[Diagnosis]):
     @property
     def note(self) -> str:
         """Say what the table is about, and count the points by verdict."""
-        return " ".join(part for part in (self.remark, self.calibration, self._counts) if part)
+        return " ".join(part for part in (self._remark, self.calibration, self._counts) if part)
+
+    @property
+    def _remark(self) -> str:
+        return f"{self.remark} {with_question(self.left_open)}".strip()
 
     @property
     def _counts(self) -> str:
@@ -178,7 +185,7 @@ class DiagnosisResult(Result[Diagnosis]):
     def lines(self, limit: int = _SHOWN) -> tuple[str, ...]:
         """Return the short list "what to do", worst first, with the YAML to paste."""
         found = self.culprits
-        lines = [self.remark] if self.remark else []
+        lines = [self._remark] if self._remark else []
         lines.append(f"What to do: {self._counts}.")
         if self.calibration:
             lines.append(self.calibration)

@@ -17,7 +17,7 @@ from lightning_qat.analysis.ladder.rungs import (
     ZERO_LR_RUNGS,
     Verdict,
 )
-from lightning_qat.analysis.ladder.sentences import MAKE_REFERENCE, NO_METRIC, ended, nothing_moved
+from lightning_qat.analysis.ladder.sentences import MAKE_REFERENCE, NO_METRIC, Said, ended, nothing_moved
 from lightning_qat.analysis.ladder.training_rungs import Reference, is_loss_known
 from lightning_qat.analysis.metric_direction import higher_is_better
 
@@ -29,13 +29,15 @@ class Doubt:
     """Why the verdict is not ``healthy``.
 
     Args:
-        text: the reason, with the next step.
+        text: the reason.
+        next_step: what to do.
         verdict: the verdict instead of ``healthy``.
         rung: the rung that shows it, if one does.
         cause: the difference that explains it, in words; empty if there is none.
     """
 
     text: str
+    next_step: str = ""
     verdict: Verdict = "cannot tell"
     rung: int | None = None
     cause: str = ""
@@ -66,18 +68,19 @@ def doubts(
     table = differences if isinstance(reference, Fingerprint) else stages
     yield from _guessed_labels(table, here)
     if reason := _nothing_judged(ladder, rows, rungs):
-        yield Doubt(reason)
+        yield Doubt(*reason)
     if ladder.float_finetune and not ladder.float_finetune.changed_parameters:
-        yield Doubt(nothing_moved(ladder.float_finetune), rung=FLOAT_FINETUNE)
+        yield Doubt(*nothing_moved(ladder.float_finetune), rung=FLOAT_FINETUNE)
     if flag:
-        yield Doubt(_nothing_found(ladder, flag))
+        yield Doubt(*_nothing_found(ladder, flag))
     is_known = isinstance(reference, Fingerprint) or any(r.rung == FLOAT_MODEL and r.status == "holds" for r in rows)
     if FLOAT_MODEL in rungs and not is_known:
         yield from _constant_guess(ladder, here)
         yield from _better_after_training(ladder)
     inputs = () if is_loss_known(reference, here) or ladder.batch_norm_moving is not None else stages.strong
     for row in [*(row for row in table.strong if row.part == _TRAINING_LABELS), *inputs]:
-        yield Doubt(f"no rung breaks, and yet training does not fit validation. {ended(row.what)} {MAKE_REFERENCE}.")
+        text = f"no rung breaks, and yet training does not fit validation. {ended(row.what)}"
+        yield Doubt(text, f"{MAKE_REFERENCE}.")
 
 
 def _guessed_labels(table: PipelineDifferences, here: Fingerprint | None) -> Iterator[Doubt]:
@@ -91,7 +94,7 @@ def _guessed_labels(table: PipelineDifferences, here: Fingerprint | None) -> Ite
         if guess is not None and share is not None and is_a_guess(share, guess):
             cause = row.what if row.suspicion == "strong" else table.strong[0].what
             text = f"no rung breaks so soon, but the model's answers do not fit the training labels. {ended(cause)}"
-            yield Doubt(text, "pipeline misaligned", cause=cause)
+            yield Doubt(text, verdict="pipeline misaligned", cause=cause)
 
 
 def _constant_guess(ladder: Ladder, here: Fingerprint | None) -> Iterator[Doubt]:
@@ -110,29 +113,29 @@ def _constant_guess(ladder: Ladder, here: Fingerprint | None) -> Iterator[Doubt]
     yield Doubt(
         f"the float model is no better than a constant guess ({share:.0%} of {name.rpartition('=')[0]}'s answers are "
         f"right, the most frequent label alone gives {guess:.0%}), so there is nothing here that a check could see "
-        "break. Are these the weights of the float run (init_from), and is the data prepared as it was there? "
-        f"{MAKE_REFERENCE}."
+        "break.",
+        "Are these the weights of the float run (init_from), and is the data prepared as it was there? "
+        f"{MAKE_REFERENCE}.",
     )
 
 
-def _nothing_judged(ladder: Ladder, rows: Sequence[PipelineRow], rungs: Collection[int]) -> str:
-    """Say why no rung that trains could be judged; empty if one was, or if none was asked for."""
+def _nothing_judged(ladder: Ladder, rows: Sequence[PipelineRow], rungs: Collection[int]) -> Said | None:
+    """Say why no rung that trains could be judged; None if one was, or if none was asked for."""
     asked = [rung for rung in rungs if rung in (*ZERO_LR_RUNGS, *TRAINING_RUNGS)]
     if not asked or judged([row for row in rows if row.rung in asked]):
-        return ""
+        return None
     if all(rung in ladder.missing for rung in asked):
-        return ladder.missing[asked[0]]
+        return ladder.missing[asked[0]], ""
     return NO_METRIC
 
 
-def _nothing_found(ladder: Ladder, flag: str) -> str:
+def _nothing_found(ladder: Ladder, flag: str) -> Said:
     finetune = ladder.qat or ladder.float_finetune or ladder.batch_norm_fixed
     batches = finetune.batches if finetune else 0
     return (
         f"ConvergenceMonitor has flagged this run ({flag}), and from the weights it started from nothing breaks within "
-        f"{batches} batches. Look for longer: PipelineCheck(batches={10 * max(1, batches)}), and do what "
-        "convergence.txt says."
-    )
+        f"{batches} batches."
+    ), f"Look for longer: PipelineCheck(batches={10 * max(1, batches)}), and do what convergence.txt says."
 
 
 def _better_after_training(ladder: Ladder) -> Iterator[Doubt]:
@@ -146,6 +149,7 @@ def _better_after_training(ladder: Ladder) -> Iterator[Doubt]:
     if changes:
         yield Doubt(
             f"{finetune.batches} batches of training make the float model far better ({', '.join(changes[:2])}), so it "
-            "was not good to begin with. Are these the weights of the float run (init_from), and is the data prepared "
-            f"as it was there? {MAKE_REFERENCE}: it says what differs."
+            "was not good to begin with.",
+            "Are these the weights of the float run (init_from), and is the data prepared as it was there? "
+            f"{MAKE_REFERENCE}: it says what differs.",
         )

@@ -14,8 +14,9 @@ from lightning_qat.analysis.ladder.rungs import (
     QUANTIZED,
     ZERO_LR_RUNGS,
 )
-from lightning_qat.analysis.ladder.sentences import MAKE_REFERENCE, RAISE_POINTS, format_training, worst_points
+from lightning_qat.analysis.ladder.sentences import MAKE_REFERENCE, Said, format_training, worst_points
 from lightning_qat.analysis.metric_direction import higher_is_better
+from lightning_qat.analysis.open_question import RAISE_POINTS
 
 _NOT_LEARNING_RATE = " A loss of this size is not caused by the learning rate; freeze_batch_norm_after: 0 may avoid it."
 _SMALL_FALL = {
@@ -33,8 +34,8 @@ def healthy(
     rungs: Collection[int],
     reference: Mapping[str, float] | None = None,
     pipeline_only: bool = False,
-) -> str:
-    """Say that no rung breaks.
+) -> Said:
+    """Say that no rung breaks, and what to do if quantization-aware training fails nevertheless.
 
     Args:
         ladder: what was measured.
@@ -43,14 +44,14 @@ def healthy(
         reference: the metrics of the float run, if they were given.
         pipeline_only: only the pipeline was asked about.
     """
-    return " ".join(
-        [
-            *_what_holds(ladder, rows, rungs),
-            *_what_falls(ladder, rows),
-            *_next_steps(ladder, rungs),
-            *_what_is_unknown(ladder, rows, rungs, reference, pipeline_only),
-        ]
-    )
+    calibration, step = _what_is_lost(ladder, rungs)
+    found = [
+        *_what_holds(ladder, rows, rungs),
+        *_what_falls(ladder, rows),
+        *([calibration] if calibration else []),
+        *_what_is_unknown(ladder, rows, rungs, reference, pipeline_only),
+    ]
+    return " ".join(found), step
 
 
 def _what_holds(ladder: Ladder, rows: Sequence[PipelineRow], rungs: Collection[int]) -> Iterator[str]:
@@ -77,27 +78,28 @@ def _what_falls(ladder: Ladder, rows: Sequence[PipelineRow]) -> Iterator[str]:
         yield (f"A cost rises on rung {risen[0].rung} ({format_falls(risen[:1])}), but the scores hold.")
 
 
-def _next_steps(ladder: Ladder, rungs: Collection[int]) -> Iterator[str]:
+def _what_is_lost(ladder: Ladder, rungs: Collection[int]) -> Said:
+    """What calibration alone loses, and what the rungs that were not asked for would tell."""
     before, calibrated = ladder.float_model, ladder.calibrated
     lost = compare(before.metrics, calibrated, before) if calibrated is not None else []
     highest = _highest(ladder, rungs)
     if breaks(lost) and highest == QAT:
         worst = ladder.calibration or worst_points(ladder.points)
-        yield f"Calibration alone loses the accuracy ({format_falls(judged(lost))}), and QAT wins it back: train on."
-        yield from [worst.rstrip()] if worst else []
-    elif breaks(lost):
-        yield f"Calibration alone has lost the accuracy ({format_falls(judged(lost))})" + (
-            f". {ladder.calibration}"
-            if ladder.calibration
-            else f", and that is quantization error: {RAISE_POINTS} before you train."
-        )
-    elif highest == FLOAT_FINETUNE and QAT not in rungs:
-        yield (
+        text = f"Calibration alone loses the accuracy ({format_falls(judged(lost))}), and QAT wins it back: train on."
+        return f"{text} {worst}".rstrip(), ""
+    if breaks(lost):
+        text = f"Calibration alone has lost the accuracy ({format_falls(judged(lost))})"
+        if ladder.calibration:
+            return f"{text}. {ladder.calibration}", ""
+        return f"{text}, and that is quantization error.", f"First {RAISE_POINTS}, then train."
+    if highest == FLOAT_FINETUNE and QAT not in rungs:
+        return "", (
             f"If QAT collapses in as many batches, it is quantization error: {RAISE_POINTS}. If it collapses later, "
             "give more batches here."
         )
-    elif highest in ZERO_LR_RUNGS and FLOAT_FINETUNE not in rungs:
-        yield "If QAT still collapses, FloatFinetune() tests the hyperparameters."
+    if highest in ZERO_LR_RUNGS and FLOAT_FINETUNE not in rungs:
+        return "", "If QAT still collapses, FloatFinetune() tests the hyperparameters."
+    return "", ""
 
 
 def _what_is_unknown(

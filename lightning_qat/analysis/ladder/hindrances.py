@@ -125,10 +125,11 @@ def prevention(ladder: Ladder, found: Sequence[str]) -> list[BrokenRung]:
         return []
     text = (
         f"calibration loses accuracy ({format_falls(lost)}), and training can hardly win it back "
-        f"({format_falls(still)} in QAT): {ended('; '.join(found[:2]))} Mend this and check again, before you look for "
-        f"quantization error. {worst_points(ladder.points)}"
-    ).rstrip()
-    return [BrokenRung(FLOAT_FINETUNE, "hyperparameters", text, cause=found[0])]
+        f"({format_falls(still)} in QAT): {ended('; '.join(found[:2]))}"
+    )
+    step = "Mend this and check again, before you look for quantization error."
+    step = f"{step} {worst_points(ladder.points)}".rstrip()
+    return [BrokenRung(FLOAT_FINETUNE, "hyperparameters", text, step, cause=found[0])]
 
 
 def _still_lost(calibrated: PipelineRow, trained: PipelineRow) -> bool:

@@ -26,6 +26,8 @@ class PipelineResult(Result[PipelineRow]):
         cause: the difference that explains it, in words; empty if none does.
         differences: differences from the reference, the most suspicious first.
         stages: differences between the model's inputs in training and in validation.
+        finding: what the note says was found, without verdict and cause.
+        next_step: what the note says to do.
     """
 
     verdict: Verdict = "cannot tell"
@@ -34,6 +36,8 @@ class PipelineResult(Result[PipelineRow]):
     cause: str = ""
     differences: PipelineDifferences = field(default_factory=_no_differences)
     stages: PipelineDifferences = field(default_factory=_no_differences)
+    finding: str = ""
+    next_step: str = ""
     title: ClassVar[str] = "Pipeline check"
 
     @property
@@ -65,4 +69,4 @@ class PipelineResult(Result[PipelineRow]):
 
 def cannot_tell(reason: str) -> PipelineResult:
     """Return a verdict without evidence: the check could not run."""
-    return PipelineResult((), "cannot tell", f"cannot tell: {reason}")
+    return PipelineResult((), "cannot tell", f"cannot tell: {reason}", finding=reason)

@@ -44,7 +44,8 @@ class BrokenRung:
     Args:
         rung: its number.
         verdict: what is to blame.
-        text: why, and what to do.
+        text: why.
+        next_step: what to do; empty if there is nothing to say.
         cause: the setting that does it, if the text names one; else a difference from the float run may explain it.
         what: name of the rows that break, if it is not that of the rung.
     """
@@ -52,5 +53,6 @@ class BrokenRung:
     rung: int
     verdict: Verdict
     text: str
+    next_step: str = ""
     cause: str = ""
     what: str = ""

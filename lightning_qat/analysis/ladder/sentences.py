@@ -1,4 +1,4 @@
-"""What a broken rung of the pipeline check means, in words, and what to do next."""
+"""What a broken rung of the pipeline check means, in words, and what to do next: two texts of one sentence or more."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Callable, Mapping, Sequence
 from lightning_qat.analysis.ladder.measurements import Finetune
 from lightning_qat.analysis.ladder.rows import PipelineRow, format_falls, judged
 
-Sentence = Callable[[Sequence[PipelineRow], Finetune], str]
+Said = tuple[str, str]
+"""What is found, and what to do next; the second is empty where the first says all."""
+Sentence = Callable[[Sequence[PipelineRow], Finetune], Said]
 FINGERPRINT_COMMAND = "python -m lightning_qat fingerprint train.py --config float.yaml --ckpt_path float.ckpt"
 MAKE_REFERENCE = (
     f"Make a reference in the float project: {FINGERPRINT_COMMAND}; then write "
     "PipelineCheck(reference='pipeline_fingerprint.json')"
 )
-NOT_QUANTIZATION = " Quantization is not the cause; do not tune learning rate or weight decay before this is fixed."
-RAISE_POINTS = "raise the points that SensitivityAnalysis() puts first to int16 with overrides"
-"""The next step, in words that fit whether it is listed already or not."""
+NOT_QUANTIZATION = "Quantization is not the cause; do not tune learning rate or weight decay before this is fixed."
 LOWER_LEARNING_RATE = "lower the learning rate (QAT wants about 1/10 to 1/20 of the float one, no warm-up)"
-NO_METRIC = (
-    "the evaluation logs no finite number to judge by. Log one in validation_step, self.log('val_acc', ...), and give "
-    "it batches (limit_val_batches)."
+NO_METRIC: Said = (
+    "the evaluation logs no finite number to judge by.",
+    "Log one in validation_step, self.log('val_acc', ...), and give it batches (limit_val_batches).",
 )
-TRAINING_LOSS = (
-    "the training loss of the untouched float model is {loss}: look for bad values in the training data, the labels "
-    "or the loss."
+TRAINING_LOSS: Said = (
+    "the training loss of the untouched float model is {loss}.",
+    "Look for bad values in the training data, the labels or the loss.",
 )
-QUANTIZED_LOSS = (
-    "the training loss is {loss} as soon as the model is quantized, and finite in float: see the findings of "
-    "Calibration, and give the points with nan, inf or a zero scale dtype: float32 in overrides."
+QUANTIZED_LOSS: Said = (
+    "the training loss is {loss} as soon as the model is quantized, and finite in float.",
+    "See the findings of Calibration, and give the points with nan, inf or a zero scale dtype: float32 in overrides.",
 )
 
 
@@ -39,41 +39,42 @@ def other_metrics(rows: Sequence[PipelineRow]) -> str:
     )
 
 
-def side_effect(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
+def side_effect(rung: Sequence[PipelineRow], finetune: Finetune) -> Said:
     """Say that the training step changes the evaluation though nothing may move (rung 2)."""
     buffers = f" It writes to {', '.join(list(finetune.moved_buffers)[:3])}." if finetune.moved_buffers else ""
     return (
         f"the evaluation changes ({format_falls(judged(rung))}) although weights and batch norm are fixed: the "
-        f"training step has a side effect.{buffers} Look for what it stores in the module."
-    )
+        f"training step has a side effect.{buffers}"
+    ), "Look for what it stores in the module."
 
 
-def batch_norm(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
+def batch_norm(rung: Sequence[PipelineRow], finetune: Finetune) -> Said:
     """Say that moving batch norm destroys the accuracy (rung 3)."""
     most = f"; moved most: {_format_moved(finetune.moved_buffers)}" if finetune.moved_buffers else ""
     return (
         "accuracy collapses at learning rate 0 as soon as batch norm updates its statistics "
         f"({format_falls(judged(rung))}{most}). The training data do not look like the "
-        "evaluation data (normalization, channel order, preprocessing, augmentation), or the batches are too small. "
+        "evaluation data (normalization, channel order, preprocessing, augmentation), or the batches are too small."
+    ), (
         "Compare the training pipeline with that of the float run, line by line. If only the batches are small: "
         "QuantizationAwareTraining(freeze_batch_norm_after=0)."
     )
 
 
-def scales(rung: Sequence[PipelineRow], finetune: Finetune) -> str:
+def scales(rung: Sequence[PipelineRow], finetune: Finetune) -> Said:
     """Say that values that move in the quantized model destroy its accuracy (rung 4)."""
     moved = finetune.moved_scales
     what = f"scales moved most: {_format_moved(moved)}" if moved else "no scale moved, batch norm did"
     remedy = (
         "Keep the calibrated scales (activation_scales: fixed, freeze_observers_after: 0) and calibrate with more "
-        "batches"
+        "batches."
         if moved
-        else "Set freeze_batch_norm_after: 0"
+        else "Set freeze_batch_norm_after: 0."
     )
     return (
         f"the calibrated model collapses at learning rate 0 ({format_falls(judged(rung))}; {what}) while the float "
-        f"model holds: values that move without training destroy it, not the learning rate. {remedy}."
-    )
+        "model holds: values that move without training destroy it, not the learning rate."
+    ), remedy
 
 
 def moved_weights(finetune: Finetune) -> str:
@@ -88,13 +89,12 @@ def moved_weights(finetune: Finetune) -> str:
     return f"weights change although the learning rate is 0 ({', '.join(names[:3])}{more}): {cause}."
 
 
-def other_loss(value: float | None, expected: float | None) -> str:
+def other_loss(value: float | None, expected: float | None) -> Said:
     """Say that the training loss is not that of the float run (rung 2)."""
     return (
         f"the untouched float model has a training loss of {value:.4g} here and had {expected:.4g} in the float run: "
-        "the training data, labels, augmentation or loss are not those of the float run. Compare the two training "
-        "pipelines."
-    )
+        "the training data, labels, augmentation or loss are not those of the float run."
+    ), "Compare the two training pipelines."
 
 
 def format_training(finetune: Finetune) -> str:
@@ -107,12 +107,12 @@ def format_training(finetune: Finetune) -> str:
     return f"{finetune.batches} batches of QAT's own training{rates}"
 
 
-def nothing_moved(finetune: Finetune) -> str:
+def nothing_moved(finetune: Finetune) -> Said:
     """Say that training changed no weight."""
     return (
         f"{format_training(finetune)} changed no weight at all: a warm-up that starts at 0, a step without loss, or "
-        "nothing to optimize. Write FloatFinetune(batches=...) with more batches than the warm-up has."
-    )
+        "nothing to optimize."
+    ), "Write FloatFinetune(batches=...) with more batches than the warm-up has."
 
 
 def ended(what: str) -> str:
@@ -122,7 +122,7 @@ def ended(what: str) -> str:
 
 def worst_points(points: Sequence[str]) -> str:
     """Name the points that lose most, the worst first."""
-    return f"Worst points: {'; '.join(points[:3])}. " if points else ""
+    return f"Worst points: {'; '.join(points[:3])}." if points else ""
 
 
 def _format_moved(moved: Mapping[str, float]) -> str:

@@ -31,10 +31,10 @@ from lightning_qat.analysis.ladder.rungs import (
 from lightning_qat.analysis.ladder.sentences import (
     LOWER_LEARNING_RATE,
     MAKE_REFERENCE,
-    RAISE_POINTS,
     format_training,
     worst_points,
 )
+from lightning_qat.analysis.open_question import RAISE_POINTS
 from lightning_qat.analysis.tolerance import COLLAPSE, tolerance
 from lightning_qat.analysis.trend import mean_and_error
 
@@ -117,10 +117,10 @@ def float_finetune_evidence(ladder: Ladder, blame: Blame) -> Evidence:
     rows += drift_row(FLOAT_FINETUNE, "BN statistics", finetune.moved_buffers)
     if worse := _worse(ladder, finetune, rows):
         verdict, advice = blame
-        text = f"{worse} in {format_training(finetune)}, so quantization is not the cause. {advice}"
-        return rows, [BrokenRung(FLOAT_FINETUNE, verdict, text)]
+        text = f"{worse} in {format_training(finetune)}, so quantization is not the cause."
+        return rows, [BrokenRung(FLOAT_FINETUNE, verdict, text, advice)]
     if still := _stands_still(finetune, max(ladder.total_steps, LONG_TRAINING)):
-        return rows, [BrokenRung(FLOAT_FINETUNE, "hyperparameters", still)]
+        return rows, [BrokenRung(FLOAT_FINETUNE, "hyperparameters", still, "Raise gradient_clip_val.")]
     return rows, []
 
 
@@ -134,9 +134,8 @@ def calibrated_evidence(ladder: Ladder) -> Evidence:
     training = ""
     if ladder.qat is not None and (after := judged(_qat_rows(ladder))):
         training = f"; {format_training(ladder.qat)} in this short check do not win it back ({format_falls(after)})"
-    causes = _causes(ladder, "; evaluate again before you train")
-    text = f"calibration alone loses the accuracy ({format_falls(judged(rows))}){training}. {causes}"
-    return rows, [BrokenRung(QUANTIZED, "quantization error", text, what=CALIBRATED)]
+    text = f"calibration alone loses the accuracy ({format_falls(judged(rows))}){training}."
+    return rows, [_quantization(QUANTIZED, text, ladder, "; evaluate again before you train", CALIBRATED)]
 
 
 def blame_quantization(broken: Sequence[BrokenRung], ladder: Ladder) -> list[BrokenRung]:
@@ -160,14 +159,16 @@ def qat_evidence(ladder: Ladder) -> Evidence:
     detail = format_falls(judged(rows)) if breaks(rows) else f"training loss {loss}"
     text = (
         f"everything holds but QAT itself: {detail} in {format_training(ladder.qat)}, while the same training without "
-        f"fake-quant keeps the accuracy. {_causes(ladder)}"
+        "fake-quant keeps the accuracy."
     )
-    return rows, [BrokenRung(QAT, "quantization error", text)]
+    return rows, [_quantization(QAT, text, ladder)]
 
 
-def _causes(ladder: Ladder, then: str = "") -> str:
-    """Why quantization loses accuracy, and what to do."""
-    return ladder.calibration or f"{worst_points(ladder.points)}Next: {RAISE_POINTS}{then}."
+def _quantization(rung: int, text: str, ladder: Ladder, then: str = "", what: str = "") -> BrokenRung:
+    """Say why quantization loses accuracy, and what to do."""
+    cause = ladder.calibration or worst_points(ladder.points)
+    step = "" if ladder.calibration else f"{RAISE_POINTS[:1].upper()}{RAISE_POINTS[1:]}{then}."
+    return BrokenRung(rung, "quantization error", f"{text} {cause}".rstrip(), step, what=what)
 
 
 def qat_recovers(ladder: Ladder) -> bool:
@@ -203,7 +204,7 @@ def _stands_still(finetune: Finetune, steps: int) -> str:
     return (
         f"training does nothing: clipping leaves {kept:.1g} of the gradient's length, and a step moves no weight by "
         f"more than {step:.1g} of the largest one, so that {steps} steps in one direction would move none by half a "
-        "step of int8. Raise gradient_clip_val."
+        "step of int8."
     )
 
 

@@ -159,13 +159,27 @@ def judge(
         return _convicted(result, broken[0], known is not None)
     doubt = next(doubts(ladder, rows, rungs, reference, here, (result.differences, result.stages), flag), None)
     if doubt is not None:
-        note = f"{doubt.verdict}: {doubt.text}"
-        return replace(result, verdict=doubt.verdict, note=note, rung=doubt.rung, cause=doubt.cause)
+        result = replace(result, verdict=doubt.verdict, rung=doubt.rung, cause=doubt.cause)
+        return _saying(result, f"{doubt.verdict}:", doubt.text, doubt.next_step)
     strong = result.differences.strong or (result.stages.strong if known is None else ())
-    note = healthy(ladder, rows, rungs, reference if isinstance(reference, Mapping) else None, pipeline_only)
+    text, step = healthy(ladder, rows, rungs, reference if isinstance(reference, Mapping) else None, pipeline_only)
+    result = replace(result, verdict="healthy")
     if but := [*frozen, *found, *(row.what for row in strong)]:
-        return replace(result, verdict="healthy", note=f"healthy, but {ended(but[0])} {note[:1].upper()}{note[1:]}")
-    return replace(result, verdict="healthy", note=f"healthy: {note}")
+        return _saying(result, "healthy, but", f"{ended(but[0])} {text[:1].upper()}{text[1:]}", step)
+    return _saying(result, "healthy:", text, step)
+
+
+def _saying(result: PipelineResult, lead: str, finding: str, next_step: str, cause: str = "") -> PipelineResult:
+    """Return the result with its sentences.
+
+    Args:
+        result: without them.
+        lead: the beginning of the note.
+        finding, next_step: what was found, and what to do.
+        cause: the end of the note.
+    """
+    sentences = (part for part in (f"{lead} {finding}", next_step, cause) if part)
+    return replace(result, note=" ".join(sentences), finding=finding, next_step=next_step)
 
 
 def _blame(
@@ -224,19 +238,12 @@ def _convicted(result: PipelineResult, broken: BrokenRung, has_fingerprint: bool
     verdict = broken.verdict
     if verdict == "cannot tell" and cause and cause.suspicion == "strong" and cause.part.startswith(LABELS):
         verdict = "pipeline misaligned"  # the model's own answers convict them
-    words = ""
-    if cause:
-        words = f" Most likely cause: {ended(cause.what)}"
-    elif verdict == "pipeline misaligned" and not has_fingerprint and broken.rung in _EXPLAINS:
-        words = f" {MAKE_REFERENCE}: it says what differs."
-    where = f"{verdict} (rung {broken.rung}, {broken.what or RUNG_NAMES[broken.rung]})"
-    return replace(
-        result,
-        verdict=verdict,
-        note=f"{where}: {broken.text}{words}",
-        rung=broken.rung,
-        cause=cause.what if cause else broken.cause,
-    )
+    words, step = f"Most likely cause: {ended(cause.what)}" if cause else "", broken.next_step
+    if not cause and verdict == "pipeline misaligned" and not has_fingerprint and broken.rung in _EXPLAINS:
+        step = f"{step} {MAKE_REFERENCE}: it says what differs.".lstrip()
+    where = f"{verdict} (rung {broken.rung}, {broken.what or RUNG_NAMES[broken.rung]}):"
+    result = replace(result, verdict=verdict, rung=broken.rung, cause=cause.what if cause else broken.cause)
+    return _saying(result, where, broken.text, step, words)
 
 
 def _cause(result: PipelineResult, broken: BrokenRung, has_fingerprint: bool) -> PipelineDifference | None:

@@ -59,15 +59,14 @@ def float_model_evidence(float_model: Measurement, reference: Mapping[str, float
     if breaks(rows):
         text = (
             f"{other_metrics(rows)}: another checkpoint (init_from), other evaluation data or preprocessing, or "
-            "another metric. Quantization is not the cause; fix this first."
+            "another metric."
         )
-        return rows, [BrokenRung(FLOAT_MODEL, "pipeline misaligned", text)]
+        step = "Quantization is not the cause; fix this first."
+        return rows, [BrokenRung(FLOAT_MODEL, "pipeline misaligned", text, step)]
     if logged and not any(map(math.isfinite, logged.values())):
-        text = (
-            "the float model evaluates to nan or inf before any training and with fake-quant off: look at the "
-            "checkpoint (init_from) and the evaluation data. Quantization is not the cause."
-        )
-        return rows, [BrokenRung(FLOAT_MODEL, "pipeline misaligned", text)]
+        text = "the float model evaluates to nan or inf before any training and with fake-quant off."
+        step = "Look at the checkpoint (init_from) and the evaluation data. Quantization is not the cause."
+        return rows, [BrokenRung(FLOAT_MODEL, "pipeline misaligned", text, step)]
     return rows, []
 
 
@@ -90,7 +89,7 @@ def fingerprint_evidence(known: Fingerprint, here: Fingerprint, float_model: Mea
     note = f"first {known.batches} batches, the same samples" if same else f"first {known.batches} batches"
     rows = [replace(row, note=row.note or note) for row in rows]
     if breaks(rows):
-        return rows, [BrokenRung(FLOAT_MODEL, "pipeline misaligned", f"{other_metrics(rows)}.{NOT_QUANTIZATION}")]
+        return rows, [BrokenRung(FLOAT_MODEL, "pipeline misaligned", f"{other_metrics(rows)}.", NOT_QUANTIZATION)]
     return rows, float_model_evidence(float_model, {})[1]
 
 
@@ -109,9 +108,9 @@ def off_evidence(off: OffComparison | None) -> Evidence:
         return rows, []
     text = (
         f"fake-quant that is inserted and off changes the module ({', '.join(off.differing[:3])}): that is a fault of "
-        "lightning_qat, or of code that depends on the names or number of submodules. Report it with this table."
+        "lightning_qat, or of code that depends on the names or number of submodules."
     )
-    return rows, [BrokenRung(OFF, "pipeline misaligned", text)]
+    return rows, [BrokenRung(OFF, "pipeline misaligned", text, "Report it with this table.")]
 
 
 def zero_lr_evidence(ladder: Ladder, rungs: Collection[int], train_loss: float | None = None) -> Evidence:
@@ -165,24 +164,24 @@ def training_loss_evidence(known: Fingerprint, here: Fingerprint) -> Evidence:
     worst = next((row for row in rows if row.status == "breaks" and "eval" in row.metric), None)
     if worst is None:
         return rows, []
-    text = other_loss(worst.value, worst.expected) + NOT_QUANTIZATION
-    return rows, [BrokenRung(BATCH_NORM_FIXED, "pipeline misaligned", text)]
+    text, step = other_loss(worst.value, worst.expected)
+    return rows, [BrokenRung(BATCH_NORM_FIXED, "pipeline misaligned", text, f"{step} {NOT_QUANTIZATION}")]
 
 
 def _broken(rung: int, rows: Sequence[PipelineRow], finetune: Finetune, sentence: Sentence) -> list[BrokenRung]:
     loss = finetune.train_loss
     if loss is not None and not math.isfinite(loss):
         if rung == QUANTIZED:
-            return [BrokenRung(rung, "scales drift", QUANTIZED_LOSS.format(loss=loss))]
-        text = TRAINING_LOSS.format(loss=loss)
+            return [BrokenRung(rung, "scales drift", QUANTIZED_LOSS[0].format(loss=loss), QUANTIZED_LOSS[1])]
+        text, step = TRAINING_LOSS[0].format(loss=loss), TRAINING_LOSS[1]
     elif finetune.changed_parameters:
-        text = moved_weights(finetune)
+        text, step = moved_weights(finetune), ""
     elif breaks(rows):
-        text = sentence(rows, finetune)
+        text, step = sentence(rows, finetune)
         if rung == QUANTIZED:
-            return [BrokenRung(rung, "scales drift", text)]
+            return [BrokenRung(rung, "scales drift", text, step)]
     elif known := next((row for row in rows if row.metric == TRAIN_LOSS and row.status == "breaks"), None):
-        text = other_loss(known.value, known.expected)
+        text, step = other_loss(known.value, known.expected)
     else:
         return []
-    return [BrokenRung(rung, "pipeline misaligned", text + NOT_QUANTIZATION)]
+    return [BrokenRung(rung, "pipeline misaligned", text, f"{step} {NOT_QUANTIZATION}".lstrip())]

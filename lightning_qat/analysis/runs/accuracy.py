@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from lightning_qat.analysis.metric_direction import higher_is_better
+from lightning_qat.analysis.open_question import RAISE_POINTS, OpenQuestion, with_question
 from lightning_qat.analysis.results import Block, Result
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.reading.checks import one_of
@@ -73,12 +74,18 @@ class AccuracyResult(StageTable):
     Args:
         run: the run that passes or fails.
         own: its stages.
-        note: pass or fail as a sentence.
+        note: pass or fail as a sentence, with the next step.
+        finding: what the note says was found.
+        next_step: what the note says to do.
+        left_open: what another report can tell; part of what to do.
     """
 
     run: str = ""
     own: tuple[str, ...] = ()
     note: str = ""
+    finding: str = ""
+    next_step: str = ""
+    left_open: OpenQuestion = ""
     title: ClassVar[str] = "Accuracy"
 
     def blocks(self) -> tuple[Block, ...]:
@@ -167,7 +174,9 @@ class ResultTable:
             rows.append(AccuracyRow(metric, baseline, value, values, passed))
         stage = f"{run} {own[-1]}" if own else run
         calibrated = self.runs.get(run, {}).get("calibrated", {}) if own and own[-1] != "calibrated" else {}
-        return AccuracyResult(tuple(rows), tuple(columns), run, own, _sentence(rows, stage, target, calibrated))
+        said = _said(rows, stage, target, calibrated)
+        note = " ".join(part for part in (said[0], with_question(said[2], said[1])) if part)
+        return AccuracyResult(tuple(rows), tuple(columns), run, own, note, *said)
 
 
 @dataclass(frozen=True)
@@ -220,43 +229,37 @@ def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name} ({number})"
 
 
-def _sentence(
+def _said(
     rows: list[AccuracyRow],
     stage: str,
     target: Target | Mapping[str, Target] | None,
     calibrated: Mapping[str, float],
-) -> str:
+) -> tuple[str, str, OpenQuestion]:
+    """What is found, what to do next, and what is left open."""
     judged = [row for row in rows if row.passed is not None]
     failed = [row for row in judged if not row.passed]
-    parts = []
+    unknown = [row.metric for row in rows if row.float_value is None]
     if failed:
         missed = ", ".join(f"{row.metric} (needs {row.target:.5g})" for row in failed)
-        parts.append(f"{stage}: target missed for {missed}.")
-        parts.append(_TRAINING_LOST_IT if _all_reach(failed, calibrated) else _NOT_TRAINING)
-    elif judged:
-        parts.append(f"{stage}: target reached for {', '.join(row.metric for row in judged)}.")
-        if _all_reach(judged, calibrated):
-            parts.append(_CALIBRATION_IS_ENOUGH)
-    unknown = [row.metric for row in rows if row.float_value is None]
+        text = f"{stage}: target missed for {missed}."
+        if _all_reach(failed, calibrated):
+            text += " Calibration alone reaches it, so training has lost it and not quantization."
+            return text, "Change neither learning rate nor dtypes before you know.", "training"
+        return text, f"If it is, {RAISE_POINTS}.", "quantization"
+    if judged:
+        text = f"{stage}: target reached for {', '.join(row.metric for row in judged)}."
+        is_enough = _all_reach(judged, calibrated)
+        return text + (f" {_CALIBRATION_IS_ENOUGH}" if is_enough else ""), "", ""
     if target is None:
-        parts.append(f"{stage}: no target to judge by; write target: 1%.")
-    elif not judged and unknown:
-        parts.append(
-            f"{stage}: the float value of {', '.join(unknown)} is not known, so a relative target cannot be judged. "
-            "Write the value to reach (target: 0.97), or evaluate the calibrated model before it is trained."
-        )
-    return " ".join(parts) or f"{stage}: none of these metrics has a target."
+        return f"{stage}: no target to judge by; write target: 1%.", "", ""
+    if unknown:
+        text = f"the float value of {', '.join(unknown)} is not known, so a relative target cannot be judged."
+        return f"{stage}: {text}", _WRITE_THE_VALUE, ""
+    return f"{stage}: none of these metrics has a target.", "", ""
 
 
-_TRAINING_LOST_IT = (
-    "Calibration alone reaches it, so training has lost it and not quantization: see what PipelineCheck() (or "
-    "ZeroLRFinetune() and FloatFinetune()) says before you change learning rate or dtypes."
-)
 _CALIBRATION_IS_ENOUGH = "Calibration alone reaches it too: for this target no training is needed."
-_NOT_TRAINING = (
-    "Next: PipelineCheck() says whether it is quantization. If it is, raise the points that SensitivityAnalysis() "
-    "puts first to int16 with overrides."
-)
+_WRITE_THE_VALUE = "Write the value to reach (target: 0.97), or evaluate the calibrated model before it is trained."
 
 
 def _all_reach(rows: list[AccuracyRow], values: Mapping[str, float]) -> bool:

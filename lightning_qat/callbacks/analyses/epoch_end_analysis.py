@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_qat.analysis.captured_calls import RepeatableForward
+from lightning_qat.analysis.open_question import OpenQuestion, with_question
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.results import Result
 from lightning_qat.callbacks.analyses.monitored_numbers import check_early_stopping, log_numbers
@@ -100,12 +101,16 @@ class EpochEndAnalysis(ReportingCallback):
             super()._note_failure(trainer, error)
             return
         # the model computes NaN: reporting that or stopping the run is up to other callbacks
-        remark = self.remark(trainer, trainer.lightning_module)
-        rank_zero_warn(f"{type(self).__name__}, epoch {trainer.current_epoch}: {error} {remark}".rstrip())
+        remark, left_open = self.remark(trainer, trainer.lightning_module)
+        text = f"{error} {remark} {with_question(left_open)}".rstrip()
+        rank_zero_warn(f"{type(self).__name__}, epoch {trainer.current_epoch}: {text}")
 
-    def remark(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-        """What there is to know about the model before a report is read; empty if nothing. Call it on all ranks."""
-        return ""
+    def remark(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[str, OpenQuestion]:
+        """What there is to know about the model before a report is read, and what that leaves open.
+
+        Both are empty if there is nothing. Call it on all ranks.
+        """
+        return "", ""
 
     def note_analysed(self, trainer: pl.Trainer) -> None:
         """Remember that the weights of this step were analysed."""

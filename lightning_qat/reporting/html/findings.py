@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from lightning_qat.analysis.convergence.convergence import ConvergenceResult
 from lightning_qat.analysis.convergence.training_series import ConvergenceRow
 from lightning_qat.analysis.diagnosis.diagnosis_result import Diagnosis, DiagnosisResult
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.model_check.finding import SEVERITIES
+from lightning_qat.analysis.open_question import OpenQuestion
 from lightning_qat.analysis.results import Advice
 from lightning_qat.reporting.html.point_causes import rules_with_fixed_scale
 from lightning_qat.reporting.html.point_history import full_name, point_key
@@ -36,11 +38,20 @@ class ReportFinding:
         source: a key of :data:`SOURCES`.
         advice: what was found, why, and what to do.
         points: names of the points concerned, as the table of points has them.
+        left_open: what another report can tell; part of what to do.
+        next_step: the rest of what to do, where something is left open.
     """
 
     source: str
     advice: Advice
     points: tuple[str, ...] = ()
+    left_open: OpenQuestion = ""
+    next_step: str = ""
+
+    @property
+    def do(self) -> str:
+        """What to do about it; empty if it does not say."""
+        return next((text for label, text in self.advice.facts if label == "do"), "")
 
 
 def find_all(run: RunFolder, is_innocent: bool) -> tuple[ReportFinding, ...]:
@@ -68,7 +79,9 @@ def _of_ladders(run: RunFolder) -> Iterator[ReportFinding]:
                 text = f"rung {result.rung} is the first that breaks. What does not hold behind it may follow from it:"
                 facts.append(("decides", f"{text} {'; '.join(later)} (see Evidence)."))
             facts += [("difference", difference) for difference in _differences(result)]
-            advice = Advice(result.verdict, "error", what_is_found(result), facts=tuple(facts))
+            if result.next_step and not result.cause and result.verdict != "quantization error":
+                facts.append(("do", result.next_step))
+            advice = Advice(result.verdict, "error", as_sentence(result.finding), facts=tuple(facts))
             yield ReportFinding(name, advice)
 
 
@@ -80,16 +93,17 @@ def _differences(result: PipelineResult) -> list[str]:
 
 
 def _of_convergence(run: RunFolder) -> Iterator[ReportFinding]:
-    if run.convergence is not None:
-        flagged = [row for row in run.convergence.rows if row.status == "flagged"]
-        for place, row in enumerate(flagged):  # the first one is the verdict
-            advice = _convergence_advice(row, row.check if place else run.convergence.verdict)
-            yield ReportFinding("convergence", advice, row.names)
+    held = run.convergence
+    if held is not None and held.is_bad:
+        flagged = [row for row in held.rows if row.status == "flagged"]
+        for place, row in enumerate(flagged or [first_flag(held)]):  # the first one is the verdict
+            advice = _convergence_advice(row, row.check if place else held.verdict)
+            yield ReportFinding("convergence", advice, row.names, row.left_open, row.next_step)
 
 
 def _convergence_advice(row: ConvergenceRow, heading: str) -> Advice:
-    facts = (("do", row.next_step),) if row.next_step else ()
-    return Advice(heading, "error", f"{row.evidence[:1].upper()}{row.evidence[1:]}", row.names, facts)
+    facts = (("do", row.advice),) if row.advice else ()
+    return Advice(heading, "error", as_sentence(row.evidence), row.names, facts)
 
 
 def _of_diagnoses(run: RunFolder, is_innocent: bool) -> Iterator[ReportFinding]:
@@ -169,7 +183,7 @@ def first_action(findings: tuple[ReportFinding, ...], *sources: str) -> str:
     """Return what to do about the first finding of some sources; empty without one."""
     for finding in findings:
         if finding.source in sources:
-            action = next((text for label, text in finding.advice.facts if label == "do"), "") or finding.advice.text
+            action = finding.do or finding.advice.text
             return f"{finding.points[0]}: {action}" if len(finding.points) == 1 else action
     return ""
 
@@ -179,31 +193,25 @@ def culprits(result: DiagnosisResult | None) -> tuple[Diagnosis, ...]:
     return () if result is None else replace(result, rows=tuple(row for row, _ in result.worst_rounds())).culprits
 
 
-def without_verdict(verdict: str, note: str) -> str:
-    """Return a note without the verdict at its beginning, which stands in the heading."""
-    head, colon, rest = note.partition(": ")
-    return rest[:1].upper() + rest[1:] if colon and head.startswith(verdict) else note
-
-
-def split_next(text: str) -> tuple[str, str]:
-    """Return what a note finds, and what it advises to do next; the page says what to do in one place.
-
-    Example:
-        >>> split_next("It falls. Next: raise the points.")
-        ('It falls.', 'Raise the points.')
-    """
-    found, _, action = text.partition("Next: ")
-    return found.rstrip(), action[:1].upper() + action[1:]
-
-
-def what_is_found(result: PipelineResult) -> str:
-    """Return what a pipeline check has found, without its verdict, the cause and the advice that stand beside it.
+def first_flag(result: ConvergenceResult) -> ConvergenceRow:
+    """Return the flagged check that the verdict is about; without one, what the note says.
 
     Args:
-        result: that of the check.
+        result: that is bad.
     """
-    text, _ = split_next(without_verdict(result.verdict, result.note))
-    return text.partition(" Most likely cause: ")[0] if result.cause else text
+    return next(
+        (row for row in result.rows if row.status == "flagged"), ConvergenceRow("", "flagged", evidence=result.note)
+    )
+
+
+def with_verdict(result: PipelineResult) -> str:
+    """Return the verdict of a pipeline check and what it has found, without the next step."""
+    return result.note if result.finding == result.note else f"{result.verdict}: {result.finding}"
+
+
+def as_sentence(text: str) -> str:
+    """Return a text that stood behind a colon with a capital letter."""
+    return text[:1].upper() + text[1:]
 
 
 def _change(before: float | None, after: float | None) -> str:

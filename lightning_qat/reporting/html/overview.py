@@ -8,19 +8,19 @@ from typing import Literal
 from lightning_qat.analysis.fingerprint.module_differences import ATTRIBUTES
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.rungs import QAT
-from lightning_qat.analysis.ladder.sentences import RAISE_POINTS
+from lightning_qat.analysis.open_question import RAISE_POINTS
 from lightning_qat.analysis.results import Block
+from lightning_qat.reporting.html.answers import Answers
 from lightning_qat.reporting.html.findings import (
     SOURCES,
     ReportFinding,
+    as_sentence,
     culprits,
     find_all,
     first_action,
-    split_next,
-    what_is_found,
-    without_verdict,
+    first_flag,
+    with_verdict,
 )
-from lightning_qat.reporting.html.page_words import PageWords
 from lightning_qat.reporting.html.point_causes import bad_ladder, pipeline_is_at_fault
 from lightning_qat.reporting.html.point_history import PointKey, full_name, point_key
 from lightning_qat.reporting.html.provenance import ANY_CHECKPOINT, export_command, known_checkpoint
@@ -55,7 +55,7 @@ class Overview:
         no_point: why there are none, if that is known.
         metrics: the metrics of the run, by stage.
         findings: of all reports, the most severe first.
-        words: in which the page says what stands in the notes and tables of reports.
+        answers: what the page says in place of what a report leaves open.
     """
 
     verdict: str
@@ -68,7 +68,7 @@ class Overview:
     no_point: str = ""
     metrics: tuple[Block, ...] = ()
     findings: tuple[ReportFinding, ...] = ()
-    words: PageWords = field(default_factory=PageWords)
+    answers: Answers = field(default_factory=Answers)
 
     @property
     def flagged(self) -> frozenset[str]:
@@ -89,12 +89,11 @@ def judge_run(run: RunFolder) -> Overview:
     passed = _passed(run)
     is_innocent = passed is True or pipeline_is_at_fault(run)
     findings = find_all(run, is_innocent)
-    verdict, level, note, source = _verdict(run, passed, findings)
-    words = PageWords(run.ladders.get("pipeline_check"))
-    action = words(_next_action(run, source, level, findings))
-    words = replace(words, next_action="" if level == "good" else action)
-    findings = tuple(_in_words(words, finding) for finding in findings)
-    sentence, _ = split_next(words(note))
+    verdict, level, sentence, source = _verdict(run, passed, findings)
+    answers = Answers(run.ladders.get("pipeline_check"))
+    action = _next_action(run, source, level, findings, answers)
+    answers = replace(answers, has_next=level != "good" and RAISE_POINTS.lower() not in action.lower())
+    findings = tuple(_answered(answers, finding) for finding in findings)
     if source in run.ladders and any(row.rung == QAT and row.metric for row in run.ladders[source].rows):
         sentence = f"{sentence} {_whole_run(run)}".rstrip()
     named = tuple(map(full_name, _culprits(run)[:5]))
@@ -104,12 +103,12 @@ def judge_run(run: RunFolder) -> Overview:
         sentence,
         action,
         SOURCES.get(source, source),
-        remarks=tuple(map(words, _remarks(run, source))),
+        remarks=_remarks(run, source, answers),
         look_at=() if is_innocent else named,
         no_point=_no_point(run, level),
-        metrics=_metrics(run, words, with_note=source != "accuracy"),
+        metrics=_metrics(run, with_note=source != "accuracy"),
         findings=tuple(_without_repetition(finding, source, sentence) for finding in findings),
-        words=words,
+        answers=answers,
     )
 
 
@@ -126,11 +125,9 @@ def _without_repetition(finding: ReportFinding, source: str, sentence: str) -> R
     return replace(finding, advice=replace(finding.advice, text="")) if is_said else finding
 
 
-def _metrics(run: RunFolder, words: PageWords, with_note: bool) -> tuple[Block, ...]:
-    blocks = run.accuracy.blocks() if run.accuracy is not None else ()
-    if not with_note:
-        return tuple(replace(block, note="") for block in blocks)
-    return words.in_tables(blocks)
+def _metrics(run: RunFolder, with_note: bool) -> tuple[Block, ...]:
+    held = run.accuracy
+    return replace(held, note=held.finding if with_note else "").blocks() if held is not None else ()
 
 
 def _passed(run: RunFolder) -> bool | None:
@@ -144,7 +141,7 @@ def _is_calibrated_only(run: RunFolder) -> bool:
 
 
 def _verdict(run: RunFolder, passed: bool | None, findings: tuple[ReportFinding, ...]) -> tuple[str, Level, str, str]:
-    note = run.accuracy.note if run.accuracy is not None else ""
+    note = run.accuracy.finding if run.accuracy is not None else ""
     if passed:
         worst = [f.source for f in findings if f.advice.level == "error" and f.source != "model_check"]
         stage = " by calibration" if _is_calibrated_only(run) else ""
@@ -152,10 +149,9 @@ def _verdict(run: RunFolder, passed: bool | None, findings: tuple[ReportFinding,
     ladder = bad_ladder(run)
     if ladder is not None:
         name, result = ladder
-        return result.verdict, "bad", what_is_found(result), name
+        return result.verdict, "bad", as_sentence(result.finding), name
     if run.convergence is not None and run.convergence.is_bad:
-        note = without_verdict(run.convergence.verdict, run.convergence.note)
-        return run.convergence.verdict, "bad", note, "convergence"
+        return run.convergence.verdict, "bad", as_sentence(first_flag(run.convergence).evidence), "convergence"
     if passed is False and _is_calibrated_only(run):
         if run.provenance.get("finished") is False:
             text = "The calibrated model misses the target. Training goes on, and may win it back."
@@ -172,7 +168,9 @@ def _verdict(run: RunFolder, passed: bool | None, findings: tuple[ReportFinding,
     return "nothing wrong found", "unknown", "No report of this run finds a fault; its accuracy is not known.", ""
 
 
-def _next_action(run: RunFolder, source: str, level: Level, findings: tuple[ReportFinding, ...]) -> str:
+def _next_action(
+    run: RunFolder, source: str, level: Level, findings: tuple[ReportFinding, ...], answers: Answers
+) -> str:
     if source == "accuracy" and level == "good":
         return (
             _STILL_TRAINING
@@ -184,23 +182,22 @@ def _next_action(run: RunFolder, source: str, level: Level, findings: tuple[Repo
         )
     ladder = run.ladders.get(source)
     if ladder is not None and ladder.verdict != "quantization error":
-        if ladder.cause:
-            return _mend(ladder)
-        return _last_part(without_verdict(ladder.verdict, ladder.note))
+        return _mend(ladder) if ladder.cause else ladder.next_step or ladder.note
     of_points = first_action(findings, "calibration") or _model_check_error(findings)
     of_points = of_points or first_action(findings, "diagnosis", "calibrated_diagnosis")
     if source == "convergence":
-        of_training = first_action(findings, "convergence")
-        return of_points if of_points and RAISE_POINTS in of_training else of_training
+        flag = next(finding for finding in findings if finding.source == source)
+        if not (flag.left_open == "points" and of_points):
+            return first_action((_answered(answers, flag),), source)
     if of_points:
         return of_points
-    if ladder is not None and (advised := split_next(ladder.note)[1]):
-        return advised
+    if ladder is not None and ladder.next_step:
+        return ladder.next_step
     if run.accuracy is None:
         return _NO_TARGET
     if level == "warning":
         return "Read the findings below: a report speaks against this run although it reaches its target."
-    return split_next(run.accuracy.note)[1] or _last_part(run.accuracy.note)
+    return answers(run.accuracy.left_open, run.accuracy.next_step) or run.accuracy.finding
 
 
 def _mend(ladder: PipelineResult) -> str:
@@ -221,9 +218,12 @@ def _whole_run(run: RunFolder) -> str:
     return f"The run itself, which trains longer than the check, came to {', '.join(values[:2])}." if values else ""
 
 
-def _in_words(words: PageWords, finding: ReportFinding) -> ReportFinding:
-    facts = tuple((label, words(text)) for label, text in finding.advice.facts)
-    return replace(finding, advice=replace(finding.advice, text=words(finding.advice.text), facts=facts))
+def _answered(answers: Answers, finding: ReportFinding) -> ReportFinding:
+    if not finding.left_open:
+        return finding
+    step = answers(finding.left_open, finding.next_step)
+    facts = tuple((label, step if label == "do" else text) for label, text in finding.advice.facts)
+    return replace(finding, advice=replace(finding.advice, facts=facts))
 
 
 def _model_check_error(findings: tuple[ReportFinding, ...]) -> str:
@@ -235,21 +235,18 @@ def _culprits(run: RunFolder) -> tuple[PointKey, ...]:
     return tuple(key for row in found if (key := point_key(row.region, row.point)) not in run.follows)
 
 
-def _remarks(run: RunFolder, source: str) -> tuple[str, ...]:
+def _remarks(run: RunFolder, source: str, answers: Answers) -> tuple[str, ...]:
     """What other reports say against the run, and which model the diagnosis is about."""
     found = [
-        f"{SOURCES[name]}: {result.note}"
+        f"{SOURCES[name]}: {with_verdict(result) if result.is_bad else result.note}"
         for name, result in run.ladders.items()
         if name != source and (result.is_bad or result.verdict == "cannot tell")
     ]
     if source != "convergence" and run.convergence is not None and run.convergence.is_bad:
-        found.append(f"convergence: {run.convergence.note}")
+        flag = first_flag(run.convergence)
+        step = answers(flag.left_open, flag.next_step)
+        found.append(f"convergence: {run.convergence.verdict}: {flag.evidence} {step}".rstrip())
     if run.diagnosis is not None and run.diagnosis.remark:
-        found.append(f"{SOURCES['diagnosis']}: {run.diagnosis.remark}")
+        remark = f"{run.diagnosis.remark} {answers(run.diagnosis.left_open)}".rstrip()
+        found.append(f"{SOURCES['diagnosis']}: {remark}")
     return tuple(found)
-
-
-def _last_part(note: str) -> str:
-    """What follows the first sentence of a note; all of it if there is but one."""
-    first, stop, rest = note.partition(". ")
-    return rest if stop and rest else first

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from lightning_qat.analysis.results import Block, Result
 from lightning_qat.atomic_files import write_atomically
 from lightning_qat.quantization.errors import ConfigurationError
+from lightning_qat.reporting.html.answers import Answers
 from lightning_qat.reporting.html.background import background, compared_runs, find_gaps, float_places
 from lightning_qat.reporting.html.drawings import segments
-from lightning_qat.reporting.html.findings import SOURCES, latest_model
+from lightning_qat.reporting.html.findings import SOURCES, first_flag, latest_model, with_verdict
 from lightning_qat.reporting.html.front import front_choices
 from lightning_qat.reporting.html.glossary import ANCHORS, GLOSSARY, MEANINGS, anchor
 from lightning_qat.reporting.html.judged_run import JudgedRun
 from lightning_qat.reporting.html.page_data import as_json_element, page_data
-from lightning_qat.reporting.html.page_words import PageWords
 from lightning_qat.reporting.html.point_table import COLUMNS, Column, PointTable
 from lightning_qat.reporting.html.provenance import overrides_place
 from lightning_qat.reporting.html.run_folder import RunFolder, read_run
@@ -122,7 +122,7 @@ def _rendered(judged: Sequence[JudgedRun]) -> str:
         place=overrides_place(run.provenance),
         places_in_float=float_places(run),
         gaps=find_gaps(run),
-        evidence=_evidence(run, overview.words),
+        evidence=_evidence(run, overview.answers),
         background=background(run),
         glossary=GLOSSARY,
         meanings=MEANINGS,
@@ -161,12 +161,16 @@ def _static_cell(value: Any, column: Column) -> Any:
     return f"{100 * value:.3g} %" if column.share and _is_number(value) else value
 
 
-def _evidence(run: RunFolder, words: PageWords) -> list[tuple[str, tuple[Block, ...]]]:
-    """The tables of the checks, as the txt files have them, without advice that the page has put elsewhere."""
-    checks: dict[str, Result[Any]] = dict(run.ladders)
-    if run.convergence is not None:
-        checks["convergence"] = run.convergence
-    found = [(SOURCES[name], _filled(words.in_tables(result.full_blocks()))) for name, result in checks.items()]
+def _evidence(run: RunFolder, answers: Answers) -> list[tuple[str, tuple[Block, ...]]]:
+    """The tables of the checks, as the txt files have them; what to do next stands in one place of the page."""
+    checks: dict[str, Result[Any]] = {
+        name: replace(ladder, note=with_verdict(ladder)) for name, ladder in run.ladders.items()
+    }
+    if (held := run.convergence) is not None:
+        rows = (replace(row, next_step=answers(row.left_open, row.next_step), left_open="") for row in held.rows)
+        note = f"{held.verdict}: {first_flag(held).evidence}" if held.is_bad else held.note
+        checks["convergence"] = replace(held, rows=tuple(rows), note=note)
+    found = [(SOURCES[name], _filled(result.full_blocks())) for name, result in checks.items()]
     if run.model_check is not None:
         found.append((f"{SOURCES['model_check']}: tables", run.model_check.full_blocks()[1:]))
     return found

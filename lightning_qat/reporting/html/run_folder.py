@@ -16,6 +16,7 @@ from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.rows import PipelineRow
 from lightning_qat.analysis.ladder.rungs import Verdict
 from lightning_qat.analysis.model_check.model_check_result import ModelCheckResult
+from lightning_qat.analysis.open_question import OpenQuestion
 from lightning_qat.analysis.runs.accuracy import AccuracyResult
 from lightning_qat.analysis.runs.run_files import FOLDER, files_folder, log_directory
 from lightning_qat.quantization.errors import ConfigurationError, DamagedFileError
@@ -194,7 +195,7 @@ class _Reader:
 
     def _diagnosis(self, name: str) -> DiagnosisResult | None:
         found = self._tried(name, lambda path: _typed(path, _StoredDiagnosis))
-        return None if found is None else DiagnosisResult(found.rows, found.remark, found.calibration)
+        return None if found is None else DiagnosisResult(**vars(found))
 
     def _convergence(self) -> ConvergenceResult | None:
         found = self._tried("convergence.json", lambda path: _typed(path, _StoredConvergence))
@@ -206,7 +207,8 @@ class _Reader:
             return None
         differences = PipelineDifferences(found.differences.rows, found.differences.note)
         stages = StageDifferences(found.stages.rows, found.stages.note)
-        return PipelineResult(found.rows, found.verdict, found.note, found.rung, found.cause, differences, stages)
+        held = {**vars(found), "differences": differences, "stages": stages, "finding": found.finding or found.note}
+        return PipelineResult(**held)
 
     def _front(self) -> Table:
         for name in ("front.json", "search/front.json"):
@@ -220,6 +222,7 @@ class _StoredDiagnosis:
     rows: tuple[Diagnosis, ...]
     remark: str = ""
     calibration: str = ""
+    left_open: OpenQuestion = ""
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,8 @@ class _StoredLadder:
     cause: str = ""
     differences: _StoredDifferences = field(default_factory=_StoredDifferences)
     stages: _StoredDifferences = field(default_factory=_StoredDifferences)
+    finding: str = ""
+    next_step: str = ""
 
 
 def _typed(path: Path, kind: type[T]) -> T:

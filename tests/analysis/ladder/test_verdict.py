@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,43 @@ def test_quantization_error_names_the_worst_points_and_the_next_step() -> None:
     result = judged(qat=trained(0.1))
     assert "Worst points: conv.output (int8, 3 dB)" in result.note
     assert "SensitivityAnalysis()" in result.note
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"float_model": Measurement({"val_acc": math.nan})},
+        {"off": OffComparison(20, ("gradient of a",))},
+        {"batch_norm_fixed": finetune(0.1)},
+        {"batch_norm_fixed": finetune(0.98, changed_parameters=("w",))},
+        {"batch_norm_fixed": finetune(0.98, train_loss=math.nan)},
+        {"batch_norm_moving": finetune(0.1)},
+        {"quantized": finetune(0.1), "qat": trained(0.1)},
+        {"quantized": finetune(0.1, train_loss=math.inf), "qat": trained(0.1)},
+        {"float_finetune": trained(0.1)},
+        {"qat": trained(0.1)},
+        {"calibrated": Measurement({"val_acc": 0.1}), "qat": trained(0.1)},
+    ],
+)
+@pytest.mark.parametrize("reference", [HERE, {"val_acc": 0.98, "train_loss": 0.05}])
+def test_the_note_is_what_is_found_and_then_what_to_do(broken: dict[str, Any], reference: Any) -> None:
+    """Every sentence of a rung tells the two apart: a page shows the one and says the other in one place."""
+    check_parts(judged(reference, HERE if reference is HERE else None, **broken))
+
+
+def test_the_note_on_a_float_model_that_is_not_the_float_run_s_has_these_parts_too() -> None:
+    check_parts(judged({"val_acc": 0.98}, None, float_model=Measurement({"val_acc": 0.6}, {"val_acc": 0.004})))
+
+
+def check_parts(result: PipelineResult) -> None:
+    assert result.is_bad
+    lead, _, said = result.note.partition("): ")
+    assert lead.startswith(f"{result.verdict} (rung {result.rung}, ")
+    assert f"{said} ".startswith(f"{result.finding} {result.next_step} ")
+    assert result.next_step
+    verbs = "Look|Compare|Raise|Keep|Set|See|Make|Mend|Report|Quantization is not the cause|Data, labels and loss"
+    assert re.match(verbs, result.next_step), result.next_step
+    assert not re.search(rf"\. ({verbs}) ", result.finding), result.finding
 
 
 def test_without_a_reference_labels_and_loss_may_be_to_blame() -> None:

@@ -62,7 +62,9 @@ def test_training_that_loses_what_calibration_had_is_told_apart() -> None:
     table.record("first", "calibrated", {"dynamic": 73.4})
     table.record("first", "QAT", {"dynamic": 0.0})
     note = table.result("first", ["dynamic"], "1%").note
-    assert "training has lost it and not quantization: see what PipelineCheck()" in note
+    assert (
+        "training has lost it and not quantization. PipelineCheck() says whether training goes wrong in float" in note
+    )
     assert "SensitivityAnalysis" not in note
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -17,8 +18,10 @@ from lightning_qat.analysis.diagnosis.diagnosis_result import DiagnosisResult
 from lightning_qat.analysis.fingerprint.difference import PipelineDifference, PipelineDifferences
 from lightning_qat.analysis.ladder.pipeline_result import PipelineResult
 from lightning_qat.analysis.ladder.rows import PipelineRow
-from lightning_qat.analysis.ladder.sentences import RAISE_POINTS
+from lightning_qat.analysis.ladder.rungs import Verdict
+from lightning_qat.analysis.open_question import RAISE_POINTS, OpenQuestion, with_question
 from lightning_qat.reporting.files import write_json
+from lightning_qat.reporting.html.answers import Answers
 from lightning_qat.reporting.html.findings import ReportFinding
 from lightning_qat.reporting.html.judged_run import JudgedRun
 from lightning_qat.reporting.html.overview import Overview
@@ -41,8 +44,10 @@ def accuracy(passed: bool | None, *stages: str) -> Write:
     return lambda run: folder.write_accuracy(run, passed, stages or ("calibrated", "QAT"))
 
 
-def ladder(verdict: str, note: str = "", cause: str = "") -> Write:
-    return lambda run: folder.write_ladder(run, verdict, note, cause)  # type: ignore[arg-type]
+def ladder(
+    verdict: str, finding: str = "it collapses.", next_step: str = "Compare the data.", cause: str = ""
+) -> Write:
+    return lambda run: folder.write_ladder(run, verdict, finding, next_step, cause)  # type: ignore[arg-type]
 
 
 def convergence(verdict: str) -> Write:
@@ -107,7 +112,7 @@ def test_a_running_training_is_not_called_sick_by_what_calibration_lost(tmp_path
     ("writes", "action"),
     [
         (
-            [ladder("pipeline misaligned", "pipeline misaligned (rung 2): it falls. Compare the data.")],
+            [ladder("pipeline misaligned", "it falls.", "Compare the data.")],
             "Compare the data.",
         ),
         (
@@ -215,11 +220,11 @@ def test_the_first_screen_says_one_thing_to_do(tmp_path: Path) -> None:
 
     Siblings: the note of the accuracy table, the finding of the same check, the flag of the convergence report.
     """
-    note = f"quantization error (rung 4): it falls. Next: {RAISE_POINTS}."
-    alone = judged(tmp_path / "a", accuracy(False), ladder("quantization error", note))
+    check = ladder("quantization error", "it falls.", f"R{RAISE_POINTS[1:]}.")
+    alone = judged(tmp_path / "a", accuracy(False), check)
     assert alone.sentence.startswith("It falls.")
     assert alone.next_action == f"R{RAISE_POINTS[1:]}."
-    both = judged(tmp_path / "b", accuracy(False), ladder("quantization error", note), diagnosis("a.weight"))
+    both = judged(tmp_path / "b", accuracy(False), check, diagnosis("a.weight"))
     assert both.next_action == "a.weight: Calibrate anew."
     missed = judged(tmp_path / "c", accuracy(False), diagnosis("a.weight"))
     for found in (both, missed):
@@ -233,32 +238,29 @@ def test_no_table_or_remark_advises_something_else_than_the_first_screen(tmp_pat
 
     Where the first screen itself says so, it may stand everywhere; so it may where nothing has to be mended.
     """
-    note = f"quantization error (rung 4): it falls. Next: {RAISE_POINTS}; evaluate again."
-    lost = f"Calibration had lost it: first {RAISE_POINTS}."
+    check = ladder("quantization error", "it falls.", f"R{RAISE_POINTS[1:]}; evaluate again.")
 
     def write(run: Path) -> None:
-        row = ConvergenceRow("metric", "flagged", 0.1, 0.9, "It fell.", lost)
-        held = ConvergenceResult((row,), "metric collapsed", f"metric collapsed: It fell. {lost}", 9, 2)
+        row = ConvergenceRow("metric", "flagged", 0.1, 0.9, "It fell.", "Calibration had lost it.", (), "points")
+        held = ConvergenceResult((row,), "metric collapsed", f"metric collapsed: It fell. {row.advice}", 9, 2)
         write_json(held, run / "lightning_qat" / "convergence.json")
 
     run = tmp_path / "a"
-    found = judged(run, accuracy(False), ladder("quantization error", note), write, diagnosis("a.weight"))
+    found = judged(run, accuracy(False), check, write, diagnosis("a.weight"))
     assert found.next_action == "a.weight: Calibrate anew."
     text = ParsedPage(write_report([run]).read_text()).text
     assert RAISE_POINTS not in text
-    assert "Calibration had lost it: first do what stands under Next." in text
-    alone = judged(tmp_path / "b", accuracy(False), ladder("quantization error", note), write)
+    assert "First do what stands under Next. Calibration had lost it." in text
+    alone = judged(tmp_path / "b", accuracy(False), check, write)
     assert alone.next_action.startswith(f"R{RAISE_POINTS[1:]}")
     assert any(RAISE_POINTS in remark for remark in alone.remarks)
     reached = judged(tmp_path / "c", accuracy(True), ladder("healthy"))
-    assert reached.words(lost) == lost
+    assert reached.answers("points", "It fell.") == f"First {RAISE_POINTS}. It fell."
 
 
 def test_a_flag_that_advises_wider_types_gives_way_to_the_cause_at_a_point(tmp_path: Path) -> None:
     def write(run: Path) -> None:
-        row = ConvergenceRow(
-            "metric", "flagged", 0.1, 0.9, "It fell.", f"Calibration had lost it: first {RAISE_POINTS}."
-        )
+        row = ConvergenceRow("metric", "flagged", 0.1, 0.9, "It fell.", left_open="points")
         write_json(ConvergenceResult((row,), "diverging", "", 9, 2), run / "lightning_qat" / "convergence.json")
 
     assert RAISE_POINTS in judged(tmp_path / "a", write).next_action
@@ -268,7 +270,8 @@ def test_a_flag_that_advises_wider_types_gives_way_to_the_cause_at_a_point(tmp_p
 def test_numbers_of_the_check_are_told_apart_from_those_of_the_run(tmp_path: Path) -> None:
     def write(run: Path) -> None:
         row = PipelineRow(6, "QAT", "val_acc", 0.9, 0.2, 0.05, "breaks")
-        result = PipelineResult((row,), "quantization error", "quantization error (rung 6): it falls.", 6)
+        note = "quantization error (rung 6): it falls."
+        result = PipelineResult((row,), "quantization error", note, 6, finding="it falls.")
         write_json(result, run / "lightning_qat" / "pipeline_check.json")
 
     whole = "The run itself, which trains longer than the check, came to val_acc 0.5."
@@ -322,31 +325,70 @@ def test_the_rung_that_decides_is_shown_and_those_behind_it_are_named(tmp_path: 
 
 def test_nothing_sends_the_reader_to_a_check_whose_result_is_on_the_page(tmp_path: Path) -> None:
     """Siblings: a remark, the text and the advice of a finding, the note of the accuracy table."""
-    ask = "see what PipelineCheck() (or ZeroLRFinetune() and FloatFinetune()) says before you change it."
 
     def write(run: Path) -> None:
-        row = ConvergenceRow("metric", "flagged", 0.1, 0.9, "It fell.", ask)
+        row = ConvergenceRow("metric", "flagged", 0.1, 0.9, "It fell.", "Change nothing.", left_open="quantization")
         held = ConvergenceResult((row,), "diverging", "", 9, 2)
         write_json(held, run / "lightning_qat" / "convergence.json")
-        remark = "Ask PipelineCheck() first whether it is."
-        write_json(DiagnosisResult((), remark), run / "lightning_qat" / "diagnosis.json")
+        diagnosis = DiagnosisResult((), "It has diverged.", left_open="quantization")
+        write_json(diagnosis, run / "lightning_qat" / "diagnosis.json")
 
     found = judged(tmp_path / "a", write, accuracy(False), ladder("pipeline misaligned"))
     said = [found.sentence, found.next_action, *found.remarks]
     said += [text for finding in found.findings for _, text in finding.advice.facts]
     assert not any("PipelineCheck()" in text for text in said)
-    answered = "The pipeline check on this page answers whether it is: no, pipeline misaligned."
-    assert f"diagnosis of the latest model: {answered}" in found.remarks
+    answered = "The pipeline check on this page answers whether it is quantization: no, pipeline misaligned."
+    assert f"diagnosis of the latest model: It has diverged. {answered}" in found.remarks
     undecided = judged(tmp_path / "c", write, accuracy(False), ladder("healthy"))
-    said = "The pipeline check on this page (healthy) says whether it is."
-    assert f"diagnosis of the latest model: {said}" in undecided.remarks
+    said = "The pipeline check on this page (healthy) says whether it is quantization."
+    assert f"diagnosis of the latest model: It has diverged. {said}" in undecided.remarks
     without = judged(tmp_path / "b", write, accuracy(False))
-    assert without.next_action == ask
+    assert without.next_action == "PipelineCheck() says whether it is quantization. Change nothing."
+
+
+@pytest.mark.parametrize("verdict", [v for v in get_args(Verdict) if v != "cannot tell"])
+@pytest.mark.parametrize("left_open", get_args(OpenQuestion))
+def test_a_page_with_an_answer_never_asks_the_question(verdict: Verdict, left_open: OpenQuestion) -> None:
+    """Whatever is left open, and whatever the check says: the step itself stays."""
+    said = Answers(PipelineResult((), verdict), has_next=True)(left_open, "Change nothing.")
+    assert "PipelineCheck()" not in said
+    assert RAISE_POINTS not in said
+    assert said.endswith("Change nothing.")
+    blamed = {"quantization": "yes", "training": "no"} if verdict == "quantization error" else {
+        "quantization": "no", "training": "yes"
+    }  # fmt: skip
+    if left_open in blamed and verdict != "healthy":
+        assert f": {blamed[left_open]}, {verdict}." in said
+    assert Answers()(left_open, "Change nothing.") == with_question(left_open, "Change nothing.")
+
+
+def test_files_of_earlier_runs_are_shown_with_their_whole_sentences(tmp_path: Path) -> None:
+    """They do not tell what was found from what to do: those of the check, the accuracy table and convergence."""
+
+    def without(name: str, *fields: str) -> Write:
+        def write(run: Path) -> None:
+            path = run / "lightning_qat" / name
+            held = json.loads(path.read_text())
+            for row in (held, *held["rows"]):
+                for field in fields:
+                    row.pop(field, None)
+            path.write_text(json.dumps(held))
+
+        return write
+
+    parts = ("finding", "next_step", "left_open")
+    check = judged(tmp_path / "a", ladder("pipeline misaligned"), without("pipeline_check.json", *parts))
+    assert check.sentence == "Pipeline misaligned (rung 2): it collapses. Compare the data."
+    assert "Compare the data." in check.next_action
+    missed = judged(tmp_path / "b", accuracy(False), without("accuracy.json", *parts))
+    assert "target missed for val_acc" in missed.sentence
+    assert RAISE_POINTS in missed.next_action
+    flagged = judged(tmp_path / "c", convergence("diverging"), without("convergence.json", "left_open"))
+    assert (flagged.sentence, flagged.next_action) == ("The loss rises.", "Lower the learning rate.")
 
 
 def test_a_cause_is_said_once_above_the_findings(tmp_path: Path) -> None:
-    note = "pipeline misaligned (rung 2): it falls. Most likely cause: channels are swapped."
-    found = judged(tmp_path, ladder("pipeline misaligned", note, "channels are swapped"))
+    found = judged(tmp_path, ladder("pipeline misaligned", "it falls.", "", "channels are swapped"))
     assert (found.sentence, found.next_action.count("channels are swapped")) == ("It falls.", 1)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_qat.analysis.open_question import RAISE_POINTS
 from lightning_qat.analysis.runs.accuracy import ResultTable
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting import html
@@ -287,5 +288,7 @@ def test_no_table_advises_beside_the_first_screen(tmp_path: Path) -> None:
     run = full_run(tmp_path)
     accuracy = read_run(run).accuracy
     assert accuracy is not None
-    assert "Next: " in accuracy.note
-    assert "Next: " not in page_of(run).text
+    assert RAISE_POINTS in accuracy.note
+    text = page_of(run).text
+    assert accuracy.finding in text
+    assert RAISE_POINTS not in text
