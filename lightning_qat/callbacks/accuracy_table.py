@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -173,7 +173,7 @@ class AccuracyTable(ReportingCallback):
         evaluation = evaluations_of(trainer).evaluate(trainer, pl_module, state, stage=stage, limit=limit)
         chosen = self._chosen(evaluation.metrics, stage)
         if chosen:
-            self.result = self._recorded(trainer, column, chosen)
+            self.result = self._recorded(trainer, column, chosen, evaluation.samples)
 
     def _chosen(self, metrics: dict[str, float], stage: str) -> dict[str, float]:
         """Pick the metrics asked for. None may be left in a test, which often logs other metrics than validation."""
@@ -189,13 +189,16 @@ class AccuracyTable(ReportingCallback):
             )
         return chosen
 
-    def _recorded(self, trainer: pl.Trainer, column: str, metrics: dict[str, float]) -> AccuracyResult:
+    def _recorded(
+        self, trainer: pl.Trainer, column: str, metrics: dict[str, float], samples: int | None
+    ) -> AccuracyResult:
         """Add the values to the table and return it on all ranks. Only rank zero reads and writes files."""
         name, directory = self._name(trainer), run_directory(trainer)  # broadcast: on all ranks
         outcome: Any = None
         if trainer.is_global_zero:
             try:
-                outcome = self._noted(trainer, name, column, metrics)
+                run, result = self._noted(trainer, name, column, metrics)
+                outcome = run, replace(result, samples=samples)
                 if leaves_files(trainer):
                     self._reports.write(directory / OWN_TABLE, partial(write_json, outcome[1], directory / OWN_TABLE))
             except ConfigurationError as error:

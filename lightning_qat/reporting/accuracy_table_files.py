@@ -87,16 +87,7 @@ def read_own_accuracy(path: str | os.PathLike[str]) -> AccuracyResult:
     found = document.as_json(_OwnTable, ignore_unknown=True)
     with document.checked():
         rows = tuple(_own_row(row, found.stages) for row in found.rows)
-    return AccuracyResult(
-        rows,
-        found.stages,
-        found.run,
-        found.own,
-        found.note,
-        found.finding or found.note,
-        found.next_step,
-        found.left_open,
-    )
+    return AccuracyResult(**{**vars(found), "rows": rows, "finding": found.finding or found.note})
 
 
 @dataclass(frozen=True)
@@ -109,6 +100,7 @@ class _OwnTable:
     finding: str = ""
     next_step: str = ""
     left_open: OpenQuestion = ""
+    samples: int | None = None
 
 
 def _own_row(row: dict[str, Any], stages: tuple[str, ...]) -> AccuracyRow:

@@ -158,6 +158,9 @@ def test_evaluation_alone_compares_float_with_calibrated(stage: str, tmp_path: P
     assert stages["float"] == pytest.approx(plain, rel=1e-6)
     assert table.result is not None
     assert table.result.note.startswith("ptq calibrated: target ")
+    loader = pretrained().val_dataloader() if stage == "validate" else pretrained().test_dataloader()
+    assert table.result.samples == len(loader.dataset)
+    assert table.result.blocks()[0].title == f"Accuracy of run ptq on {len(loader.dataset)} samples"
 
 
 def test_calibration_at_a_later_epoch_is_noted_then(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class Dump(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # the default sampler deals images out in turn
         evaluation = evaluate(trainer, pl_module)
-        self._write("start", trainer, pl_module, evaluation=evaluation.metrics)
+        self._write("start", trainer, pl_module, evaluation=evaluation.metrics, samples=evaluation.samples)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write("end", trainer, pl_module)
@@ -108,6 +108,8 @@ def test_evaluation_is_the_mean_over_ranks(tmp_path: Path) -> None:
     one = dumps(tmp_path, 1, {"qconfig": {}}, seeded(Classifier))
     both = [run["start0"]["evaluation"]["val_loss"] for run in (found, one)]
     assert both[0] == pytest.approx(both[1], rel=0.02)  # shuffled calibration data: not the same scales
+    images = sum(len(labels) for _, labels in Classifier().val_dataloader())
+    assert found["start0"]["samples"] == found["start1"]["samples"] == one["start0"]["samples"] == images
 
 
 class BranchNet(Net):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def write_accuracy(folder: Path, passed: bool | None, stages: Sequence[str] = ("
     table.record("run", "float", {"val_acc": 0.9})
     for stage in stages:
         table.record("run", stage, {"val_acc": 0.9 if passed else 0.5})
-    result = table.result("run", ["val_acc"], None if passed is None else "1%")
+    result = replace(table.result("run", ["val_acc"], None if passed is None else "1%"), samples=4321)
     write_json(result, folder / "lightning_qat" / OWN_TABLE)
 
 

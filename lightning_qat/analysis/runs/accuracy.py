@@ -78,6 +78,7 @@ class AccuracyResult(StageTable):
         finding: what the note says was found.
         next_step: what the note says to do.
         left_open: what another report can tell; part of what to do.
+        samples: samples that every value is about; None if that is not known.
     """
 
     run: str = ""
@@ -86,13 +87,15 @@ class AccuracyResult(StageTable):
     finding: str = ""
     next_step: str = ""
     left_open: OpenQuestion = ""
+    samples: int | None = None
     title: ClassVar[str] = "Accuracy"
 
     def blocks(self) -> tuple[Block, ...]:
         """The current run; the files hold all runs."""
         rows = [{**row, **{s: row[_column(self.run, s)] for s in self.own}} for row in self.to_dicts()]
         columns = ("metric", "float", "target", *self.own, "passed")
-        return (Block.of(f"{self.title} of {self.run}", columns, rows, self.note),)
+        number = "" if self.samples is None else f" on {self.samples} samples"
+        return (Block.of(f"{self.title} of run {self.run}{number}", columns, rows, self.note),)
 
 
 @dataclass
@@ -172,11 +175,12 @@ class ResultTable:
             values = {name: stage[metric] for name, stage in columns.items() if metric in stage}
             passed = _reaches(metric, reached[-1], value) if value is not None and reached else None
             rows.append(AccuracyRow(metric, baseline, value, values, passed))
-        stage = f"{run} {own[-1]}" if own else run
         calibrated = self.runs.get(run, {}).get("calibrated", {}) if own and own[-1] != "calibrated" else {}
-        said = _said(rows, stage, target, calibrated)
-        note = " ".join(part for part in (said[0], with_question(said[2], said[1])) if part)
-        return AccuracyResult(tuple(rows), tuple(columns), run, own, note, *said)
+        finding, next_step, left_open = _said(rows, target, calibrated)
+        if own:
+            finding = f"{own[-1]}: {finding}"
+        note = f"{run}{' ' if own else ': '}{finding} {with_question(left_open, next_step)}".rstrip()
+        return AccuracyResult(tuple(rows), tuple(columns), run, own, note, finding, next_step, left_open)
 
 
 @dataclass(frozen=True)
@@ -231,7 +235,6 @@ def _numbered(name: str, number: int) -> str:
 
 def _said(
     rows: list[AccuracyRow],
-    stage: str,
     target: Target | Mapping[str, Target] | None,
     calibrated: Mapping[str, float],
 ) -> tuple[str, str, OpenQuestion]:
@@ -241,21 +244,21 @@ def _said(
     unknown = [row.metric for row in rows if row.float_value is None]
     if failed:
         missed = ", ".join(f"{row.metric} (needs {row.target:.5g})" for row in failed)
-        text = f"{stage}: target missed for {missed}."
+        text = f"target missed for {missed}."
         if _all_reach(failed, calibrated):
             text += " Calibration alone reaches it, so training has lost it and not quantization."
             return text, "Change neither learning rate nor dtypes before you know.", "training"
         return text, f"If it is, {RAISE_POINTS}.", "quantization"
     if judged:
-        text = f"{stage}: target reached for {', '.join(row.metric for row in judged)}."
+        text = f"target reached for {', '.join(row.metric for row in judged)}."
         is_enough = _all_reach(judged, calibrated)
         return text + (f" {_CALIBRATION_IS_ENOUGH}" if is_enough else ""), "", ""
     if target is None:
-        return f"{stage}: no target to judge by; write target: 1%.", "", ""
+        return "no target to judge by; write target: 1%.", "", ""
     if unknown:
         text = f"the float value of {', '.join(unknown)} is not known, so a relative target cannot be judged."
-        return f"{stage}: {text}", _WRITE_THE_VALUE, ""
-    return f"{stage}: none of these metrics has a target.", "", ""
+        return text, _WRITE_THE_VALUE, ""
+    return "none of these metrics has a target.", "", ""
 
 
 _CALIBRATION_IS_ENOUGH = "Calibration alone reaches it too: for this target no training is needed."

@@ -28,11 +28,13 @@ class Evaluation:
         metrics: every value logged on epoch level, by the name it has in ``trainer.callback_metrics``.
         standard_errors: standard error of each metric over the batches, where there are enough to estimate it.
         batches: number of batches on this rank.
+        samples: number of samples on all ranks; None if a loader does not say.
     """
 
     metrics: dict[str, float]
     standard_errors: dict[str, float]
     batches: int
+    samples: int | None = None
 
 
 def evaluate(
@@ -66,8 +68,13 @@ def evaluate(
             stage = next((s for s in ("validate", "test") if _compat.attached_loader(trainer, s) is not None), "train")
         recorder = _Recorder(trainer, module, always_epoch=stage == "train")
         with muted_logging(module, recorder.log), recorder.shown.showing():
-            batches = _evaluated(trainer, pl_module, module, recorder, stage, limit)
-    return Evaluation(recorder.metrics, recorder.standard_errors(), batches)
+            counts = _evaluated(trainer, pl_module, module, recorder, stage, limit)
+        samples = trainer.strategy.reduce(
+            torch.tensor(sum(math.nan if n is None else n for n in counts), device=trainer.strategy.root_device),
+            reduce_op="sum",
+        )
+    total = None if samples.isnan() else int(samples)
+    return Evaluation(recorder.metrics, recorder.standard_errors(), len(counts), total)
 
 
 def _evaluated(
@@ -77,10 +84,10 @@ def _evaluated(
     recorder: _Recorder,
     stage: str,
     limit: float,
-) -> int:
-    """Run the steps of a stage and the hooks around them; returns how many batches there were."""
+) -> list[int | None]:
+    """Run the steps of a stage and the hooks around them; returns the number of samples of each batch, if known."""
     prefix = {"validate": "on_validation", "test": "on_test"}.get(stage, "")
-    batches = 0
+    counts = []
     module.eval()
     for metric in (m for m in module.modules() if isinstance(m, Metric)):
         metric.reset()
@@ -90,13 +97,13 @@ def _evaluated(
         recorder.begin_batch(extra)
         run_step(trainer, module, extra, "validate" if stage == "train" else stage)
         recorder.end_batch()
-        batches += 1
+        counts.append(extra.samples)
     recorder.end_loader()
     if stage != "train":  # the end of a training epoch may step schedulers
         with _compat.running_stage(trainer, stage):
             _compat.call_hook(module, f"{prefix}_epoch_end")
         recorder.end_loader()
-    return batches
+    return counts
 
 
 class _Recorder:

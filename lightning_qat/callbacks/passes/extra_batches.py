@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_qat.callbacks.passes.fresh_loaders import Stage, fresh_loaders
+from lightning_qat.callbacks.passes.fresh_loaders import Stage, fresh_loaders, samples_of_batch
 from lightning_qat.callbacks.trainer import _compat
 from lightning_qat.callbacks.trainer.messages import rank_zero_warn
 
@@ -24,6 +24,7 @@ class ExtraBatch:
         dataloader_idx: number of the loader.
         several_loaders: whether the step is told the number of the loader.
         source: the stage the batch was made for; a test or predict batch need not fit a validation step.
+        samples: number of samples in it; None if the loader does not say.
     """
 
     batch: Any
@@ -31,6 +32,7 @@ class ExtraBatch:
     dataloader_idx: int
     several_loaders: bool
     source: str = "train"
+    samples: int | None = None
 
 
 def extra_batches(
@@ -58,7 +60,9 @@ def extra_batches(
         # islice: a batch too many would be lost to a loader that cannot start again
         for batch, batch_idx, dataloader_idx in itertools.islice(combined, None if end == float("inf") else int(end)):
             batch = transferred(trainer, pl_module, batch, dataloader_idx, shown)
-            yield ExtraBatch(batch, batch_idx, dataloader_idx, several, source)
+            mixed = source == "train" and len(allowed) > 1  # a batch of several loaders
+            samples = None if mixed else samples_of_batch(combined.flattened[dataloader_idx], batch_idx)
+            yield ExtraBatch(batch, batch_idx, dataloader_idx, several, source, samples)
 
 
 def transferred(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, dataloader_idx: int, stage: str) -> Any:

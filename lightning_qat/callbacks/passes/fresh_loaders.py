@@ -72,6 +72,22 @@ def _is_shuffled(loader: Any) -> bool:
     return isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler)
 
 
+def samples_of_batch(loader: Any, batch_idx: int) -> int | None:
+    """Return the number of samples in a batch; None if the loader does not say.
+
+    Args:
+        loader: of :func:`fresh_loaders`.
+        batch_idx: number of the batch in it.
+    """
+    size = getattr(loader, "batch_size", None)
+    if not isinstance(loader, DataLoader) or size is None:
+        return None
+    try:
+        return int(min(size, len(loader.sampler) - batch_idx * size))  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):  # an iterable dataset
+        return None
+
+
 def _length(loader: Any) -> float:
     try:
         return len(loader)

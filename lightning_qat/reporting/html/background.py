@@ -168,7 +168,7 @@ def _shortened(names: Sequence[Any]) -> str:
 
 def _compared(before: RunFolder, after: RunFolder) -> list[Block]:
     """The accuracy and the points of two runs; what was changed comes first."""
-    title = f"{before.name} -> {after.name}"
+    title = f"Run {before.name} -> run {after.name}"
     try:
         result = compare_runs(before.path, after.path)
     except ConfigurationError as error:

@@ -19,7 +19,6 @@ from lightning_qat.reporting.html.findings import (
     find_all,
     first_action,
     first_flag,
-    with_verdict,
 )
 from lightning_qat.reporting.html.point_causes import bad_ladder, pipeline_is_at_fault
 from lightning_qat.reporting.html.point_history import PointKey, full_name, point_key
@@ -50,7 +49,7 @@ class Overview:
         sentence: the verdict as a sentence.
         next_action: what to do now.
         source: whose verdict it is.
-        remarks: what else speaks against the run.
+        remarks: what is no finding: which check could not tell, and which model a diagnosis is about.
         look_at: names of the points to look at first.
         no_point: why there are none, if that is known.
         metrics: the metrics of the run, by stage.
@@ -80,7 +79,7 @@ class Overview:
 def judge_run(run: RunFolder) -> Overview:
     """Weigh the verdicts of a run.
 
-    A target that is reached decides: what else was found becomes a remark. Otherwise the check that looks deepest
+    A target that is reached decides: what else was found stays a finding. Otherwise the check that looks deepest
     decides: the pipeline checks, then convergence, then calibration and the model check, then the diagnosis.
 
     Args:
@@ -103,11 +102,11 @@ def judge_run(run: RunFolder) -> Overview:
         sentence,
         action,
         SOURCES.get(source, source),
-        remarks=_remarks(run, source, answers),
+        remarks=_remarks(run, answers),
         look_at=() if is_innocent else named,
         no_point=_no_point(run, level),
         metrics=_metrics(run, with_note=source != "accuracy"),
-        findings=tuple(_without_repetition(finding, source, sentence) for finding in findings),
+        findings=tuple(_without_repetition(finding, source, sentence, action) for finding in findings),
         answers=answers,
     )
 
@@ -119,10 +118,13 @@ def _no_point(run: RunFolder, level: Level) -> str:
     return "Points: none is to blame, because quantization is not the cause." if pipeline_is_at_fault(run) else ""
 
 
-def _without_repetition(finding: ReportFinding, source: str, sentence: str) -> ReportFinding:
-    """Leave out a text that the first screen has already said."""
-    is_said = finding.source == source and bool(finding.advice.facts) and sentence.startswith(finding.advice.text)
-    return replace(finding, advice=replace(finding.advice, text="")) if is_said else finding
+def _without_repetition(finding: ReportFinding, source: str, sentence: str, action: str) -> ReportFinding:
+    """Leave out what the first screen has already said; a text stays if nothing else would be left."""
+    if finding.source != source:
+        return finding
+    advice = replace(finding.advice, facts=tuple(fact for fact in finding.advice.facts if fact != ("do", action)))
+    is_said = bool(advice.facts) and sentence.startswith(advice.text)
+    return replace(finding, advice=replace(advice, text="") if is_said else advice)
 
 
 def _metrics(run: RunFolder, with_note: bool) -> tuple[Block, ...]:
@@ -235,17 +237,9 @@ def _culprits(run: RunFolder) -> tuple[PointKey, ...]:
     return tuple(key for row in found if (key := point_key(row.region, row.point)) not in run.follows)
 
 
-def _remarks(run: RunFolder, source: str, answers: Answers) -> tuple[str, ...]:
-    """What other reports say against the run, and which model the diagnosis is about."""
-    found = [
-        f"{SOURCES[name]}: {with_verdict(result) if result.is_bad else result.note}"
-        for name, result in run.ladders.items()
-        if name != source and (result.is_bad or result.verdict == "cannot tell")
-    ]
-    if source != "convergence" and run.convergence is not None and run.convergence.is_bad:
-        flag = first_flag(run.convergence)
-        step = answers(flag.left_open, flag.next_step)
-        found.append(f"convergence: {run.convergence.verdict}: {flag.evidence} {step}".rstrip())
+def _remarks(run: RunFolder, answers: Answers) -> tuple[str, ...]:
+    """Which check could not tell, and which model the diagnosis is about."""
+    found = [f"{SOURCES[name]}: {held.note}" for name, held in run.ladders.items() if held.verdict == "cannot tell"]
     if run.diagnosis is not None and run.diagnosis.remark:
         remark = f"{run.diagnosis.remark} {answers(run.diagnosis.left_open)}".rstrip()
         found.append(f"{SOURCES['diagnosis']}: {remark}")

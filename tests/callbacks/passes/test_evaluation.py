@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MaxMetric, MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
 from lightning_qat.callbacks.quantization_aware_training import QuantizationAwareTraining
-from tests.harness.classifier import Classifier, loader
+from tests.harness.classifier import Classifier, ResumableLoader, dataset, loader
 from tests.harness.state import assert_same, only_region, state_of
 from tests.harness.trainers import trainer
 
@@ -211,6 +213,42 @@ def test_limit_is_the_number_of_batches(tmp_path: Path) -> None:
 
     trainer(tmp_path, Limited(), limit_train_batches=1).fit(Plain())
     assert found[0].batches == 1
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(dataset(20))
+
+
+@pytest.mark.parametrize(
+    ("loaders", "limit", "known"),
+    [
+        ([loader(20)], math.inf, True),
+        ([loader(20)], 2, True),
+        ([loader(20, drop_last=True)], math.inf, True),
+        ([loader(20), loader(12), loader(3)], 5, True),
+        ([DataLoader(Stream(), batch_size=8)], math.inf, False),
+        ([DataLoader(dataset(20), batch_sampler=[[0, 1, 2], [3]])], math.inf, False),
+        ([ResumableLoader(20)], math.inf, False),
+        ([loader(20), ResumableLoader(20)], math.inf, False),
+    ],
+)
+def test_the_number_of_samples_is_what_the_loaders_give_or_not_known(
+    tmp_path: Path, loaders: list[Any], limit: float, known: bool
+) -> None:
+    seen = [len(labels) for one in loaders for _, labels in one][: None if limit == math.inf else int(limit)]
+    found: list[Evaluation] = []
+
+    class Own(Several):
+        def val_dataloader(self) -> Any:
+            return loaders if len(loaders) > 1 else loaders[0]
+
+    class Limited(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            found.append(evaluate(trainer, pl_module, limit=limit))
+
+    trainer(tmp_path, Limited(), limit_train_batches=1).fit(Own())
+    assert found[0].samples == (sum(seen) if known else None)
 
 
 def test_standard_errors_are_those_of_the_batch_means(tmp_path: Path) -> None:

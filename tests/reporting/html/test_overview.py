@@ -253,7 +253,7 @@ def test_no_table_or_remark_advises_something_else_than_the_first_screen(tmp_pat
     assert "First do what stands under Next. Calibration had lost it." in text
     alone = judged(tmp_path / "b", accuracy(False), check, write)
     assert alone.next_action.startswith(f"R{RAISE_POINTS[1:]}")
-    assert any(RAISE_POINTS in remark for remark in alone.remarks)
+    assert any(RAISE_POINTS in text for finding in alone.findings for _, text in finding.advice.facts)
     reached = judged(tmp_path / "c", accuracy(True), ladder("healthy"))
     assert reached.answers("points", "It fell.") == f"First {RAISE_POINTS}. It fell."
 
@@ -385,6 +385,20 @@ def test_files_of_earlier_runs_are_shown_with_their_whole_sentences(tmp_path: Pa
     assert RAISE_POINTS in missed.next_action
     flagged = judged(tmp_path / "c", convergence("diverging"), without("convergence.json", "left_open"))
     assert (flagged.sentence, flagged.next_action) == ("The loss rises.", "Lower the learning rate.")
+
+
+@pytest.mark.parametrize(
+    ("write", "step"), [(ladder("pipeline misaligned"), "Compare the data."), (convergence("diverging"), "Lower the")]
+)
+def test_what_to_do_is_said_once(tmp_path: Path, write: Write, step: str) -> None:
+    """Under Next, and not in the finding or in a remark again; where something else comes first, in the finding."""
+    found = judged(tmp_path, accuracy(False), write)
+    assert step in found.next_action
+    assert not found.remarks
+    assert not any(step in said for finding in found.findings for _, said in finding.advice.facts)
+    reached = judged(tmp_path, accuracy(True))
+    assert step not in reached.next_action
+    assert any(step in said for finding in reached.findings for _, said in finding.advice.facts)
 
 
 def test_a_cause_is_said_once_above_the_findings(tmp_path: Path) -> None:

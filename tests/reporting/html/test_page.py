@@ -284,6 +284,17 @@ def test_the_page_says_where_overrides_go(tmp_path: Path, command: list[str] | N
     assert place in page.data["place"]
 
 
+def test_the_page_says_which_run_it_is_about_and_on_how_many_samples(tmp_path: Path) -> None:
+    """A run may be called "broken" or "good": its name is not read as what the page says about it."""
+    run = full_run(tmp_path)
+    text = page_of(run).text
+    assert "Accuracy of run run on 4321 samples" in text
+    assert f"Quantization report of run {read_run(run).name}" in text
+    path = run / "lightning_qat" / "accuracy.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "samples"}))
+    assert "samples" not in page_of(run).text.partition("Accuracy of run run")[2].partition("Findings")[0]
+
+
 def test_no_table_advises_beside_the_first_screen(tmp_path: Path) -> None:
     run = full_run(tmp_path)
     accuracy = read_run(run).accuracy
