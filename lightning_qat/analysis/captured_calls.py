@@ -166,7 +166,7 @@ class RepeatableForward:
             if buffer is not None:
                 module._buffers[name] = copy(buffer)
         args, kwargs = map_call_leaves(self.call.args, self.call.kwargs, lambda _, tensor: copy(tensor))
-        return self.target(*args, **kwargs)
+        return Call(args, kwargs).run(self.target)
 
     def _restore(self) -> None:
         for module, name, buffer in self._buffers:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qat import LayerStatistics, SensitivityAnalysis
+from lightning_qat import LayerComparison, LayerStatistics, ModelCheck, PipelineCheck, SensitivityAnalysis
 from tests.harness.classifier import Classifier
 from tests.harness.state import only_region, state_of
 from tests.harness.trainers import qat_trainer
@@ -57,24 +57,42 @@ def test_a_compiled_run_is_the_eager_run(tmp_path: Path, qat: dict[str, Any]) ->
     assert found[2] == expected[2]
 
 
-def test_the_users_own_compile_before_insertion(tmp_path: Path) -> None:
-    """`torch.compile(LightningModule)` with `self.log` crashes upstream: compile the part that is the target."""
+@pytest.mark.filterwarnings("ignore:PipelineCheck. cannot tell")  # the model is not trained
+@pytest.mark.parametrize("place", ["__init__", "configure_model"])
+def test_the_users_own_compile_before_insertion(tmp_path: Path, place: str) -> None:
+    """Also with fullgraph=True: only the steps of the run are captured, tracing, calibration and analyses are not.
+
+    `torch.compile(LightningModule)` with `self.log` crashes upstream: compile the part that is the target.
+    """
 
     class Compiled(Classifier):
-        def __init__(self, compiles: bool) -> None:
+        def __init__(self, place: str) -> None:
             super().__init__()
-            self.compiles = compiles
+            self.place = place
+            self._compile_at("__init__")
 
         def configure_model(self) -> None:
-            if self.compiles:
-                self.net.compile(backend="eager")
+            self._compile_at("configure_model")
+
+        def _compile_at(self, place: str) -> None:
+            if self.place == place:
+                self.net.compile(backend="eager", fullgraph=True)
 
     states = []
-    for compiles in (False, True):
+    for chosen in ("nowhere", place):
         torch.manual_seed(0)
-        module = Compiled(compiles)
-        qat_trainer(tmp_path / str(compiles), limit_train_batches=3, limit_val_batches=2).fit(module)
+        module = Compiled(chosen)
+        analyses = (
+            LayerStatistics(),
+            SensitivityAnalysis(),
+            LayerComparison(),
+            ModelCheck(),
+            PipelineCheck(at_epoch=0),
+        )
+        trainer = qat_trainer(tmp_path / chosen, *analyses, limit_train_batches=3, limit_val_batches=2)
+        trainer.fit(module)
         states.append(state_of(module))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # train and eval
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 

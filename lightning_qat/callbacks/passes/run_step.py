@@ -51,7 +51,15 @@ def run_step(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBat
 
     A step that fails ahead of training may need what the module's own ``on_fit_start`` or ``on_train_start`` will set:
     they are run, and the step is run again. Use it in a block that puts back what steps and hooks change.
+
+    What the user has compiled runs as it is written, because the pass may look at every op, and so that code is not
+    compiled again for every state of a region.
     """
+    with torch.compiler.set_stance("force_eager"):
+        return _run_with_start_hooks(trainer, pl_module, extra, stage)
+
+
+def _run_with_start_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule, extra: ExtraBatch, stage: str) -> Any:
     try:
         return _run_fitting_step(trainer, pl_module, extra, stage)
     except Exception:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_qat.quantization.modules.tensor_leaves import leaves
@@ -54,9 +55,13 @@ class Call:
         return Call(_copied(self.args), _copied(self.kwargs), self.modes)
 
     def run(self, target: Callable[..., Any]) -> Any:
-        """Return what the target returns for the arguments of this call, as :meth:`copied` copies them."""
+        """Return what the target returns for the arguments of this call, as :meth:`copied` copies them.
+
+        A target that the user has compiled runs as it is written: tracing, calibration and analyses look inside.
+        """
         own = self.copied()
-        return target(*own.args, **own.kwargs)
+        with torch.compiler.set_stance("force_eager"):
+            return target(*own.args, **own.kwargs)
 
 
 def _copied(value: Any) -> Any:
