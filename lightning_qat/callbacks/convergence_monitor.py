@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -16,21 +16,16 @@ from lightning_qat.analysis.convergence.convergence import FIRST_LOOK, Convergen
 from lightning_qat.analysis.convergence.point_history import health_of_points
 from lightning_qat.analysis.convergence.training_series import LossHistory, StoredSeries, TrainingSeries
 from lightning_qat.analysis.ladder.measurements import Measurement
-from lightning_qat.analysis.nan_origin import first_bad_point
 from lightning_qat.analysis.statistics.statistics import WeightCodes
 from lightning_qat.callbacks.ladder.finetune_copy import finetune_copy, measure_in_state
 from lightning_qat.callbacks.layer_statistics import LayerStatistics
-from lightning_qat.callbacks.non_finite import as_all_ranks_found, non_finite_buffers, with_bad_values
-from lightning_qat.callbacks.passes.extra_batches import ExtraBatch
-from lightning_qat.callbacks.passes.run_step import run_step
-from lightning_qat.callbacks.preservation.module_copy import copied_module
+from lightning_qat.callbacks.non_finite import as_all_ranks_found, first_bad_op, non_finite_buffers, with_bad_values
 from lightning_qat.callbacks.preservation.rebinding import NotACopyError
-from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.callbacks.quantized_run import is_calibrated, require_quantization
 from lightning_qat.callbacks.trainer._compat import bare, steps_taken
 from lightning_qat.callbacks.trainer.listed_callbacks import listed
 from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_warn
-from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
+from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least, require_batches
 from lightning_qat.callbacks.trainer.output_directory import leaves_files, run_directory
 from lightning_qat.callbacks.trainer.reporting_callback import ReportingCallback
 from lightning_qat.callbacks.trainer.stored_state import read_state
@@ -56,8 +51,10 @@ class ConvergenceMonitor(ReportingCallback):
     Args:
         stop: stop training, on all ranks, as soon as something is flagged.
         float_batches: training batches on which the loss of the float model is measured before the first step.
-        statistics_batches: batches per epoch on which the points are measured. If :class:`LayerStatistics` measures
-            them at the end of every epoch, its measurement (and its batches) is used instead.
+        statistics_batches: batches per epoch on which the points are measured. ``auto`` takes one; in epochs of fewer
+            than 40 batches at most a 40th of the samples that an epoch trains on (and at least 16). If
+            :class:`LayerStatistics` measures the points at the end of every epoch, its measurement (and its batches)
+            is used instead.
         seed: decides which batches are drawn from shuffled data.
 
     Raises:
@@ -72,9 +69,16 @@ class ConvergenceMonitor(ReportingCallback):
         trainer = Trainer(callbacks=[QuantizationAwareTraining(), Calibration(), ConvergenceMonitor(stop=True)])
     """
 
-    def __init__(self, stop: bool = False, float_batches: int = 16, statistics_batches: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        stop: bool = False,
+        float_batches: int = 16,
+        statistics_batches: int | Literal["auto"] = "auto",
+        seed: int = 0,
+    ) -> None:
         super().__init__()
-        require_at_least("ConvergenceMonitor", float_batches=float_batches, statistics_batches=statistics_batches)
+        require_at_least("ConvergenceMonitor", float_batches=float_batches)
+        require_batches("ConvergenceMonitor", statistics_batches=statistics_batches)
         self.stop = stop
         self.float_batches = float_batches
         self.statistics_batches = statistics_batches
@@ -87,6 +91,7 @@ class ConvergenceMonitor(ReportingCallback):
         self._losses = LossHistory()
         self._is_finite = True
         self._own_statistics = LayerStatistics(batches=self.statistics_batches, log=False, seed=self.seed)
+        self._own_statistics.auto_batches = 1
         self._statistics = self._own_statistics
         self._codes: tuple[dict[str, WeightCodes], dict[str, WeightCodes]] = {}, {}  # the latest, those before
         self._zero: dict[int, set[str]] = {}
@@ -148,7 +153,7 @@ class ConvergenceMonitor(ReportingCallback):
             return
         if not (math.isfinite(loss.item()) if loss.numel() == 1 else bool(loss.isfinite().all())):
             # now: after the step, every weight may be NaN
-            found = self.tried(trainer, lambda: self._first_bad(trainer, pl_module), refuses=False)
+            found = self.tried(trainer, lambda: first_bad_op(trainer, pl_module, self._batch), refuses=False)
             self.series = replace(self.series, first_bad=found or "")
 
     @override
@@ -237,17 +242,6 @@ class ConvergenceMonitor(ReportingCallback):
         self._codes = codes, before
         health = health_of_points(measured, codes, before, earlier)
         self.series = replace(self.series, points=self.series.points.after(health))
-
-    def _first_bad(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-        """Run the step again and find the first bad value. It runs on a copy, as backward still needs this module."""
-        if self._batch is None:
-            return ""
-        module = copied_module(pl_module)
-        module.trainer = trainer
-        extra = ExtraBatch(*self._batch, 0, False)
-        with undisturbed(trainer, module):
-            found = first_bad_point(find_regions(module), lambda: run_step(trainer, module, extra, "train"))
-        return found or "in the loss itself, as every quantized op is finite"
 
     # -- judging
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,10 +19,11 @@ from lightning_qat.analysis.statistics.statistics import (
     scale_snapshot,
 )
 from lightning_qat.callbacks.analyses.epoch_end_analysis import EpochEndAnalysis
+from lightning_qat.callbacks.analyses.epoch_share import batches_of_share
 from lightning_qat.callbacks.analyses.layer_measurement import measure_layers
 from lightning_qat.callbacks.passes.shared_evaluations import ModelKey, model_key
 from lightning_qat.callbacks.quantized_run import is_calibrated
-from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
+from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least, require_batches
 from lightning_qat.callbacks.trainer.output_directory import run_directory
 from lightning_qat.callbacks.trainer.stored_state import read_state
 from lightning_qat.quantization.numerics.dtypes import QuantizedDtypeName
@@ -49,7 +50,9 @@ class LayerStatistics(EpochEndAnalysis):
 
     Args:
         every_n_epochs: number of epochs from one measurement to the next.
-        batches: batches per rank. Statistics of all ranks are merged.
+        batches: batches per rank. Statistics of all ranks are merged. ``auto`` takes two. In epochs of fewer than 80
+            batches it takes less, so that the measurement stays cheap: one batch, and of that at most a 40th of the
+            samples that an epoch trains on (and at least 16).
         log: also send charts and tables to the loggers: curves of the worst points, counts, distributions. Files and
             monitored numbers are written in any case.
         columns: the columns of which every point has a curve, as with ``per_point``; all numeric ones if not given.
@@ -77,13 +80,14 @@ class LayerStatistics(EpochEndAnalysis):
     def __init__(
         self,
         every_n_epochs: int = 1,
-        batches: int = 2,
+        batches: int | Literal["auto"] = "auto",
         log: bool = True,
         columns: list[str] | None = None,
         seed: int = 0,
         per_point: bool = False,
     ) -> None:
-        require_at_least("LayerStatistics", every_n_epochs=every_n_epochs, batches=batches)
+        require_at_least("LayerStatistics", every_n_epochs=every_n_epochs)
+        require_batches("LayerStatistics", batches=batches)
         for column in columns or ():
             if column not in LAYER_STATISTICS.curves:
                 raise MisconfigurationException(
@@ -93,6 +97,7 @@ class LayerStatistics(EpochEndAnalysis):
         self.columns = tuple(columns) if columns is not None else LAYER_STATISTICS.curves
         super().__init__(every_n_epochs, LAYER_STATISTICS.with_curves(self.columns))
         self.batches = batches
+        self.auto_batches = 2
         self.log_points = log
         self.per_point = per_point or columns is not None
         self.seed = seed
@@ -128,7 +133,8 @@ class LayerStatistics(EpochEndAnalysis):
             self._noted_start = True
             for path, region in find_regions(pl_module).items():
                 self._calibrated.setdefault(path, scale_snapshot(region))
-            self.measure(trainer, pl_module, batches=1)  # for the codes of the weights before the first step
+            # for the codes of the weights before the first step
+            self.measure(trainer, pl_module, "auto" if self.batches == "auto" else 1)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -174,9 +180,16 @@ class LayerStatistics(EpochEndAnalysis):
         self._measured = model_key(trainer, pl_module), result
         return result
 
-    def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> LayerStatisticsResult:
+    def measure(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int | Literal["auto"]
+    ) -> LayerStatisticsResult:
         """Measure now, on ``batches`` batches per rank; nothing is written or logged."""
-        measured = measure_layers(trainer, pl_module, batches, self.seed, self._calibrated, self.codes)
+        inputs = None
+        if batches == "auto":
+            share = trainer.strategy.broadcast(batches_of_share(trainer))  # all ranks go the same way
+            inputs = self._inputs if share < self.auto_batches else None
+            batches = int(min(self.auto_batches, max(1, share)))
+        measured = measure_layers(trainer, pl_module, batches, self.seed, self._calibrated, self.codes, inputs)
         self.codes = {**self.codes, **measured.codes}  # a new one: others may keep the one before, to compare
         return measured.result
 

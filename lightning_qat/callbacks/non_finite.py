@@ -6,12 +6,19 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_qat.analysis.convergence.training_series import TrainingSeries
+from lightning_qat.analysis.nan_origin import first_bad_point
+from lightning_qat.callbacks.passes.extra_batches import ExtraBatch
+from lightning_qat.callbacks.passes.run_step import run_step
+from lightning_qat.callbacks.preservation.module_copy import copied_module
+from lightning_qat.callbacks.preservation.undisturbed import undisturbed
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.modules.module_walk import is_in_region
 from lightning_qat.quantization.modules.tensor_leaves import is_float, named_leaves
+from lightning_qat.quantization.region.region import find_regions
 
 
 def non_finite_input(batch: Any) -> str:
@@ -31,6 +38,26 @@ def non_finite_input(batch: Any) -> str:
 def non_finite_buffers(module: nn.Module) -> list[str]:
     """Return the names of the buffers that are not finite, such as statistics of a batch norm; scales are left out."""
     return [name for name, buffer in module.named_buffers() if _is_bad(buffer) and not is_in_region(name)]
+
+
+def first_bad_op(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[Any, int] | None) -> str:
+    """Run a training step again, and name the first op whose result is not finite; empty without a batch.
+
+    It runs on a copy, as backward still needs the module.
+
+    Args:
+        trainer: the running trainer.
+        pl_module: its module.
+        batch: what the step received, and its number.
+    """
+    if batch is None:
+        return ""
+    module = copied_module(pl_module)
+    module.trainer = trainer
+    extra = ExtraBatch(*batch, 0, False)
+    with undisturbed(trainer, module):
+        found = first_bad_point(find_regions(module), lambda: run_step(trainer, module, extra, "train"))
+    return found or "in the loss itself, as every quantized op is finite"
 
 
 def with_bad_values(

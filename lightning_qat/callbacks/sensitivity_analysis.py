@@ -15,10 +15,10 @@ from lightning_qat.analysis.metrics import MetricName
 from lightning_qat.analysis.open_question import with_question
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.region_memory import RegionMemory
-from lightning_qat.analysis.sensitivity.sample_axes import number_of_samples
 from lightning_qat.analysis.sensitivity.sensitivity import Method, sensitivity
 from lightning_qat.analysis.sensitivity.sensitivity_metric import MetricLike, SensitivityMetric
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult
+from lightning_qat.callbacks.analyses.epoch_share import batches_of_share, samples_of_share
 from lightning_qat.callbacks.analyses.task_metric import TaskMetric
 from lightning_qat.callbacks.early_analysis import EarlyAnalysis
 from lightning_qat.callbacks.quantized_run import is_calibrated
@@ -33,11 +33,6 @@ from lightning_qat.quantization.reading.checks import AT_LEAST_ZERO
 from lightning_qat.reporting.console import show
 from lightning_qat.reporting.tensorboard_tags import sensitivity_tags
 
-_EPOCHS_SHARE = 40
-"""A sketch of this fraction (1/40) of an epoch's samples takes 2 to 3 % of the epoch. With one probe it is a forward, a
-backward and one more product for each weight; a training step does more."""
-
-_FEWEST_SAMPLES = 16
 _SHOWN = 10
 """Rows on the terminal."""
 
@@ -264,9 +259,7 @@ class SensitivityAnalysis(EarlyAnalysis):
         """How many samples of each call a sketch at the end of an epoch uses."""
         if self.max_samples != "auto":
             return self.max_samples
-        share = float(trainer.num_training_batches) / (_EPOCHS_SHARE * max(1, len(calls)))
-        samples = max((number_of_samples(call) or 0 for call in calls), default=0)
-        return None if share >= 1 else max(_FEWEST_SAMPLES, math.ceil(share * samples))
+        return samples_of_share(batches_of_share(trainer), calls)
 
     def _report(self, trainer: pl.Trainer, result: SensitivityResult) -> None:
         self.write(trainer, result)

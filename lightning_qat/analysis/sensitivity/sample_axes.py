@@ -93,6 +93,25 @@ def fewer_samples(call: Call, at_most: int = 2) -> tuple[Call, int, int] | None:
     return Call(*map_call_leaves(call.args, call.kwargs, shorter)), samples, fewer
 
 
+def first_samples(call: Call, at_most: int | None) -> Call:
+    """Return a call with the first samples only; the call itself if it has no more, or may hold something else.
+
+    Only a call whose tensors all have the same length along their first axis is shortened.
+
+    Example:
+        >>> first_samples(Call.of(torch.zeros(8, 3)), 2).args[0].shape
+        torch.Size([2, 3])
+        >>> first_samples(Call.of((torch.zeros(8, 3), torch.zeros(2, 8))), 2).args[0].shape  # edges of a graph
+        torch.Size([8, 3])
+    """
+    lengths = {t.shape[0] for t in call_leaves(call.args, call.kwargs) if t.dim()}
+    if at_most is None or len(lengths) != 1 or max(lengths) <= at_most:
+        return call
+    return Call(
+        *map_call_leaves(call.args, call.kwargs, lambda _, tensor: tensor[:at_most] if tensor.dim() else tensor)
+    )
+
+
 def sample_axis(whole: Tensor, part: Tensor, samples: int, fewer: int, unchanged: bool = True) -> SampleAxis | None:
     """Find the axis of the samples by comparing a tensor with that of a run with fewer samples.
 
