@@ -1,7 +1,11 @@
-"""Fake-quantization with one scale on the CPU: the values and gradients of ``fake_quantize_primitives``, in less time.
+"""Fake-quantization on the CPU: the values and gradients of ``fake_quantize_primitives``, in less time.
 
-The forward makes four vectorized passes over one new tensor. The backward makes one pass over the saved input: division
-and rounding are monotone, so the values with a code in range lie between two bounds, which are searched once.
+With one scale, the forward makes four vectorized passes over one new tensor. The backward makes one pass over the saved
+input: division and rounding are monotone, so the values with a code in range lie between two bounds, which are searched
+once.
+
+Torch's own ``hardtanh`` has this very backward. For all but large tensors, the forward calls it and writes the values
+into its result: this costs a pass, and saves a custom ``autograd.Function``, whose Python code takes longer.
 """
 
 from __future__ import annotations
@@ -15,9 +19,13 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 NATIVE = (torch.float32, torch.float64)
 """Types that are computed as they are; all others are computed in float32."""
+LARGE = 2**18
+"""Above so many values, another pass takes longer than Python's work for a custom ``autograd.Function``."""
+_hardtanh = torch._C._nn.hardtanh
 
 
 def fake_quantize_cpu(x: Tensor, scale: float, low: int, high: int) -> Tensor:
@@ -36,9 +44,49 @@ def fake_quantize_cpu(x: Tensor, scale: float, low: int, high: int) -> Tensor:
         >>> fake_quantize_cpu(torch.tensor([0.24, 0.25, 0.75, 100.0]), 0.5, -8, 7)
         tensor([0.0000, 0.0000, 1.0000, 3.5000])
     """
-    if x.requires_grad and torch.is_grad_enabled():
-        return cast(Tensor, _CpuFakeQuantize.apply(x, scale, low, high))  # type: ignore[no-untyped-call]
-    return _quantize_dequantize(x, scale, low, high)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return _quantize_dequantize(x, scale, low, high)
+    if _is_ordinary(x) and x.dtype in NATIVE:
+        result: Tensor = _hardtanh(x, *_gradient_bounds(scale, low, high, x.dtype is torch.float64))
+        values = result.detach()  # the same memory: what is written into it has no gradient
+        if not _has_nan(values):
+            _dequantize_(values.div_(scale).round_().clamp_(low, high), scale)
+            return result
+    return cast(Tensor, _CpuFakeQuantize.apply(x, scale, low, high))  # type: ignore[no-untyped-call]
+
+
+def fake_quantize_channels_cpu(x: Tensor, scale: Tensor, zero: Tensor | int, low: int, high: int) -> Tensor | None:
+    """Fake-quantize a CPU tensor that needs a gradient, with scales that broadcast.
+
+    The codes are kept for the backward, not the input and the scales.
+
+    Args:
+        x: Floating-point tensor on the CPU.
+        scale: float32 tensor that broadcasts against ``x``.
+        zero: The code of zero: int, or integer tensor that broadcasts likewise.
+        low: Smallest code.
+        high: Largest code.
+
+    Returns:
+        A new tensor of the shape and type of ``x``, with the straight-through gradient; None for tensors that are too
+        large, hold NaN, or are of a type of their own.
+    """
+    if not _is_ordinary(x):
+        return None
+    copied = x.clone() if x.dtype in NATIVE else x.float()  # hands the gradient through
+    codes = copied.detach().div_(scale).round_()
+    if _has_nan(codes):
+        return None
+    if not isinstance(zero, int):
+        zero = zero.to(torch.float32)
+    if isinstance(zero, Tensor) or zero:
+        codes.add_(zero)
+    result: Tensor = _hardtanh(copied, low - 1, high + 1)  # codes are whole numbers, and these bounds are exclusive
+    values = result.detach().clamp_(low, high)
+    if isinstance(zero, Tensor) or zero:
+        values.sub_(zero)
+    values.mul_(scale).add_(0.0)
+    return result if x.dtype in NATIVE else result.to(x.dtype)
 
 
 def round_to_float32(value: float) -> float:
@@ -62,8 +110,7 @@ class _CpuFakeQuantize(torch.autograd.Function):
             x, grad = x.float(), grad.float()
         lower, upper = _gradient_bounds(scale, low, high, x.dtype is torch.float64)
         result = torch.ops.aten.hardtanh_backward(grad, x, lower, upper)
-        # The vectorized kernel blocks the gradient at NaN, its scalar remainder does not. A sum is the cheapest check.
-        if math.isnan(x.sum().item()):
+        if _has_nan(x):  # the vectorized kernel blocks the gradient there, its scalar remainder does not
             result = result.masked_fill(x.isnan(), 0.0)
         return result.to(dtype), None, None, None
 
@@ -75,8 +122,22 @@ def _quantize_dequantize(x: Tensor, scale: float, low: int, high: int) -> Tensor
     # Clamping to the range less the zero point spares adding and subtracting it; whole numbers below 2**24 are exact.
     work = x if x.dtype in NATIVE else x.float()
     codes = work.div(scale).round_().clamp_(low, high)
+    return _dequantize_(codes, scale).to(x.dtype)
+
+
+def _dequantize_(codes: Tensor, scale: float) -> Tensor:
     # 0 + scale * codes instead of codes * scale: the result for -0.1 is 0.0 as in torch, not -0.0.
-    return torch.add(_ZERO, codes, alpha=scale, out=codes).to(x.dtype)
+    return torch.add(_ZERO, codes, alpha=scale, out=codes)
+
+
+def _is_ordinary(x: Tensor) -> bool:
+    """Whether a tensor is neither large nor of a type of its own, which may not allow to write into its memory."""
+    return x.numel() <= LARGE and type(x) in (Tensor, Parameter)
+
+
+def _has_nan(x: Tensor) -> bool:
+    """Whether there may be a NaN. A sum is the cheapest check."""
+    return math.isnan(x.sum().item())
 
 
 @lru_cache(maxsize=8192)

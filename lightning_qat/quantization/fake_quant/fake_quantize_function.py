@@ -1,6 +1,6 @@
 """The function behind every quantization point, and its arithmetic in plain torch operators.
 
-Every code in the package comes from :func:`codes_before_clipping` or, for one scale on the CPU, from ``cpu_kernel.py``.
+Every code in the package comes from :func:`codes_before_clipping` or, on the CPU, from ``cpu_kernel.py``.
 Both divide by the scale, so the codes are those of ONNX's ``QuantizeLinear``, bit for bit. Torch's own fake-quantize
 operators multiply by the inverse of the scale, which gives another code for about two values in 10,000 at 16 bits.
 
@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 
 from lightning_qat.quantization.errors import ConfigurationError
-from lightning_qat.quantization.fake_quant.cpu_kernel import NATIVE, fake_quantize_cpu, round_to_float32
+from lightning_qat.quantization.fake_quant.cpu_kernel import (
+    NATIVE,
+    fake_quantize_channels_cpu,
+    fake_quantize_cpu,
+    round_to_float32,
+)
 
 
 def fake_quantize(
@@ -42,8 +47,8 @@ def fake_quantize(
     The gradient is handed through where the code before clipping is in range and is zero elsewhere, at NaN too. There
     is no gradient for scale and zero point.
 
-    There are three ways to compute it, with the same result: ``cpu_kernel.py`` for one scale on the CPU,
-    :func:`fake_quantize_primitives` for many scales, other devices, ``torch.compile`` and export, and
+    There are three ways to compute it, with the same result: ``cpu_kernel.py`` on the CPU,
+    :func:`fake_quantize_primitives` for other devices, ``torch.compile`` and export, and
     :func:`fake_quantize_transformable` for ``torch.func`` and ``torch.jit.trace``. CUDA has a native kernel, which
     multiplies by the inverse: it is not used.
 
@@ -71,7 +76,8 @@ def fake_quantize(
     transformed = not compiling and (
         torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
     )
-    if axis is None and x.device.type == "cpu" and not (compiling or transformed):
+    on_cpu = x.device.type == "cpu" and not (compiling or transformed)
+    if axis is None and on_cpu:
         # Numbers read from tensors in CPU memory: this costs nothing, and cannot be stale as a cache of them could.
         s = scale.item() if isinstance(scale, Tensor) else round_to_float32(scale)
         z = int(zero_point.item()) if isinstance(zero_point, Tensor) else zero_point
@@ -80,6 +86,10 @@ def fake_quantize(
     if axis is not None:
         scale = broadcast_to_axis(x, scale, axis)
         zero_point = broadcast_to_axis(x, zero_point, axis) if isinstance(zero_point, Tensor) else zero_point
+    if on_cpu and x.requires_grad and torch.is_grad_enabled():
+        result = fake_quantize_channels_cpu(x, scale, zero_point, quant_min, quant_max)
+        if result is not None:
+            return result
     compute = fake_quantize_transformable if transformed else fake_quantize_primitives
     return compute(x, scale, zero_point, quant_min, quant_max)
 
