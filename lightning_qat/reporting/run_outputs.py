@@ -10,13 +10,12 @@ from typing import Any
 
 from lightning_qat.analysis.results import Result
 from lightning_qat.analysis.statistics.statistics import LayerStatisticsResult
-from lightning_qat.reporting.curated_charts import WorstPoints, layout
 from lightning_qat.reporting.files import write_json, write_text
 from lightning_qat.reporting.growing_table import GrowingTable
 from lightning_qat.reporting.loggers import log_code_histogram, log_histogram, log_layout, log_scalars, log_table
 from lightning_qat.reporting.plain_text import one_line
 from lightning_qat.reporting.reports_of_run import RunReports
-from lightning_qat.reporting.tensorboard_tags import Tags
+from lightning_qat.reporting.tensorboard_tags import Tags, WorstPoints, layout
 
 _DRAWN = 3
 """Points whose histogram of codes is sent."""

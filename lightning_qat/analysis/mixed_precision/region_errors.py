@@ -14,7 +14,6 @@ from lightning_qat.analysis.mixed_precision.point_quantizers import Quantizers
 from lightning_qat.analysis.mixed_precision.precision_errors import INFINITE_ERROR, Check, PointError, PrecisionErrors
 from lightning_qat.analysis.mixed_precision.raised_together import raised_together
 from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.analysis.sensitivity.run_sketch import run_sketch
 from lightning_qat.analysis.sensitivity.sensitivity_sketch import Sketch, forwards_of_sketch
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
@@ -107,7 +106,7 @@ class _Measuring:
         named = {p: {_name(p, dtype): fq for dtype, fq in own.items()} for p, own in self.quantizers.items()}
         options = self.options
         sketch = Sketch(self.region, list(named), self.select, options.probes, options.seed, alternatives=named)
-        if problem := run_sketch(sketch, calls, options.across_ranks):
+        if problem := sketch.add(calls, options.across_ranks):
             raise ConfigurationError(
                 f"errors cannot be measured, as {problem}. Choose an output before the op without a derivative."
             )

@@ -1,4 +1,4 @@
-"""Watchers of a float forward: they multiply each point's error with its gradient, or find the sample axes."""
+"""A watcher of a float forward that multiplies each point's error with its gradient."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-from lightning_qat.analysis.sensitivity.sample_axes import Key, SampleAxis, sample_axis
-from lightning_qat.analysis.sensitivity.watched_forward import WeightUse
+from lightning_qat.analysis.sensitivity.sample_axes import SampleAxis
+from lightning_qat.analysis.sensitivity.watched_forward import Key, WatchedTensor, WeightUse
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves
 from lightning_qat.quantization.region.bound_points import BoundPoint
@@ -176,67 +176,6 @@ class ErrorProducts:
             self.arrived.add(name)
 
         self._hooks.append(tensor.register_hook(multiply))
-
-
-class SampleComparison:
-    """Compares the tensors at the points with those of a run with more samples.
-
-    Args:
-        whole: the run with all samples.
-        samples: number of samples of that run.
-        fewer: number of samples of this run.
-
-    Attributes:
-        axes: the sample axis of each tensor.
-    """
-
-    transparent = False
-    left_torch = False
-
-    def __init__(self, whole: ErrorProducts, samples: int, fewer: int) -> None:
-        self._whole = whole
-        self._samples = samples
-        self._fewer = fewer
-        self.axes: dict[Key, SampleAxis] = {}
-
-    def quantizers(self, point: BoundPoint) -> list[tuple[str, FakeQuantize]]:
-        """Return one fake-quant: the samples are at the same place whatever the type."""
-        return [(point.name, point.fake_quant)]
-
-    def on_tensor(self, point: BoundPoint, use: int, tensor: Tensor) -> Tensor:
-        """Compare an activation."""
-        self._compare((point.name, use, 0), tensor)
-        return tensor
-
-    def differentiable(self, tensor: Tensor) -> Tensor:
-        """Return the tensor: there are no gradients here."""
-        return tensor
-
-    def on_weight(self, use: int, op: WeightUse) -> None:
-        """Compare the results of an op that uses a weight."""
-        for index, result in enumerate(op.results):
-            self._compare((op.point.name, use, index), result)
-
-    def _compare(self, key: Key, tensor: Tensor) -> None:
-        value = self._whole.values.get(key)
-        if value is None:
-            return
-        axis = sample_axis(value.tensor, tensor, self._samples, self._fewer, not value.written)
-        if axis is not None:
-            self.axes[key] = axis
-
-
-class WatchedTensor:
-    """A tensor, and its version when the forward reached it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self._version = tensor._version
-
-    @property
-    def written(self) -> bool:
-        """Whether it was written since."""
-        return self.tensor._version != self._version
 
 
 def custom_functions(tensors: Iterable[Tensor]) -> tuple[str, ...]:

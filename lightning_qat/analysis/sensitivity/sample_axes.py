@@ -9,16 +9,20 @@ own entries: those of one sample reach the same outputs, and squaring them apart
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_qat.analysis.captured_calls import RepeatableForward
+from lightning_qat.analysis.outputs import OutputSelector
+from lightning_qat.analysis.sensitivity.watched_forward import Key, WatchedForward, WatchedTensor, WeightUse
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, map_call_leaves
-
-Key = tuple[str, int, int]
-"""A watched tensor: point, number of its use, number of the op's result."""
+from lightning_qat.quantization.region.bound_points import BoundPoint
+from lightning_qat.quantization.region.region import Region
 
 _TOLERANCE = 1e-3
 """Other batch sizes take other kernels: results differ in the last digits."""
@@ -110,6 +114,93 @@ def first_samples(call: Call, at_most: int | None) -> Call:
     return Call(
         *map_call_leaves(call.args, call.kwargs, lambda _, tensor: tensor[:at_most] if tensor.dim() else tensor)
     )
+
+
+def find_sample_axes(
+    region: Region,
+    call: Call,
+    select: OutputSelector,
+    values: Mapping[Key, WatchedTensor],
+    chosen: Sequence[Tensor],
+    seed: int,
+) -> dict[Key, SampleAxis] | None:
+    """Return the sample axis of every watched tensor; None if the samples of a call depend on each other.
+
+    Args:
+        region: a calibrated region.
+        call: the inputs.
+        select: the chosen output.
+        values: the tensors of a forward with these inputs.
+        chosen: the chosen output of that forward.
+        seed: of the random numbers that the forward draws.
+    """
+    shorter = fewer_samples(call)
+    if shorter is None:
+        return None
+    part, samples, fewer = shorter
+    comparison = SampleComparison(values, samples, fewer)
+    try:
+        with (
+            torch.no_grad(),
+            WatchedForward(region, comparison),
+            RepeatableForward(region.target, part, seed, copies=True) as forward,
+        ):
+            outputs = select(forward())
+    except Exception:  # a model of one batch size: its samples cannot be told apart
+        return None
+    if len(outputs) != len(chosen) or any(
+        sample_axis(a, b, samples, fewer) is None for a, b in zip(chosen, outputs, strict=True)
+    ):
+        return None
+    return comparison.axes
+
+
+class SampleComparison:
+    """Compares the tensors at the points with those of a run with more samples.
+
+    Args:
+        whole: the tensors of the run with all samples.
+        samples: number of samples of that run.
+        fewer: number of samples of this run.
+
+    Attributes:
+        axes: the sample axis of each tensor.
+    """
+
+    transparent = False
+    left_torch = False
+
+    def __init__(self, whole: Mapping[Key, WatchedTensor], samples: int, fewer: int) -> None:
+        self._whole = whole
+        self._samples = samples
+        self._fewer = fewer
+        self.axes: dict[Key, SampleAxis] = {}
+
+    def quantizers(self, point: BoundPoint) -> list[tuple[str, FakeQuantize]]:
+        """Return one fake-quant: the samples are at the same place whatever the type."""
+        return [(point.name, point.fake_quant)]
+
+    def on_tensor(self, point: BoundPoint, use: int, tensor: Tensor) -> Tensor:
+        """Compare an activation."""
+        self._compare((point.name, use, 0), tensor)
+        return tensor
+
+    def differentiable(self, tensor: Tensor) -> Tensor:
+        """Return the tensor: there are no gradients here."""
+        return tensor
+
+    def on_weight(self, use: int, op: WeightUse) -> None:
+        """Compare the results of an op that uses a weight."""
+        for index, result in enumerate(op.results):
+            self._compare((op.point.name, use, index), result)
+
+    def _compare(self, key: Key, tensor: Tensor) -> None:
+        value = self._whole.get(key)
+        if value is None:
+            return
+        axis = sample_axis(value.tensor, tensor, self._samples, self._fewer, not value.written)
+        if axis is not None:
+            self.axes[key] = axis
 
 
 def sample_axis(whole: Tensor, part: Tensor, samples: int, fewer: int, unchanged: bool = True) -> SampleAxis | None:

@@ -13,7 +13,6 @@ from lightning_qat.analysis.metrics import metric_of_sums
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.region_memory import RegionMemory
 from lightning_qat.analysis.sensitivity.isolation import Isolation, choose_points
-from lightning_qat.analysis.sensitivity.run_sketch import run_sketch
 from lightning_qat.analysis.sensitivity.sensitivity_metric import MetricLike, SensitivityMetric
 from lightning_qat.analysis.sensitivity.sensitivity_result import (
     SensitivityResult,
@@ -193,7 +192,7 @@ class _Analysis:
     def sketch(self, calls: list[Call], probes: int, max_samples: int | None) -> tuple[Sketch | None, str]:
         """Estimate all points; return None and the reason if that is impossible."""
         sketch = Sketch(self.region, self.calibrated, self.select, probes, self.seed, max_samples, self.memory)
-        if problem := run_sketch(sketch, calls, self.across_ranks):
+        if problem := sketch.add(calls, self.across_ranks):
             return None, problem
         if sketch.batches == 0:
             raise ConfigurationError(_NO_BATCH)

@@ -14,21 +14,23 @@ rounding inside the model stay what they are in float.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.analysis.captured_calls import RepeatableForward
+from lightning_qat.analysis.captured_calls import RepeatableForward, analysis_mode
 from lightning_qat.analysis.nan_origin import refuse_nan
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.region_memory import RegionMemory
-from lightning_qat.analysis.sensitivity.error_products import ErrorProducts, SampleComparison, custom_functions
-from lightning_qat.analysis.sensitivity.sample_axes import Key, SampleAxis, fewer_samples, sample_axis
-from lightning_qat.analysis.sensitivity.watched_forward import WatchedForward
+from lightning_qat.analysis.sensitivity.error_products import ErrorProducts, custom_functions
+from lightning_qat.analysis.sensitivity.sample_axes import SampleAxis, fewer_samples, find_sample_axes
+from lightning_qat.analysis.sensitivity.watched_forward import Key, WatchedForward
 from lightning_qat.quantization import ranks
+from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.interception.transparent_gradients import TransparentGradients
 from lightning_qat.quantization.modules.call import Call
@@ -61,7 +63,7 @@ class Sketch:
     """The estimates of all points, batch by batch.
 
     Args:
-        region: a calibrated region; use it inside :func:`~lightning_qat.analysis.captured_calls.analysis_mode`.
+        region: a calibrated region.
         names: the points; of points that share a quantizer, only the owner.
         select: the chosen output.
         probes: backward passes per batch.
@@ -114,8 +116,33 @@ class Sketch:
         shared = {p.name for p in region.plan.points if p.role == "input" or region.graph.by_name[p.op].inplace}
         self._tensors = overwritten, shared
 
+    def add(self, calls: Iterable[Call], across_ranks: bool) -> str:
+        """Add batches, and the sums of the other ranks; return why that is impossible, or an empty text.
+
+        Args:
+            calls: this rank's batches.
+            across_ranks: every rank calls this; all get the estimates over all batches.
+
+        Raises:
+            ConfigurationError: the chosen output does not exist or holds NaN.
+        """
+        problem = "a rank could not compute gradients"
+        with ranks.failing_together(across_ranks), analysis_mode(self.region, buffers=False):
+            try:
+                for call in calls:
+                    self.run(call)
+            except ConfigurationError:
+                raise
+            except Exception as error:  # whatever an op without a derivative raises; a measurement meets real errors
+                text = str(error).strip().splitlines() or [""]
+                problem = f"gradients cannot be computed ({type(error).__name__}: {text[0]})"
+                self.failures += 1
+        if across_ranks:
+            self._all_reduce()
+        return problem if self.failures else ""
+
     def run(self, call: Call) -> None:
-        """Add one batch.
+        """Add one batch; use it inside :func:`~lightning_qat.analysis.captured_calls.analysis_mode`.
 
         Raises:
             RuntimeError: an op of the model has no derivative, or memory does not suffice; and whatever the model and
@@ -132,10 +159,10 @@ class Sketch:
             return False
         if not self.memory.find(plan, ("divisible", shapes), lambda: True):
             return False
-        if not self._run(part[0], partial=True):
+        is_divisible = self._run(part[0], partial=True)
+        if not is_divisible:
             self.memory.note(plan, ("divisible", shapes), False)
-            return False
-        return True
+        return is_divisible
 
     def _run(self, call: Call, partial: bool = False) -> bool:
         """Add a batch. A partial one is not added, and False returned, if its samples are not independent."""
@@ -186,8 +213,8 @@ class Sketch:
         mse, error = self.mse(name)
         return None if math.isnan(error) else error / (2 * math.sqrt(mse)) if mse else 0.0
 
-    def all_reduce(self) -> None:
-        """Add the sums of all ranks. Every rank has to call this, also one whose forward failed (``failures``)."""
+    def _all_reduce(self) -> None:
+        """Add the sums of all ranks. Every rank has to call this, also one whose forward failed."""
         if ranks.count() == 1:
             return
         rows = [[e.squared, e.fourth, e.products, float(e.reached), e.failed] for e in self.estimates.values()]
@@ -200,33 +227,9 @@ class Sketch:
 
     def _sample_axes(self, call: Call, watched: ErrorProducts, chosen: list[Tensor]) -> dict[Key, SampleAxis] | None:
         """Where the samples are in every watched tensor, or None if they depend on each other."""
-        values = tuple((key, tuple(value.tensor.shape)) for key, value in watched.values.items())
-        return self.memory.find(
-            self.region.plan, (_shapes(call), values), lambda: self._find_sample_axes(call, watched, chosen)
-        )
-
-    def _find_sample_axes(
-        self, call: Call, watched: ErrorProducts, chosen: list[Tensor]
-    ) -> dict[Key, SampleAxis] | None:
-        fewer = fewer_samples(call)
-        if fewer is None:
-            return None
-        part, samples, count = fewer
-        comparison = SampleComparison(watched, samples, count)
-        try:
-            with (
-                torch.no_grad(),
-                WatchedForward(self.region, comparison),
-                RepeatableForward(self.region.target, part, self.seed, copies=True) as forward,
-            ):
-                outputs = self.select(forward())
-        except Exception:  # a model of one batch size: its samples cannot be told apart
-            return None
-        if len(outputs) != len(chosen) or any(
-            sample_axis(a, b, samples, count) is None for a, b in zip(chosen, outputs, strict=True)
-        ):
-            return None
-        return comparison.axes
+        key = _shapes(call), tuple((key, tuple(value.tensor.shape)) for key, value in watched.values.items())
+        find = partial(find_sample_axes, self.region, call, self.select, watched.values, chosen, self.seed)
+        return self.memory.find(self.region.plan, key, find)
 
     def _probe(self, watched: ErrorProducts, chosen: list[Tensor], axes: dict[Key, SampleAxis] | None) -> None:
         differentiable = [t for t in chosen if t.requires_grad]

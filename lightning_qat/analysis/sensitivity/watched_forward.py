@@ -20,6 +20,9 @@ from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.region.region_mode import Operation, Runner
 from lightning_qat.quantization.region.replaced_forward import InspectingMode, ReplacedForward
 
+Key = tuple[str, int, int]
+"""A watched tensor: point, number of its use, number of the op's result."""
+
 
 class Watcher(Protocol):
     """Interface of an object that is shown every point. A point is met again under the next ``use`` if its op runs more
@@ -41,6 +44,19 @@ class Watcher(Protocol):
 
     def on_weight(self, use: int, op: WeightUse) -> None:
         """Look at an op that uses a weight."""
+
+
+class WatchedTensor:
+    """A tensor, and its version when the forward reached it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._version = tensor._version
+
+    @property
+    def written(self) -> bool:
+        """Whether it was written since."""
+        return self.tensor._version != self._version
 
 
 class WeightUse:

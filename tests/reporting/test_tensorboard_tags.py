@@ -15,11 +15,10 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_qat.analysis.sensitivity.sensitivity_result import SensitivityResult, SensitivityRow
 from lightning_qat.analysis.statistics.code_histogram import CodeHistogram
 from lightning_qat.analysis.statistics.statistics import LayerStatisticsResult
-from lightning_qat.reporting.curated_charts import WorstPoints
 from lightning_qat.reporting.loggers import log_code_histogram
 from lightning_qat.reporting.reports_of_run import RunReports
 from lightning_qat.reporting.run_outputs import RunOutputs
-from lightning_qat.reporting.tensorboard_tags import LAYER_STATISTICS, sensitivity_tags
+from lightning_qat.reporting.tensorboard_tags import LAYER_STATISTICS, WorstPoints, sensitivity_tags
 from tests.harness.run_folder import point_names, statistics_row
 
 
