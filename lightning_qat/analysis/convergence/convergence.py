@@ -137,7 +137,7 @@ def _metric(series: TrainingSeries) -> ConvergenceRow:
         next_step=(
             "calibrated_diagnosis.txt says what is wrong, if LayerComparison() is listed."
             if breaks(lost)
-            else "Until then, do not sweep learning rate and weight decay."
+            else "In any case, do not sweep learning rate and weight decay yet."
         ),
         left_open="points" if breaks(lost) else "quantization",
     )
