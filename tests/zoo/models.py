@@ -340,7 +340,11 @@ def photographs() -> Tensor:
     from sklearn.datasets import load_sample_images
 
     images = torch.stack([torch.from_numpy(image.copy()) for image in load_sample_images().images])
-    pixels = images.permute(0, 3, 1, 2).float() / 255
+    return imagenet_normalised(images.permute(0, 3, 1, 2).float() / 255)
+
+
+def imagenet_normalised(pixels: Tensor) -> Tensor:
+    """Pixels ``(N, 3, H, W)`` from 0 to 1, normalised as in ImageNet training."""
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (pixels - mean[:, None, None]) / deviation[:, None, None]
 

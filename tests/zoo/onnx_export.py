@@ -11,7 +11,8 @@ import dataclasses
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
-from tests.zoo.mixed_models import MissingPackageError, efficientnet, sentence_encoder
+from tests.zoo.mixed_models import MissingPackageError, efficientnet, efficientnet_on_mnist, sentence_encoder
 from tests.zoo.models import ZOO, inputs, photograph_batch
 from tests.zoo.table import versions
 
@@ -119,7 +120,12 @@ def cases() -> dict[str, Callable[[], Case]]:
     """Return a maker of every model by its name."""
     found: dict[str, Callable[[], Case]] = {"digits (examples)": digits}
     found |= {name: lambda name=name: of_zoo(name) for name in ZOO if not name.startswith("EfficientNet")}  # type: ignore[misc]
-    return {**found, "EfficientNet-Lite0": lite0, "all-MiniLM-L6-v2": minilm}
+    return {
+        **found,
+        "EfficientNet-Lite0": lite0,
+        "EfficientNet-Lite0 on MNIST": lite0_on_mnist,
+        "all-MiniLM-L6-v2": minilm,
+    }
 
 
 def digits() -> Case:
@@ -161,7 +167,16 @@ def lite0() -> Case:
     """ImageNet weights on crops of photographs: float's first class counts."""
     subject = efficientnet()
     more = [inputs(photograph_batch(8)) for _ in range(128)]
-    return Case(subject.model, _labelled(subject.calibration), more, _cross_entropy, "", subject.task, subject.quality)
+    any_labels = [torch.arange(8)] * len(subject.calibration)  # of 1,000 classes: nothing is evaluated on them
+    batches = _labelled(subject.calibration, any_labels)
+    return Case(subject.model, batches, more, _cross_entropy, "", subject.task, subject.quality)
+
+
+def lite0_on_mnist() -> Case:
+    """ImageNet weights with a head for MNIST: accuracy on 2,500 digits."""
+    subject = efficientnet_on_mnist()
+    batches = _labelled(subject.calibration, subject.labels)
+    return Case(subject.model, batches, subject.held_out, _cross_entropy, "", subject.task, subject.quality)
 
 
 def minilm() -> Case:
@@ -186,9 +201,8 @@ def _cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     return functional.cross_entropy(model(**inputs(batch)), batch["labels"])
 
 
-def _labelled(batches: Iterable[Batch]) -> list[Batch]:
-    """Labels for QAT: any will do, as nothing is evaluated on them."""
-    return [{**batch, "labels": torch.arange(len(batch["inputs"]))} for batch in batches]
+def _labelled(batches: Iterable[Batch], labels: Iterable[Tensor]) -> list[Batch]:
+    return [{**batch, "labels": of_batch} for batch, of_batch in zip(batches, labels, strict=True)]
 
 
 def measure(name: str, make: Callable[[], Case], types: str, scales: str) -> Row:
@@ -253,13 +267,21 @@ def _task(case: Case, region: Region, file: Path) -> tuple[tuple[float, float, f
             for state in ("off", "quantize"):
                 with region.state(state):  # type: ignore[arg-type]
                     found[state] += select(case.model(**batch))
-            with region.state("quantize"), torch.backends.mkldnn.flags(enabled=False):
+            with region.state("quantize"), _without_onednn():
                 found["without oneDNN"] += select(case.model(**batch))
         fed = [leaf.numpy() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         found["onnxruntime"].append(torch.from_numpy(session.run(None, dict(zip(names, fed, strict=True)))[0]))
     outputs = {name: torch.cat(parts) for name, parts in found.items()}
     off, quantized, exported, other = (case.quality(part, outputs["off"]) for part in outputs.values())
     return (off, quantized, exported), other
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a setting for Intel GPUs, which torch's own switch touches too
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 def _found(result: ExportResult) -> dict[str, Any]:
@@ -291,9 +313,11 @@ def _found(result: ExportResult) -> dict[str, Any]:
 INTRODUCTION = f"""# What onnxruntime computes of exported models
 
 `python -m tests.zoo.onnx_export` measures this table, `make zoo` too. The models are those of [README](README.md), the
-example of `examples/digits.py`, and a pretrained sentence encoder. Each is calibrated, trained for {STEPS} steps of QAT
-and exported at opset 21. In the mix, the activations of every third op are int16 and all else is int8. `{PROFILE}` is
-uint8 (affine) under this profile. Scales are those of statistics, or learned.
+example of `examples/digits.py`, and those of [mixed precision](mixed_precision.md) with real weights:
+EfficientNet-Lite0 on photographs, which have no labels, and on MNIST, with the labels of 2,500 images that are held
+out; and a sentence encoder. Each is calibrated, trained for {STEPS} steps of QAT and exported at opset 21. In the mix,
+the activations of every third op are int16 and all else is int8. `{PROFILE}` is uint8 (affine) under this profile.
+Scales are those of statistics, or learned.
 
 - **(a)**: share of equal codes of all quantizers, each for the same input as in the model. Anything but 100 % is an
   error.

@@ -4,12 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
 
 from tests.zoo import mixed_models
-from tests.zoo.mixed_models import INSTALL, MissingPackageError, sentence_encoder, vit
-from tests.zoo.mixed_precision import AIM, FILE, OURS, OUTPUT, OWN, SHARE, Quality, Row, line, measure, summary
+from tests.zoo.mixed_models import (
+    INSTALL,
+    INSTALL_MNIST,
+    MissingPackageError,
+    Subject,
+    efficientnet_on_mnist,
+    sentence_encoder,
+    vit,
+    with_new_head,
+)
+from tests.zoo.mixed_precision import (
+    AIM,
+    FILE,
+    OURS,
+    OUTPUT,
+    OWN,
+    SHARE,
+    Quality,
+    Row,
+    line,
+    measure,
+    qualities,
+    stored,
+    summary,
+)
+from tests.zoo.models import efficientnet_lite0
 
 pytest.importorskip("transformers", reason="transformers needs Python 3.11 or newer")
 
@@ -19,7 +52,7 @@ PLANS = {
     "int16": Quality(0.1, 0.9),
     OURS: Quality(0.3, 0.88),
     OWN: Quality(0.6, 0.7),
-    OUTPUT: Quality(0.4, 0.9),
+    OUTPUT: Quality(0.4, 0.9, 0.007),
 }
 ROW = Row("A", "accuracy", 50, 5, 9, 0.8, 11.0, PLANS, None, 1.0)
 
@@ -39,16 +72,66 @@ def test_summary_says_what_is_missed_and_what_is_better() -> None:
     assert "in 1 of 2 models: A." in text
     assert "B 18%" in text
     assert "B (by the SQNR of the model)" in text
-    assert "A (by the SQNR of the model, task)" in text
+    assert "A (by the SQNR of the model, task: by 0.0200 ± 0.0070)" in text
     good = dataclasses.replace(ROW, plans={**PLANS, OUTPUT: Quality(0.4, 0.6)})
     assert "Neither order of layers is better" in summary([good])
 
 
-def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixed_models, "ENCODER", "no_such_package_of_weights")
-    assert importlib.util.find_spec("no_such_package_of_weights") is None
-    with pytest.raises(MissingPackageError, match=f"its weights are not installed: {INSTALL}"):
-        sentence_encoder()
+@pytest.mark.parametrize(
+    ("name", "make", "way"),
+    [("ENCODER", sentence_encoder, INSTALL), ("MNIST", efficientnet_on_mnist, INSTALL_MNIST)],
+)
+def test_a_missing_package_is_named_with_the_way_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[], Subject], way: str
+) -> None:
+    """Weights and images."""
+    monkeypatch.setattr(mixed_models, name, "no_such_package")
+    assert importlib.util.find_spec("no_such_package") is None
+    with pytest.raises(MissingPackageError, match=f"are not installed: {way}$"):
+        make()
+
+
+def test_rows_are_kept(tmp_path: Path) -> None:
+    """With a prediction and without: what was written is what is read."""
+    rows = [ROW, dataclasses.replace(ROW, model="B", prediction=(0.98, 0.1))]
+    file = tmp_path / "rows.jsonl"
+    assert stored(file) == stored(None) == []
+    file.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+    assert stored(file) == rows
+
+
+def test_a_new_head_on_frozen_weights_is_the_logistic_regression_of_its_features() -> None:
+    """On scikit-learn's digits: classes and accuracy are those that scikit-learn itself gives for the features."""
+    found = load_digits()
+    images, labels = torch.from_numpy(found.images[:150]).float()[:, None] / 16, torch.from_numpy(found.target[:150])
+    subject = with_new_head(images, labels, seen=100, size=25)
+    features: list[Tensor] = []
+    handle = subject.model._fc.register_forward_hook(lambda _, args, __: features.append(args[0]))
+    with torch.no_grad():
+        seen = [subject.model(**batch) for batch in subject.calibration]
+        outputs = torch.cat([subject.model(**batch) for batch in subject.held_out])
+    handle.remove()
+    assert torch.equal(torch.cat(subject.labels), labels[:100])
+    assert [len(part) for part in seen] == [25] * 4
+    assert len(outputs) == 50
+    known, new = torch.cat(features[:4]).double().numpy(), torch.cat(features[4:]).double().numpy()
+    regression = LogisticRegression(max_iter=1000).fit(known, found.target[:100])
+    np.testing.assert_allclose(outputs.numpy(), regression.decision_function(new), atol=1e-3)
+    assert subject.quality(outputs, outputs) == regression.score(new, found.target[100:150]) > 0.7
+    fresh = efficientnet_lite0().state_dict()
+    assert all(
+        torch.equal(value, fresh[name]) for name, value in subject.model.state_dict().items() if "_fc" not in name
+    )
+
+
+def test_the_standard_error_is_that_of_paired_samples() -> None:
+    """Against scipy's, for hits of two plans on the same samples."""
+    ours, other = (torch.rand(200, generator=torch.Generator().manual_seed(seed)).round().double() for seed in (0, 1))
+    subject = Subject(nn.Identity(), [], [], "", "accuracy", lambda outputs, _: outputs)
+    found = qualities(subject, {"float": torch.ones(200).double(), OURS: ours, OWN: other})
+    assert found[OWN].uncertain == pytest.approx(scipy.stats.sem((other - ours).numpy()))
+    assert found[OWN].task == pytest.approx(float(other.mean()))
+    assert found[OURS].uncertain == 0.0
 
 
 def test_the_table_is_there_and_complete() -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
+from sklearn.datasets import load_digits
 
 pytest.importorskip("onnxruntime", reason="the extra 'onnx' is missing")
 pytest.importorskip("transformers", reason="transformers needs Python 3.11 or newer")
 
-from tests.zoo.onnx_export import FILE, PROFILE, Row, cases, digits, document, line, measure, wanted
+from tests.zoo import onnx_export
+from tests.zoo.mixed_models import Subject, with_new_head
+from tests.zoo.onnx_export import FILE, PROFILE, Row, cases, digits, document, line, lite0_on_mnist, measure, wanted
 
 ROW = Row(
     "digits (examples)",
@@ -53,6 +57,35 @@ def test_committed_table_has_equal_codes_of_every_model() -> None:
     assert "codes differ" not in text.lower()
     for name in cases():
         assert f"| {name} |" in text, name
+
+
+def on_small_digits() -> Subject:
+    """EfficientNet-Lite0 with a new head, on scikit-learn's digits in the place of those of MNIST."""
+    found = load_digits()
+    images, labels = torch.from_numpy(found.images[:150]).float()[:, None] / 16, torch.from_numpy(found.target[:150])
+    return with_new_head(images, labels, seen=100, size=25)
+
+
+def test_the_new_head_is_trained_on_the_labels_of_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The float model, whose head was fitted to these images, gives just the labels that come with them."""
+    monkeypatch.setattr(onnx_export, "efficientnet_on_mnist", on_small_digits)
+    case = lite0_on_mnist()
+    target = torch.from_numpy(load_digits().target)
+    assert torch.equal(torch.cat([batch["labels"] for batch in case.batches]), target[:100])
+    with torch.no_grad():
+        classes = torch.cat([case.model(batch["inputs"]).argmax(1) for batch in case.batches])
+    assert torch.equal(classes, target[:100])
+
+
+@pytest.mark.full
+def test_the_new_head_is_judged_by_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All codes are equal under the profile, and each task is a number of the 50 digits that are held out."""
+    monkeypatch.setattr(onnx_export, "efficientnet_on_mnist", on_small_digits)
+    row = measure("EfficientNet", lite0_on_mnist, PROFILE, "trained")
+    assert row.equal == 1.0
+    assert row.task is not None
+    assert min(row.task) > 0.7
+    assert all(50 * share == pytest.approx(round(50 * share)) for share in row.task)
 
 
 @pytest.mark.full
