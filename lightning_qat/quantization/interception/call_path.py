@@ -248,9 +248,19 @@ def _describe(code: CodeType) -> str:
         file = ""  # a notebook cell gets another file name in every session
     name = getattr(code, "co_qualname", code.co_name)
     if code.co_name == "<lambda>":  # these have nothing but their place to tell them apart
-        columns = [p[2] for p in code.co_positions() if p[2] is not None] if hasattr(code, "co_positions") else []
-        name += f"@{code.co_firstlineno}:{max(columns, default=0)}"
+        name += f"@{code.co_firstlineno}:{_column(code)}"
     return f"{file}:{name}#{hashlib.blake2b(code.co_code, digest_size=4).hexdigest()}"
+
+
+def _column(code: CodeType) -> str:
+    """Return where a lambda ends in its line. Python 3.10 knows no columns: there, what it reads.
+
+    Not the sets that it reads, whose order is another one in another process.
+    """
+    if hasattr(code, "co_positions"):
+        return str(max((p[2] for p in code.co_positions() if p[2] is not None), default=0))
+    constants = [repr(value) for value in code.co_consts if not isinstance(value, (CodeType, frozenset))]
+    return _digest(*constants, *code.co_names)
 
 
 def _digest(*parts: str) -> str:
