@@ -166,9 +166,10 @@ def qat_evidence(ladder: Ladder) -> Evidence:
 
 def _quantization(rung: int, text: str, ladder: Ladder, then: str = "", what: str = "") -> BrokenRung:
     """Say why quantization loses accuracy, and what to do."""
-    cause = ladder.calibration or worst_points(ladder.points)
-    step = "" if ladder.calibration else f"{RAISE_POINTS[:1].upper()}{RAISE_POINTS[1:]}{then}."
-    return BrokenRung(rung, "quantization error", f"{text} {cause}".rstrip(), step, what=what)
+    if ladder.calibration:
+        return BrokenRung(rung, "quantization error", text, ladder.calibration, what=what)
+    step = f"{RAISE_POINTS[:1].upper()}{RAISE_POINTS[1:]}{then}."
+    return BrokenRung(rung, "quantization error", f"{text} {worst_points(ladder.points)}".rstrip(), step, what=what)
 
 
 def qat_recovers(ladder: Ladder) -> bool:

@@ -122,6 +122,7 @@ def test_a_running_training_is_not_called_sick_by_what_calibration_lost(tmp_path
         ([convergence("diverging")], "Lower the learning rate."),
         ([accuracy(False), diagnosis("a.weight")], "Calibrate anew."),
         ([accuracy(False), ladder("quantization error"), diagnosis("a.weight")], "Calibrate anew."),
+        ([accuracy(False), ladder("quantization error", next_step="Calibrate with other data.")], "with other data."),
         ([accuracy(False), model_check("error"), diagnosis("a.weight")], "Mark it."),
         ([accuracy(False)], "PipelineCheck() says whether it is quantization."),
         ([accuracy(False), ladder("healthy")], "The pipeline check on this page (healthy) says whether it is quant"),
