@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lightning_qat import atomic_files
-from lightning_qat.atomic_files import NotWrittenError, write_atomically
+from lightning_qat.atomic_files import NotWrittenError, json_text, json_value, write_atomically
 from tests.reporting.test_result_table_processes import FORK
 
 
@@ -146,3 +148,29 @@ def test_names_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
     assert path.read_text() == "a"
     with pytest.raises(NotWrittenError, match="File name too long"):
         write_atomically(tmp_path / ("x" * 256), "a")
+
+
+@dataclass(frozen=True)
+class Cell:
+    name: str
+    numbers: tuple[float, ...] = ()
+    inner: Any = None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": Cell("\u00fc", (1.5, 2), Cell("x"))},
+        Cell("x", (float("nan"), 1.0, float("-inf"))),
+        [{3}, {1: None, "b": True}],
+        {"rows": [Cell("x", inner={1.0}), (float("inf"),)]},
+        None,
+    ],
+)
+def test_quick_json_is_that_of_the_plain_value(value: Any) -> None:
+    assert json_text(value) == json.dumps(json_value(value))
+
+
+def test_what_json_cannot_hold_is_refused() -> None:
+    with pytest.raises(TypeError):
+        json_text({"a": object()})

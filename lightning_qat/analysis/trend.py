@@ -129,8 +129,9 @@ def autocorrelation_time(values: Sequence[float], most: int = 64) -> float:
     n = len(series)
     if n < 8:
         return 1.0
-    position = np.arange(n)
-    rest = series - np.polyval(np.polyfit(position, series, 1), position)
+    position = np.arange(n) - (n - 1) / 2
+    rest = series - series.mean()
+    rest -= position * (position @ rest / (position @ position))
     power = float(rest @ rest)
     if power <= 0:
         return 1.0

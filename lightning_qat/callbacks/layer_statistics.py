@@ -125,7 +125,8 @@ class LayerStatistics(EpochEndAnalysis):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.tried(trainer, lambda: self.note_start(trainer, pl_module))
+        if not self._noted_start:
+            self.tried(trainer, lambda: self.note_start(trainer, pl_module))
 
     def note_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the calibrated scales and the first codes of the weights, as soon as there are scales."""
@@ -177,7 +178,8 @@ class LayerStatistics(EpochEndAnalysis):
             self.codes = self._compared
         self._compared = self.codes
         result = self.measure(trainer, pl_module, self.batches)
-        self._measured = model_key(trainer, pl_module), result
+        # scales that were about to follow their weights have followed them now
+        self._measured = model_key(trainer, pl_module) if model[-1] else model, result
         return result
 
     def measure(

@@ -37,7 +37,7 @@ def non_finite_input(batch: Any) -> str:
 
 def non_finite_buffers(module: nn.Module) -> list[str]:
     """Return the names of the buffers that are not finite, such as statistics of a batch norm; scales are left out."""
-    return [name for name, buffer in module.named_buffers() if _is_bad(buffer) and not is_in_region(name)]
+    return [name for name, buffer in module.named_buffers() if not is_in_region(name) and _is_bad(buffer)]
 
 
 def first_bad_op(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[Any, int] | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.results import Result
-from lightning_qat.atomic_files import json_value, write_atomically
+from lightning_qat.atomic_files import json_text, json_value, write_atomically
 from lightning_qat.quantization.errors import unknown_choice
 from lightning_qat.reporting.reports import text_report
 
@@ -60,8 +60,8 @@ def write_json(result: Result[Any], path: str | os.PathLike[str], epoch: int | N
         'KL'
     """
     about = {**({} if epoch is None else {"epoch": epoch}), **result.about()}
-    head = "".join(f"  {json.dumps(k)}: {json.dumps(json_value(v))},\n" for k, v in about.items())
-    rows = ",\n".join(f"    {json.dumps(json_value(row))}" for row in result.to_dicts())
+    head = "".join(f"  {json.dumps(k)}: {json_text(v)},\n" for k, v in about.items())
+    rows = ",\n".join(f"    {json_text(row)}" for row in result.to_dicts())
     return write_atomically(path, f'{{\n{head}  "rows": [{rows and chr(10) + rows + chr(10) + "  "}]\n}}\n')
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lightning_qat.analysis.trend import block_length, mann_kendall, mean_and_error
+from lightning_qat.analysis.trend import autocorrelation_time, block_length, mann_kendall, mean_and_error
 
 SERIES = st.lists(st.floats(-100, 100, allow_subnormal=False).map(lambda v: round(v, 2)), min_size=4, max_size=40)
 
@@ -84,3 +84,20 @@ def test_error_of_few_values_is_that_of_independent_ones() -> None:
     values = [0.3, 0.1, 0.4, 0.1, 0.5]
     assert mean_and_error(values) == pytest.approx((np.mean(values), stats.sem(values)))
     assert mean_and_error([1.0]) == (1.0, math.inf)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_autocorrelation_time_is_that_of_the_residuals_of_numpys_line(seed: int) -> None:
+    """The definition, value by value; also far from zero, on a steep line and with an even number of values."""
+    rng = np.random.default_rng(seed)
+    series = np.convolve(rng.normal(size=90 + seed), np.ones(6) / 6, "valid") + 1e4 - 3.0 * np.arange(85 + seed)
+    x = np.arange(len(series))
+    rest = series - np.polyval(np.polyfit(x, series, 1), x)
+    expected = 1.0
+    for lag in range(1, min(64, len(series) // 4)):
+        correlation = float((rest[:-lag] * rest[lag:]).sum() / (rest**2).sum())
+        if correlation <= 0:
+            break
+        expected += 2 * correlation
+    assert expected > 2
+    assert autocorrelation_time(list(series)) == pytest.approx(expected, rel=1e-6)

@@ -25,6 +25,7 @@ from lightning_qat.quantization.reading.schema import read_as
 FINGERPRINT_VERSION = 2
 _READABLE = (1, 2)
 """Version 1 has no ``modules``, ``layers``, ``untrained`` and ``plan``."""
+_NUMPY_HAS = (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
 _ALWAYS_WRITTEN = ("data", "model_inputs", "losses", "metrics", "standard_errors")
 """Without these there would be nothing to compare."""
 
@@ -156,7 +157,10 @@ def tensor_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in tensors:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode("utf-8", "surrogatepass"))
         if tensor.numel():
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            content = tensor.detach().cpu().contiguous()
+            if content.dtype not in _NUMPY_HAS:
+                content = content.reshape(-1).view(torch.uint8)
+            digest.update(content.numpy().data)
     return digest.hexdigest()[:16]
 
 

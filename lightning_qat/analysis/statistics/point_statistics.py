@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.fake_quant.fake_quantize_function import codes_before_clipping
@@ -42,7 +43,7 @@ class PointStatistics:
         flipped: weight codes that differ from the last snapshot.
         compared: weight codes that were compared with it.
         above: how many of the clipped values were above the range; the others were below.
-        code_low: smallest code hit per channel, float64 ``(channels,)``, counted from the smallest of the type.
+        code_low: smallest code hit per channel, ``(channels,)``, counted from the smallest of the type.
         code_high: largest code hit per channel.
         hits: one bit per code of the type, set if any value (of any channel) had it; uint8, packed: 8 KB for int16.
         bins: values inside the range by their code, ``bin_width`` codes to a bin, the smallest first; float64.
@@ -65,10 +66,10 @@ class PointStatistics:
     above: float = 0.0
 
     def __post_init__(self) -> None:
-        self.code_low = torch.full((self.channels,), math.inf, dtype=torch.float64)
-        self.code_high = torch.full((self.channels,), -math.inf, dtype=torch.float64)
+        self.code_low = np.full(self.channels, math.inf)
+        self.code_high = np.full(self.channels, -math.inf)
         self.hits = np.zeros((self.levels + 7) // 8, dtype=np.uint8)
-        self.bins = torch.zeros(-(-self.levels // self.bin_width), dtype=torch.float64)
+        self.bins = np.zeros(-(-self.levels // self.bin_width))
 
     @classmethod
     def of(cls, fake_quant: FakeQuantize) -> PointStatistics:
@@ -99,9 +100,18 @@ class PointStatistics:
     def used_share(self) -> float | None:
         """Distance between smallest and largest code hit, as a share of the range; mean over the channels."""
         seen = self.code_low <= self.code_high
-        if not bool(seen.any()) or self.levels < 2:
+        if not seen.any() or self.levels < 2:
             return None
-        return float(((self.code_high - self.code_low)[seen] / (self.levels - 1)).mean())
+        return float(np.mean((self.code_high - self.code_low)[seen] / (self.levels - 1)))
+
+    @property
+    def sqnr(self) -> float | None:
+        """Ratio of the sum of squares to that of the squared errors, in dB; None if nothing was quantized."""
+        if not self.quantized:
+            return None
+        error = self.rounding + self.clipping
+        ratio = self.signal / error if error else math.inf
+        return 10 * math.log10(ratio) if ratio > 0 else math.nan if math.isnan(ratio) else -math.inf
 
     def update(self, value: Tensor, quantized: Tensor, fake_quant: FakeQuantize) -> None:
         """Add a tensor.
@@ -114,9 +124,10 @@ class PointStatistics:
         active = fake_quant.scale_source is not None and fake_quant.enabled
         rows, quantized_rows = _rows(value, fake_quant), _rows(quantized, fake_quant)
         step = max(1, CHUNK // rows.shape[0])
-        for x, q in zip(rows.split(step, dim=1), quantized_rows.split(step, dim=1), strict=True):
-            if x.numel():
-                self._add(x, q, fake_quant if active else None)
+        for start in range(0, rows.shape[1], step):
+            part = slice(start, start + step)
+            x, q = (rows, quantized_rows) if step >= rows.shape[1] else (rows[:, part], quantized_rows[:, part])
+            self._add(x, q, fake_quant if active else None)
 
     def merge(self, other: PointStatistics) -> None:
         """Add the statistics of another object for the same point."""
@@ -124,24 +135,26 @@ class PointStatistics:
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         for name in ("non_finite", "quantized", "clipped", "rounding", "clipping", "flipped", "compared", "above"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.code_low = torch.minimum(self.code_low, other.code_low)
-        self.code_high = torch.maximum(self.code_high, other.code_high)
+        self._widen(other.code_low, other.code_high)
         self.hits |= other.hits
         self.bins += other.bins
 
     def to_tensors(self) -> tuple[Tensor, Tensor]:
         """Everything as one float64 and one uint8 tensor of fixed sizes, to send to other ranks."""
         numbers = torch.tensor([getattr(self, name) for name in _NUMBERS], dtype=torch.float64)
-        return torch.cat([numbers, self.code_low, self.code_high, self.bins]), torch.from_numpy(self.hits)
+        codes = torch.from_numpy(np.concatenate([self.code_low, self.code_high, self.bins]))
+        return torch.cat([numbers, codes]), torch.from_numpy(self.hits)
 
     @classmethod
     def from_tensors(cls, numbers: Tensor, hits: Tensor, channels: int, levels: int) -> PointStatistics:
         """The reverse of :meth:`to_tensors`."""
-        sizes = [len(_NUMBERS), channels, channels, len(numbers) - len(_NUMBERS) - 2 * channels]
-        values, code_low, code_high, bins = numbers.split(sizes)
-        statistics = cls(channels, levels, **dict(zip(_NUMBERS, values.tolist(), strict=True)))
-        statistics.code_low, statistics.code_high = code_low.clone(), code_high.clone()
-        statistics.bins, statistics.hits = bins.clone(), hits.numpy().copy()
+        values = numbers.numpy()
+        ends = np.cumsum([len(_NUMBERS), channels, channels])
+        statistics = cls(channels, levels, **dict(zip(_NUMBERS, values[: ends[0]].tolist(), strict=True)))
+        statistics.code_low, statistics.code_high, statistics.bins = (
+            part.copy() for part in np.split(values, ends)[1:]
+        )
+        statistics.hits = hits.numpy().copy()
         return statistics
 
     def _add(self, x: Tensor, q: Tensor, fake_quant: FakeQuantize | None) -> None:
@@ -156,41 +169,53 @@ class PointStatistics:
             self.non_finite += x.numel() - values.numel()
         if fake_quant is not None:
             quantized = (q.reshape(-1) if finite is None else q[finite]).to(torch.float64, copy=True)
-            self._add_codes(x, finite, quantized.sub_(values).square_(), fake_quant)
+            self._add_codes(x, finite, quantized.sub_(values), fake_quant)
         if values.numel():
             mean = values.mean()
-            self._merge_moments(values.numel(), *torch.stack([mean, values.sub_(mean).square_().sum()]).tolist())
+            rest = values.sub_(mean)
+            self._merge_moments(values.numel(), *torch.stack([mean, rest.dot(rest)]).tolist())
             self.low, self.high = min(self.low, low), max(self.high, high)
 
     def _add_codes(self, x: Tensor, finite: Tensor | None, error: Tensor, fake_quant: FakeQuantize) -> None:
-        """Add codes, and the squared errors of the finite values."""
-        unclipped = _codes_from_smallest(x, fake_quant)
-        codes = unclipped.clamp(0, self.levels - 1).nan_to_num_(0.0)  # a diverged run may have a scale that is NaN
-        outside = codes != unclipped
-        if finite is None:
-            lowest, highest = codes.amin(dim=1), codes.amax(dim=1)
-        else:
-            lowest = torch.where(finite, codes, torch.inf).amin(dim=1)
-            highest = torch.where(finite, codes, -torch.inf).amax(dim=1)
-            codes, outside, unclipped = codes[finite], outside[finite], unclipped[finite]
-        outside = outside.reshape(-1)
-        clipped = int(outside.count_nonzero())
-        clipping = float(error[outside].sum()) if clipped else 0.0
+        """Add codes, and the errors of the finite values."""
+        # one more place at either end, for what is clipped; a diverged run may have a scale that is NaN
+        codes = _codes_from_smallest(x, fake_quant, first=1).nan_to_num_(0.0).clamp_(0, self.levels + 1)
+        if self.channels > 1:
+            self._add_channels(codes, finite)
+        codes = codes.reshape(-1) if finite is None else codes[finite]
+        counts = torch.bincount(codes.int(), minlength=self.levels + 2).cpu().numpy()
+        below, above = int(counts[0]), int(counts[-1])
+        if below or above:
+            is_clipped = (codes - codes.clamp(1, self.levels)).abs_()  # one or zero
+            beyond = error * is_clipped
+            self.clipping += float(beyond.dot(beyond))
+            error = error.sub_(beyond).nan_to_num_(0.0)
+        self.rounding += float(error.dot(error))
         self.quantized += error.numel()
-        self.clipped += clipped
-        self.clipping += clipping
-        self.rounding += float((error.masked_fill_(outside, 0.0) if clipped else error).sum())
-        counts = torch.bincount(codes.reshape(-1).int(), minlength=self.levels).cpu()
-        self.hits |= np.packbits((counts > 0).numpy())
-        above = int((unclipped > self.levels - 1).count_nonzero()) if clipped else 0
+        self.clipped += below + above
         self.above += above
-        counts[0] -= clipped - above  # what is clipped has the first or the last code
-        counts[-1] -= above
-        self.bins += (
-            F.pad(counts, (0, len(self.bins) * self.bin_width - self.levels)).reshape(len(self.bins), -1).sum(1)
-        )
-        self.code_low = torch.minimum(self.code_low, lowest.double().cpu())
-        self.code_high = torch.maximum(self.code_high, highest.double().cpu())
+        counts = counts[1:-1]
+        hit = counts > 0
+        hit[0] |= below > 0
+        hit[-1] |= above > 0
+        if self.channels == 1 and len(codes):
+            self._widen(hit.argmax(), self.levels - 1 - hit[::-1].argmax())
+        self.hits |= np.packbits(hit)
+        self.bins += np.add.reduceat(counts, np.arange(0, self.levels, self.bin_width))
+
+    def _add_channels(self, codes: Tensor, finite: Tensor | None) -> None:
+        """Add the smallest and the largest code of each channel."""
+        codes = codes.clamp(1, self.levels).sub_(1).double()
+        if finite is None:
+            low, high = codes.amin(dim=1), codes.amax(dim=1)
+        else:
+            low = torch.where(finite, codes, torch.inf).amin(dim=1)
+            high = torch.where(finite, codes, -torch.inf).amax(dim=1)
+        self._widen(low.cpu().numpy(), high.cpu().numpy())
+
+    def _widen(self, low: NDArray[Any] | np.intp, high: NDArray[Any] | np.intp) -> None:
+        np.minimum(self.code_low, low, out=self.code_low)
+        np.maximum(self.code_high, high, out=self.code_high)
 
     def _merge_moments(self, count: float, mean: float, m2: float) -> None:
         total = self.count + count
@@ -212,11 +237,13 @@ def weight_codes(weight: Tensor, fake_quant: FakeQuantize) -> Tensor:
     return codes.to(torch.uint8 if levels <= 256 else torch.int32).cpu()
 
 
-def _codes_from_smallest(rows: Tensor, fake_quant: FakeQuantize) -> Tensor:
-    """Codes of ``(channels, n)`` values before clipping, counted from the smallest code of the type."""
+def _codes_from_smallest(rows: Tensor, fake_quant: FakeQuantize, first: int = 0) -> Tensor:
+    """Codes of ``(channels, n)`` values before clipping, counted so that the smallest of the type is ``first``."""
     scale = fake_quant.channel_scale.detach().to(rows.device).reshape(-1, 1)
-    zero_point = fake_quant.channel_zero_point.to(rows.device).reshape(-1, 1)
-    return codes_before_clipping(rows, scale, zero_point - fake_quant.quant_min)
+    zero: Tensor | int = 0
+    if fake_quant.scheme == "affine":
+        zero = fake_quant.channel_zero_point.to(rows.device).reshape(-1, 1)
+    return codes_before_clipping(rows, scale, zero - fake_quant.quant_min + first)
 
 
 def _rows(tensor: Tensor, fake_quant: FakeQuantize) -> Tensor:

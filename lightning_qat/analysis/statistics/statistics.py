@@ -11,13 +11,12 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_qat.analysis.captured_calls import RepeatableForward, analysis_mode
-from lightning_qat.analysis.metrics import metric_of_sums
 from lightning_qat.analysis.results import Result
 from lightning_qat.analysis.statistics.code_histogram import CodeHistogram
 from lightning_qat.analysis.statistics.point_statistics import PointStatistics, weight_codes
@@ -79,6 +78,9 @@ class LayerStatisticsRow:
     region: str = ""
 
 
+T = TypeVar("T", LayerStatisticsRow, CodeHistogram)
+
+
 @dataclass(frozen=True)
 class LayerStatisticsResult(Result[LayerStatisticsRow]):
     """One row per point of the plan, in execution order.
@@ -104,9 +106,13 @@ class LayerStatisticsResult(Result[LayerStatisticsRow]):
     def merged(cls, results: Mapping[str, LayerStatisticsResult]) -> LayerStatisticsResult:
         """Put the results of several regions together, by the paths of their targets."""
         return cls(
-            tuple(replace(row, region=name) for name, result in results.items() for row in result.rows),
-            tuple(replace(one, region=name) for name, result in results.items() for one in result.histograms),
+            tuple(_in_region(row, name) for name, result in results.items() for row in result.rows),
+            tuple(_in_region(one, name) for name, result in results.items() for one in result.histograms),
         )
+
+
+def _in_region(one: T, region: str) -> T:
+    return one if one.region == region else replace(one, region=region)
 
 
 def layer_statistics(
@@ -252,7 +258,6 @@ class StatisticsCollector:
         self, plan: PointPlan, op_type: str, fake_quant: FakeQuantize, found: PointStatistics | None
     ) -> LayerStatisticsRow:
         s = found or PointStatistics.of(fake_quant)
-        error = torch.tensor([s.quantized, 0.0, s.rounding + s.clipping, s.signal, 0.0, 0.0, 0.0], dtype=torch.float64)
         source = "clipping" if s.clipping > s.rounding else "rounding" if s.rounding else "none"
         return LayerStatisticsRow(
             point=plan.name,
@@ -272,7 +277,7 @@ class StatisticsCollector:
             scale_drift=_drift(fake_quant, self.calibrated.get(plan.name)),
             flip_rate=s.flipped / s.compared if s.compared else None,
             error_source=source if s.quantized else None,
-            sqnr=float(metric_of_sums("SQNR", error)) if s.quantized else None,
+            sqnr=s.sqnr,
             count=int(s.count),
             non_finite=int(s.non_finite),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ import lightning.pytorch as pl
 
 from lightning_qat.analysis.fingerprint.fingerprint import tensor_digest
 from lightning_qat.callbacks.passes.evaluation import Evaluation, evaluate
+from lightning_qat.quantization.modules.module_walk import own_tensors
 from lightning_qat.quantization.region.region import find_regions
 from lightning_qat.quantization.region.switches import State
 
@@ -26,14 +26,13 @@ def model_key(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelKey:
 
     The key does not cover other attributes that steps change: extra passes put those back.
     """
-    tensors = itertools.chain(pl_module.named_parameters(), pl_module.named_buffers())
     outdated = (
         f"{path}:{name}"
         for path, region in find_regions(pl_module).items()
         for name, fake_quant in region.points.items()
         if fake_quant.outdated
     )
-    return trainer.global_step, trainer.current_epoch, tensor_digest(tensors), frozenset(outdated)
+    return trainer.global_step, trainer.current_epoch, tensor_digest(own_tensors(pl_module)), frozenset(outdated)
 
 
 class SharedEvaluations:

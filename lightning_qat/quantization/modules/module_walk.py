@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 REGION_NAME = "_quantization"
@@ -48,6 +48,27 @@ def modules_outside_regions(module: nn.Module) -> list[nn.Module]:
         ['Sequential', 'Linear']
     """
     return [m for path, m in modules_and_regions(module) if not is_in_region(path)]
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of all modules, regions included, with their names in these; in a fixed order.
+
+    A parameter that several modules hold comes several times.
+
+    Example:
+        >>> [name for name, _ in own_tensors(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False)))]
+        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+    """
+    seen: set[int] = set()
+    pending: list[nn.Module | None] = [module]
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        for tensors in (current._parameters, current._buffers):
+            yield from ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+        pending += reversed(current._modules.values())
 
 
 def has_lazy_tensors(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -18,6 +19,7 @@ from lightning_qat.analysis.fingerprint.fingerprint import (
     Fingerprint,
     batch_norm_summary,
     deviating_modes,
+    tensor_digest,
     weight_digests,
 )
 from lightning_qat.analysis.fingerprint.fingerprint_differences import compare_fingerprints
@@ -105,6 +107,28 @@ def test_digests_are_of_the_float_weights_only() -> None:
     assert moved["1"] != before["1"]  # running statistics are part of the model
     insert(model, (torch.ones(1, 1, 8, 8),))
     assert weight_digests(model) == moved
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor(2.5),
+        torch.randn(3, 2).t(),
+        torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+        torch.randn(4, dtype=torch.bfloat16),
+        torch.randn(4).half(),
+        torch.tensor([True, False]),
+        torch.arange(3, dtype=torch.int16),
+        torch.zeros(0, 2),
+    ],
+    ids=str,
+)
+def test_digest_is_that_of_name_shape_type_and_bytes(tensor: torch.Tensor) -> None:
+    """Digests of earlier versions stand in files, so they must not change."""
+    flat = tensor.contiguous().view(-1)
+    content = bytes(flat.view(torch.uint8).tolist()) if tensor.numel() else b""
+    head = f"net.w{tuple(tensor.shape)}{tensor.dtype}".encode()
+    assert tensor_digest([("net.w", tensor)]) == hashlib.sha256(head + content).hexdigest()[:16]
 
 
 def test_modes_and_batch_norm_are_noted() -> None:

@@ -150,6 +150,53 @@ def test_scale_that_training_has_ruined_is_no_reason_to_fail(channels: int | Non
     assert not math.isnan(statistics.rounding)
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.5, 1.0], math.inf),
+        ([0.0, 0.0], math.inf),
+        ([0.2, 0.2], 10 * math.log10(0.2**2 / 0.05**2)),
+        ([0.05, 0.05], 0.0),
+        ([math.nan], None),
+        ([], None),
+    ],
+)
+def test_sqnr_is_that_of_all_values(values: list[float], expected: float | None) -> None:
+    """B4: also without an error, without a signal, and without values."""
+    fake_quant = point("int8", 0.25)
+    x = torch.tensor(values)
+    statistics = PointStatistics.of(fake_quant)
+    statistics.update(x, fake_quant(x), fake_quant)
+    assert statistics.sqnr == (expected if expected is None else pytest.approx(expected, abs=1e-5))
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8", "uint8"])
+@pytest.mark.parametrize("channels", [None, 3])
+@pytest.mark.parametrize("reach", [0.5, 2.0])
+def test_clipped_values_hit_the_ends_and_stand_in_no_bin(dtype: str, channels: int | None, reach: float) -> None:
+    """B4: below, above, the codes and their bins, against numpy; also where some values are not finite."""
+    fake_quant = point(dtype, 0.01, channels)
+    x = torch.randn(7, 3, 5) * reach * 0.01 * (fake_quant.quant_max - fake_quant.quant_min)
+    x[0, 0, 0], x[1, 1, 1] = math.nan, math.inf
+    statistics = PointStatistics.of(fake_quant)
+    statistics.update(x, fake_quant(x), fake_quant)
+    rows = x.movedim(1, 0).reshape(3, -1).numpy()
+    unclipped = np.round(rows / fake_quant.scale.numpy().reshape(-1, 1)) - fake_quant.quant_min
+    levels = fake_quant.quant_max - fake_quant.quant_min + 1
+    own = unclipped[np.isfinite(rows)]
+    assert statistics.above == (own > levels - 1).sum()
+    assert statistics.clipped == (own > levels - 1).sum() + (own < 0).sum()
+    codes = np.clip(np.where(np.isfinite(rows), unclipped, np.nan), 0, levels - 1)
+    low, high = np.nanmin(codes, axis=1), np.nanmax(codes, axis=1)
+    assert statistics.code_low.tolist() == (low.tolist() if channels else [low.min()])
+    assert statistics.code_high.tolist() == (high.tolist() if channels else [high.max()])
+    hits = np.unpackbits(statistics.hits, count=levels)
+    assert hits.nonzero()[0].tolist() == np.unique(codes[np.isfinite(codes)]).tolist()
+    inside = own[(own >= 0) & (own < levels)]
+    counts = np.bincount((inside // statistics.bin_width).astype(int), minlength=len(statistics.bins))
+    assert statistics.bins.tolist() == counts.tolist()
+
+
 def test_memory_does_not_grow_with_the_data() -> None:
     """Bounded memory: 8 KB of code bits for int16 and the bins of a histogram, whatever flows through."""
     fake_quant = point("int16", 1e-4)
