@@ -28,7 +28,7 @@ LARGE = 2**18
 _hardtanh = torch._C._nn.hardtanh
 
 
-def fake_quantize_cpu(x: Tensor, scale: float, low: int, high: int) -> Tensor:
+def fake_quantize_cpu(x: Tensor, scale: float, low: int, high: int, divisor: Tensor | None = None) -> Tensor:
     """Fake-quantize a CPU tensor with one scale.
 
     Args:
@@ -36,6 +36,7 @@ def fake_quantize_cpu(x: Tensor, scale: float, low: int, high: int) -> Tensor:
         scale: A Python float with the value of a float32.
         low: Smallest code minus the zero point.
         high: Largest code minus the zero point.
+        divisor: The scale as a tensor, if there is one: torch makes a tensor of a number at every division.
 
     Returns:
         A new tensor of the shape and type of ``x``, with the straight-through gradient.
@@ -50,7 +51,7 @@ def fake_quantize_cpu(x: Tensor, scale: float, low: int, high: int) -> Tensor:
         result: Tensor = _hardtanh(x, *_gradient_bounds(scale, low, high, x.dtype is torch.float64))
         values = result.detach()  # the same memory: what is written into it has no gradient
         if not _has_nan(values):
-            _dequantize_(values.div_(scale).round_().clamp_(low, high), scale)
+            _dequantize_(values.div_(scale if divisor is None else divisor).round_().clamp_(low, high), scale)
             return result
     return cast(Tensor, _CpuFakeQuantize.apply(x, scale, low, high))  # type: ignore[no-untyped-call]
 
@@ -85,7 +86,7 @@ def fake_quantize_channels_cpu(x: Tensor, scale: Tensor, zero: Tensor | int, low
     values = result.detach().clamp_(low, high)
     if isinstance(zero, Tensor) or zero:
         values.sub_(zero)
-    values.mul_(scale).add_(0.0)
+    values.mul_(scale).add_(_ZERO)
     return result if x.dtype in NATIVE else result.to(x.dtype)
 
 

@@ -12,7 +12,7 @@ from lightning_qat.quantization.config_values import Scheme
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_quantize
 from lightning_qat.quantization.fake_quant.learned_scale import fake_quantize_learned, gradient_scale
-from lightning_qat.quantization.fake_quant.quantization_parameters import QuantizationParameters
+from lightning_qat.quantization.fake_quant.quantization_parameters import QuantizationParameters, write_magnitudes
 from lightning_qat.quantization.numerics.channel_groups import swap_within_groups
 from lightning_qat.quantization.numerics.observers import ObserverName, check_observer, clip_range
 from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE, check_percentile
@@ -109,10 +109,6 @@ class FakeQuantize(QuantizationParameters):
         self.outdated = self.forgotten = False
         self.starts_at_zero, self.batches_from_zero, self.agreed_batches = False, 0, 0
         self.statistics = statistics_for(self.axis, channels, split_sizes, ema_momentum)
-        with torch.inference_mode(False):
-            # Clip range relative to the whole and to the averaged range of the data; rows: lower and upper end.
-            self._ratio = torch.ones(2, scales or 1, dtype=torch.float64, device="cpu")
-            self._ema_ratio = self._ratio.clone()
         if fixed_scale is not None:
             self.compute_scale("fixed")
 
@@ -120,15 +116,15 @@ class FakeQuantize(QuantizationParameters):
         """Fake-quantize ``x`` with the present scale; return ``x`` itself when not calibrated or not enabled."""
         if self.scale_source is None or not self.enabled:
             return x
-        if self.groups == 1:
-            return self._quantized(x)
-        return swap_within_groups(self._quantized(swap_within_groups(x, self.groups)), self.groups)
-
-    def _quantized(self, x: Tensor) -> Tensor:
+        if self.groups > 1:
+            x = swap_within_groups(x, self.groups)
         if self._parameters:
-            return self._forward_learned(x)
-        zero_point = self.channel_zero_point if self.scheme == "affine" else 0
-        return fake_quantize(x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self.axis)
+            quantized = self._forward_learned(x)
+        else:
+            scale = self.scale if self.split_sizes is None else self.channel_scale
+            zero_point = 0 if self.scheme == "symmetric" else self.channel_zero_point
+            quantized = fake_quantize(x, scale, zero_point, self.quant_min, self.quant_max, self.axis)
+        return quantized if self.groups == 1 else swap_within_groups(quantized, self.groups)
 
     def _forward_learned(self, x: Tensor) -> Tensor:
         scale = self.scale
@@ -239,11 +235,16 @@ class FakeQuantize(QuantizationParameters):
             (low_ratio,), (high_ratio,) = self._ratio.tolist()
             self._write_number(low.item() * low_ratio, high.item() * high_ratio)
             return True
-        if self.scheme != "symmetric" or self.quant_min >= 0 or self.split_sizes is not None or x.dim() < 2:
-            return False
-        axis = self.axis % x.dim()
-        magnitudes = x.abs().amax(dim=[d for d in range(x.dim()) if d != axis])
-        return magnitudes.shape == self.scale.shape and self._write_magnitudes(magnitudes * self._ratio[1])
+        magnitudes = self.magnitudes(x)
+        return magnitudes is not None and bool(write_magnitudes([self], [magnitudes]))
+
+    def magnitudes(self, x: Tensor) -> Tensor | None:
+        """The largest magnitude of each channel of a weight; None if the scale does not follow from these alone."""
+        if self.axis is None or self.scheme != "symmetric" or self.quant_min >= 0 or self.split_sizes is not None:
+            return None
+        if x.dim() < 2 or x.shape[axis := self.axis % x.dim()] != self.scale.numel():
+            return None
+        return x.abs().amax(dim=[d for d in range(x.dim()) if d != axis])
 
     @torch.no_grad()
     @torch.inference_mode(False)

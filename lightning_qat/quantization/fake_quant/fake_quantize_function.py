@@ -76,12 +76,13 @@ def fake_quantize(
     transformed = not compiling and (
         torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
     )
-    on_cpu = x.device.type == "cpu" and not (compiling or transformed)
+    on_cpu = x.is_cpu and not (compiling or transformed)
     if axis is None and on_cpu:
         # Numbers read from tensors in CPU memory: this costs nothing, and cannot be stale as a cache of them could.
         s = scale.item() if isinstance(scale, Tensor) else round_to_float32(scale)
         z = int(zero_point.item()) if isinstance(zero_point, Tensor) else zero_point
-        return fake_quantize_cpu(x, s, quant_min - z, quant_max - z)
+        divisor = scale.detach() if isinstance(scale, Tensor) and scale.is_cpu else None
+        return fake_quantize_cpu(x, s, quant_min - z, quant_max - z, divisor)
     scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
     if axis is not None:
         scale = broadcast_to_axis(x, scale, axis)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,6 +63,9 @@ class QuantizationParameters(torch.nn.Module):
         with torch.inference_mode(False):
             self.register_buffer("scale", torch.ones(shape, dtype=torch.float32))
             self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+            # Clip range relative to the whole and to the averaged range of the data; rows: lower and upper end.
+            self._ratio = torch.ones(2, scales or 1, dtype=torch.float64, device="cpu")
+            self._ema_ratio = self._ratio.clone()
 
     @property
     def degenerate(self) -> bool:
@@ -124,18 +127,6 @@ class QuantizationParameters(torch.nn.Module):
             self.scale.fill_(scale)
             self.zero_point.fill_(zero_point)
 
-    def _write_magnitudes(self, magnitudes: Tensor) -> bool:
-        """The usual symmetric signed ranges, by their largest magnitudes as float64, in two operations.
-
-        Returns:
-            False if some are zero, not finite or of a size that needs a limit: then nothing is written.
-        """
-        low, high = torch.aminmax(magnitudes)
-        usual = low.item() > USUAL_MAGNITUDES[0] and high.item() < USUAL_MAGNITUDES[1]  # not of NaN
-        if usual:
-            torch.div(magnitudes, self.quant_max, out=self.scale)  # rounded once, as the quotient is a float64
-        return usual
-
     def write_range(self, low: Tensor, high: Tensor) -> None:
         """Take scale and zero point from a range, in place. What is not finite changes nothing.
 
@@ -163,3 +154,27 @@ class QuantizationParameters(torch.nn.Module):
             if self.zero_point.dtype != torch.int32:
                 self.zero_point = zero_point.to(self.zero_point.device)
         return self
+
+
+def write_magnitudes(
+    points: Sequence[QuantizationParameters], magnitudes: Sequence[Tensor]
+) -> list[QuantizationParameters]:
+    """Take the usual symmetric scales per channel from the largest magnitudes, in few operations for all points.
+
+    Args:
+        points: all of types with the same largest code.
+        magnitudes: the largest magnitude of each channel, for each point; on the CPU.
+
+    Returns:
+        The points whose scale was written: those without a magnitude that is zero, not finite or needs a limit.
+    """
+    found = torch.cat(list(magnitudes)) * torch.cat([point._ratio for point in points], dim=1)[1]
+    low, high = torch.aminmax(found)
+    if low.item() > USUAL_MAGNITUDES[0] and high.item() < USUAL_MAGNITUDES[1]:  # not of NaN
+        # Rounded once, as the quotient is a float64.
+        scales = torch.div(found, points[0].quant_max, out=torch.empty_like(found, dtype=torch.float32))
+        torch._foreach_copy_([point.scale for point in points], scales.split([len(m) for m in magnitudes]))
+        return list(points)
+    if len(points) == 1:
+        return []
+    return [point for point, own in zip(points, magnitudes, strict=True) if write_magnitudes([point], [own])]

@@ -64,12 +64,21 @@ def call_leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor
 
 
 def map_call_leaves(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], replace: Callable[[int, Tensor], Tensor]
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    replace: Callable[[int, Tensor], Tensor],
+    last: int | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Rebuild the arguments of a call with ``replace(index, tensor)`` for each leaf, numbered as in call_leaves.
 
     An argument without a replaced tensor stays the same object. Mappings and dataclasses are copied without calling
     their constructor.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        replace: returns the tensor to put into the place of another.
+        last: the last index that is replaced, if that is known: arguments behind it need not be looked at.
 
     Example:
         >>> import torch
@@ -78,15 +87,20 @@ def map_call_leaves(
         ((tensor([1.]), [tensor([2.])]), {'out': tensor([3.])})
     """
     if not kwargs:  # most ops: tensors and numbers only, in loops without a generator
-        for argument in args:
-            if not (isinstance(argument, Tensor) or _is_plain(argument)):
+        positions: list[int] = []
+        for position, argument in enumerate(args):
+            if isinstance(argument, Tensor):
+                positions.append(position)
+                if len(positions) - 1 == last:
+                    break
+            elif not _is_plain(argument):
                 break
         else:
-            operands, index = list(args), 0
-            for position, argument in enumerate(args):
-                if isinstance(argument, Tensor):
-                    operands[position] = replace(index, argument)
-                    index += 1
+            last = len(positions) - 1
+        if len(positions) - 1 == last:
+            operands = list(args)
+            for index, position in enumerate(positions):
+                operands[position] = replace(index, args[position])
             return tuple(operands), {}
     counter = itertools.count()
 

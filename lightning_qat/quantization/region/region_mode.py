@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Mapping
+from types import FrameType, MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.fake_quant.first_scale import follow, takes_first_scale
 from lightning_qat.quantization.interception.interception import InterceptionMode, SpecCache
 from lightning_qat.quantization.interception.op_identity import OpIdentity
@@ -18,6 +19,7 @@ from lightning_qat.quantization.interception.op_sequence import SequenceRecorder
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves, is_float, leaves, map_call_leaves
 from lightning_qat.quantization.planning.folded_batch_norm import FoldedBatchNorm
 from lightning_qat.quantization.region.bound_points import UNPLANNED, BoundPoint, OpQuantizers, parameter_view
+from lightning_qat.quantization.region.followed_weights import State, is_current
 from lightning_qat.quantization.region.switches import Switches
 
 Operation = Callable[..., Any]
@@ -62,12 +64,14 @@ class RegionMode(InterceptionMode):
         identity: OpIdentity,
         repeats: RegionMode | None = None,
         recorder: SequenceRecorder | None = None,
+        followed: Mapping[FakeQuantize, State] = MappingProxyType({}),
     ) -> None:
         super().__init__(identity, recomputing=repeats is not None)
         self.runner = runner
         self.recorder = recorder
         self.state: str = runner.switches.state if repeats is None else repeats.state
         self._functions = runner.functions
+        self._followed = followed
         self._updates: frozenset[str] = runner.switches.updates if repeats is None else frozenset()
         self._first_scales = runner.switches.first_scales and repeats is None
         self._taps = runner.switches.taps if repeats is None else ()
@@ -145,7 +149,10 @@ class RegionMode(InterceptionMode):
         if kwargs.get("max_norm") is not None:
             kwargs = _renormalized(*args[:2], **kwargs)
         return map_call_leaves(
-            args, kwargs, lambda index, tensor: self._quantize(inputs[index], tensor) if index in inputs else tensor
+            args,
+            kwargs,
+            lambda index, tensor: self._quantize(inputs[index], tensor) if index in inputs else tensor,
+            max(inputs),
         )
 
     def _quantize(self, point: BoundPoint, tensor: Tensor) -> Tensor:
@@ -181,12 +188,15 @@ class RegionMode(InterceptionMode):
                 self.runner.call_ranges.observe(point.name, number, tensor)
             return tensor
         moves = point.role in self._updates and not fake_quant.frozen
-        if self._first_scales and takes_first_scale(fake_quant, moves):
+        if self._first_scales and fake_quant.starts_at_zero and takes_first_scale(fake_quant, moves):
             follow(fake_quant, tensor, point.is_weight)
             if point.is_weight and not fake_quant.learned:
                 self._note_trained(point, tensor)
         elif moves:
-            self._move_scale(point, tensor)
+            if is_current(self._followed.get(fake_quant), tensor):
+                fake_quant.outdated = True  # the optimizer may step before the next forward
+            else:
+                self._move_scale(point, tensor)
         quantized = fake_quant.forward(tensor)
         for tap in self._taps:
             tap(point.name, tensor, quantized)

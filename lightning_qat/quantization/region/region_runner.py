@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_qat.quantization.errors import ConfigurationError, PlanMismatchError
 from lightning_qat.quantization.fake_quant.call_ranges import CallRanges
+from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.fake_quant.first_scale import takes_first_scale
 from lightning_qat.quantization.interception.activation_checkpointing import RunningRegion
 from lightning_qat.quantization.interception.call_path import CallPaths, ScopeNode
@@ -30,6 +31,7 @@ from lightning_qat.quantization.interception.op_sequence import OpSequences, Seq
 from lightning_qat.quantization.region.bound_points import UNPLANNED, BoundPoint, OpQuantizers, parameter_view, refresh
 from lightning_qat.quantization.region.compilation import Compilation
 from lightning_qat.quantization.region.compiled_mode import CompiledMode
+from lightning_qat.quantization.region.followed_weights import FollowedWeights, State
 from lightning_qat.quantization.region.freezing import Freezing
 from lightning_qat.quantization.region.region_mode import RegionMode
 from lightning_qat.quantization.region.switches import Switches
@@ -81,6 +83,7 @@ class RegionRunner(Opener):
         self._orders = traced.orders if traced is not None else {}
         points = (p for q in bound.values() for p in (*q.inputs.values(), *([q.output] if q.output else ())))
         self._points = tuple(points)
+        self._weights = FollowedWeights(self._points)
         self.functions = SpecCache()
         self.sequences = OpSequences(type(target).__name__)
         self.call_paths = CallPaths(target, self._find)
@@ -131,13 +134,18 @@ class RegionRunner(Opener):
             self.freezing.hold()
             wanted = self.switches.state == "observe" or bool(self.sequences.problem)
             recorder = self.sequences.recorder(self.target.training, frame, wanted)
-            return RegionMode(self, self.identity(frame), recorder=recorder)
+            return RegionMode(self, self.identity(frame), recorder=recorder, followed=self._follow_weights())
         if active_mode(self.call_paths) is not None:
             return None
         raise RuntimeError(
             f"the quantized region {type(self.target).__name__} was called inside another one, "
             f"{type(outer.identity.target).__name__}: make only one of the two a target."
         )
+
+    def _follow_weights(self) -> dict[FakeQuantize, State]:
+        switches = self.switches
+        moves = switches.state == "quantize" and "weight" in switches.updates and self.target.training
+        return self._weights.follow() if moves and not torch._C._are_functorch_transforms_active() else {}
 
     def compile(self, options: bool | Mapping[str, Any]) -> None:
         """Decide whether the forward is compiled, see :meth:`Region.set_compile`."""
@@ -283,6 +291,6 @@ class RegionRunner(Opener):
 
     def __getstate__(self) -> dict[str, Any]:
         # made by the region of the copy; some hold code objects
-        rebuilt = ("call_paths", "functions", "sequences", "_bound", "_graph", "_orders", "_points")
+        rebuilt = ("call_paths", "functions", "sequences", "_bound", "_graph", "_orders", "_points", "_weights")
         kept = {name: value for name, value in self.__dict__.items() if name not in rebuilt}
         return {**kept, "compilation": None}  # copies are for analyses, and run eagerly
