@@ -31,6 +31,8 @@ from lightning_qat.quantization.reading.files import Document
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.shares import count_of
 
+MISLEADING = 2.0
+"""A sum of errors that is so many times what was measured, or less than its inverse, misleads."""
 INFINITE_ERROR = 1e100
 """Stands for an error that is no finite number: sums and differences of it are still numbers."""
 
@@ -151,12 +153,22 @@ class PrecisionErrors(Result[PointError]):
             f"all at {c.dtype}: predicted {c.predicted:.3g}, measured {c.measured:.3g}" for c in self.checks
         )
         far = [c.dtype for c in self.checks if max(c.predicted, c.measured) > OUT_OF_RANGE * self.power]
-        trust = (
-            f" At {', '.join(far)} the output has collapsed: errors do not add up there, so choose by measuring."
-            if far
-            else ""
-        )
+        trust = ""
+        if far:
+            trust = (
+                f" At {', '.join(far)} the output has collapsed: errors do not add up there, so choose by measuring."
+            )
+        elif not self.adds_up:
+            trust = f" At {self.dtypes[0]} errors do not add up: compare choices by measuring them."
         return f"{self.output}, {self.batches} batches, mean square {self.power:.3g}. {checked}.{trust}"
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the errors at the narrowest type add up to what was measured, within a factor of 2.
+
+        Elements that share one value, such as a black background, share one error: such errors cancel or round away.
+        """
+        return all(c.measured / MISLEADING <= c.predicted <= c.measured * MISLEADING for c in self.checks[:1])
 
     def choose(
         self,

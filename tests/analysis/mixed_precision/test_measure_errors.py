@@ -196,6 +196,32 @@ def test_a_collapsed_output_is_said_to_be_out_of_range() -> None:
     assert "larger than the output itself" in choice.note
 
 
+class Difference(nn.Module):
+    """The difference of two layers, and a third."""
+
+    def __init__(self, same: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = (nn.Linear(16, 16) for _ in range(3))
+        if same:
+            self.second.load_state_dict(self.first.state_dict())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) - self.second(x) + 0.2 * self.third(x)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_errors_that_cancel_are_said_not_to_add_up(same: bool) -> None:
+    """Two equal layers make equal errors, which their difference does not have. Of two other layers nothing is said."""
+    model, batches = Difference(same), [torch.randn(32, 16, generator=torch.Generator().manual_seed(1))]
+    errors = measure_errors(region_at(model, batches), batches)
+    narrowest = errors.checks[0]
+    assert max(narrowest.predicted, narrowest.measured) < errors.power  # it has not collapsed
+    assert (narrowest.predicted > 2 * narrowest.measured) is same
+    assert errors.adds_up is not same
+    assert ("At int8 errors do not add up" in errors.note) is same
+
+
 def test_types_that_an_override_fixes_stay() -> None:
     model, batches = uneven(8, 16, 4)
     fixed = [{"match": "0.weight", "weight": {"dtype": "int6"}}]
