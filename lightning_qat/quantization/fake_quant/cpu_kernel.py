@@ -4,8 +4,9 @@ With one scale, the forward makes four vectorized passes over one new tensor. Th
 input: division and rounding are monotone, so the values with a code in range lie between two bounds, which are searched
 once.
 
-Torch's own ``hardtanh`` has this very backward. For all but large tensors, the forward calls it and writes the values
-into its result: this costs a pass, and saves a custom ``autograd.Function``, whose Python code takes longer.
+Torch's own ``hardtanh`` has this very backward. So the forward calls it and writes the values into its result. This
+costs a pass, and saves a custom ``autograd.Function``, which takes longer: Python for small tensors, and for large ones
+a pass that looks for NaN in the backward, where the input is no longer in a cache.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from torch.nn import Parameter
 
 NATIVE = (torch.float32, torch.float64)
 """Types that are computed as they are; all others are computed in float32."""
-LARGE = 2**18
-"""Above so many values, another pass takes longer than Python's work for a custom ``autograd.Function``."""
+LARGE = 2**20
+"""Above so many values, to keep a weight's codes takes memory, and saves no time."""
+_ORDINARY = (Tensor, Parameter)
+"""Other types of tensors may not allow to write into their memory."""
 _hardtanh = torch._C._nn.hardtanh
 
 
@@ -47,7 +50,7 @@ def fake_quantize_cpu(x: Tensor, scale: float, low: int, high: int, divisor: Ten
     """
     if not (x.requires_grad and torch.is_grad_enabled()):
         return _quantize_dequantize(x, scale, low, high)
-    if _is_ordinary(x) and x.dtype in NATIVE:
+    if type(x) in _ORDINARY and x.dtype in NATIVE:
         result: Tensor = _hardtanh(x, *_gradient_bounds(scale, low, high, x.dtype is torch.float64))
         values = result.detach()  # the same memory: what is written into it has no gradient
         if not _has_nan(values):
@@ -72,7 +75,7 @@ def fake_quantize_channels_cpu(x: Tensor, scale: Tensor, zero: Tensor | int, low
         A new tensor of the shape and type of ``x``, with the straight-through gradient; None for tensors that are too
         large, hold NaN, or are of a type of their own.
     """
-    if not _is_ordinary(x):
+    if x.numel() > LARGE or type(x) not in _ORDINARY:
         return None
     copied = x.clone() if x.dtype in NATIVE else x.float()  # hands the gradient through
     codes = copied.detach().div_(scale).round_()
@@ -129,11 +132,6 @@ def _quantize_dequantize(x: Tensor, scale: float, low: int, high: int) -> Tensor
 def _dequantize_(codes: Tensor, scale: float) -> Tensor:
     # 0 + scale * codes instead of codes * scale: the result for -0.1 is 0.0 as in torch, not -0.0.
     return torch.add(_ZERO, codes, alpha=scale, out=codes)
-
-
-def _is_ordinary(x: Tensor) -> bool:
-    """Whether a tensor is neither large nor of a type of its own, which may not allow to write into its memory."""
-    return x.numel() <= LARGE and type(x) in (Tensor, Parameter)
 
 
 def _has_nan(x: Tensor) -> bool:

@@ -31,7 +31,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 def test_large_tensors_have_the_bits_of_the_small_ones_that_they_are_made_of(kind: str, dtype: torch.dtype) -> None:
     values = near_thresholds(0.02, -128, 127, 0)[:4000].to(dtype)
     rows = torch.stack([values, values.flip(0)])
-    large = rows.repeat(1, cpu_kernel.LARGE // rows.numel() + 1)
+    large = rows.repeat(1, cpu_kernel.LARGE // rows.numel() + 1)  # also split between threads
     assert rows.numel() < cpu_kernel.LARGE < large.numel()
     output, grad = run(fake_quantize, large, *KINDS[kind])
     expected, _ = run(fake_quantize, rows, *KINDS[kind])
