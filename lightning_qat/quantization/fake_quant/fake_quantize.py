@@ -16,6 +16,7 @@ from lightning_qat.quantization.fake_quant.quantization_parameters import Quanti
 from lightning_qat.quantization.numerics.channel_groups import swap_within_groups
 from lightning_qat.quantization.numerics.observers import ObserverName, check_observer, clip_range
 from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE, check_percentile
+from lightning_qat.quantization.numerics.range_statistics import RangeStatistics
 from lightning_qat.quantization.numerics.scales import (
     MAX_SCALE,
     MIN_SCALE,
@@ -217,25 +218,23 @@ class FakeQuantize(QuantizationParameters):
             return
         x = x.detach() if self.groups == 1 else swap_within_groups(x.detach(), self.groups)
         ema = self.observer == "ema" if ema is None else ema
-        if not ema and self._followed(x):
+        if self._followed(x, ema):
             return
         with torch.no_grad(), torch.inference_mode(False):
-            if ema:
-                self._write_ema_range(*self.statistics.update_ema(*self.statistics.extremes(x)))
-            else:
-                ends = torch.stack(self.statistics.extremes(x))
-                self.write_range(*(ends * self._ratio.to(ends.device)))
+            ends = self.statistics.extremes(x)
+            self._write_ends(*(self.statistics.update_ema(*ends) if ema else ends), ema)
 
-    def _followed(self, x: Tensor) -> bool:
-        """Follow a weight on the CPU, if it is an ordinary one, in few operations: this runs in every training step."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+    def _followed(self, x: Tensor, ema: bool) -> bool:
+        """Follow an ordinary tensor on the CPU in few operations, as this runs in every training step."""
+        if not x.is_cpu or torch.compiler.is_compiling():
             return False
-        if self.axis is None:
-            low, high = torch.aminmax(x)
-            (low_ratio,), (high_ratio,) = self._ratio.tolist()
-            self._write_number(low.item() * low_ratio, high.item() * high_ratio)
+        if isinstance(self.statistics, RangeStatistics):
+            low, high = (end.item() for end in torch.aminmax(x))
+            if ema:
+                low, high = self.statistics.move_averages(low, high)
+            self._write_number(low, high, self._ema_ratio if ema else self._ratio)
             return True
-        magnitudes = self.magnitudes(x)
+        magnitudes = None if ema else self.magnitudes(x)
         return magnitudes is not None and bool(write_magnitudes([self], [magnitudes]))
 
     def magnitudes(self, x: Tensor) -> Tensor | None:
@@ -252,7 +251,7 @@ class FakeQuantize(QuantizationParameters):
         """Replace the moving averages of the range, ``(2, channels)``, and compute the scale from the new ones."""
         self.statistics.averages = averages
         if not self.learned:
-            self._write_ema_range(*self.statistics.ema_range)
+            self._write_ends(*self.statistics.ema_range, True)
 
     def reset_statistics(self) -> None:
         """Reset the statistics, to calibrate again; the scale stays."""
@@ -295,6 +294,6 @@ class FakeQuantize(QuantizationParameters):
         source = f"{self.scale_source}, learned" if self.learned else self.scale_source
         return f"{self.dtype}, {self.scheme}{axis}, observer={self.observer}, scale_source={source}"
 
-    def _write_ema_range(self, low: Tensor, high: Tensor) -> None:
-        ratio = self._ema_ratio.to(low.device)
+    def _write_ends(self, low: Tensor, high: Tensor, ema: bool) -> None:
+        ratio = (self._ema_ratio if ema else self._ratio).to(low.device)
         self.write_range(low * ratio[0], high * ratio[1])

@@ -120,8 +120,10 @@ class QuantizationParameters(torch.nn.Module):
         self.quant_max = found.quant_max
         self.quant_min = -found.quant_max if self.narrow_range and found.signed else found.quant_min
 
-    def _write_number(self, low: float, high: float) -> None:
-        """One range, without the many small tensors that :meth:`write_range` makes. The result is the same."""
+    def _write_number(self, low: float, high: float, ratio: Tensor) -> None:
+        """One range by its ratio, without the small tensors that :meth:`write_range` makes. The result is the same."""
+        (low_ratio,), (high_ratio,) = ratio.tolist()
+        low, high = low * low_ratio, high * high_ratio
         if math.isfinite(low) and math.isfinite(high):
             scale, zero_point = scale_from_numbers(low, high, self.quant_min, self.quant_max, self.scheme)
             self.scale.fill_(scale)

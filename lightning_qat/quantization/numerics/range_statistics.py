@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -105,6 +106,17 @@ class Statistics:
         moved = self._ema + self._weight_of_next_batch(batch.device) * (batch - self._ema)
         self._ema = torch.where(batch.isfinite(), moved, self._ema)
         return self._ema[0], self._ema[1]
+
+    def move_averages(self, low: float, high: float) -> tuple[float, float]:
+        """Do the same for one row of an eager forward, by numbers: the bits are the same, and it takes less time."""
+        weight = float(self._weight_of_next_batch(self._ema.device))
+        (low_before,), (high_before,) = self._ema.tolist()
+        moved = [
+            before + weight * (end - before) if math.isfinite(end) else before
+            for before, end in ((low_before, low), (high_before, high))
+        ]
+        self.averages = torch.tensor(moved, dtype=torch.float64).reshape(2, 1)
+        return moved[0], moved[1]
 
     def _weight_of_next_batch(self, device: torch.device) -> float | Tensor:
         """Count one more batch."""

@@ -78,6 +78,48 @@ def test_update_gives_the_bits_of_its_definition(
         assert torch.equal(point.zero_point, zero_point)
 
 
+class General(FakeQuantize):
+    """Has no short way."""
+
+    def _followed(self, x: Tensor, ema: bool) -> bool:
+        return False
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    batches=st.lists(st.lists(elements, min_size=6, max_size=6), min_size=1, max_size=4),
+    scheme=st.sampled_from(["symmetric", "affine"]),
+    axis=st.sampled_from([None, 1]),
+    observed=st.integers(1, 3),
+    precision=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    was_compiled=st.booleans(),
+)
+def test_a_moving_average_has_the_bits_of_the_general_way(
+    batches: list[list[float]],
+    scheme: Any,
+    axis: int | None,
+    observed: int,
+    precision: torch.dtype,
+    was_compiled: bool,
+) -> None:
+    """Scale, zero point, averages and the count of batches, also where a batch holds values that are not finite."""
+    torch.manual_seed(0)
+    first = torch.randn(observed, 2, 3)
+    points = [cls("uint8", scheme=scheme, axis=axis, channels=axis and 3) for cls in (FakeQuantize, General)]
+    for point in points:
+        for batch in first:
+            point.observe(batch)
+        point.compute_scale()
+        point.statistics._counts_in_tensor = was_compiled  # type: ignore[union-attr]
+        for values in batches:
+            point.update_scale(torch.tensor(values).reshape(2, 3).to(precision), ema=True)
+    ours, general = points
+    assert torch.equal(ours.scale, general.scale)
+    assert torch.equal(ours.zero_point, general.zero_point)
+    assert torch.equal(ours.statistics.averages, general.statistics.averages)
+    assert ours.statistics.batches == general.statistics.batches
+
+
 @pytest.mark.parametrize("axis", [None, 0])
 def test_update_of_a_memory_format_without_order_looks_at_every_value(axis: int | None) -> None:
     torch.manual_seed(0)
