@@ -44,7 +44,7 @@ def fixed_width(columns: Sequence[str], rows: Sequence[Row], title: str = "", no
     values = [_values(row, columns) for row in rows]
     padded, widths = [], []
     for index, column in enumerate(columns):
-        texts = [one_line(column), *(one_line(cell_text(row[index], digits)) for row in values)]
+        texts = [one_line(column), *(_cell_line(row[index], digits) for row in values)]
         width = max(map(len, texts))
         pad = str.rjust if _is_numeric(row[index] for row in values) else str.ljust
         padded.append([pad(text, width) for text in texts])
@@ -182,6 +182,11 @@ def cell_text(value: Any, digits: int = 7) -> str:
     if isinstance(value, float):
         return f"{value:.{digits}g}" if math.isfinite(value) else str(value)
     return str(value)
+
+
+def _cell_line(value: Any, digits: int) -> str:
+    text = cell_text(value, digits)
+    return text if type(value) in (float, int, bool) else one_line(text)
 
 
 def _is_long(value: Any) -> bool:

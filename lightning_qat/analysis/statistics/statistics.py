@@ -288,8 +288,10 @@ def _drift(fake_quant: FakeQuantize, calibrated: dict[str, object] | None) -> fl
     if calibrated is None or fake_quant.scale_source is None or calibrated["dtype"] != fake_quant.dtype:
         return None
     before = calibrated["scale"]
-    now = fake_quant.scale.detach().cpu().double().reshape(-1)
+    now = fake_quant.scale.detach().cpu().reshape(-1)
     if not isinstance(before, Tensor) or before.numel() != now.numel():
         return None
-    change = now / before.double().reshape(-1) - 1.0
+    if torch.equal(now, before.reshape(-1)):
+        return 0.0
+    change = now.double() / before.double().reshape(-1) - 1.0
     return float(change[change.abs().argmax()])
