@@ -60,8 +60,10 @@ def _parameter(point: BoundPoint) -> nn.Parameter | None:
     if point.trained is None:
         return None
     parameter = point.trained[0]
-    usable = parameter.device.type == "cpu" and parameter.numel() and not parameter.is_inference()
-    return parameter if usable and point.trained == parameter_view(parameter) else None
+    usual = type(parameter) is nn.Parameter and parameter.is_cpu and not parameter.is_inference()
+    if not usual or not parameter.data_ptr():  # sharding frees the memory of whole weights between forwards
+        return None
+    return parameter if point.trained == parameter_view(parameter) else None
 
 
 def _follows(fake_quant: FakeQuantize) -> bool:

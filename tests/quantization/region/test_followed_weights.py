@@ -123,6 +123,15 @@ def test_a_weight_that_changes_in_the_forward_has_the_scale_of_what_the_op_uses(
         torch.testing.assert_close(region.points["0.weight"].scale, expected, rtol=1e-6, atol=0)
 
 
+def test_a_parameter_without_memory_is_not_read() -> None:
+    """Sharding gathers a weight for a forward, and frees its memory behind it; the parameter stays."""
+    module, region, x = kinds()
+    module.train()(x)
+    memory = module.conv.weight.untyped_storage()  # type: ignore[union-attr]
+    memory.resize_(0)
+    assert region.points["conv.weight"] not in region.runner._weights.follow()
+
+
 def test_other_parameters_in_the_call_have_their_own_scales() -> None:
     torch.manual_seed(0)
     module, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.randn(8, 4)
