@@ -12,6 +12,8 @@ from lightning_qat.analysis.statistics.statistics import LayerStatisticsResult, 
 
 MOST_FLIP_RATES = 256
 """Epochs of flip rates that are kept: enough for a trend, and a bounded checkpoint."""
+FEWEST_CLIPPED = 16
+"""Clipped values from which their number says something: the standard error of a count is its root, here a quarter."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class PointHealth:
         scale_drift: scale relative to the calibrated one, minus 1.
         sqnr: of the point alone, in dB.
         clipped_share: share of its values that are clipped.
-        clips: clipping makes more of its error than rounding does.
+        clips: clipping makes more of its error than rounding does, and at least :data:`FEWEST_CLIPPED` values tell so.
         flip_rate: share of its weight codes that changed during the epoch; None for activations.
         return_rate: share of these that are back at the code of an epoch before; None if unknown.
     """
@@ -85,7 +87,7 @@ def health_of_points(
             scale_drift=row.scale_drift,
             sqnr=row.sqnr,
             clipped_share=row.clipped_share,
-            clips=row.error_source == "clipping",
+            clips=row.error_source == "clipping" and (row.clipped_share or 0.0) * row.count >= FEWEST_CLIPPED,
             flip_rate=row.flip_rate,
             return_rate=_return_rate(*(c.get(row.region, {}).get(row.point) for c in (codes, before, earlier))),
         )

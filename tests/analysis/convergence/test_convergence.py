@@ -8,11 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from lightning_qat.analysis.convergence.convergence import ConvergenceResult, judge_convergence
-from lightning_qat.analysis.convergence.point_history import PointHealth, PointHistory
+from lightning_qat.analysis.convergence.point_history import PointHealth, PointHistory, health_of_points
 from lightning_qat.analysis.convergence.training_series import ConvergenceRow, LossHistory, TrainingSeries
 from lightning_qat.analysis.ladder.measurements import Measurement
+from lightning_qat.analysis.statistics.statistics import StatisticsCollector
+from lightning_qat.quantization.region.calibration import calibrate
+from lightning_qat.quantization.region.insertion import insert
 
 GOOD = Measurement({"val_acc": 0.9}, {"val_acc": 0.01})
 BAD = Measurement({"val_acc": 0.1})
@@ -142,6 +147,24 @@ def test_growing_clipped_share_is_flagged_where_clipping_makes_the_error() -> No
     assert judge_convergence(series(points=over_epochs(first, last))).verdict == "clipping grows"
     rounding = {"a.output": PointHealth(0.0, 20.0, 0.05)}
     assert judge_convergence(series(noisy(FALLING), points=over_epochs(first, rounding))).verdict == "healthy"
+
+
+@pytest.mark.parametrize(("clipped", "verdict"), [(3, "healthy"), (15, "healthy"), (16, "clipping grows")])
+def test_a_few_clipped_values_are_no_growth(clipped: int, verdict: str) -> None:
+    """C1: of small samples, one outlier clips some values where there were none, and its error is most of the error."""
+    torch.manual_seed(0)
+    scaled = nn.Sequential(nn.Linear(1, 1, bias=False))
+    inside, outside = torch.linspace(-1, 1, 1152)[:, None], torch.linspace(-1, 1, 1152)[:, None]
+    outside[:clipped] = 9.0
+    region = insert(scaled, (inside,), qconfig={"activation": {"observer": "minmax"}})
+    calibrate(region, [inside])
+    points = []
+    for values in (inside, outside):
+        with torch.no_grad(), StatisticsCollector(region) as collector:
+            scaled(values)
+        points.append(health_of_points(collector.result(), {}, {}, {}))
+    assert points[1]["0.input0"].clipped_share == clipped / 1152
+    assert judge_convergence(series(noisy(FALLING), points=over_epochs(*points))).verdict == verdict
 
 
 def test_codes_that_flip_back_and_forth_are_oscillation() -> None:
