@@ -35,9 +35,9 @@ from lightning_qat.reporting.tensorboard_tags import LAYER_STATISTICS
 class LayerStatistics(EpochEndAnalysis):
     """Measure, at the end of an epoch, the values of every quantization point and the error of quantizing them.
 
-    The validation step runs on a few batches (the same ones each time) in eval mode with quantization on. Before the
-    scales are calibrated (``start_epoch``), only the statistics of the values are filled in. Training stays
-    bit-identical.
+    The validation step runs on a few batches (the same ones each time) in eval mode with quantization on. In short
+    epochs only the quantized regions run, on the first samples of what the step hands to them. Before the scales are
+    calibrated (``start_epoch``), only the statistics of the values are filled in. Training stays bit-identical.
 
     Goes to: ``layer_statistics.csv`` in the run's ``lightning_qat`` directory, which holds the rows of every epoch, and
     ``layer_statistics.txt|json``, the latest table; to the loggers ``layer_statistics.<column>/<point>`` of the worst
@@ -97,7 +97,7 @@ class LayerStatistics(EpochEndAnalysis):
         self.columns = tuple(columns) if columns is not None else LAYER_STATISTICS.curves
         super().__init__(every_n_epochs, LAYER_STATISTICS.with_curves(self.columns))
         self.batches = batches
-        self.auto_batches = 2
+        self.auto_batches = 2  # what "auto" takes in epochs of usual length
         self.log_points = log
         self.per_point = per_point or columns is not None
         self.seed = seed

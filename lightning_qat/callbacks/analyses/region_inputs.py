@@ -34,7 +34,7 @@ Calls = dict[str, list[Call]]
 class RegionInputs:
     """The inputs of the regions in the steps on some sampled batches: the same batches in every analysis of a run.
 
-    The step has to run to find the inputs. If it hands the batch itself to the regions, training cannot change the
+    The step has to run to find the inputs. If it hands the batch itself to all regions, training cannot change the
     inputs. A copy of them (at most 64 MiB) is then kept, and the next analysis needs neither a loader nor the step.
 
     Args:
@@ -73,7 +73,8 @@ class RegionInputs:
             for path in regions:
                 calls[path] += captured[path]
                 kept[path] += [_of_copies(call, copies) for call in captured[path]] if room > 0 else ()
-        is_constant = room > 0 and None not in itertools.chain(*kept.values())
+        # a target that these steps did not call may be called in later epochs
+        is_constant = room > 0 and all(kept.values()) and None not in itertools.chain(*kept.values())
         if trainer.strategy.reduce_boolean_decision(is_constant, all=True):
             calls = {path: [call for call in found if call is not None] for path, found in kept.items()}
             self._kept[batches] = calls

@@ -46,12 +46,32 @@ class Rolled(nn.Module):
         return x.reshape(24, 4)
 
 
+class Growing(Short):
+    """A second target takes part in the steps of tracing, calibration, and of all epochs but the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(6, 2)
+        self.left_out = False
+
+    def on_train_start(self) -> None:
+        self.left_out = True
+
+    def on_train_epoch_end(self) -> None:
+        self.left_out = False
+
+    def loss(self, batch: Any) -> Tensor:
+        loss = super().loss(batch)
+        return loss if self.left_out else loss + self.second(batch[0]).square().mean()
+
+
 def fit(path: Path, callback: Any, kind: type[Short] = Short, **settings: Any) -> Short:
     ran.clear()
     seed_everything(0, verbose=False)
     model = kind()
+    qat = {"activation_scales": "ema", **settings.pop("qat", {})}
     settings = {"max_epochs": 3, "limit_val_batches": 0, **settings}
-    qat_trainer(path, callback, qat={"activation_scales": "ema"}, calibration_batches=2, **settings).fit(model)
+    qat_trainer(path, callback, qat=qat, calibration_batches=2, **settings).fit(model)
     return model
 
 
@@ -145,6 +165,21 @@ def test_model_of_one_batch_size_is_measured_on_all_samples(tmp_path: Path) -> N
     fit(tmp_path / "given", given, OfOneSize)
     assert rows(callback.result)["conv1.input0"].count == 24 * 36
     assert rows(callback.result) == rows(given.result)
+
+
+def test_target_that_is_called_from_a_later_epoch_on_is_measured_then(tmp_path: Path) -> None:
+    """Inputs are kept only once every target has been called."""
+    counts: list[int] = []
+
+    class Noting(LayerStatistics):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            super().on_train_epoch_end(trainer, pl_module)
+            assert self.result is not None
+            counts.append(sum(row.count for row in self.result.rows if row.region == "second"))
+
+    fit(tmp_path, Noting(), Growing, qat={"target": ["net", "second"]}, max_epochs=2)
+    assert counts[0] == 0
+    assert counts[1] >= 16 * 36
 
 
 @pytest.mark.parametrize("callback", [LayerStatistics, ConvergenceMonitor])
