@@ -175,7 +175,7 @@ def write_magnitudes(
     if low.item() > USUAL_MAGNITUDES[0] and high.item() < USUAL_MAGNITUDES[1]:  # not of NaN
         # Rounded once, as the quotient is a float64.
         scales = torch.div(found, points[0].quant_max, out=torch.empty_like(found, dtype=torch.float32))
-        torch._foreach_copy_([point.scale for point in points], scales.split([len(m) for m in magnitudes]))
+        torch._foreach_copy_([point.scale for point in points], scales.split([m.numel() for m in magnitudes]))
         return list(points)
     if len(points) == 1:
         return []

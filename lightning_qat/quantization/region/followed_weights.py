@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.fake_quant.quantization_parameters import write_magnitudes
-from lightning_qat.quantization.region.bound_points import BoundPoint, parameter_view
+from lightning_qat.quantization.region.bound_points import BoundPoint
 
 State = tuple[nn.Parameter, int, int]
 """A parameter, its version and its memory: nothing has written into it since, but for the one way around versions."""
@@ -63,7 +63,8 @@ def _parameter(point: BoundPoint) -> nn.Parameter | None:
     usual = type(parameter) is nn.Parameter and parameter.is_cpu and not parameter.is_inference()
     if not usual or not parameter.data_ptr():  # sharding frees the memory of whole weights between forwards
         return None
-    return parameter if point.trained == parameter_view(parameter) else None
+    whole = parameter.size(), parameter.stride(), parameter.storage_offset()
+    return parameter if point.trained[1:] == whole else None
 
 
 def _follows(fake_quant: FakeQuantize) -> bool:

@@ -223,6 +223,9 @@ class RegionRunner(Opener):
         if self.target.training:  # as every eager training forward does
             for point in self._points:
                 point.fake_quant.outdated |= point.trained is not None and not point.fake_quant.frozen
+            present = set(map(id, self.target.parameters()))
+            for fake_quant, (parameter, *_) in self._weights.follow().items():
+                fake_quant.outdated = id(parameter) not in present
         refresh(self._points, self.target)
 
     def captured(self) -> CompiledMode | None:

@@ -123,6 +123,20 @@ def test_a_weight_that_changes_in_the_forward_has_the_scale_of_what_the_op_uses(
         torch.testing.assert_close(region.points["0.weight"].scale, expected, rtol=1e-6, atol=0)
 
 
+def test_before_compiled_code_runs_all_scales_are_those_of_the_present_weights() -> None:
+    """Compiled code takes them as they are: those that are followed together, and all others one by one."""
+    module, region, x = kinds()
+    trained(module, x)
+    module.shared.weight = nn.Parameter(torch.randn(6, 6))  # type: ignore[union-attr]  # which no forward has seen
+    region.runner._refresh_weights()
+    waiting = {name for name, point in region.points.items() if point.outdated}
+    assert waiting == {"linear_0.weight", "shared.weight", "shared@1.weight"}  # the first is computed in every forward
+    for name, limit, dims in (("conv", 127, (1, 2, 3)), ("narrow", 7, (1, 2, 3)), ("single", 127, (0, 1))):
+        weight: Tensor = module.get_submodule(name).weight.detach()  # type: ignore[assignment, operator]
+        found = region.points[f"{name}.weight"].scale
+        torch.testing.assert_close(found, weight.abs().amax(dims) / limit, rtol=1e-6, atol=0)
+
+
 def test_a_parameter_without_memory_is_not_read() -> None:
     """Sharding gathers a weight for a forward, and frees its memory behind it; the parameter stays."""
     module, region, x = kinds()
