@@ -34,7 +34,14 @@ from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
-from tests.zoo.mixed_models import MissingPackageError, efficientnet, efficientnet_on_mnist, sentence_encoder
+from tests.zoo.mixed_models import (
+    MissingPackageError,
+    Subject,
+    efficientnet,
+    efficientnet_on_mnist,
+    efficientnet_trained_on_mnist,
+    sentence_encoder,
+)
 from tests.zoo.models import ZOO, inputs, photograph_batch
 from tests.zoo.table import versions
 
@@ -123,7 +130,8 @@ def cases() -> dict[str, Callable[[], Case]]:
     return {
         **found,
         "EfficientNet-Lite0": lite0,
-        "EfficientNet-Lite0 on MNIST": lite0_on_mnist,
+        "EfficientNet-Lite0 on MNIST": lambda: lite0_on_mnist(efficientnet_on_mnist()),
+        "EfficientNet-Lite0 trained on MNIST": lambda: lite0_on_mnist(efficientnet_trained_on_mnist()),
         "all-MiniLM-L6-v2": minilm,
     }
 
@@ -172,9 +180,8 @@ def lite0() -> Case:
     return Case(subject.model, batches, more, _cross_entropy, "", subject.task, subject.quality)
 
 
-def lite0_on_mnist() -> Case:
-    """ImageNet weights with a head for MNIST: accuracy on 2,500 digits."""
-    subject = efficientnet_on_mnist()
+def lite0_on_mnist(subject: Subject) -> Case:
+    """EfficientNet-Lite0 with a head for digits: accuracy on those that are held out."""
     batches = _labelled(subject.calibration, subject.labels)
     return Case(subject.model, batches, subject.held_out, _cross_entropy, "", subject.task, subject.quality)
 
