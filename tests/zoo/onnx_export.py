@@ -322,9 +322,10 @@ INTRODUCTION = f"""# What onnxruntime computes of exported models
 `python -m tests.zoo.onnx_export` measures this table, `make zoo` too. The models are those of [README](README.md), the
 example of `examples/digits.py`, and those of [mixed precision](mixed_precision.md) with real weights:
 EfficientNet-Lite0 on photographs, which have no labels, and on MNIST, with the labels of 2,500 images that are held
-out; and a sentence encoder. Each is calibrated, trained for {STEPS} steps of QAT and exported at opset 21. In the mix,
-the activations of every third op are int16 and all else is int8. `{PROFILE}` is uint8 (affine) under this profile.
-Scales are those of statistics, or learned.
+out, once with a new head on frozen weights and once with all weights trained; and a sentence encoder. Each is
+calibrated, trained for {STEPS} steps of QAT and exported at opset 21. In the mix, the activations of every third op are
+int16 and all else is int8. `{PROFILE}` is uint8 (affine) under this profile. Scales are those of statistics, or
+learned.
 
 - **(a)**: share of equal codes of all quantizers, each for the same input as in the model. Anything but 100 % is an
   error.
@@ -343,8 +344,8 @@ Scales are those of statistics, or learned.
 - **size, time**: of the same graph in float, divided by those of the file: above 1, the file is smaller or faster. Of
   small models, names take more room than weights.
 
-OpenVINO 2026.4.1, which this script does not run, opens, compiles and runs the exported example (int8, int16 and
-`{PROFILE}`) on the CPU: the class of all 50 images tried is that of fake-quant.
+OpenVINO, which this script does not run, opens, compiles and runs exported files on the CPU:
+`tests/export/test_openvino.py`.
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tests.zoo.mixed_models import (
     Subject,
     efficientnet_on_mnist,
     sentence_encoder,
+    train_all,
     vit,
     with_new_head,
 )
@@ -122,6 +124,29 @@ def test_a_new_head_on_frozen_weights_is_the_logistic_regression_of_its_features
     assert all(
         torch.equal(value, fresh[name]) for name, value in subject.model.state_dict().items() if "_fc" not in name
     )
+
+
+def test_training_all_weights_lowers_the_loss_and_leaves_batch_norms_statistics() -> None:
+    """On two batches of scikit-learn's digits."""
+    found = load_digits()
+    images, labels = torch.from_numpy(found.images[:75]).float()[:, None] / 16, torch.from_numpy(found.target[:75])
+    subject = with_new_head(images, labels, seen=50, size=25, labelled=2)
+    model, before = subject.model, {name: b.clone() for name, b in subject.model.named_buffers()}
+
+    def loss() -> float:
+        with torch.no_grad():
+            outputs = torch.cat([model(**batch) for batch in subject.calibration])
+        return float(torch.nn.functional.cross_entropy(outputs, labels[:50]))
+
+    nn.init.zeros_(model._fc.weight)  # the fitted head leaves nothing to learn
+    nn.init.zeros_(model._fc.bias)
+    stem = model._conv_stem.weight.clone()
+    assert loss() == pytest.approx(math.log(10))
+    train_all(model, subject.calibration, subject.labels, epochs=2)
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert not torch.equal(model._conv_stem.weight, stem)
+    assert loss() < math.log(10) - 0.1
 
 
 def test_the_standard_error_is_that_of_paired_samples() -> None:

@@ -3,6 +3,7 @@
 An op is identified by the chain of module calls around it, by the call sites (code object and bytecode offset) that
 lead to it inside the innermost module, and by how often that path was taken before. Frames above the target do not
 count. So a branch that adds an op never shifts its neighbours, and a helper called from two places gives two ops.
+(Python 3.10 compiles what stands behind ``a if b else c`` once for each branch: there, an op in it is two ops.)
 
 Digests of these paths are the names under which ops are found again in another process. They change when the bytecode
 of a function on the path changes, not when lines move.
