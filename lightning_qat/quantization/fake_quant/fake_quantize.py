@@ -13,6 +13,7 @@ from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.quantization.fake_quant.fake_quantize_function import fake_quantize
 from lightning_qat.quantization.fake_quant.learned_scale import fake_quantize_learned, gradient_scale
 from lightning_qat.quantization.fake_quant.quantization_parameters import QuantizationParameters, write_magnitudes
+from lightning_qat.quantization.modules.exporting import is_exporting
 from lightning_qat.quantization.numerics.channel_groups import swap_within_groups
 from lightning_qat.quantization.numerics.observers import ObserverName, check_observer, clip_range
 from lightning_qat.quantization.numerics.percentile import DEFAULT_PERCENTILE, check_percentile
@@ -129,7 +130,7 @@ class FakeQuantize(QuantizationParameters):
 
     def _forward_learned(self, x: Tensor) -> Tensor:
         scale = self.scale
-        if not torch.compiler.is_exporting():  # an optimizer may have stepped across zero; the gradient is not cut
+        if not is_exporting():  # an optimizer may have stepped across zero; the gradient is not cut
             scale.detach().clamp_(MIN_SCALE, greatest_scale(self.quant_max - self.quant_min))
         zero_point = self.channel_zero_point if self.scheme == "affine" else 0
         arguments = (x, self.channel_scale, zero_point, self.quant_min, self.quant_max, self.axis)

@@ -28,6 +28,7 @@ from lightning_qat.quantization.interception.interception import (
 )
 from lightning_qat.quantization.interception.op_identity import OpIdentity
 from lightning_qat.quantization.interception.op_sequence import OpSequences, SequenceRecorder
+from lightning_qat.quantization.modules.exporting import is_exporting
 from lightning_qat.quantization.region.bound_points import UNPLANNED, BoundPoint, OpQuantizers, parameter_view, refresh
 from lightning_qat.quantization.region.compilation import Compilation
 from lightning_qat.quantization.region.compiled_mode import CompiledMode
@@ -182,7 +183,7 @@ class RegionRunner(Opener):
             switches.state == "quantize"
             and not switches.eager
             and not switches.taps
-            and bool(self.sequences.of(self.target.training))
+            and len(self.sequences.of(self.target.training)) > 0  # torch 2.9 cannot capture `bool` of a list
             and not (switches.first_scales and any(map(self._takes_first_scale, self._points)))
         )
 
@@ -234,7 +235,7 @@ class RegionRunner(Opener):
         That is the case before the first eager forward in the present mode, if the order of the ops varies, while
         observing or analysing, and in training while points still take their first scale from the data.
         """
-        if torch.compiler.is_exporting() or not self._can_be_captured or not self.freezing.is_held:
+        if is_exporting() or not self._can_be_captured or not self.freezing.is_held:
             return None
         return CompiledMode(self, self.sequences)
 
