@@ -113,15 +113,15 @@ def test_digests_are_of_the_float_weights_only() -> None:
     "tensor",
     [
         torch.tensor(2.5),
-        torch.randn(3, 2).t(),
-        torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
-        torch.randn(4, dtype=torch.bfloat16),
-        torch.randn(4).half(),
+        torch.linspace(-1, 1, 6).view(3, 2).t(),
+        torch.linspace(-1, 1, 96).view(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+        torch.linspace(-1, 1, 4, dtype=torch.bfloat16),
+        torch.linspace(-1, 1, 4).half(),
         torch.tensor([True, False]),
         torch.arange(3, dtype=torch.int16),
         torch.zeros(0, 2),
     ],
-    ids=str,
+    ids=["scalar", "transposed", "channels last", "bfloat16", "float16", "bool", "int16", "empty"],
 )
 def test_digest_is_that_of_name_shape_type_and_bytes(tensor: torch.Tensor) -> None:
     """Digests of earlier versions stand in files, so they must not change."""
