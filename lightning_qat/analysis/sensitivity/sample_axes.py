@@ -111,9 +111,8 @@ def first_samples(call: Call, at_most: int | None) -> Call:
     lengths = {t.shape[0] for t in call_leaves(call.args, call.kwargs) if t.dim()}
     if at_most is None or len(lengths) != 1 or max(lengths) <= at_most:
         return call
-    return Call(
-        *map_call_leaves(call.args, call.kwargs, lambda _, tensor: tensor[:at_most] if tensor.dim() else tensor)
-    )
+    shorter = fewer_samples(call, at_most)
+    return call if shorter is None else shorter[0]
 
 
 def find_sample_axes(

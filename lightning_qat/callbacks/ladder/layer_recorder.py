@@ -46,7 +46,7 @@ def layers_of_first_step(
     runs = []
     for number in range(2):
         recorder = _LayerRecorder()
-        with seeded(seed + number), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with seeded(seed + number), torch.no_grad():
             prepare(pl_module, stage)
             with recorder.recording(pl_module):
                 run_step(trainer, pl_module, copy.deepcopy(extra), stage)  # a step may write into its batch

@@ -8,7 +8,6 @@ import torch
 def is_exporting() -> bool:
     """Return whether ``torch.export`` runs.
 
-    ``torch.compiler.is_exporting`` reads the same flag. Torch 2.6 does not have it, and torch 2.9 takes it for true
-    under ``torch.compile``.
+    ``torch.compiler.is_exporting`` reads the same flag, but torch 2.9 takes it for true under ``torch.compile``.
     """
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
