@@ -7,8 +7,6 @@ It writes ``mixed_precision.md`` beside this file, unless a package with weights
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import math
 import random
 import statistics
@@ -32,6 +30,7 @@ from lightning_qat.atomic_files import write_atomically
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
+from tests.zoo.kept_rows import keep_row, kept_rows
 from tests.zoo.mixed_models import INSTALL, INSTALL_MNIST, SUBJECTS, MissingPackageError, Subject
 from tests.zoo.table import versions
 
@@ -373,11 +372,8 @@ def prediction_table(rows: list[Row]) -> str:
 
 def stored(file: Path | None) -> list[Row]:
     """The rows of an earlier run."""
-    if file is None or not file.exists():
-        return []
     found = []
-    for text in file.read_text().splitlines():
-        content = json.loads(text)
+    for content in kept_rows(file):
         content["plans"] = {name: Quality(**quality) for name, quality in content["plans"].items()}
         content["prediction"] = tuple(content["prediction"]) if content["prediction"] is not None else None
         found.append(Row(**content))
@@ -405,9 +401,8 @@ def main() -> None:
             continue
         rows.append(row)
         print(line(row), flush=True)
-        if arguments.rows and name not in known:
-            with arguments.rows.open("a") as file:
-                file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+        if name not in known:
+            keep_row(arguments.rows, row)
     print("", summary(rows), "", prediction_table(rows), sep="\n")
     if missing:
         print(f"\n{FILE.name} stays as it is, as a model is missing.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,6 +33,7 @@ from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
 from lightning_qat.quantization.region.region import Region
+from tests.zoo.kept_rows import keep_row, kept_rows
 from tests.zoo.mixed_models import (
     MissingPackageError,
     Subject,
@@ -459,20 +459,15 @@ def main() -> None:
                     continue
                 rows.append(row)
                 print(line(row), flush=True)
-                if arguments.rows:
-                    with arguments.rows.open("a") as file:
-                        file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+                keep_row(arguments.rows, row)
     if not arguments.only:
         write_atomically(FILE, document(rows))
 
 
 def stored(file: Path | None) -> list[Row]:
     """The rows of an earlier run."""
-    if file is None or not file.exists():
-        return []
     found = []
-    for text in file.read_text().splitlines():
-        content = json.loads(text)
+    for content in kept_rows(file):
         content["behind"] = tuple(content["behind"])
         for key in ("output_codes", "integer"):
             content[key] = {name: tuple(pair) for name, pair in content[key].items()}
