@@ -233,6 +233,9 @@ class PrecisionErrors(Result[PointError]):
     ) -> PrecisionFront:
         """Return the choices from the narrowest types to the widest, of which none beats another in cost and error.
 
+        Where raising points costs nothing (by ``bops``, those that no matrix product reads), the first choice has them
+        raised.
+
         Args:
             cost: ``points``, ``ops``, ``bops`` or ``latency``.
             latency: time per operation by kind and type, in place of the hardware profile's.

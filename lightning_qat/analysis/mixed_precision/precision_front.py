@@ -12,13 +12,15 @@ from typing import overload
 from typing_extensions import override
 
 from lightning_qat.analysis.mixed_precision.precision_choice import FrontRow, PrecisionChoice, PrecisionFront
-from lightning_qat.analysis.mixed_precision.precision_search import Assignment, PrecisionSearch
+from lightning_qat.analysis.mixed_precision.precision_search import ROUNDING, Assignment, PrecisionSearch
 
 MakeChoice = Callable[[Assignment], PrecisionChoice]
 
 
 def precision_front(search: PrecisionSearch, start: Assignment, make: MakeChoice) -> PrecisionFront:
-    """Return the choices from a start to the widest types.
+    """Return the choices from a start to the widest types, of which none beats another in cost and error.
+
+    What raises the types without raising the cost is part of the first choice.
 
     Args:
         search: makes the steps.
@@ -38,8 +40,11 @@ def precision_front(search: PrecisionSearch, start: Assignment, make: MakeChoice
         added += sorted(new, key=lambda point: -gains[point])
         raised += len(new)
         choices.go_on({point: now.dtypes[point] for point in changes})
-        if rows and (now.cost, now.error) == (rows[-1].cost, rows[-1].predicted):
-            continue
+        if rows and now.error >= rows[-1].predicted:
+            continue  # a gain that is lost in rounding
+        while rows and now.cost <= rows[-1].cost * (1 + ROUNDING):  # it costs no more: nobody would stop before it
+            added = [*rows.pop().added, *added]
+            choices.unmark()
         here = replace(first, predicted=now.error, cost=now.cost)
         trust = here.predicted_sqnr, here.recovered, here.in_range
         rows.append(FrontRow(raised, raised / points, now.cost, now.error, *trust, tuple(added)))
@@ -69,6 +74,10 @@ class FrontChoices(Sequence[PrecisionChoice]):
     def mark(self, error: float, cost: float) -> None:
         """Let what is noted so far be a choice."""
         self._marks.append((len(self._changes), error, cost))
+
+    def unmark(self) -> None:
+        """Let the last choice be none."""
+        self._marks.pop()
 
     def __len__(self) -> int:
         return len(self._marks)

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from lightning_qat.analysis.mixed_precision.op_costs import CostOfTypes
 
-_ROUNDING = 1e-9
+ROUNDING = 1e-9
 """Costs are sums of many shares: a budget of a tenth must allow ten hundredths."""
 
 Errors = Mapping[str, Mapping[str, float]]
@@ -103,7 +103,7 @@ class PrecisionSearch:
                 return
             changes = self.change(now.dtypes, point)
             rise = self.cost.of_change(now.dtypes, changes)
-            if now.cost + rise > budget * (1 + _ROUNDING):
+            if now.cost + rise > budget * (1 + ROUNDING):
                 del values[point]
                 continue
             now.steps.append({name: now.dtypes[name] for name in changes})
@@ -127,7 +127,7 @@ class PrecisionSearch:
 
     def most_exact(self, start: Callable[[], Assignment], budget: float) -> Assignment | None:
         """Return the choice of least predicted error that costs at most ``budget``; None if the start costs more."""
-        if start().cost > budget * (1 + _ROUNDING):
+        if start().cost > budget * (1 + ROUNDING):
             return None
         found = [last for by_cost in (True, False) for last in deque(self.steps(start(), by_cost, budget), maxlen=1)]
         return min(found, key=lambda choice: (choice.error, choice.cost))

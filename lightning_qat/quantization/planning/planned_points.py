@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_qat.quantization.planning.folded_batch_norm import batch_norm_to_fold, statistics_path
+from lightning_qat.quantization.planning.folded_batch_norm import batch_norm_to_fold, norm_behind, statistics_path
 from lightning_qat.quantization.planning.fusion import FusionGroup
 from lightning_qat.quantization.planning.plan import PointPlan, PointRole
-from lightning_qat.quantization.planning.point_config import PointConfig
+from lightning_qat.quantization.planning.point_config import FirstUse, PointConfig
 from lightning_qat.quantization.planning.weight_channels import SHARED, WeightChannels
 from lightning_qat.quantization.tracing.op_graph import Op, Operand, OpGraph, Source
 
@@ -59,6 +59,7 @@ class PlannedPoints:
         self.in_float: dict[str, str] = {}
         self._outputs: set[str] = set()
         self._weights: dict[tuple[Any, ...], str] = {}
+        self._first_uses: dict[tuple[Any, ...], FirstUse] = {}
 
     def __contains__(self, name: str) -> bool:
         """Whether there is a decision about a place."""
@@ -86,7 +87,9 @@ class PlannedPoints:
             group = self.groups.get(place.op.name)
             norm, obstacle = batch_norm_to_fold(self.graph, group, place.op, place.operand, None if sizes else channels)
             reasons.append(f"{norm} is folded into it" if norm is not None else obstacle if axis is None else "")
-            same_as = self._first_use(place.name, place.operand, (axis, groups), config, norm)
+            for tensor in self._tensors(place, config):
+                self._first_uses.setdefault(tensor, FirstUse(place.name, place.op.kind))
+            same_as = self._first_with(place.name, place.operand, (axis, groups), config, norm)
         self.by_name[place.name] = PointPlan(
             name=place.name,
             op=place.op.name,
@@ -129,7 +132,36 @@ class PlannedPoints:
             return f"{source.name} is {'a constant' if constant else 'not quantized'}"
         return f"{source.kind} {source.name}"
 
-    def _first_use(
+    def first_use(self, place: Place, config: PointConfig) -> FirstUse | None:
+        """Return the first use of a parameter, if a later one would share its quantizer with the same configuration.
+
+        Args:
+            place: the later use.
+            config: its configuration, by the rules that cover it alone.
+        """
+        found = (self._first_uses.get(tensor) for tensor in self._tensors(place, config))
+        return next((use for use in found if use is not None), None)
+
+    def _tensors(self, place: Place, config: PointConfig) -> list[tuple[Any, ...]]:
+        """What a weight's quantizer quantizes with this configuration, and what it would quantize channel by channel.
+
+        Two weights of which one of these is the same differ in nothing but what rules say.
+        """
+        assert place.operand is not None
+        sources = place.operand.sources
+        parameters = tuple(s.name for s in sources if s.kind == "parameter")
+        if not parameters or len(parameters) != len(sources):
+            return []
+        axis, channels, groups, sizes = _channels(place, config)
+        fused = self.groups.get(place.op.name)
+        folded, _ = batch_norm_to_fold(self.graph, fused, place.op, place.operand, None if sizes else channels)
+        behind, _ = norm_behind(self.graph, fused, place.op, place.operand)
+        norm = self.graph.by_name[folded] if folded is not None else None
+        as_planned = ("planned", parameters, axis, groups, statistics_path(norm) if norm is not None else None)
+        static = (place.held.axis, place.held.groups, statistics_path(behind) if behind is not None else None)
+        return [as_planned, ("channels", parameters, *static)]
+
+    def _first_with(
         self, name: str, weight: Operand, held: tuple[int | None, int], config: PointConfig, norm: str | None
     ) -> str | None:
         """The point of an earlier op that quantizes the same parameter in the same way, if there is one."""

@@ -54,6 +54,7 @@ class Planner:
 
     def _forget(self) -> None:
         self.points = PlannedPoints(self.graph, self.group)
+        self.configs.first_uses.clear()
         self.status: dict[str, OpPlan] = {}
         self.passing_joins: set[str] = set()
         self.origins = TensorOrigins(self.graph, self.passing_joins)
@@ -207,15 +208,19 @@ class Planner:
     def _decide_operands(self, op: Op) -> None:
         group = self.group.get(op.name)
         inputs, weights = external_operands(op, group.ops if group is not None else (), self.origins)
+        places = _weight_places(op, weights)
+        for place in places:
+            first = self.points.first_use(place, self.configs.resolve(place.name, op.kind, "weight"))
+            if first is not None:
+                self.configs.first_uses[place.name] = first
         signature = None
         if self.choices is not None:
             demands = [demand for demand in (self._demand(op, o) for o in inputs) if demand is not None]
             signature = self.choices.signature(op, demands, f"{op.name}.weight" if weights else None)
-        for operand in op.operands:
-            if operand in weights:
-                self._decide_weight(op, operand, signature)
-            elif operand in inputs:
-                self._decide_input(op, operand, signature)
+        for place in places:
+            self._decide_weight(place, signature)
+        for operand in inputs:
+            self._decide_input(op, operand, signature)
 
     def _demand(self, op: Op, operand: Operand) -> InputDemand | None:
         """What the hardware must be able to read; None for an operand that is folded into the op or not quantized."""
@@ -260,16 +265,14 @@ class Planner:
             config, changed = self.choices.settle_input(op, name, signature, requantizes)
         self.points.add(Place(op, name, "input", operand), config, why, changed)
 
-    def _decide_weight(self, op: Op, operand: Operand, signature: Signature | None) -> None:
-        name = f"{op.name}.weight"
-        if name in self.points:  # of two constants, or a recurrent layer's matrices
-            name = f"{op.name}.weight{operand.index}"
-        channels = weight_channels(op, operand)
+    def _decide_weight(self, place: Place, signature: Signature | None) -> None:
+        op = place.op
         if self.choices is None or signature is None:
-            config, changed = self.configs.resolve(name, op.kind, "weight"), ""
+            config, changed = self.configs.resolve(place.name, op.kind, "weight"), ""
         else:
-            config, changed = self.choices.settle_weight(op, name, signature, has_axis=channels.axis is not None)
-        self.points.add(Place(op, name, "weight", operand, channels), config, "", changed)
+            has_axis = place.held.axis is not None
+            config, changed = self.choices.settle_weight(op, place.name, signature, has_axis)
+        self.points.add(place, config, "", changed)
 
     # -- rules that matched nothing
 
@@ -280,3 +283,9 @@ class Planner:
             for i, rule in enumerate(self.overrides)
             if i not in self.configs.used_overrides
         }
+
+
+def _weight_places(op: Op, weights: list[Operand]) -> list[Place]:
+    """The places of an op's weights. Two constants, or a recurrent layer's matrices, are told apart by numbers."""
+    names = [f"{op.name}.weight" if i == 0 else f"{op.name}.weight{weight.index}" for i, weight in enumerate(weights)]
+    return [Place(op, n, "weight", w, weight_channels(op, w)) for n, w in zip(names, weights, strict=True)]

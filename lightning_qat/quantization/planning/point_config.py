@@ -62,18 +62,39 @@ class PointConfig:
         raise ConfigurationError(f"split of {point} ({self.rule}): its tensor of shape {shape} {problem}.")
 
 
+@dataclasses.dataclass(frozen=True)
+class FirstUse:
+    """The first use of a parameter that other ops use too.
+
+    Args:
+        point: its weight point.
+        op_type: canonical kind of its op.
+    """
+
+    point: str
+    op_type: str
+
+
 class PointConfigs:
     """Applies overrides from general to specific, field by field, and remembers which ones matched.
+
+    A rule that names a weight holds for the later uses of the parameter too, up to the first rule that covers only one
+    of the two: the name stands for the quantizer that they share.
 
     Args:
         qconfig: the defaults.
         overrides: the rules; the last one that matches wins.
+
+    Attributes:
+        used_overrides: numbers of the rules that matched a point.
+        first_uses: for a weight that could share the quantizer of an earlier use: that use.
     """
 
     def __init__(self, qconfig: QConfig, overrides: list[Override]) -> None:
         self.qconfig = qconfig
         self.overrides = overrides
         self.used_overrides: set[int] = set()
+        self.first_uses: dict[str, FirstUse] = {}
 
     def resolve(
         self, point: str, op_type: str, role: PointRole, required: Mapping[str, Any] | None = None
@@ -113,18 +134,34 @@ class PointConfigs:
         return (given[-1] if given else defaults.dtype) == "float32"
 
     def explicit_rule(self, field: str, point: str, op_type: str, role: PointRole) -> str | None:
-        """Return a text that names the override that decides a field of a point; None if the default does."""
+        """Return a text that names the override that decides a field of a point; None if the default does.
+
+        A rule for the first use of a parameter asks for nothing at a later one, where the hardware may be another.
+        """
         changes = self._changes(point, op_type, role)
-        deciding = [index for index, change in changes if getattr(change, field) is not None]
+        deciding = [
+            index
+            for index, change in changes
+            if getattr(change, field) is not None and self.overrides[index].selects(point, op_type)
+        ]
         return self._in_words(deciding[-1]) if deciding else None
 
     def _changes(
         self, point: str, op_type: str, role: PointRole
     ) -> Iterator[tuple[int, ActivationOverride | WeightOverride]]:
         """What the overrides that cover a point change, with their numbers."""
+        first = self.first_uses.get(point) if role == "weight" else None
         for index, override in enumerate(self.overrides):
             change = override.weight if role == "weight" else override.activation
-            if change is not None and override.selects(point, op_type):
+            if change is None:
+                continue
+            selects = override.selects(point, op_type)
+            if first is not None and override.selects(first.point, first.op_type) != selects:
+                if selects or not override.names_exactly(first.point):
+                    first = None  # from here on the two differ
+                else:
+                    selects = True
+            if selects:
                 yield index, change
 
     def _in_words(self, index: int) -> str:

@@ -134,10 +134,25 @@ def test_choice_is_within_one_point_of_the_best_of_all_subsets(sizes: tuple[int,
         assert count <= best + 1, (target, best, choice.raised)
 
 
-def test_raising_every_point_is_asking_for_the_wide_type_at_once() -> None:
-    """AIMET #4108: bit for bit."""
+class Recurrent(nn.Module):
+    """A cell that is unrolled: each of its weights is used at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(16, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(len(x), 8)
+        for row in x[:, 0].unbind(1):
+            state = self.cell(row, state)
+        return self.head(state)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [ResNet, Recurrent])
+def test_raising_every_point_is_asking_for_the_wide_type_at_once(make: Callable[[], nn.Module]) -> None:
+    """AIMET #4108: bit for bit. Weights that several calls share are raised in all of them."""
     torch.manual_seed(0)
-    model, batches = ResNet().eval(), [torch.randn(4, 1, 16, 16) for _ in range(2)]
+    model, batches = make().eval(), [torch.randn(4, 1, 16, 16) for _ in range(2)]
     errors = measure_errors(region_at(model, batches), batches)
     choice = errors.choose(share="100%")
     raised = region_at(model, batches, overrides=choice.overrides)

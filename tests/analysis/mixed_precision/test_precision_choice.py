@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_qat.analysis.mixed_precision.op_costs import OpCost
+from lightning_qat.analysis.mixed_precision.op_costs import CostName, OpCost
 from lightning_qat.analysis.mixed_precision.precision_errors import PointError, PrecisionErrors
 from lightning_qat.quantization.errors import ConfigurationError
 
@@ -230,6 +230,32 @@ def test_front_is_that_of_the_plain_greedy_search(seed: int) -> None:
         assert row.cost == pytest.approx(choice.cost)
     assert sum(len(row.added) for row in front.rows) == front.rows[-1].raised == len(front.choices[-1].rows)
     assert [c.predicted for c in front.choices[1:3]] == [row.predicted for row in front.rows[1:3]]
+
+
+@pytest.mark.parametrize("cost", ["points", "ops", "bops", "latency"])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_choice_of_a_front_beats_another(cost: CostName, seed: int) -> None:
+    """Points that cost nothing more are raised at once: those that no matrix product reads (bops), the second point of
+    an op (ops), the second operand (latency), the second step of a point (points). Compared pair by pair.
+    """
+    drawn = random.Random(seed)
+    table, ops = {}, []
+    for i in range(8):
+        first, second = f"op{i}.input0", f"op{i}.output"
+        for name in (first, second):
+            wide = 10 ** drawn.uniform(-9, -3)
+            table[name] = {"int4": wide * drawn.uniform(9, 99), "int8": wide * drawn.uniform(2, 8), "int16": wide}
+        operands = ((first,), (second,)) if i % 2 else ((first,),)
+        ops.append(OpCost(f"op{i}", "linear", drawn.randint(1, 99), bool(i % 3), operands, (first, second)))
+    times = {"*": {"int4": 1.0, "int8": 1.0, "int16": 2.0, "float32": 4.0}}
+    front = errors_from(table, ops=tuple(ops)).front(cost, times)
+    assert len(front.rows) > 4
+    for one, other in itertools.permutations(front.rows, 2):
+        assert one.cost > other.cost * (1 + 1e-8) or one.predicted > other.predicted
+    for row, choice in zip(front.rows, front.choices, strict=True):
+        assert (row.raised, row.predicted) == (len(choice.rows), choice.predicted)
+        assert row.cost == pytest.approx(choice.cost)
+    assert sum(len(row.added) for row in front.rows) == len(table)
 
 
 def test_steps_that_gain_nothing_are_not_made() -> None:

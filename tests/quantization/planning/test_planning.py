@@ -193,6 +193,85 @@ def test_shared_weight_with_different_dtypes_has_two_quantizers() -> None:
     assert region.points["embed.weight"].dtype == "int8"
 
 
+class UsedTwice(nn.Module):
+    """A layer that is called twice, an embedding whose weight is the head's too, and a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.layer, self.other = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        x = self.layer(self.layer(self.embed(numbers)).relu()).relu()
+        return F.linear(self.other(x), self.embed.weight)
+
+
+WIDE = {"weight": {"dtype": "int16"}}
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+@pytest.mark.parametrize(
+    ("rules", "wide"),
+    [
+        ([{"match": "layer.weight", **WIDE}], {"layer.weight", "layer@1.weight"}),
+        ([{"match": "layer", **WIDE}], {"layer.weight", "layer@1.weight"}),
+        ([{"match": "layer@1.weight", **WIDE}], {"layer@1.weight"}),
+        ([{"match": "layer.weight", **WIDE}, {"match": "layer@1.*", "weight": {"dtype": "int8"}}], {"layer.weight"}),
+        ([{"match": "layer@1.*", "weight": {"dtype": "int8"}}, {"match": "layer.weight", **WIDE}], {"layer.weight"}),
+        (
+            [{"match": "*", "weight": {"observer": "mse"}}, {"match": "layer", **WIDE}],
+            {"layer.weight", "layer@1.weight"},
+        ),
+        ([{"match": "embed*", **WIDE}], {"embed.weight"}),
+        ([{"op_type": "embedding", **WIDE}], {"embed.weight"}),
+        ([{"match": "other.weight", **WIDE}], {"other.weight"}),
+    ],
+)
+def test_rule_that_names_a_weight_holds_for_all_its_uses(
+    rules: list[dict[str, Any]], wide: set[str], granularity: str
+) -> None:
+    """What reports and tables propose names a weight once. Other rules say on their own which uses they cover; two uses
+    that another rule told apart before stay apart.
+    """
+    qconfig = {"weight": {"dtype": "int8", "granularity": granularity}}
+    region = insert(UsedTwice().eval(), (torch.tensor([[1, 2, 3]]),), qconfig=qconfig, overrides=rules)
+    assert {point.name for point in region.plan.points if point.dtype == "int16"} == wide
+    shares = "layer@1.weight" in wide and "layer.weight" in wide
+    if shares:
+        assert region.points["layer@1.weight"] is region.points["layer.weight"]
+
+
+def test_rule_that_names_a_weight_holds_for_its_tied_use_where_the_quantizer_is_shared() -> None:
+    """One scale for a table and for the head that reads it; with a scale per channel of the head there are two."""
+    rule, numbers = [{"match": "embed.weight", **WIDE}], torch.tensor([[1, 2, 3]])
+    for granularity, count in (("per_tensor", 2), ("per_channel", 1)):
+        plan = insert(UsedTwice().eval(), (numbers,), qconfig={"weight": {"granularity": granularity}}).plan
+        assert (plan.by_name["linear_0.weight"].same_as is not None) == (count == 2)
+        qconfig = {"weight": {"granularity": granularity}}
+        raised = insert(UsedTwice().eval(), (numbers,), qconfig=qconfig, overrides=rule).plan
+        assert sum(point.dtype == "int16" for point in raised.points) == count
+
+
+def test_other_granularity_for_a_named_weight_holds_for_all_its_uses() -> None:
+    rule = [{"match": "layer.weight", "weight": {"granularity": "per_tensor"}}]
+    region = insert(UsedTwice().eval(), (torch.tensor([[1, 2, 3]]),), overrides=rule)
+    assert region.plan.by_name["layer@1.weight"].same_as == "layer.weight"
+    assert region.plan.by_name["layer@1.weight"].axis is None
+    assert region.plan.by_name["other.weight"].axis == 0
+
+
+def test_rule_for_the_first_use_asks_nothing_of_hardware_that_does_not_have_it_at_another() -> None:
+    """The profile's embeddings have int16 weights, its linear layers have not: the head keeps a quantizer of int8."""
+    qconfig = {"weight": {"granularity": "per_tensor"}}
+    options: dict[str, Any] = {"qconfig": qconfig, "profile": "generic_int8_int16"}
+    numbers = torch.tensor([[1, 2, 3]])
+    rule = [{"match": "embed.weight", **WIDE}]
+    plan = insert(UsedTwice().eval(), (numbers,), overrides=rule, **options).plan
+    assert (plan.by_name["embed.weight"].dtype, plan.by_name["linear_0.weight"].dtype) == ("int16", "int8")
+    with pytest.raises(ConfigurationError, match="linear weight only int8"):
+        insert(UsedTwice().eval(), (numbers,), overrides=[{"match": "linear_0.weight", **WIDE}], **options)
+
+
 # -- overrides
 
 
