@@ -9,8 +9,9 @@ import argparse
 import random
 
 from lightning_qat.analysis.mixed_precision.op_costs import CostName, OpCost
+from lightning_qat.analysis.mixed_precision.point_errors import PointError
 from lightning_qat.analysis.mixed_precision.precision_choice import PrecisionFront
-from lightning_qat.analysis.mixed_precision.precision_errors import PointError, PrecisionErrors
+from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from tests.benchmarks.timing import cpu_once
 
 TYPES = ("int8", "int12", "int16")

@@ -7,7 +7,8 @@ from dataclasses import replace
 from functools import partial
 
 from lightning_qat.analysis.mixed_precision.op_costs import OpCost
-from lightning_qat.analysis.mixed_precision.precision_errors import INFINITE_ERROR, Check, PointError, PrecisionErrors
+from lightning_qat.analysis.mixed_precision.point_errors import INFINITE_ERROR, Check, PointError
+from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from lightning_qat.analysis.mixed_precision.region_effects import RegionEffects
 
 

@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from typing_extensions import override
 
 from lightning_qat.analysis.mixed_precision.model_hashes import hashes_of
 from lightning_qat.analysis.mixed_precision.op_costs import CostName, CostOfTypes, LatencyRatios, OpCost
+from lightning_qat.analysis.mixed_precision.point_errors import Check, PointError
 from lightning_qat.analysis.mixed_precision.precision_choice import (
     OUT_OF_RANGE,
     PrecisionChoice,
@@ -24,57 +25,12 @@ from lightning_qat.analysis.mixed_precision.precision_search import Assignment, 
 from lightning_qat.analysis.results import Result
 from lightning_qat.quantization.errors import ConfigurationError, near_names
 from lightning_qat.quantization.numerics.break_away import break_away
-from lightning_qat.quantization.numerics.dtypes import QuantizedDtypeName
-from lightning_qat.quantization.planning.plan import ScaleRole
-from lightning_qat.quantization.reading.checks import AT_LEAST_ZERO, FINITE, one_of
 from lightning_qat.quantization.reading.files import Document
 from lightning_qat.quantization.region.region import Region
 from lightning_qat.quantization.shares import count_of
 
 MISLEADING = 2.0
 """A sum of errors that is so many times what was measured, or less than its inverse, misleads."""
-INFINITE_ERROR = 1e100
-"""Stands for an error that is no finite number: sums and differences of it are still numbers."""
-
-
-@dataclass(frozen=True)
-class PointError:
-    """What quantizing one point at one type, alone, does to the chosen output.
-
-    Args:
-        point: name of the point.
-        op_name: its op.
-        op_type: canonical torch function.
-        role: ``weight`` or ``activation``.
-        dtype: the type.
-        mse: mean squared error of the output.
-        standard_error: of an estimate; 0 for a measured value, None if unknown.
-        exact: measured, not estimated.
-    """
-
-    point: str
-    op_name: str
-    op_type: str
-    role: ScaleRole
-    dtype: Annotated[str, one_of(QuantizedDtypeName)]
-    mse: Annotated[float, FINITE, AT_LEAST_ZERO]
-    standard_error: float | None
-    exact: bool
-
-
-@dataclass(frozen=True)
-class Check:
-    """The prediction beside a measurement with all points at one type.
-
-    Args:
-        dtype: the type.
-        predicted: sum of the errors of all points.
-        measured: error with all of them together.
-    """
-
-    dtype: str
-    predicted: float
-    measured: float
 
 
 @dataclass(frozen=True)

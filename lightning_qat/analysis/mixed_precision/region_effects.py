@@ -14,8 +14,8 @@ from torch import Tensor
 from lightning_qat.analysis.captured_calls import seed_generators, watch_calls
 from lightning_qat.analysis.mixed_precision.balanced_outputs import count_and_squares, counted
 from lightning_qat.analysis.mixed_precision.measured_forwards import quantized_by
+from lightning_qat.analysis.mixed_precision.point_errors import INFINITE_ERROR
 from lightning_qat.analysis.mixed_precision.point_quantizers import Quantizers
-from lightning_qat.analysis.mixed_precision.precision_errors import INFINITE_ERROR
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize

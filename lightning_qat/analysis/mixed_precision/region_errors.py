@@ -10,8 +10,9 @@ from lightning_qat.analysis.influence import influence_on
 from lightning_qat.analysis.mixed_precision.balanced_outputs import balanced
 from lightning_qat.analysis.mixed_precision.measured_forwards import Pair, measure_forwards
 from lightning_qat.analysis.mixed_precision.op_costs import op_costs
+from lightning_qat.analysis.mixed_precision.point_errors import INFINITE_ERROR, Check, PointError
 from lightning_qat.analysis.mixed_precision.point_quantizers import Quantizers
-from lightning_qat.analysis.mixed_precision.precision_errors import INFINITE_ERROR, Check, PointError, PrecisionErrors
+from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from lightning_qat.analysis.mixed_precision.raised_together import raised_together
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.analysis.sensitivity.sensitivity_sketch import Sketch, forwards_of_sketch

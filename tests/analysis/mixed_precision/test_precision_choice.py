@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_qat.analysis.mixed_precision.op_costs import CostName, OpCost
-from lightning_qat.analysis.mixed_precision.precision_errors import PointError, PrecisionErrors
+from lightning_qat.analysis.mixed_precision.point_errors import PointError
+from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from lightning_qat.quantization.errors import ConfigurationError
 
 
