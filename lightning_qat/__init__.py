@@ -3,6 +3,7 @@
 from lightning_qat.analysis.comparison.bad_cases import find_bad_cases
 from lightning_qat.analysis.comparison.comparison import compare
 from lightning_qat.analysis.diagnosis.diagnosis import diagnose
+from lightning_qat.analysis.mixed_precision.measure_choices import measure_choices
 from lightning_qat.analysis.mixed_precision.measure_errors import measure_errors
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from lightning_qat.analysis.model_check.model_check import check
@@ -81,6 +82,7 @@ __all__ = [
     "find_violations",
     "insert",
     "load_quantized",
+    "measure_choices",
     "measure_errors",
     "parameter_groups",
     "read_encodings",

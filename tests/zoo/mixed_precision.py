@@ -356,6 +356,21 @@ On MNIST errors do not add up, and `measure_errors` says so (`errors.adds_up`): 
 was measured. Alone, each is right: the estimates rank the points as measuring each of them does (Spearman 0.996). But
 most of a digit is black, so that the first weights err alike everywhere, by 0.98 alone; errors and rounding behind them
 take a part of that back. With noise of 0.5 on the normalised pixels, the sum is 1.3 times what is measured and not 2.6.
+Even so the sum chooses better than most orders that look at points together. Of the error on held-out images it wins
+back 62%. Tried by hand, also ten points, each forward with all other points at the types they have by then:
+
+| order | forwards | won back |
+|---|---|---|
+| the errors alone, added up (`choose`) | | 62% |
+| the error that goes if a point alone is raised from int8 everywhere | 101 | 30% |
+| the same, one point after the other | 965 | 39% |
+| its mean over 8 random orders of raising all points (Shapley value, on calibration data) | 808 | -17% |
+| inner products of all points' output errors, greedily | 101 | 71% |
+| lowering a quarter of the points, those that harm least next to the ones lowered before, again and again | 280 | 68% |
+
+On EfficientNet-Lite0, ViT and PatchTST the last two win from -1.8 to 1.5 points more than the sum, on the sentence
+encoder nothing; inner products fail on Qwen3. So `choose` adds up, and `lightning_qat.measure_choices` measures what
+comes of it.
 (These numbers were measured by hand.)"""
 
 

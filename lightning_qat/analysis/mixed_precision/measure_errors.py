@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from lightning_qat.analysis.captured_calls import RepeatableForward, capture_calls
+from lightning_qat.analysis.mixed_precision.called_regions import (
+    Step,
+    called_regions,
+    regions_that_ran,
+    selectors_of,
+)
+from lightning_qat.analysis.mixed_precision.measured_forwards import Chosen
 from lightning_qat.analysis.mixed_precision.merged_errors import merged_errors, naming
 from lightning_qat.analysis.mixed_precision.model_hashes import hash_of_tensors, hashes_of
-from lightning_qat.analysis.mixed_precision.point_quantizers import ordered_dtypes, plans_by_dtype, quantizers_by_dtype
+from lightning_qat.analysis.mixed_precision.point_quantizers import at_dtype, ordered_dtypes, quantizers_of_regions
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
-from lightning_qat.analysis.mixed_precision.region_effects import Step, region_effects
+from lightning_qat.analysis.mixed_precision.region_effects import region_effects
 from lightning_qat.analysis.mixed_precision.region_errors import MeasuringOptions, region_errors
-from lightning_qat.analysis.outputs import OutputSelector
-from lightning_qat.quantization import ranks
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
-from lightning_qat.quantization.modules.preservation import preserved
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.hardware_profile_files import hardware_profile, planned_profile
-from lightning_qat.quantization.region.region import Region, find_regions
+from lightning_qat.quantization.region.region import Region
 
 
 def measure_errors(
@@ -93,19 +93,8 @@ def measure_errors(
         (1, True)
     """
     options = MeasuringOptions(hardware_profile(profile), probes, confirm, seed, across_ranks)
-    calls = [Call.of(batch) for batch in batches]
-    if isinstance(region, Region):
-        return measure_regions({"": region}, {"": calls}, (), dtypes, output, post_process, options)
-    regions = find_regions(region)
-    if not regions:
-        raise ConfigurationError(f"{type(region).__name__} has no fake-quants: insert and calibrate them first.")
-    steps = [partial(_run, region, call, seed) for call in calls]
-    with _evaluating(region, regions):
-        found: dict[str, list[Call]] = {path: [] for path in regions}
-        for step in steps:
-            for path, of_step in capture_calls(regions, step).items():
-                found[path] += of_step
-        return measure_regions(regions, found, steps, dtypes, output, post_process, options)
+    with called_regions(region, batches, seed) as called:
+        return measure_regions(called.regions, called.calls, called.steps, dtypes, output, post_process, options)
 
 
 def measure_regions(
@@ -130,41 +119,40 @@ def measure_regions(
     """
     options = options or MeasuringOptions()
     types = ordered_dtypes(dtypes)
-    hardware = options.profile or planned_profile(next(iter(regions.values())).plan)
-    options = replace(options, profile=hardware)
-    plans = plans_by_dtype(regions, types, hardware)
-    quantizers = {path: quantizers_by_dtype(region, plans[path]) for path, region in regions.items()}
-    if not any(quantizers.values()):
-        raise ConfigurationError("no point has a scale: calibrate the region before measuring errors.")
+    options = replace(options, profile=options.profile or planned_profile(next(iter(regions.values())).plan))
+    quantizers = quantizers_of_regions(regions, types, options.profile)
     if all(len(own) < 2 for points in quantizers.values() for own in points.values()):
         raise ConfigurationError(
             f"there is nothing to raise: the hardware and the overrides leave every point one of {', '.join(types)}. "
             "Name other dtypes, or take out overrides that fix the type."
         )
-    selectors, final = _selectors(list(regions), output, post_process)
-    ran = _that_ran(calls, options.across_ranks) or list(regions)
-    if final is not None and final not in ran:
-        raise ConfigurationError(f"output {output!r}: {final!r} did not run on these batches; {', '.join(ran)} did.")
+    selectors, final = selectors_of(list(regions), output, post_process)
+    ran = regions_that_ran(calls, final, options.across_ranks) or list(regions)
     own = options if len(regions) == 1 else replace(options, confirm=0)  # several are confirmed at the final outputs
     results = {path: region_errors(regions[path], quantizers[path], calls[path], selectors[path], own) for path in ran}
     if len(regions) == 1:
         merged = results[ran[0]]
     else:
-        running = {path: regions[path] for path in ran}
-        largest = [(path, point) for path in ran for point in _largest(results[path], types[0], options)]
+        chosen: dict[Hashable, dict[str, Chosen]] = {
+            (path, point): {path: {point: next(iter(quantizers[path][point].values()))}}
+            for path in ran
+            for point in _largest(results[path], types[0], options)
+        }
+        at: dict[Hashable, dict[str, Chosen]] = {
+            dtype: {path: at_dtype(quantizers[path], dtype) for path in ran} for dtype in types
+        }
         effects = region_effects(
-            running,
-            quantizers,
+            {path: regions[path] for path in ran},
             steps,
-            types,
-            largest,
+            at[types[0]],
+            {**chosen, **at},
             selectors,
             final,
             options.seed,
             across_ranks=options.across_ranks,
         )
         names = naming(regions)
-        merged = merged_errors(results, effects, names, types[0])
+        merged = merged_errors(results, effects, names, types)
         idle = (names[p](point.name) for p, region in regions.items() if p not in ran for point in region.plan.points)
         merged = replace(merged, not_reached=(*merged.not_reached, *idle))
     data = hash_of_tensors(t for path in regions for c in calls[path] for t in call_leaves(c.args, c.kwargs))
@@ -175,49 +163,3 @@ def _largest(errors: PrecisionErrors, dtype: str, options: MeasuringOptions) -> 
     """Return the points of a region whose errors at a type are the largest, as many as are measured."""
     rows = sorted((row for row in errors.rows if row.dtype == dtype), key=lambda row: -row.mse)
     return [row.point for row in rows[: options.measured]]
-
-
-def _that_ran(calls: Mapping[str, Sequence[Call]], across_ranks: bool) -> list[str]:
-    """Return the regions that were called, on any rank."""
-    called = {path for path, found in calls.items() if found}
-    if across_ranks:
-        called = set().union(*ranks.gathered_objects(called))
-    return [path for path in calls if path in called]
-
-
-@contextmanager
-def _evaluating(module: nn.Module, regions: Mapping[str, Region]) -> Iterator[None]:
-    """Evaluate in the block: no gradients, and regions get what the float ones before them give. Exit restores all."""
-    with ExitStack() as stack:
-        stack.enter_context(preserved(module))
-        for region in regions.values():
-            stack.enter_context(region.state("off"))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        module.eval()
-        yield
-
-
-def _run(module: nn.Module, call: Call, seed: int) -> None:
-    with RepeatableForward(module, call, seed) as forward:
-        forward()
-
-
-def _selectors(
-    paths: list[str], output: str | Callable[[Any], Any] | None, post_process: Callable[[Any], Any] | None
-) -> tuple[dict[str, OutputSelector], str | None]:
-    """Return what is looked at of each region, and the region whose output alone counts, if one was named."""
-    if len(paths) == 1:
-        return {paths[0]: OutputSelector(output, post_process)}, None
-    selectors = {path: OutputSelector(None, post_process) for path in paths}
-    if output is None:
-        return selectors, None
-    named = [p for p in paths if isinstance(output, str) and f"{output}.".startswith(f"{p}." if p else "")]
-    if not isinstance(output, str) or not named:
-        raise ConfigurationError(
-            f"output {output!r}: there are several quantized parts ({', '.join(paths)}), so write the path of one of "
-            f"them first, such as {paths[-1]}."
-        )
-    final = max(named, key=len)
-    selectors[final] = OutputSelector(output[len(final) :].lstrip(".") or None, post_process)
-    return selectors, final

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_qat.analysis.captured_calls import RepeatableForward, analysis_mode
 from lightning_qat.analysis.metrics import error_sums, metric_of_sums
-from lightning_qat.analysis.mixed_precision.point_quantizers import Quantizers
 from lightning_qat.analysis.nan_origin import refuse_nan
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.quantization import ranks
@@ -20,58 +20,49 @@ from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.region.region import Region
 
-Pair = tuple[str, str]
-"""A point and a type."""
+Key = TypeVar("Key", bound=Hashable)
+Chosen = Mapping[str, FakeQuantize]
+"""The points that are quantized, and the fake-quants whose type and scale they have. All others are left out."""
 
 
 def measure_forwards(
     region: Region,
     calls: Sequence[Call],
     select: OutputSelector,
-    quantizers: Quantizers,
-    pairs: Sequence[Pair],
+    chosen: Mapping[Key, Chosen],
     seed: int,
     *,
     across_ranks: bool = False,
-) -> tuple[dict[Pair, float], float, dict[str, float]]:
-    """Measure pairs of point and type alone, and all points together at each type.
+) -> tuple[dict[Key, float], float]:
+    """Measure the output error of choices of points and types, one forward for each of them and each call.
 
     Args:
         region: a calibrated region.
         calls: the inputs.
         select: the chosen output.
-        quantizers: the fake-quants of the points.
-        pairs: what to measure alone.
+        chosen: what is quantized, by any key; at least one.
         seed: of the random numbers that the forward draws.
         across_ranks: add up what all ranks measure.
 
     Returns:
-        The mean squared output error of each pair; the mean square of the float output; and, by type, the error with
-        all points at it, or at their widest type where they do not have it.
+        The mean squared output error by key; and the mean square of the float output.
     """
-    types = list(dict.fromkeys(dtype for own in quantizers.values() for dtype in own))
-    chosen: dict[Pair | str, dict[str, FakeQuantize]] = {
-        (point, dtype): {point: quantizers[point][dtype]} for point, dtype in pairs
-    }
-    for dtype in types:
-        chosen[dtype] = {p: own.get(dtype) or list(own.values())[-1] for p, own in quantizers.items()}
-    sums = {what: torch.zeros(7, dtype=torch.float64) for what in chosen}
+    sums = {key: torch.zeros(7, dtype=torch.float64) for key in chosen}
     with ranks.failing_together(across_ranks), analysis_mode(region, buffers=False):
         for call in calls:
             with RepeatableForward(region.target, call, seed) as forward:
                 with region.only(()):
                     reference = [tensor.clone() for tensor in select(forward())]
                 refuse_nan(reference, select.description, region, forward)
-                for what, own in chosen.items():
+                for key, own in chosen.items():
                     with quantized_by(region, own), region.only(own):
-                        sums[what] += _error(reference, select(forward()))
+                        sums[key] += _error(reference, select(forward()))
     if across_ranks and ranks.count() > 1:
         total = ranks.summed(torch.stack(list(sums.values())))
         sums = dict(zip(sums, total, strict=True))
-    errors = {what: float(metric_of_sums("MSE", value)) for what, value in sums.items()}
-    first = sums[types[0]]
+    first = next(iter(sums.values()))
     power = float(first[3] / first[0].clamp(min=1))
-    return {pair: errors[pair] for pair in pairs}, power, {dtype: errors[dtype] for dtype in types}
+    return {key: float(metric_of_sums("MSE", value)) for key, value in sums.items()}, power
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +16,7 @@ def merged_errors(
     results: Mapping[str, PrecisionErrors],
     effects: RegionEffects,
     names: Mapping[str, Callable[[str], str]],
-    narrowest: str,
+    types: Sequence[str],
 ) -> PrecisionErrors:
     """Put the errors of regions together; points get the path of their region before their name, as in overrides.
 
@@ -25,14 +25,17 @@ def merged_errors(
 
     Args:
         results: the errors of each region, measured at its own output.
-        effects: of each region on the final outputs.
+        effects: of each region on the final outputs; and of some points alone at their narrowest type, by region and
+            point, and of all points at each type, by type.
         names: what :func:`naming` returns.
-        narrowest: the type that the regions had for ``effects.alone``.
+        types: all types, the narrowest, which the regions had for ``effects.alone``, first.
     """
     rows: list[PointError] = []
     ops: list[OpCost] = []
     together: dict[str, tuple[str, ...]] = {}
-    predicted: dict[str, float] = dict.fromkeys(effects.together, 0.0)
+    narrowest = types[0]
+    together_at = {dtype: effects.chosen[dtype] for dtype in types if dtype in effects.chosen}
+    predicted: dict[str, float] = dict.fromkeys(together_at, 0.0)
     not_reached: list[str] = []
     for path, result in results.items():
         name = names[path]
@@ -40,7 +43,7 @@ def merged_errors(
         own = measured.get(narrowest, next(iter(measured.values()), 0.0))
         factor = effects.alone.get(path, 0.0) / own if own > 0 else 0.0
         for row in result.rows:
-            known = effects.points.get((path, row.point)) if row.dtype == narrowest else None
+            known = effects.chosen.get((path, row.point)) if row.dtype == narrowest else None
             rows.append(_row(row, name, factor, known))
         ops += [_op(op, name) for op in result.ops]
         together |= {name(point): tuple(map(name, others)) for point, others in result.together.items()}
@@ -55,7 +58,7 @@ def merged_errors(
         output=f"{where}, relative to their mean square",
         batches=first.batches,
         power=1.0,
-        checks=tuple(Check(dtype, predicted[dtype], error) for dtype, error in effects.together.items()),
+        checks=tuple(Check(dtype, predicted[dtype], error) for dtype, error in together_at.items()),
         together=together,
         ops=tuple(ops),
         latency=first.latency,

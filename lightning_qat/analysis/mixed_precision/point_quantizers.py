@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -98,6 +98,53 @@ def quantizers_by_dtype(region: Region, plans: Mapping[str, QuantPlan]) -> Quant
                 at[planned.dtype] = made
         found[own.name] = at
     return found
+
+
+def quantizers_of_regions(
+    regions: Mapping[str, Region], dtypes: Sequence[str], profile: HardwareProfile | None
+) -> dict[str, Quantizers]:
+    """Make the fake-quants of all calibrated points of all regions for each type.
+
+    Args:
+        regions: all regions of a model, calibrated, by the path of their target.
+        dtypes: the types, the narrowest first.
+        profile: the hardware the regions were planned for.
+
+    Raises:
+        ConfigurationError: nothing is calibrated.
+    """
+    plans = plans_by_dtype(regions, dtypes, profile)
+    quantizers = {path: quantizers_by_dtype(region, plans[path]) for path, region in regions.items()}
+    if not any(quantizers.values()):
+        raise ConfigurationError("no point has a scale: calibrate the region before measuring errors.")
+    return quantizers
+
+
+def dtypes_of(quantizers: Quantizers) -> list[str]:
+    """Return the types that points have, each once, those of the first point first."""
+    return list(dict.fromkeys(dtype for own in quantizers.values() for dtype in own))
+
+
+def at_dtype(quantizers: Quantizers, dtype: str) -> dict[str, FakeQuantize]:
+    """Return the fake-quants of a type; of a point that does not have it, those of :func:`type_for` it."""
+    return {point: own[type_for(dtype, own)] for point, own in quantizers.items() if own}
+
+
+def type_for(dtype: str, available: Iterable[str]) -> str:
+    """Return the type that a point has where others have ``dtype``: its next wider one, or else its widest.
+
+    Args:
+        dtype: a type.
+        available: the types of the point, the narrowest first; at least one.
+
+    Example:
+        >>> type_for("int4", ["int8", "int16"]), type_for("int16", ["int4", "int8"])
+        ('int8', 'int8')
+    """
+    types = list(available)
+    if dtype in types:
+        return dtype
+    return next((own for own in types if bits(own) >= bits(dtype)), types[-1])
 
 
 def _same_place(one: PointPlan, other: PointPlan) -> bool:

@@ -14,6 +14,8 @@ from lightning_qat.analysis.results import Block, Result
 OUT_OF_RANGE = 1.0
 """A predicted error of so many times the output's power means nothing: errors do not add up there any more."""
 
+MEASURE = "trust what is measured (lightning_qat.measure_choices), not what is predicted"
+
 
 @dataclass(frozen=True)
 class RaisedPoint:
@@ -51,6 +53,7 @@ class PrecisionChoice(Result[RaisedPoint]):
         cost: what it costs, see ``cost_name``.
         cost_name: ``points``, ``ops``, ``bops`` or ``latency``.
         points: number of points in all.
+        adds_up: whether errors add up on this model, so that the prediction can be relied on.
     """
 
     predicted: float = 0.0
@@ -60,6 +63,7 @@ class PrecisionChoice(Result[RaisedPoint]):
     cost: float = 0.0
     cost_name: str = "points"
     points: int = 0
+    adds_up: bool = True
     title: ClassVar[str] = "Points to raise"
     shown: ClassVar[tuple[str, ...]] = ("point", "op_type", "role", "dtype", "mse_before", "mse")
 
@@ -104,11 +108,11 @@ class PrecisionChoice(Result[RaisedPoint]):
             "bops": f" It costs {self.cost:.3g} times the bit operations of the narrowest types.",
             "latency": f" It takes {self.cost:.3g} times as long as the narrowest types.",
         }[self.cost_name]
-        trust = (
-            ""
-            if self.in_range
-            else " This error is larger than the output itself: errors do not add up there, so measure it."
-        )
+        trust = ""
+        if not self.in_range:
+            trust = f" This error is larger than the output itself: errors do not add up there: {MEASURE}."
+        elif not self.adds_up and self.rows:
+            trust = f" Errors do not add up on this model: {MEASURE}."
         return f"{what}: {gain}.{cost}{trust}"
 
 

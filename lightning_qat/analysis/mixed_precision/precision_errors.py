@@ -15,6 +15,7 @@ from lightning_qat.analysis.mixed_precision.model_hashes import hashes_of
 from lightning_qat.analysis.mixed_precision.op_costs import CostName, CostOfTypes, LatencyRatios, OpCost
 from lightning_qat.analysis.mixed_precision.point_errors import Check, PointError
 from lightning_qat.analysis.mixed_precision.precision_choice import (
+    MEASURE,
     OUT_OF_RANGE,
     PrecisionChoice,
     PrecisionFront,
@@ -111,11 +112,9 @@ class PrecisionErrors(Result[PointError]):
         far = [c.dtype for c in self.checks if max(c.predicted, c.measured) > OUT_OF_RANGE * self.power]
         trust = ""
         if far:
-            trust = (
-                f" At {', '.join(far)} the output has collapsed: errors do not add up there, so choose by measuring."
-            )
+            trust = f" At {', '.join(far)} the output has collapsed: errors do not add up there: {MEASURE}."
         elif not self.adds_up:
-            trust = f" At {self.dtypes[0]} errors do not add up: compare choices by measuring them."
+            trust = f" At {self.dtypes[0]} errors do not add up: {MEASURE}."
         return f"{self.output}, {self.batches} batches, mean square {self.power:.3g}. {checked}.{trust}"
 
     @property
@@ -246,6 +245,7 @@ class PrecisionErrors(Result[PointError]):
             cost=search.cost.of(found.dtypes),
             cost_name=cost,
             points=len(self.by_point),
+            adds_up=self.adds_up,
         )
 
 

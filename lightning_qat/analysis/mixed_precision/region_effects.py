@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,18 +13,14 @@ from torch import Tensor
 
 from lightning_qat.analysis.captured_calls import seed_generators, watch_calls
 from lightning_qat.analysis.mixed_precision.balanced_outputs import count_and_squares, counted
-from lightning_qat.analysis.mixed_precision.measured_forwards import quantized_by
+from lightning_qat.analysis.mixed_precision.called_regions import Step
+from lightning_qat.analysis.mixed_precision.measured_forwards import Chosen, quantized_by
 from lightning_qat.analysis.mixed_precision.point_errors import INFINITE_ERROR
-from lightning_qat.analysis.mixed_precision.point_quantizers import Quantizers
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.quantization import ranks
-from lightning_qat.quantization.fake_quant.fake_quantize import FakeQuantize
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves
 from lightning_qat.quantization.region.region import Region
-
-Step = Callable[[], Any]
-"""Runs all regions on one batch, the same way each time."""
 
 
 @dataclass(frozen=True)
@@ -36,68 +32,57 @@ class RegionEffects:
 
     Args:
         alone: by region, if it alone is quantized at the narrowest type.
-        points: by region and point, for some points: if the point alone is quantized at the narrowest type.
-        together: by type, if all regions are quantized.
+        chosen: of each choice of points and types, by its key.
         finals: the regions that give the final outputs.
         compared: False if outputs had other shapes than in float, as behind a selection of boxes: then ``alone`` is
-            about each region's own output, and the others are empty.
+            about each region's own output, and ``chosen`` is empty.
     """
 
     alone: Mapping[str, float]
-    points: Mapping[tuple[str, str], float]
-    together: Mapping[str, float]
+    chosen: Mapping[Hashable, float]
     finals: tuple[str, ...]
     compared: bool = True
 
 
 def region_effects(
     regions: Mapping[str, Region],
-    quantizers: Mapping[str, Quantizers],
     steps: Iterable[Step],
-    types: Sequence[str],
-    points: Sequence[tuple[str, str]],
+    narrowest: Mapping[str, Chosen],
+    chosen: Mapping[Hashable, Mapping[str, Chosen]],
     selectors: Mapping[str, OutputSelector],
     final: str | None = None,
     seed: int = 0,
     *,
     across_ranks: bool = False,
 ) -> RegionEffects:
-    """Measure what regions and some points do to the final outputs: a step for each of them, and for each type.
+    """Measure what regions and choices of points do to the final outputs: a step for each of them and each batch.
 
     Args:
         regions: calibrated regions by the path of their target.
-        quantizers: of their points at each type.
         steps: one for each batch.
-        types: all types, the narrowest first.
-        points: regions and points to measure alone.
+        narrowest: by region, its points at their narrowest types.
+        chosen: what is quantized, by any key; of each region what is quantized there.
         selectors: the chosen output of each region; those of other regions than the final ones are not used.
         final: the region whose output alone counts; None for all that no other region reads from.
         seed: of the random numbers that the steps draw.
         across_ranks: add up what all ranks measure.
     """
-    sums = _Sums(list(regions), list(types), points)
+    sums = _Sums(list(regions), list(chosen))
+    rows = [{path: narrowest[path]} for path in regions] + list(chosen.values())
     for step in steps:
         run = _Recording(regions, selectors, step, seed)
         with _quantized(regions, {}):
             reference = run()
-        rows = [{path: _at(quantizers[path], types[0])} for path in regions]
-        rows += [{path: _at(quantizers[path], dtype) for path in regions} for dtype in types]
-        rows += [{path: {point: next(iter(quantizers[path][point].values()))}} for path, point in points]
-        for row, chosen in enumerate(rows):
-            with _quantized(regions, chosen):
+        for row, quantized in enumerate(rows):
+            with _quantized(regions, quantized):
                 sums.add(row, reference, run())
     if across_ranks:
         sums.add_ranks()
     return sums.effects(final)
 
 
-def _at(quantizers: Quantizers, dtype: str) -> dict[str, FakeQuantize]:
-    """The quantizers of a type; of a point that does not have it, those of its widest type."""
-    return {point: own.get(dtype) or list(own.values())[-1] for point, own in quantizers.items() if own}
-
-
 @contextmanager
-def _quantized(regions: Mapping[str, Region], chosen: Mapping[str, Mapping[str, FakeQuantize]]) -> Iterator[None]:
+def _quantized(regions: Mapping[str, Region], chosen: Mapping[str, Chosen]) -> Iterator[None]:
     """Quantize the chosen points of the regions with the chosen quantizers inside the block, and no others."""
     with ExitStack() as stack, torch.no_grad():
         for path, region in regions.items():
@@ -137,17 +122,17 @@ class _Recording:
 
 
 class _Sums:
-    """Sums over steps, from which the effects follow; a row for each region, type and point, a column per region."""
+    """Sums over steps, from which the effects follow; a row for each region and choice, a column per region."""
 
-    def __init__(self, paths: list[str], types: list[str], points: Sequence[tuple[str, str]]) -> None:
-        self._paths, self._types, self._points = paths, types, points
-        self._relative = torch.zeros(len(paths) + len(types) + len(points), len(paths), dtype=torch.float64)
+    def __init__(self, paths: list[str], keys: list[Hashable]) -> None:
+        self._paths, self._keys = paths, keys
+        self._relative = torch.zeros(len(paths) + len(keys), len(paths), dtype=torch.float64)
         self._compared = torch.zeros_like(self._relative)
         self._reads = torch.zeros(len(paths), len(paths), dtype=torch.float64)
         self._ran = torch.zeros(len(paths), dtype=torch.float64)
 
     def add(self, row: int, reference: Mapping[str, _Recorded], found: Mapping[str, _Recorded]) -> None:
-        """Add the errors of a step with the region or the type of a row."""
+        """Add the errors of a step with the region or the choice of a row."""
         for column, path in enumerate(self._paths):
             base, other = reference[path], found[path]
             if row < len(self._paths):
@@ -174,15 +159,10 @@ class _Sums:
         compared = bool((self._compared[:, last] == steps).all())
         own = torch.where(self._compared > 0, self._relative / self._compared, 0.0)
         if not compared:
-            return RegionEffects({self._paths[i]: float(own[i, i]) for i in ran}, {}, {}, finals, compared)
+            return RegionEffects({self._paths[i]: float(own[i, i]) for i in ran}, {}, finals, compared)
         errors = own[:, last].mean(1).tolist()
-        regions, types = len(self._paths), len(self._types)
-        return RegionEffects(
-            {self._paths[i]: errors[i] for i in ran},
-            dict(zip(self._points, errors[regions + types :], strict=True)),
-            dict(zip(self._types, errors[regions : regions + types], strict=True)),
-            finals,
-        )
+        chosen = dict(zip(self._keys, errors[len(self._paths) :], strict=True))
+        return RegionEffects({self._paths[i]: errors[i] for i in ran}, chosen, finals)
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:

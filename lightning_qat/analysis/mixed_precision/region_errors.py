@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from lightning_qat.analysis.influence import influence_on
 from lightning_qat.analysis.mixed_precision.balanced_outputs import balanced
-from lightning_qat.analysis.mixed_precision.measured_forwards import Pair, measure_forwards
+from lightning_qat.analysis.mixed_precision.measured_forwards import Chosen, measure_forwards
 from lightning_qat.analysis.mixed_precision.op_costs import op_costs
 from lightning_qat.analysis.mixed_precision.point_errors import INFINITE_ERROR, Check, PointError
-from lightning_qat.analysis.mixed_precision.point_quantizers import Quantizers
+from lightning_qat.analysis.mixed_precision.point_quantizers import Quantizers, at_dtype, dtypes_of, type_for
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from lightning_qat.analysis.mixed_precision.raised_together import raised_together
 from lightning_qat.analysis.outputs import OutputSelector
@@ -20,6 +20,9 @@ from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.region.region import Region
+
+Pair = tuple[str, str]
+"""A point and a type."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,11 @@ def region_errors(
     sketch = measuring.sketch(calls)
     alone = measuring.without_gradient(sketch)
     alone += measuring.largest(sketch, set(alone))
-    measured, power, together = measure_forwards(
-        region, calls, select, measuring.quantizers, alone, options.seed, across_ranks=options.across_ranks
-    )
-    rows, not_reached = _rows(region, quantizers, sketch, measured)
+    chosen: dict[Pair | str, Chosen] = {(p, dtype): {p: quantizers[p][dtype]} for p, dtype in alone}
+    types = dtypes_of(quantizers)
+    chosen |= {dtype: at_dtype(quantizers, dtype) for dtype in types}
+    measured, power = measure_forwards(region, calls, select, chosen, options.seed, across_ranks=options.across_ranks)
+    rows, not_reached = _rows(region, quantizers, sketch, {pair: measured[pair] for pair in alone})
     reached = {row.point for row in rows}
     narrow = {name: next(iter(own)) for name, own in quantizers.items() if len(own) > 1 and name in reached}
     wide = {name: list(quantizers[name])[-1] for name in narrow}
@@ -83,7 +87,7 @@ def region_errors(
         output=select.description,
         batches=sketch.batches,
         power=power,
-        checks=tuple(Check(d, _predicted(rows, d), error) for d, error in together.items()),
+        checks=tuple(Check(dtype, _predicted(rows, dtype), measured[dtype]) for dtype in types),
         together=raised_together(region, hardware, narrow, wide),
         ops=op_costs(region),
         latency=dict(hardware.cost) if hardware is not None else {},
@@ -153,11 +157,11 @@ def _rows(
 
 
 def _predicted(rows: list[PointError], dtype: str) -> float:
-    """Sum of the errors with all points at a type, or at their widest where they do not have it."""
+    """Sum of the errors with all points at a type, or at the type they have there."""
     by_point: dict[str, dict[str, float]] = {}
     for row in rows:
         by_point.setdefault(row.point, {})[row.dtype] = row.mse
-    return math.fsum(own.get(dtype, list(own.values())[-1]) for own in by_point.values())
+    return math.fsum(own[type_for(dtype, own)] for own in by_point.values())
 
 
 def _name(point: str, dtype: str) -> str:

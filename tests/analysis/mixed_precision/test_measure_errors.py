@@ -56,10 +56,10 @@ def uneven(*sizes: int, seed: int = 0) -> tuple[nn.Sequential, list[Tensor]]:
 
 
 def mse_with(
-    model: nn.Module, batches: list[Tensor], overrides: Iterable[dict[str, Any]], dtype: str = "int8"
+    model: nn.Module, batches: list[Tensor], overrides: Iterable[dict[str, Any]], dtype: str = "int8", **options: Any
 ) -> float:
     """The output error of the model as a user gets it with these overrides."""
-    region = region_at(model, batches, dtype, overrides=list(overrides))
+    region = region_at(model, batches, dtype, overrides=list(overrides), **options)
     with torch.no_grad():
         quantized = torch.cat([region.target(x) for x in batches])
         region.set_state("off")
