@@ -121,8 +121,8 @@ def quantizers_of_regions(
 
 
 def dtypes_of(quantizers: Quantizers) -> list[str]:
-    """Return the types that points have, each once, those of the first point first."""
-    return list(dict.fromkeys(dtype for own in quantizers.values() for dtype in own))
+    """Return the types that points have, each once, the narrowest first."""
+    return sorted(dict.fromkeys(dtype for own in quantizers.values() for dtype in own), key=bits)
 
 
 def at_dtype(quantizers: Quantizers, dtype: str) -> dict[str, FakeQuantize]:

@@ -92,6 +92,7 @@ def test_points_start_at_the_narrowest_type_that_they_have() -> None:
     types = ("int4", "int8", "int16")
     region = region_at(model, batches, profile=profile)
     errors = measure_errors(region, batches, dtypes=types, profile=profile)
+    assert [check.dtype for check in errors.checks] == list(types)
     assert list(errors.by_point["0.weight"]) == ["int8", "int16"]
     assert list(errors.by_point["1.output"]) == ["int4", "int8", "int16"]
     (row,) = measure_choices(region, batches, errors.choose(points=[]), types, profile=profile).rows
