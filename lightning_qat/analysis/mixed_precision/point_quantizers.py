@@ -121,7 +121,12 @@ def quantizers_of_regions(
 
 
 def dtypes_of(quantizers: Quantizers) -> list[str]:
-    """Return the types that points have, each once, the narrowest first."""
+    """Return the types that points have, each once, the narrowest first.
+
+    Example:
+        >>> dtypes_of({"a": {"int8": FakeQuantize("int8")}, "b": {"int4": FakeQuantize("int4")}})
+        ['int4', 'int8']
+    """
     return sorted(dict.fromkeys(dtype for own in quantizers.values() for dtype in own), key=bits)
 
 
