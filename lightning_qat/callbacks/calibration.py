@@ -21,6 +21,7 @@ from lightning_qat.callbacks.trainer.messages import rank_zero_info, rank_zero_w
 from lightning_qat.callbacks.trainer.misconfiguration import misconfiguration
 from lightning_qat.callbacks.trainer.numeric_arguments import require_at_least
 from lightning_qat.callbacks.trainer.progress import progress
+from lightning_qat.quantization.counts import number_of
 from lightning_qat.quantization.region.calibration import CalibrationPass, CalibrationResult
 from lightning_qat.quantization.region.region import find_regions
 
@@ -120,8 +121,8 @@ class Calibration(ScaleSource):
         for copy in _compat.averaged_copies(trainer):  # made before there were scales
             for path, region in find_regions(pl_module).items():
                 find_regions(copy)[path].load_state_dict(region.state_dict())
-        points = self.result.points
-        rank_zero_info(f"Calibration: {points} points from {self.result.batches * trainer.world_size} batches.")
+        points, batches = self.result.points, self.result.batches * trainer.world_size
+        rank_zero_info(f"Calibration: {number_of(points, 'point')} from {number_of(batches, 'batch')}.")
         for message in self.result.messages:
             rank_zero_warn(f"Calibration: {message}")
 

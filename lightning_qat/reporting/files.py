@@ -113,9 +113,10 @@ def write_fingerprint(fingerprint: Fingerprint, path: str | os.PathLike[str]) ->
 
 
 def csv_rows(result: Result[Any]) -> list[list[Any]]:
-    """The cells of all rows, in the order of the columns."""
+    """The cells of all rows, in the order of the columns; several values in one cell are separated by commas."""
     columns = result.columns()
-    return [[row[column] for column in columns] for row in result.to_dicts()]
+    rows = [[row[column] for column in columns] for row in result.to_dicts()]
+    return [[", ".join(map(str, cell)) if isinstance(cell, (tuple, list)) else cell for cell in row] for row in rows]
 
 
 def csv_lines(rows: Iterable[Sequence[Any]]) -> str:

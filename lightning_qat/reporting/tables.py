@@ -167,16 +167,18 @@ def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> T
 
 
 def cell_text(value: Any, digits: int = 7) -> str:
-    """Format a value: floats with ``digits`` significant digits, None and an empty tuple as an empty text.
+    """Format a value: floats with ``digits`` significant digits, None as an empty text, several values with commas.
 
     Example:
-        >>> [cell_text(v) for v in (0.26427540, 1e-9, float("nan"), None, True, 3)]
-        ['0.2642754', '1e-09', 'nan', '', 'yes', '3']
+        >>> [cell_text(v) for v in (0.26427540, 1e-9, float("nan"), None, True, ("a", "b"))]
+        ['0.2642754', '1e-09', 'nan', '', 'yes', 'a, b']
     """
     if type(value) is str:
         return value
-    if value is None or value == ():
+    if value is None:
         return ""
+    if isinstance(value, (tuple, list)):
+        return ", ".join(cell_text(part, digits) for part in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_qat.analysis.comparison.loop_rounds import worst_rounds
 from lightning_qat.analysis.comparison.point_evidence import PointEvidence
 from lightning_qat.analysis.results import Result
+from lightning_qat.quantization.counts import number_of
 
 Origin = Literal["own", "inherited", "none"]
 
@@ -156,7 +157,7 @@ class LayerComparisonResult(Result[LayerComparisonRow]):
     @property
     def note(self) -> str:
         """Say what was compared, and what to do about it."""
-        text = f"float (base) against quantized (analy), {self.batches} batches, {self.output}"
+        text = f"float (base) against quantized (analy), {number_of(self.batches, 'batch')}, {self.output}"
         if self.diverged:
             text += f"; {len(self.diverged)} rows cannot be compared (other shapes): {', '.join(self.diverged[:3])}"
         return "\n".join([text, *self.what_to_do])

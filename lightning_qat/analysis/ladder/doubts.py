@@ -20,6 +20,7 @@ from lightning_qat.analysis.ladder.rungs import (
 from lightning_qat.analysis.ladder.sentences import MAKE_REFERENCE, NO_METRIC, Said, ended, nothing_moved
 from lightning_qat.analysis.ladder.training_rungs import Reference, is_loss_known
 from lightning_qat.analysis.metric_direction import higher_is_better
+from lightning_qat.quantization.counts import number_of
 
 _TRAINING_LABELS = f"{LABELS} (train)"
 
@@ -134,7 +135,7 @@ def _nothing_found(ladder: Ladder, flag: str) -> Said:
     batches = finetune.batches if finetune else 0
     return (
         f"ConvergenceMonitor has flagged this run ({flag}), and from the weights it started from nothing breaks within "
-        f"{batches} batches."
+        f"{number_of(batches, 'batch')}."
     ), f"Look for longer: PipelineCheck(batches={10 * max(1, batches)}), and do what convergence.txt says."
 
 
@@ -148,8 +149,8 @@ def _better_after_training(ladder: Ladder) -> Iterator[Doubt]:
     changes = [f"{row.metric} {row.value:.4g} -> {row.expected:.4g}" for row in worse if row.status == "breaks"]
     if changes:
         yield Doubt(
-            f"{finetune.batches} batches of training make the float model far better ({', '.join(changes[:2])}), so it "
-            "was not good to begin with.",
+            f"after {number_of(finetune.batches, 'batch')} of training the float model is far better "
+            f"({', '.join(changes[:2])}), so it was not good to begin with.",
             "Are these the weights of the float run (init_from), and is the data prepared as it was there? "
             f"{MAKE_REFERENCE}: it says what differs.",
         )

@@ -17,6 +17,7 @@ from lightning_qat.analysis.ladder.rungs import (
 from lightning_qat.analysis.ladder.sentences import MAKE_REFERENCE, Said, format_training, worst_points
 from lightning_qat.analysis.metric_direction import higher_is_better
 from lightning_qat.analysis.open_question import RAISE_POINTS
+from lightning_qat.quantization.counts import number_of
 
 _NOT_LEARNING_RATE = " A loss of this size is not caused by the learning rate; freeze_batch_norm_after: 0 may avoid it."
 _SMALL_FALL = {
@@ -66,7 +67,8 @@ def _what_holds(ladder: Ladder, rows: Sequence[PipelineRow], rungs: Collection[i
         )
     else:
         batches = max((finetune.batches for finetune in ladder.finetunes.values()), default=0)
-        yield f"every rung holds{f', with {batches} batches each' if batches else ''}."
+        each = f", with {number_of(batches, 'batch')} each" if batches else ""
+        yield f"every rung holds{each}."
 
 
 def _what_falls(ladder: Ladder, rows: Sequence[PipelineRow]) -> Iterator[str]:

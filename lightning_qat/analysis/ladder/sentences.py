@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lightning_qat.analysis.ladder.measurements import Finetune
 from lightning_qat.analysis.ladder.rows import PipelineRow, format_falls, judged
+from lightning_qat.quantization.counts import number_of
 
 Said = tuple[str, str]
 """What is found, and what to do next; the second is empty where the first says all."""
@@ -104,7 +105,7 @@ def format_training(finetune: Finetune) -> str:
     else:
         low, high = finetune.learning_rates
         rates = f" (lr {low:.3g})" if low == high else f" (lr {low:.3g} to {high:.3g})"
-    return f"{finetune.batches} batches of QAT's own training{rates}"
+    return f"{number_of(finetune.batches, 'batch')} of QAT's own training{rates}"
 
 
 def nothing_moved(finetune: Finetune) -> Said:

@@ -41,6 +41,7 @@ from lightning_qat.analysis.ladder.sentences import (
     scales,
     side_effect,
 )
+from lightning_qat.quantization.counts import number_of
 
 
 def float_model_evidence(float_model: Measurement, reference: Mapping[str, float]) -> Evidence:
@@ -86,7 +87,8 @@ def fingerprint_evidence(known: Fingerprint, here: Fingerprint, float_model: Mea
     }
     noise = Measurement({}, errors)
     rows = compare(known.metrics, Measurement(here.metrics), noise, strict=True, same_samples=same)
-    note = f"first {known.batches} batches, the same samples" if same else f"first {known.batches} batches"
+    first = f"first {number_of(known.batches, 'batch')}"
+    note = f"{first}, the same samples" if same else first
     rows = [replace(row, note=row.note or note) for row in rows]
     if breaks(rows):
         return rows, [BrokenRung(FLOAT_MODEL, "pipeline misaligned", f"{other_metrics(rows)}.", NOT_QUANTIZATION)]
@@ -158,7 +160,7 @@ def training_loss_evidence(known: Fingerprint, here: Fingerprint) -> Evidence:
         tolerated = first_losses_tolerance(one, *errors)
         status: Status = "holds" if abs(one - other) <= tolerated else "breaks"
         what, metric = RUNG_NAMES[BATCH_NORM_FIXED], name.replace("batch norm in ", "BN ")
-        note = f"first {known.batches} batches"
+        note = f"first {number_of(known.batches, 'batch')}"
         rows.append(PipelineRow(BATCH_NORM_FIXED, what, metric, one, other, tolerated, status, note))
     # in train mode dropout and small batches add their own: eval mode decides
     worst = next((row for row in rows if row.status == "breaks" and "eval" in row.metric), None)

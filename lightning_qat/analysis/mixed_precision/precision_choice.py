@@ -163,6 +163,12 @@ class PrecisionFront(Result[FrontRow]):
     title: ClassVar[str] = "Error against cost"
     shown: ClassVar[tuple[str, ...]] = ("raised", "share", "cost", "predicted", "sqnr", "recovered", "added")
 
+    @property
+    @override
+    def note(self) -> str:
+        """Say so if the predictions mislead."""
+        return f"Errors do not add up on this model: {MEASURE}." if self.choices and not self.choices[0].adds_up else ""
+
     @override
     def about(self) -> dict[str, Any]:
         """Return the facts beside the rows, with the overrides of every row."""

@@ -24,6 +24,7 @@ from lightning_qat.analysis.mixed_precision.precision_choice import (
 from lightning_qat.analysis.mixed_precision.precision_front import precision_front
 from lightning_qat.analysis.mixed_precision.precision_search import Assignment, PrecisionSearch
 from lightning_qat.analysis.results import Result
+from lightning_qat.quantization.counts import number_of
 from lightning_qat.quantization.errors import ConfigurationError, near_names
 from lightning_qat.quantization.numerics.break_away import break_away
 from lightning_qat.quantization.reading.files import Document
@@ -115,7 +116,7 @@ class PrecisionErrors(Result[PointError]):
             trust = f" At {', '.join(far)} the output has collapsed: errors do not add up there: {MEASURE}."
         elif not self.adds_up:
             trust = f" At {self.dtypes[0]} errors do not add up: {MEASURE}."
-        return f"{self.output}, {self.batches} batches, mean square {self.power:.3g}. {checked}.{trust}"
+        return f"{self.output}, {number_of(self.batches, 'batch')}, mean square {self.power:.3g}. {checked}.{trust}"
 
     @property
     def adds_up(self) -> bool:

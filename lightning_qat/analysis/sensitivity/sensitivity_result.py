@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from lightning_qat.analysis.metric_direction import higher_is_better
 from lightning_qat.analysis.results import Block, Result
+from lightning_qat.quantization.counts import number_of
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class SensitivityResult(Result[SensitivityRow]):
         if self.task and self.float_value is None:
             text = f"score of {self.output} ({self.metric} at the end of training)"
         elif self.task:
-            text = f"{self.metric} on {self.evaluated_batches} batches (float: {self.float_value:.4g}), "
+            text = f"{self.metric} on {number_of(self.evaluated_batches, 'batch')} (float: {self.float_value:.4g}), "
             text += f"score of {self.output}"
         text += f", {len(self.rows)} of {self.points} points by {self.method}"
         if self.method == "sketch":

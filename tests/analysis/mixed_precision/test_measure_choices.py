@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from lightning_qat.analysis.mixed_precision.measure_errors import measure_errors
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.planning.hardware_profile_files import parse_profile
 from lightning_qat.quantization.region.insertion import insert
-from lightning_qat.reporting.files import write_json
+from lightning_qat.reporting.files import write_csv, write_json
 from tests.analysis.mixed_precision.test_measure_errors import Difference, mse_with, region_at, uneven
 from tests.analysis.mixed_precision.test_several_regions import TwoHeads, data, noise, quantized
 from tests.harness.state import assert_same
@@ -62,8 +63,8 @@ def test_what_does_not_add_up_is_measured(same: bool) -> None:
     (row,) = measure_choices(region, batches, errors.choose(points=["first.weight"])).rows
     assert row.predicted < errors.checks[0].predicted
     assert (row.recovered > 0.02) is not same
-    note = errors.choose(points=["first.weight"]).note
-    assert ("do not add up on this model: trust what is measured (lightning_qat.measure_choices)" in note) is same
+    for note in (errors.choose(points=["first.weight"]).note, errors.front().note):
+        assert ("do not add up on this model: trust what is measured (lightning_qat.measure_choices)" in note) is same
 
 
 def test_a_front_is_measured_whole_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +78,8 @@ def test_a_front_is_measured_whole_and_written(tmp_path: Path, capsys: pytest.Ca
     shown = capsys.readouterr().out
     best = min(range(len(result.rows)), key=lambda number: result.rows[number].measured)
     assert f"The least error is that of choices[{best}]." in " ".join(shown.split())
+    with write_csv(front, tmp_path / "front.csv").open(newline="") as file:
+        assert [row["added"] for row in csv.DictReader(file)] == [", ".join(row.added) for row in front.rows]
     written = json.loads(write_json(result, tmp_path / "choices.json").read_text())
     assert written["overrides"] == [choice.overrides for choice in front.choices]
 
