@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_qat.analysis.comparison.axis_sums import LONGEST_AXIS, SumsByAxis, sums_along
@@ -75,6 +75,7 @@ def _found(x: np.ndarray, step: float, joined: list[JoinedPart] | None = None, b
 
 
 @settings(max_examples=60, deadline=None)
+@example([58.0, 3.0, 0.00390625], 1.0, 0)  # a constant that is the largest of its group is not rounded at all
 @given(st.lists(st.floats(1e-4, 1e4), min_size=2, max_size=12), st.floats(0, 1000), st.integers(0, 2**31 - 1))
 def test_what_is_called_lost_is_lost_and_would_be_kept_by_a_scale_of_its_own(
     sizes: list[float], offset: float, seed: int
@@ -105,7 +106,9 @@ def test_what_is_called_lost_is_lost_and_would_be_kept_by_a_scale_of_its_own(
                 [_rounded(g, np.abs(g).max() / 127) for g in np.split(x, np.cumsum(population.groups)[:-1], axis=1)], 1
             )[:, list(population.indices)]
             measured = np.sqrt(((grouped - part) ** 2).sum() / spread)
-            assert measured == pytest.approx(population.group_error, rel=0.5)
+            # noise is predicted; the error of a constant is anything up to half a step, the root of 3 times of noise
+            least, most = (0, 3**0.5) if constant.any() else (0.5, 1.5)
+            assert least * population.group_error <= measured <= 1.01 * most * population.group_error
 
 
 @pytest.mark.parametrize(("factor", "lost"), [(1000.0, True), (300.0, True), (20.0, False), (1.0, False)])
