@@ -39,7 +39,7 @@ unit: $(VENV)/.dev ## tests and doctests, with coverage
 	$(PYTEST) $(COVERAGE) --doctest-modules lightning_qat tests
 
 test-full: $(VENV)/.dev ## the same with the long suites
-	$(PYTEST) $(COVERAGE) --doctest-modules -m "full or not full" --timeout 3600 lightning_qat tests
+	$(PYTEST) $(COVERAGE) --doctest-modules -m "full or not full" --hypothesis-profile default --timeout 3600 lightning_qat tests
 
 bench: $(VENV)/.dev ## measure training steps and insertion time
 	$(BIN)/python tests/benchmarks/run.py
