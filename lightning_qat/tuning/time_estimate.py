@@ -64,18 +64,24 @@ def estimate(settings: TuningSettings, stage: float, times: Mapping[str, float])
     Example:
         >>> estimate(TuningSettings("train.py", ()), 30.0, {"evaluation": 6.0, "training": 130.0})
         'an evaluation takes about 6 s, a training about 2 min; all stages together at most about 16 min'
+        >>> estimate(TuningSettings("train.py", ()), 9.0, {"evaluation": 0.1, "training": 0.4})
+        'an evaluation takes less than 1 s, a training less than 1 s; all stages together at most about 84 s'
         >>> estimate(TuningSettings("train.py", ()), 30.0, {"evaluation": 6.0})
         'an evaluation takes about 6 s; how long a training takes is not known before the first one'
     """
-    said = f"an evaluation takes about {_duration(times.get('evaluation', 0.0))}"
+    said = f"an evaluation takes {_about(times.get('evaluation', 0.0))}"
     trainings = most_trainings(settings)
     if trainings and "training" not in times:
         return f"{said}; how long a training takes is not known before the first one"
     training = times.get("training", 0.0)
     others = 3 + ("wide calibrated" not in settings.skip)  # narrow calibrated, search, mixed calibrated
     whole = others * stage + settings.evaluations * times.get("evaluation", 0.0) + trainings * (training + stage)
-    of_training = f", a training about {_duration(training)}" if trainings else ""
+    of_training = f", a training {_about(training)}" if trainings else ""
     return f"{said}{of_training}; all stages together at most about {_duration(whole)}"
+
+
+def _about(seconds: float) -> str:
+    return f"about {_duration(seconds)}" if seconds >= 1 else "less than 1 s"
 
 
 def _duration(seconds: float) -> str:
