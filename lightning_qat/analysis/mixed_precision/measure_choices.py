@@ -23,6 +23,7 @@ from lightning_qat.analysis.mixed_precision.point_quantizers import (
     Quantizers,
     at_dtype,
     ordered_dtypes,
+    plans_by_dtype,
     quantizers_of_regions,
 )
 from lightning_qat.analysis.mixed_precision.precision_choice import PrecisionChoice, PrecisionFront, sqnr_of
@@ -86,13 +87,13 @@ def measure_choices(
     types = ordered_dtypes(dtypes)
     with called_regions(region, batches, seed) as called:
         hardware = hardware_profile(profile) or planned_profile(next(iter(called.regions.values())).plan)
-        quantizers = quantizers_of_regions(called.regions, types, hardware)
+        quantizers = quantizers_of_regions(called.regions, plans_by_dtype(called.regions, types, hardware))
         whole: dict[Hashable, dict[str, Chosen]] = {
             "narrowest": {path: at_dtype(own, types[0]) for path, own in quantizers.items()},
             "widest": {path: at_dtype(own, types[-1]) for path, own in quantizers.items()},
         }
         chosen: dict[Hashable, dict[str, Chosen]] = {
-            number: _chosen(choice, quantizers) for number, choice in enumerate(given)
+            number: _chosen(choice, called.regions, quantizers) for number, choice in enumerate(given)
         }
         errors, power = _measured(called, {**whole, **chosen}, output, post_process, seed, across_ranks)
     narrowest, widest = errors["narrowest"], errors["widest"]
@@ -186,11 +187,13 @@ def _several(choices: PrecisionChoice | PrecisionFront | Iterable[PrecisionChoic
     return found
 
 
-def _chosen(choice: PrecisionChoice, quantizers: Mapping[str, Quantizers]) -> dict[str, Chosen]:
+def _chosen(
+    choice: PrecisionChoice, regions: Mapping[str, Region], quantizers: Mapping[str, Quantizers]
+) -> dict[str, Chosen]:
     """All points of all regions at their narrowest types, and those of the choice at theirs."""
     raised = {row.point: row.dtype for row in choice.rows}
     found: dict[str, Chosen] = {}
-    for path, name in naming(quantizers).items():
+    for path, name in naming(regions).items():
         own = {point: fake_quants for point, fake_quants in quantizers[path].items() if fake_quants}
         dtypes = {point: raised.pop(name(point), next(iter(fake_quants))) for point, fake_quants in own.items()}
         for point, dtype in dtypes.items():
@@ -200,10 +203,12 @@ def _chosen(choice: PrecisionChoice, quantizers: Mapping[str, Quantizers]) -> di
                     f"{', '.join(own[point])}: give the dtypes that the errors were measured for."
                 )
         found[path] = {point: own[point][dtype] for point, dtype in dtypes.items()}
+        for point in regions[path].points:  # one without a scale rounds nothing
+            raised.pop(name(point), None)
     if raised:
         raise ConfigurationError(
-            f"the choice raises {', '.join(raised)}, which has no scale here: it is of another model. Measure the "
-            "errors of this one, and choose again."
+            f"the choice raises {', '.join(raised)}, which is not here: it is of another model. Measure the errors of "
+            "this one, and choose again."
         )
     return found
 

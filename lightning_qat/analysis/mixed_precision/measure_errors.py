@@ -18,10 +18,16 @@ from lightning_qat.analysis.mixed_precision.called_regions import (
 from lightning_qat.analysis.mixed_precision.measured_forwards import Chosen
 from lightning_qat.analysis.mixed_precision.merged_errors import merged_errors, naming
 from lightning_qat.analysis.mixed_precision.model_hashes import hash_of_tensors, hashes_of
-from lightning_qat.analysis.mixed_precision.point_quantizers import at_dtype, ordered_dtypes, quantizers_of_regions
+from lightning_qat.analysis.mixed_precision.point_quantizers import (
+    at_dtype,
+    ordered_dtypes,
+    plans_by_dtype,
+    quantizers_of_regions,
+    types_without_scale,
+)
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from lightning_qat.analysis.mixed_precision.region_effects import region_effects
-from lightning_qat.analysis.mixed_precision.region_errors import MeasuringOptions, region_errors
+from lightning_qat.analysis.mixed_precision.region_errors import MeasuringOptions, region_errors, unknown_errors
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.quantization.modules.call import Call
 from lightning_qat.quantization.modules.tensor_leaves import call_leaves
@@ -120,7 +126,8 @@ def measure_regions(
     options = options or MeasuringOptions()
     types = ordered_dtypes(dtypes)
     options = replace(options, profile=options.profile or planned_profile(next(iter(regions.values())).plan))
-    quantizers = quantizers_of_regions(regions, types, options.profile)
+    plans = plans_by_dtype(regions, types, options.profile)
+    quantizers = quantizers_of_regions(regions, plans)
     if all(len(own) < 2 for points in quantizers.values() for own in points.values()):
         raise ConfigurationError(
             f"there is nothing to raise: the hardware and the overrides leave every point one of {', '.join(types)}. "
@@ -129,7 +136,11 @@ def measure_regions(
     selectors, final = selectors_of(list(regions), output, post_process)
     ran = regions_that_ran(calls, final, options.across_ranks) or list(regions)
     own = options if len(regions) == 1 else replace(options, confirm=0)  # several are confirmed at the final outputs
-    results = {path: region_errors(regions[path], quantizers[path], calls[path], selectors[path], own) for path in ran}
+    without_scale = {path: types_without_scale(region, plans[path]) for path, region in regions.items()}
+    results = {
+        path: region_errors(regions[path], quantizers[path], calls[path], selectors[path], own, without_scale[path])
+        for path in ran
+    }
     if len(regions) == 1:
         merged = results[ran[0]]
     else:
@@ -151,10 +162,9 @@ def measure_regions(
             options.seed,
             across_ranks=options.across_ranks,
         )
-        names = naming(regions)
-        merged = merged_errors(results, effects, names, types)
-        idle = (names[p](point.name) for p, region in regions.items() if p not in ran for point in region.plan.points)
-        merged = replace(merged, not_reached=(*merged.not_reached, *idle))
+        for path in (path for path in regions if path not in ran):
+            results[path] = unknown_errors(regions[path], quantizers[path], options, without_scale[path])
+        merged = merged_errors(results, effects, naming(regions), types)
     data = hash_of_tensors(t for path in regions for c in calls[path] for t in call_leaves(c.args, c.kwargs))
     return replace(merged, dtypes=types, hashes={**hashes_of(regions), "data": data})
 

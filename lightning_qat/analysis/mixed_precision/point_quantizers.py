@@ -100,20 +100,36 @@ def quantizers_by_dtype(region: Region, plans: Mapping[str, QuantPlan]) -> Quant
     return found
 
 
+def types_without_scale(region: Region, plans: Mapping[str, QuantPlan]) -> dict[str, tuple[str, ...]]:
+    """Return the types, the narrowest first, of the points that calibration gave no scale.
+
+    It saw nothing there but zeros, or nothing at all. Such a point rounds nothing, whatever its type; training gives it
+    a scale, and the points that the hardware ties to it depend on its type already now.
+
+    Args:
+        region: a calibrated region.
+        plans: those of this region that :func:`plans_by_dtype` returns.
+    """
+    found = {}
+    for own in region.plan.points:
+        if own.same_as is None and region.points[own.name].scale_source is None:
+            planned = (plan.by_name.get(own.name) for plan in plans.values())
+            found[own.name] = tuple(dict.fromkeys(p.dtype for p in planned if p is not None and _same_place(own, p)))
+    return found
+
+
 def quantizers_of_regions(
-    regions: Mapping[str, Region], dtypes: Sequence[str], profile: HardwareProfile | None
+    regions: Mapping[str, Region], plans: Mapping[str, Mapping[str, QuantPlan]]
 ) -> dict[str, Quantizers]:
     """Make the fake-quants of all calibrated points of all regions for each type.
 
     Args:
         regions: all regions of a model, calibrated, by the path of their target.
-        dtypes: the types, the narrowest first.
-        profile: the hardware the regions were planned for.
+        plans: what :func:`plans_by_dtype` returns.
 
     Raises:
         ConfigurationError: nothing is calibrated.
     """
-    plans = plans_by_dtype(regions, dtypes, profile)
     quantizers = {path: quantizers_by_dtype(region, plans[path]) for path, region in regions.items()}
     if not any(quantizers.values()):
         raise ConfigurationError("no point has a scale: calibrate the region before measuring errors.")

@@ -49,7 +49,7 @@ class PrecisionErrors(Result[PointError]):
         together: for each point the points that the hardware raises with it.
         ops: what decides the cost of each op.
         latency: time per operation by kind and type, from the hardware profile; empty without one.
-        not_reached: points that no batch ran.
+        not_reached: points that no batch ran: their errors count as 0.
         hashes: SHA-256 of the ``plan``, the ``weights`` and the ``data`` they were measured with.
     """
 
@@ -116,7 +116,10 @@ class PrecisionErrors(Result[PointError]):
             trust = f" At {', '.join(far)} the output has collapsed: errors do not add up there: {MEASURE}."
         elif not self.adds_up:
             trust = f" At {self.dtypes[0]} errors do not add up: {MEASURE}."
-        return f"{self.output}, {number_of(self.batches, 'batch')}, mean square {self.power:.3g}. {checked}.{trust}"
+        nothing = len(self.not_reached)
+        unknown = f" Nothing is known of {number_of(nothing, 'point')} that no batch ran." if nothing else ""
+        measured = f"{self.output}, {number_of(self.batches, 'batch')}, mean square {self.power:.3g}"
+        return f"{measured}. {checked}.{trust}{unknown}"
 
     @property
     def adds_up(self) -> bool:
@@ -225,7 +228,7 @@ class PrecisionErrors(Result[PointError]):
         gains = {p: max(0.0, _first(e) - _last(e)) for p, e in search.errors.items() if p in self.together}
         ranked = sorted(gains, key=lambda point: -gains[point])
         if top == "leaders":
-            return ranked[: break_away([math.sqrt(gains[point]) for point in ranked])]
+            return ranked[: break_away([math.sqrt(gains[point]) for point in ranked if gains[point] > 0])]
         whole = len(self.by_point)
         count = count_of(top, whole, "top") if top is not None else whole * count_of(share or 0.0, None, "share")
         return ranked[: math.ceil(count - 1e-9)]  # a tenth of 50 is 5, whatever the rounding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_qat.analysis.influence import influence_on
 from lightning_qat.analysis.mixed_precision.balanced_outputs import balanced
@@ -55,8 +55,12 @@ def region_errors(
     calls: Sequence[Call],
     select: OutputSelector,
     options: MeasuringOptions,
+    without_scale: Mapping[str, tuple[str, ...]],
 ) -> PrecisionErrors:
     """Measure the output error of every point of one region at every type.
+
+    Points without a scale have no error, and those that no batch runs none that is known; they count as 0. Both have
+    rows, as they can be raised, alone or with a point that the hardware ties to them.
 
     Args:
         region: a calibrated region.
@@ -64,6 +68,7 @@ def region_errors(
         calls: the inputs.
         select: the chosen output.
         options: of the measurement.
+        without_scale: the types of points that have none.
 
     Raises:
         ConfigurationError: there is no batch, the output does not exist, or no gradient reaches the points.
@@ -77,17 +82,43 @@ def region_errors(
     types = dtypes_of(quantizers)
     chosen |= {dtype: at_dtype(quantizers, dtype) for dtype in types}
     measured, power = measure_forwards(region, calls, select, chosen, options.seed, across_ranks=options.across_ranks)
-    rows, not_reached = _rows(region, quantizers, sketch, {pair: measured[pair] for pair in alone})
-    reached = {row.point for row in rows}
-    narrow = {name: next(iter(own)) for name, own in quantizers.items() if len(own) > 1 and name in reached}
-    wide = {name: list(quantizers[name])[-1] for name in narrow}
-    hardware = options.profile
-    return PrecisionErrors(
-        tuple(rows),
+    rows, not_reached = _rows(region, quantizers, without_scale, sketch, {pair: measured[pair] for pair in alone})
+    checks = tuple(Check(dtype, _predicted(rows, dtype), measured[dtype]) for dtype in types)
+    return replace(
+        _facts(region, options, rows, not_reached),
         output=select.description,
         batches=sketch.batches,
         power=power,
-        checks=tuple(Check(dtype, _predicted(rows, dtype), measured[dtype]) for dtype in types),
+        checks=checks,
+    )
+
+
+def unknown_errors(
+    region: Region, quantizers: Quantizers, options: MeasuringOptions, without_scale: Mapping[str, tuple[str, ...]]
+) -> PrecisionErrors:
+    """Return the errors of a region that no batch runs: nothing is known, and all points have rows.
+
+    Args:
+        region: a calibrated region.
+        quantizers: of its points at each type.
+        options: of the measurement.
+        without_scale: the types of points that have none.
+    """
+    return _facts(region, options, *_rows(region, quantizers, without_scale))
+
+
+def _facts(
+    region: Region, options: MeasuringOptions, rows: list[PointError], not_reached: list[str]
+) -> PrecisionErrors:
+    """What follows from the rows, the plan and the hardware."""
+    types: dict[str, list[str]] = {}
+    for row in rows:
+        types.setdefault(row.point, []).append(row.dtype)
+    narrow = {name: own[0] for name, own in types.items() if len(own) > 1}
+    wide = {name: types[name][-1] for name in narrow}
+    hardware = options.profile
+    return PrecisionErrors(
+        tuple(rows),
         together=raised_together(region, hardware, narrow, wide),
         ops=op_costs(region),
         latency=dict(hardware.cost) if hardware is not None else {},
@@ -139,21 +170,37 @@ class _Measuring:
 
 
 def _rows(
-    region: Region, quantizers: Quantizers, sketch: Sketch, measured: Mapping[Pair, float]
+    region: Region,
+    quantizers: Quantizers,
+    without_scale: Mapping[str, tuple[str, ...]],
+    sketch: Sketch | None = None,
+    measured: Mapping[Pair, float] | None = None,
 ) -> tuple[list[PointError], list[str]]:
+    """The rows of all points, and the points that no batch ran."""
     rows, not_reached = [], []
-    for point, own in quantizers.items():
-        planned = region.plan.by_name[point]
+    for planned in region.plan.points:
+        point = planned.name
         names = point, planned.op, region.graph.by_name[planned.op].kind, planned.scale_role
-        if not own or not any(sketch.estimates[_name(point, dtype)].reached for dtype in own):
+        for dtype in without_scale.get(point, ()):
+            rows.append(PointError(*names, dtype, 0.0, 0.0, True))
+        own = quantizers.get(point, {})
+        reached = sketch is not None and any(sketch.estimates[_name(point, dtype)].reached for dtype in own)
+        if own and not reached:
             not_reached.append(point)
-            continue
         for dtype in own:
-            exact = (point, dtype) in measured
-            mse, standard_error = (measured[point, dtype], 0.0) if exact else sketch.mse(_name(point, dtype))
-            error = None if math.isnan(standard_error) else standard_error
-            rows.append(PointError(*names, dtype, mse if mse < INFINITE_ERROR else INFINITE_ERROR, error, exact))
+            if measured and (point, dtype) in measured:
+                rows.append(PointError(*names, dtype, _finite(measured[point, dtype]), 0.0, True))
+            elif sketch is not None and reached:
+                mse, standard_error = sketch.mse(_name(point, dtype))
+                error = None if math.isnan(standard_error) else standard_error
+                rows.append(PointError(*names, dtype, _finite(mse), error, False))
+            else:
+                rows.append(PointError(*names, dtype, 0.0, None, False))
     return rows, not_reached
+
+
+def _finite(error: float) -> float:
+    return error if error < INFINITE_ERROR else INFINITE_ERROR  # NaN too
 
 
 def _predicted(rows: list[PointError], dtype: str) -> float:

@@ -167,7 +167,7 @@ def test_what_cannot_be_measured_is_one_error() -> None:
     with pytest.raises(ConfigurationError, match="calibrate the region"):
         measure_choices(insert(model, (batches[0],)), batches, choice)
     other, inputs = uneven(8, 4)
-    with pytest.raises(ConfigurationError, match=r"raises .*, which has no scale here: it is of another model"):
+    with pytest.raises(ConfigurationError, match=r"raises .*, which is not here: it is of another model"):
         measure_choices(region_at(other, inputs), inputs, choice)
     with pytest.raises(ConfigurationError, match="TwoHeads has no fake-quants"):
         measure_choices(TwoHeads(), data(), choice)

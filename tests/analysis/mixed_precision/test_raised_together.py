@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.analysis.mixed_precision.measure_choices import measure_choices
 from lightning_qat.analysis.mixed_precision.measure_errors import measure_errors
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.hardware_profile_files import parse_profile
 from lightning_qat.quantization.region.calibration import calibrate
 from lightning_qat.quantization.region.insertion import insert
+from lightning_qat.quantization.region.region import Region
 from tests.quantization.models import Wired
 
 NARROW = {"input": ["int8"], "weight": ["int8"], "output": ["int8", "int16", "float32"]}
@@ -80,3 +82,55 @@ def test_a_choice_leaves_the_planner_nothing_to_convert(mul: list[dict[str, Any]
         assert set(raised.points) == set(errors.by_point)
         dtypes = {name: fake_quant.dtype for name, fake_quant in raised.points.items()}
         assert {name for name, dtype in dtypes.items() if dtype == "int16"} == set(choice.raised)
+
+
+class Zeros(nn.Module):
+    """A gain that begins at zero, as in a residual branch, beside a cache that is empty and a branch of few batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.last = (nn.Linear(4, 4) for _ in range(3))
+        self.gain = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x) + self.two(x) * self.gain
+        y = torch.cat([x[:0] * 2.0, y])
+        if x.shape[0] > 8:
+            y = y + self.two(y).tanh()
+        return self.last(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("profile", [None, "generic_int8_int16", "onnxruntime_qdq"])
+def test_points_without_a_known_error_are_raised_with_all_others(profile: str | None) -> None:
+    """Zeros have no scale until training moves them, and a branch has no error if no batch runs it. Raising all points
+    is still asking for the wide type, and raising one leaves the planner nothing to convert there.
+    """
+    batches = [torch.randn(n, 4, generator=torch.Generator().manual_seed(n)) for n in (16, 5)]
+
+    def region_at(dtype: str, overrides: list[dict[str, Any]] | None = None) -> Region:
+        qconfig = {"activation": {"dtype": dtype, "observer": "minmax"}, "weight": {"dtype": dtype}}
+        made = insert(Zeros().eval(), batches=batches, qconfig=qconfig, overrides=overrides or (), profile=profile)
+        calibrate(made, batches)
+        made.set_state("quantize")
+        return made
+
+    region = region_at("int8")
+    idle = {name for name in region.points if name.startswith(("two@1", "tanh_0", "add_1"))}
+    empty = {name for name, point in region.points.items() if point.scale_source is None}
+    assert idle
+    assert empty
+    errors = measure_errors(region, batches[1:], profile=profile)
+    assert set(errors.not_reached) == idle & set(errors.by_point)
+    assert f"Nothing is known of {len(errors.not_reached)} points that no batch ran." in errors.note
+    assert {row.mse for row in errors.rows if row.point in empty | idle} == {0.0}
+    assert {row.exact for row in errors.rows if row.point in idle} == {False}
+    raised, at_once = region_at("int8", errors.choose(share="100%").overrides), region_at("int16")
+    assert {n: p.dtype for n, p in raised.points.items()} == {n: p.dtype for n, p in at_once.points.items()}
+    for x in batches:
+        assert torch.equal(raised.target(x), at_once.target(x))
+    measured = measure_choices(region, batches, errors.choose(share="100%"), profile=profile)
+    assert measured.rows[0].measured == measured.widest
+    planned = set(at_once.points) | set(region.points)
+    for point in errors.together:
+        assert set(region_at("int8", errors.choose(points=[point]).overrides).points) <= planned

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics.functional import spearman_corrcoef
 
+from lightning_qat.analysis.mixed_precision.measure_choices import measure_choices
 from lightning_qat.analysis.mixed_precision.measure_errors import measure_errors
 from lightning_qat.analysis.mixed_precision.op_costs import CostName
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
@@ -159,11 +160,22 @@ def test_a_named_output_is_the_one_that_counts() -> None:
         measure_errors(model, data(), dtypes=("int6", "int8"), output="map")
 
 
-def test_a_region_that_does_not_run_has_no_errors() -> None:
-    model, _ = quantized(TwoHeads(), (*TARGETS, "spare"))
+def test_a_region_that_does_not_run_is_raised_with_all_others() -> None:
+    """Nothing is known of its points: they are raised last, and all points raised is the wide type everywhere."""
+    targets = (*TARGETS, "spare")
+    model, _ = quantized(TwoHeads(), targets)
     errors = measure_errors(model, data(), dtypes=("int6", "int8"))
     assert errors.not_reached == ("spare.linear_0.input0", "spare.linear_0.weight")
-    assert "spare.linear_0.weight" not in errors.by_point
+    assert {(row.mse, row.standard_error, row.exact) for row in errors.by_point["spare.linear_0.weight"].values()} == {
+        (0.0, None, False)
+    }
+    choice = errors.choose(share="100%")
+    assert not set(errors.not_reached) & set(errors.choose(share="50%").raised)
+    raised, at_once = (quantized(TwoHeads(), targets, *how)[1] for how in (("int6", choice.overrides), ("int8",)))
+    for path, region in raised.items():
+        assert {n: p.dtype for n, p in region.points.items()} == {n: p.dtype for n, p in at_once[path].points.items()}
+    measured = measure_choices(model, data(), choice, ("int6", "int8"))
+    assert measured.rows[0].measured == measured.widest
 
 
 def test_a_selection_between_regions_leaves_each_its_own_output() -> None:
