@@ -148,6 +148,7 @@ def measure_regions(
             (path, point): {path: {point: next(iter(quantizers[path][point].values()))}}
             for path in ran
             for point in _largest(results[path], types[0], options)
+            if point in quantizers[path]  # others have no scale, and no error
         }
         at: dict[Hashable, dict[str, Chosen]] = {
             dtype: {path: at_dtype(quantizers[path], dtype) for path in ran} for dtype in types

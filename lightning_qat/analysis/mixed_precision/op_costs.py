@@ -94,6 +94,11 @@ class CostOfTypes:
                 "cost 'latency' needs the time of each op and type: add `cost:` to the hardware profile, or pass "
                 "latency={'*': {'int8': 1.0, 'int16': 2.0}}."
             )
+        if not all(isinstance(times, Mapping) for times in (latency or {}).values()):
+            raise ConfigurationError(
+                "latency is a table of times by kind of op and type, such as {'*': {'int8': 1.0, 'int16': 2.0}}, not "
+                f"{latency!r}."
+            )
         self.name = name
         self._narrowest = dict(narrowest)
         self._latency = latency or {}

@@ -29,7 +29,7 @@ from lightning_qat.quantization.errors import ConfigurationError, near_names
 from lightning_qat.quantization.numerics.break_away import break_away
 from lightning_qat.quantization.reading.files import Document
 from lightning_qat.quantization.region.region import Region
-from lightning_qat.quantization.shares import count_of
+from lightning_qat.quantization.shares import count_of, share_of
 
 MISLEADING = 2.0
 """A sum of errors that is so many times what was measured, or less than its inverse, misleads."""
@@ -168,6 +168,8 @@ class PrecisionErrors(Result[PointError]):
         search = self._search(cost, latency)
         fixed = self._known(always)
         if max_error is not None:
+            if isinstance(max_error, (bool, str)) or not max_error >= 0:
+                raise ConfigurationError(f"max_error is a mean squared error, a number from 0 on, not {max_error!r}.")
             found = search.cheapest(lambda: search.start(fixed), max_error)
             if found is None:
                 least = search.start(search.together)
@@ -176,7 +178,7 @@ class PrecisionErrors(Result[PointError]):
                     f"{least.error:.3g}. Write a bound above that."
                 )
         elif budget is not None:
-            limit = count_of(budget, None, "budget")
+            limit = share_of(budget, "budget") if search.cost.is_share else count_of(budget, None, "budget")
             found = search.most_exact(lambda: search.start(fixed), limit)
             if found is None:
                 raise ConfigurationError(
@@ -211,6 +213,8 @@ class PrecisionErrors(Result[PointError]):
         return PrecisionSearch(errors, self.together, costs)
 
     def _known(self, points: Iterable[str]) -> list[str]:
+        if isinstance(points, str):
+            raise ConfigurationError(f"several points belong into a list: write [{points!r}], not {points!r}.")
         found = list(points)
         for point in found:
             if point not in self.by_point:
@@ -230,7 +234,9 @@ class PrecisionErrors(Result[PointError]):
         if top == "leaders":
             return ranked[: break_away([math.sqrt(gains[point]) for point in ranked if gains[point] > 0])]
         whole = len(self.by_point)
-        count = count_of(top, whole, "top") if top is not None else whole * count_of(share or 0.0, None, "share")
+        count = count_of(top, whole, "top") if top is not None else whole * share_of(share or 0.0, "share")
+        if top is not None and (count > whole if str(top).strip().endswith("%") else count % 1):
+            raise ConfigurationError(f"top is a count of points, a percentage up to '100%' or leaders, not {top!r}.")
         return ranked[: math.ceil(count - 1e-9)]  # a tenth of 50 is 5, whatever the rounding
 
     def _choice(self, found: Assignment, search: PrecisionSearch, cost: CostName) -> PrecisionChoice:

@@ -193,6 +193,28 @@ def test_a_selection_between_regions_leaves_each_its_own_output() -> None:
     assert errors.choose(share="50%").predicted < errors.choose(top=1).predicted
 
 
+def test_a_small_region_with_a_point_of_zeros_is_measured() -> None:
+    """More points are measured at the final outputs than it has; those without a scale have nothing to measure."""
+
+    class Gained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.gain = nn.Linear(4, 4), nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.layer(x) * self.gain  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Gained(), Gained()).eval(), torch.randn(8, 4)
+    regions = [insert(part, (x,)) for part in model]
+    for region in regions:
+        calibrate(region, [x])
+    assert any(point.scale_source is None for region in regions for point in region.points.values())
+    errors = measure_errors(model, [x], confirm=100)
+    assert all(row.exact for row in errors.rows if row.mse > 0 and row.dtype == "int8")
+    assert len(errors.choose(share="100%").rows) == sum(len(region.points) for region in regions)
+
+
 def test_overrides_that_begin_with_the_path_of_a_target_stay_in_effect() -> None:
     """Siblings: a rule about one of two targets, and the path of the only target."""
     rules = [{"match": "near.0.weight", "weight": {"dtype": "int8"}}]
