@@ -1,4 +1,4 @@
-"""Whether a larger value of a metric is better: for logged metrics, our own error metrics and functions."""
+"""Whether a logged number measures quality, and whether a larger value of a metric is better."""
 
 from __future__ import annotations
 
@@ -19,7 +19,39 @@ _OBJECTIVES = frozenset({
 _ERROR_RATES = frozenset({
     "error", "err", "rate", "wer", "cer", "mer", "ter", "eer", "fpr", "fnr", "hamming",
 })
+_EFFORT = frozenset({
+    "lr", "learning", "grad", "gradient", "momentum", "seconds", "second", "secs", "sec", "s", "ms", "us", "minutes",
+    "min", "hours", "time", "times", "timestamp", "duration", "elapsed", "runtime", "latency", "speed", "throughput",
+    "fps", "it", "its", "iter", "iters", "iteration", "iterations", "samples", "images", "tokens", "batches", "size",
+    "memory", "mem", "ram", "vram", "gpu", "cpu", "cuda", "mb", "gb", "mib", "gib", "bytes", "util", "utilization",
+    "epoch", "epochs", "step", "steps",
+})
+"""Words for what a run takes, or how far it is."""
+_BESIDE_EFFORT = frozenset({
+    "val", "valid", "validation", "test", "train", "training", "eval", "evaluation", "predict", "dataloader", "idx",
+    "avg", "average", "mean", "median", "max", "peak", "total", "sum", "num", "number", "count", "n", "of", "per", "in",
+    "norm", "rate", "global", "current", "batch", "sample", "image", "token", "data", "load", "loading", "inference",
+    "forward", "allocated", "reserved", "used", "usage", "seen",
+})
+"""Words that change nothing of that."""
 # fmt: on
+
+
+def is_quality(metric: str) -> bool:
+    """Whether a logged number measures how good the answers are, rather than what a run takes or how far it is.
+
+    Seconds, rates, memory, learning rates, epochs and numbers of samples are no matter of quantization: they differ
+    between two runs of one model. A name is judged by its words: all of them have to be of that kind.
+
+    Example:
+        >>> [is_quality(name) for name in ("val_acc", "val_loss_epoch", "time_mae", "count_error")]
+        [True, True, True, True]
+        >>> [is_quality(name) for name in ("epoch_seconds", "lr-AdamW", "samples_per_sec", "val/gpu_mem", "step")]
+        [False, False, False, False, False]
+    """
+    words = _words(metric)
+    of_a_run = bool(words & _EFFORT) and words <= _EFFORT | _BESIDE_EFFORT
+    return not of_a_run and re.match(r"lr(?![a-zA-Z])", metric) is None
 
 
 def higher_is_better(metric: str | Callable[..., Any]) -> bool:

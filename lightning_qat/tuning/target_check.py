@@ -26,7 +26,7 @@ class TargetCheck:
 
     Example:
         >>> settings = TuningSettings("train.py", (), target="1%")
-        >>> check = TargetCheck(settings, {"val_acc": 0.9, "val_loss": 0.3})
+        >>> check = TargetCheck(settings, {"val_acc": 0.9, "val_loss": 0.3, "epoch_seconds": 7.1})
         >>> check.passes({"val_acc": 0.895, "val_loss": 0.9}), check.passes({"val_acc": 0.7, "val_loss": 0.3})
         (True, False)
     """

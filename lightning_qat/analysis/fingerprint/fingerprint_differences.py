@@ -18,7 +18,7 @@ from lightning_qat.analysis.fingerprint.fingerprint import Fingerprint
 from lightning_qat.analysis.fingerprint.label_agreement import agreement_of_stages, agreement_with_reference
 from lightning_qat.analysis.fingerprint.module_differences import LAYERS, MODULES, module_differences
 from lightning_qat.analysis.fingerprint.tensor_differences import tensor_difference, tensor_differences
-from lightning_qat.analysis.metric_direction import higher_is_better
+from lightning_qat.analysis.metric_direction import higher_is_better, is_quality
 from lightning_qat.analysis.tolerance import COLLAPSE, ROUNDING, tolerance
 
 
@@ -106,7 +106,7 @@ def _weights(reference: Fingerprint, here: Fingerprint) -> Iterator[PipelineDiff
 
 def _reproduces(reference: Fingerprint, here: Fingerprint) -> bool:
     """Whether the evaluation is as good as in the reference; scores decide where there are some."""
-    common = _common(reference.metrics, here.metrics)
+    common = _common_metrics(reference, here)
     judged = [name for name in common if higher_is_better(name)] or common
     for name in judged:
         one, other = reference.metrics[name], here.metrics[name]
@@ -146,9 +146,13 @@ def _results(
         follows = " (the weights differ, so this follows)"
     elif any(part.startswith(LAYERS) for part in explained):
         follows = " (the layers compute something else, so this follows)"
-    kept = [name for name, value in here.metrics.items() if _is_kept(reference, here, name, value)]
-    for part, before, now in (("loss", reference.losses, here.losses), ("metric", reference.metrics, here.metrics)):
-        for name in _common(before, now):
+    metrics = _common_metrics(reference, here)
+    kept = [name for name in metrics if _is_kept(reference, here, name)]
+    for part, names, before, now in (
+        ("loss", _common(reference.losses, here.losses), reference.losses, here.losses),
+        ("metric", metrics, reference.metrics, here.metrics),
+    ):
+        for name in names:
             one, other = before[name], now[name]
             errors = reference.standard_errors.get(name, 0.0), here.standard_errors.get(name, 0.0)
             tolerated = tolerance(*errors, least=ROUNDING * abs(one))
@@ -170,9 +174,8 @@ def _acts_in_training(row: PipelineDifference) -> bool:
     return row.part == MODULES and row.suspicion == "possible"
 
 
-def _is_kept(reference: Fingerprint, here: Fingerprint, name: str, value: float) -> bool:
-    known = reference.metrics.get(name)
-    return known is not None and abs(known - value) <= ROUNDING * abs(known)
+def _is_kept(reference: Fingerprint, here: Fingerprint, name: str) -> bool:
+    return abs(reference.metrics[name] - here.metrics[name]) <= ROUNDING * abs(reference.metrics[name])
 
 
 _OTHER_LOSS = "a term missing or added, targets in other units, or labels that belong to other inputs?"
@@ -285,6 +288,11 @@ def _plain(
 def _common(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Keys of both, in the order of the first."""
     return [key for key in before if key in now]
+
+
+def _common_metrics(reference: Fingerprint, here: Fingerprint) -> list[str]:
+    """The metrics of both that measure quality; how long an evaluation took, for instance, does not."""
+    return [name for name in _common(reference.metrics, here.metrics) if is_quality(name)]
 
 
 def _short(value: Any) -> str:

@@ -19,7 +19,7 @@ from lightning_qat.analysis.ladder.rungs import (
 )
 from lightning_qat.analysis.ladder.sentences import MAKE_REFERENCE, NO_METRIC, Said, ended, nothing_moved
 from lightning_qat.analysis.ladder.training_rungs import Reference, is_loss_known
-from lightning_qat.analysis.metric_direction import higher_is_better
+from lightning_qat.analysis.metric_direction import higher_is_better, is_quality
 from lightning_qat.quantization.counts import number_of
 
 _TRAINING_LABELS = f"{LABELS} (train)"
@@ -108,7 +108,8 @@ def _constant_guess(ladder: Ladder, here: Fingerprint | None) -> Iterator[Doubt]
         return
     name = names[0]
     share, guess = known[name], guesses[name]
-    scores = [value for metric, value in ladder.float_model.metrics.items() if higher_is_better(metric)]
+    logged = ladder.float_model.metrics
+    scores = [value for metric, value in logged.items() if higher_is_better(metric) and is_quality(metric)]
     if any(not is_a_guess(score, guess) for score in scores if score <= 1):
         return  # its answers are read in another way
     yield Doubt(

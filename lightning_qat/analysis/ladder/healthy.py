@@ -15,7 +15,7 @@ from lightning_qat.analysis.ladder.rungs import (
     ZERO_LR_RUNGS,
 )
 from lightning_qat.analysis.ladder.sentences import MAKE_REFERENCE, Said, format_training, worst_points
-from lightning_qat.analysis.metric_direction import higher_is_better
+from lightning_qat.analysis.metric_direction import higher_is_better, is_quality
 from lightning_qat.analysis.open_question import RAISE_POINTS
 from lightning_qat.quantization.counts import number_of
 
@@ -113,7 +113,7 @@ def _what_is_unknown(
 ) -> Iterator[str]:
     if FLOAT_MODEL not in rungs or any(row.rung == FLOAT_MODEL and row.status == "holds" for row in rows):
         return
-    logged = ladder.float_model.metrics
+    logged = list(filter(is_quality, ladder.float_model.metrics))
     given = f" (it logs {', '.join(logged)}, not {', '.join(reference)})" if reference else ""
     name = next(filter(higher_is_better, logged), next(iter(logged), "val_acc"))
     trains = FLOAT_FINETUNE in rungs

@@ -15,7 +15,7 @@ from typing import Literal
 from lightning_qat.analysis.ladder.measurements import Finetune, Measurement
 from lightning_qat.analysis.ladder.rung_tolerance import metric_tolerance, same_samples_tolerance, train_loss_tolerance
 from lightning_qat.analysis.ladder.rungs import FLOAT_MODEL, RUNG_NAMES, BrokenRung
-from lightning_qat.analysis.metric_direction import higher_is_better, is_error_rate, is_objective
+from lightning_qat.analysis.metric_direction import higher_is_better, is_error_rate, is_objective, is_quality
 from lightning_qat.analysis.tolerance import COLLAPSE
 
 Status = Literal["holds", "falls", "breaks", "noted", "cannot tell"]
@@ -62,7 +62,7 @@ def compare(
     strict: bool = False,
     same_samples: bool = False,
 ) -> list[PipelineRow]:
-    """Compare metric by metric.
+    """Compare metric by metric. What is no matter of quality, such as seconds, is noted and not judged.
 
     Args:
         before: the values that are expected.
@@ -83,6 +83,8 @@ def _row(
     rung: int, what: str, metric: str, before: float, after: Measurement, noise: Measurement | None, strict: bool
 ) -> PipelineRow:
     value = after.metrics.get(metric)
+    if not is_quality(metric):
+        return PipelineRow(rung, what, metric, before, value, None, "noted", "not judged: it does not measure quality")
     if value is None or not math.isfinite(before):
         note = "not logged by the evaluation" if value is None else "not finite to begin with"
         return PipelineRow(rung, what, metric, before, value, None, "cannot tell", note)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from lightning_qat.analysis.metric_direction import higher_is_better
+from lightning_qat.analysis.metric_direction import higher_is_better, is_quality
 from lightning_qat.analysis.open_question import RAISE_POINTS, OpenQuestion, with_question
 from lightning_qat.analysis.results import Block, Result
 from lightning_qat.quantization.errors import ConfigurationError
@@ -156,7 +156,7 @@ class ResultTable:
             run: the current run.
             metrics: the rows.
             target: see :func:`target_value`; or by metric. One for all means the scores: costs are shown, and judged
-                only if there are no scores.
+                only if there are no scores. What does not measure quality, such as seconds, is shown.
         """
         columns = {
             _column(name, s): values
@@ -165,7 +165,8 @@ class ResultTable:
             if s != "float"
         }
         own = tuple(stage for stage in self.runs.get(run, {}) if stage != "float")
-        scores = [metric for metric in metrics if higher_is_better(metric)] or metrics
+        quality = [metric for metric in metrics if is_quality(metric)]
+        scores = [metric for metric in quality if higher_is_better(metric)] or quality
         rows = []
         for metric in metrics:
             baseline = self.float_value(run, metric)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lightning_qat.analysis.metric_direction import higher_is_better
+from lightning_qat.analysis.metric_direction import higher_is_better, is_quality
 from lightning_qat.analysis.results import Block, Result
 from lightning_qat.analysis.runs.run_files import PointKey, RunFiles
 from lightning_qat.quantization.errors import ConfigurationError
@@ -244,7 +244,7 @@ def _accuracy(
         for metric in dict.fromkeys([*first, *second]):
             values = first.get(metric), second.get(metric)
             better = None
-            if values[0] is not None and values[1] is not None and values[0] != values[1]:
+            if values[0] is not None and values[1] is not None and values[0] != values[1] and is_quality(metric):
                 better = (values[1] > values[0]) == higher_is_better(metric)
             found.append(AccuracyChange(metric, stage, *values, better))
     return found

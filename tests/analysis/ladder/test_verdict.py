@@ -68,6 +68,42 @@ def test_cost_that_breaks_while_the_scores_hold_is_said_in_the_healthy_verdict()
     assert "A cost rises" not in judged().note
 
 
+EFFORT = ("val_seconds", "samples_per_sec", "epoch", "gpu_mem_gb", "lr")
+
+
+@pytest.mark.parametrize("name", EFFORT)
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_what_a_run_takes_is_never_judged(name: str, factor: float) -> None:
+    """C3: validation also logs how long it took, and quantized it takes ten times as long: the run is healthy.
+
+    Siblings: on every rung, and against the float run. The numbers are in the table all the same.
+    """
+
+    def with_effort(values: Measurement, effort: float) -> Measurement:
+        return Measurement({**values.metrics, name: effort}, values.standard_errors)
+
+    def after(value: Finetune, effort: float) -> Finetune:
+        return dataclasses.replace(value, after=with_effort(value.after, effort))
+
+    stages: dict[str, Any] = {"batch_norm_fixed": finetune(0.98), "batch_norm_moving": finetune(0.979)}
+    stages |= {"quantized": finetune(0.969), "float_finetune": trained(0.975), "qat": trained(0.974)}
+    stages = {stage: after(value, factor) for stage, value in stages.items()}
+    stages["float_model"] = with_effort(FLOAT, 1.0)
+    stages["calibrated"] = with_effort(Measurement({"val_acc": 0.97}, {"val_acc": 0.005}), factor)
+    reference = dataclasses.replace(HERE, metrics={**HERE.metrics, name: factor})
+    here = dataclasses.replace(HERE, metrics={**HERE.metrics, name: 1.0})
+    result = judged(reference, here, **stages)
+    assert (result.verdict, result.note) == ("healthy", judged().note)
+    assert {row.status for row in result.rows if row.metric == name} == {"noted"}
+    only = {
+        stage: dataclasses.replace(value, after=Measurement({name: factor}))
+        for stage, value in stages.items()
+        if stage in ("batch_norm_fixed", "qat")
+    }
+    nothing = judged(None, None, **{**dict.fromkeys(stages), **only, "float_model": Measurement({name: 1.0})})
+    assert nothing.verdict == "cannot tell"
+
+
 def two_tasks(mae: float, name: str = "val_mae") -> Measurement:
     return Measurement({"val_acc": 0.98, "val_loss": 0.06, name: mae}, {"val_acc": 0.004, name: 0.01 * mae})
 
