@@ -15,7 +15,7 @@ from lightning_qat.quantization.planning.hardware_profile import HardwareProfile
 from lightning_qat.quantization.planning.make_plan import make_plans
 from lightning_qat.quantization.planning.plan import PointPlan, QuantPlan
 from lightning_qat.quantization.qconfig import QConfig
-from lightning_qat.quantization.region.effective_dtypes import bits
+from lightning_qat.quantization.region.effective_dtypes import FLOAT, EffectiveDtypes, bits, widest
 from lightning_qat.quantization.region.region import Region
 
 Quantizers = dict[str, dict[str, FakeQuantize]]
@@ -73,7 +73,7 @@ def quantizers_by_dtype(region: Region, plans: Mapping[str, QuantPlan]) -> Quant
     """Make the fake-quants of all calibrated points for each type, from the statistics that calibration kept.
 
     The fake-quant that a point has now serves its own type. A point is missing at a type if its overrides or the
-    hardware give it another one there.
+    hardware give it another one there. At a type that no reader takes it has the fake-quant of the type that they do.
 
     Args:
         region: a calibrated region. Only statistics of weights that a checkpoint left out are taken again.
@@ -97,7 +97,36 @@ def quantizers_by_dtype(region: Region, plans: Mapping[str, QuantPlan]) -> Quant
             elif (made := _calibrated(planned, present)) is not None:
                 at[planned.dtype] = made
         found[own.name] = at
+    for plan in plans.values():
+        for point, dtype in _read_back(region, plan).items():
+            types = found.get(point, {})
+            if dtype in types:
+                types[plan.by_name[point].dtype] = types[dtype]
     return found
+
+
+def _read_back(region: Region, plan: QuantPlan) -> dict[str, str]:
+    """Return the outputs that no reader takes in their type, with the type in which they are read.
+
+    Where the hardware cannot read a wide type, the planner quantizes the tensor once more at each reader. If all
+    readers do so, raising the point gains nothing. Readers whose point the region has already are measured on their
+    own.
+    """
+    effective = EffectiveDtypes(region.graph, plan)
+    readers: dict[str, list[str]] = {}
+    for op in region.graph.ops:
+        operands = [] if plan.status[op.name].status == "passes" else op.operands
+        for operand in (operand for operand in operands if operand.is_float):
+            own = effective.point_of(op, operand)
+            converts = own is not None and own not in region.plan.by_name
+            read = plan.by_name[own].dtype if converts and own is not None else FLOAT
+            for origin in effective.origins(operand.sources):
+                readers.setdefault(f"{origin.name}.output", []).append(read)
+    for output in region.graph.outputs:
+        for origin in effective.origins(output.sources):
+            readers.setdefault(f"{origin.name}.output", []).append(FLOAT)
+    found = {point: widest(read) for point, read in readers.items() if point in plan.by_name}
+    return {point: dtype for point, dtype in found.items() if bits(dtype) < bits(plan.by_name[point].dtype)}
 
 
 def types_without_scale(region: Region, plans: Mapping[str, QuantPlan]) -> dict[str, tuple[str, ...]]:

@@ -82,7 +82,8 @@ def region_errors(
     types = dtypes_of(quantizers)
     chosen |= {dtype: at_dtype(quantizers, dtype) for dtype in types}
     measured, power = measure_forwards(region, calls, select, chosen, options.seed, across_ranks=options.across_ranks)
-    rows, not_reached = _rows(region, quantizers, without_scale, sketch, {pair: measured[pair] for pair in alone})
+    known = _of_the_same({pair: measured[pair] for pair in alone}, quantizers)
+    rows, not_reached = _rows(region, quantizers, without_scale, sketch, known)
     checks = tuple(Check(dtype, _predicted(rows, dtype), measured[dtype]) for dtype in types)
     return replace(
         _facts(region, options, rows, not_reached),
@@ -91,6 +92,15 @@ def region_errors(
         power=power,
         checks=checks,
     )
+
+
+def _of_the_same(measured: Mapping[Pair, float], quantizers: Quantizers) -> dict[Pair, float]:
+    """What was measured, for all types at which the point has the fake-quant that it was measured with."""
+    found = dict(measured)
+    for (point, dtype), error in measured.items():
+        own = quantizers[point]
+        found |= {(point, other): error for other in own if own[other] is own[dtype]}
+    return found
 
 
 def unknown_errors(

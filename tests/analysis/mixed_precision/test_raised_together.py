@@ -134,3 +134,42 @@ def test_points_without_a_known_error_are_raised_with_all_others(profile: str | 
     planned = set(at_once.points) | set(region.points)
     for point in errors.together:
         assert set(region_at("int8", errors.choose(points=[point]).overrides).points) <= planned
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_wide_type_that_no_reader_takes_gains_nothing(skip: bool) -> None:
+    """A gelu of int8 behind a linear layer that gives int16: the planner rounds to int8 in front of it. What is said of
+    all points is what a plan at int16 gives. Where a sum reads the same tensor too, raising it gains something.
+    """
+
+    def function(module: Any, x: Tensor) -> Tensor:
+        y = module.one(x)
+        z = module.two(torch.nn.functional.gelu(y))
+        return module.last(y + z if skip else z)  # type: ignore[no-any-return]
+
+    def region_at(dtype: str, overrides: list[dict[str, Any]] | None = None) -> Region:
+        torch.manual_seed(0)
+        model = Wired(function, one=nn.Linear(4, 16), two=nn.Linear(16, 16), last=nn.Linear(16, 4)).eval()
+        qconfig = {"activation": {"dtype": dtype, "observer": "minmax"}, "weight": {"dtype": dtype}}
+        profile = "horizon_plugin_pytorch"
+        made = insert(model, (x,), qconfig=qconfig, overrides=overrides or (), profile=profile)
+        calibrate(made, [x])
+        made.set_state("quantize")
+        return made
+
+    def error(region: Region) -> float:
+        with torch.no_grad():
+            found = region.target(x)
+            with region.state("off"):
+                return float((found - region.target(x)).square().mean())
+
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+    errors = measure_errors(region_at("int8"), [x])
+    own = errors.by_point["one.output"]
+    assert (own["int16"].mse < own["int8"].mse) is skip
+    if not skip:
+        rounded_twice = error(region_at("int16"))  # to int16 and then to int8, which is nearly the same
+        assert errors.checks[1].measured == pytest.approx(rounded_twice, rel=0.05)
+    assert ("one.output" in errors.choose(budget=1.0).raised) is skip
+    raised = region_at("int8", errors.choose(share=1.0).overrides)
+    assert torch.equal(raised.target(x), region_at("int16").target(x))
