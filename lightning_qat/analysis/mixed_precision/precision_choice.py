@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from typing_extensions import override
@@ -148,6 +149,10 @@ class FrontRow:
     added: tuple[str, ...]
 
 
+_MOST_ROWS, _MOST_NAMES = 20, 3
+"""Of a front in its short form: rows, and names of the points that a row adds."""
+
+
 @dataclass(frozen=True)
 class PrecisionFront(Result[FrontRow]):
     """The choices of which none is both cheaper and more exact than another, from the narrowest types to the widest.
@@ -176,12 +181,13 @@ class PrecisionFront(Result[FrontRow]):
 
     @override
     def blocks(self) -> tuple[Block, ...]:
-        """Return the short form: at most 20 rows, spread evenly over the front."""
-        (block,) = super().blocks()
-        return (replace(block, rows=_spread(block.rows, 20)),)
-
-
-def _spread(rows: tuple[tuple[Any, ...], ...], most: int) -> tuple[tuple[Any, ...], ...]:
-    if len(rows) <= most:
-        return rows
-    return tuple(rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most))
+        """Return the short form: at most 20 rows, spread evenly, each with the points added since the row above it."""
+        last = len(self.rows) - 1
+        kept = range(last + 1) if last < _MOST_ROWS else [round(i * last / (_MOST_ROWS - 1)) for i in range(_MOST_ROWS)]
+        rows = []
+        for before, index in pairwise([-1, *kept]):
+            added = [point for row in self.rows[before + 1 : index + 1] for point in row.added]
+            others = len(added) - _MOST_NAMES
+            names = (*added[:_MOST_NAMES], f"and {others} more") if others > 0 else tuple(added)
+            rows.append(replace(self.rows[index], added=names))
+        return Result.blocks(replace(self, rows=tuple(rows)))

@@ -259,6 +259,21 @@ def test_no_choice_of_a_front_beats_another(cost: CostName, seed: int) -> None:
     assert sum(len(row.added) for row in front.rows) == len(table)
 
 
+def test_short_form_of_a_front_accounts_for_every_point() -> None:
+    """Of many rows it shows some: what the rows between them add is told with the next, by at most three names."""
+    front = errors_from({f"p{i}.output": {"int8": 1.0 + i, "int16": 0.0} for i in range(60)}).front()
+    assert len(front.rows) == 61
+    (block,) = front.blocks()
+    raised, added = (block.columns.index(name) for name in ("raised", "added"))
+    assert len(block.rows) == 20
+    assert (block.rows[0][raised], block.rows[-1][raised]) == (0, 60)
+    for above, row in itertools.pairwise(block.rows):
+        names = list(row[added])
+        more = int(names.pop().split()[1]) if names[-1].startswith("and ") else 0
+        assert len(names) + more == row[raised] - above[raised]
+        assert names == [f"p{59 - above[raised] - i}.output" for i in range(len(names))]
+
+
 def test_steps_that_gain_nothing_are_not_made() -> None:
     table = errors_from({"a.output": {"int8": 1.0, "int16": 2.0}, "b.output": {"int8": 1.0, "int16": 0.0}})
     assert table.front().rows[-1].raised == 1
