@@ -13,7 +13,7 @@ from rich.text import Text
 from lightning_qat.analysis.results import Result
 from lightning_qat.reporting.advice import TerminalAdvice
 from lightning_qat.reporting.plain_text import literal, one_line, printable
-from lightning_qat.reporting.tables import terminal_table
+from lightning_qat.reporting.tables import terminal_tables
 
 _STYLES = {"healthy": "bold green", "cannot tell": "bold yellow"}
 
@@ -36,7 +36,8 @@ def show(result: Result[Any], console: Console | None = None, note: bool = True,
     blocks = result.blocks()
     for block in blocks:
         if block.columns:
-            console.print(terminal_table(block.title, block.columns, block.rows))
+            for table in terminal_tables(block.title, block.columns, block.rows, console.width):
+                console.print(table)
         elif block.title:
             console.print(literal(one_line(block.title), style="bold"))
         if block.advice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -19,6 +19,9 @@ _MARKDOWN = str.maketrans(
 )
 """A backslash before ``<``, ``~`` or ``$`` would be shown by some renderers, TensorBoard's among them."""
 
+
+_GAP, _EDGES = 3, 2
+"""Columns of the terminal between two columns of a table, and around it."""
 
 _SENTENCE = 60
 """A cell with spaces that is longer than this is read as a sentence, not as an entry."""
@@ -138,15 +141,37 @@ def escape_markdown(text: str) -> str:
     return one_line(text).translate(_MARKDOWN)
 
 
-def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Table:
+def terminal_tables(title: str, columns: Sequence[str], rows: Sequence[Row], width: int) -> list[Table]:
     """Render a table for the terminal. Numbers are short, right-aligned and never cut; long names are wrapped.
 
+    Columns for which there is no room follow in further tables, each with the first column, which says what a row is.
+
     Args:
-        title: a line above the table.
+        title: a line above everything.
         columns: the columns to show, in order.
         rows: their values: by column, or one for each column.
+        width: of the terminal.
     """
     values = [_values(row, columns) for row in rows]
+    least = [_least_width(column, [row[index] for row in values]) for index, column in enumerate(columns)]
+    parts: list[list[int]] = [[0]] if columns else []
+    for index in range(1, len(columns)):
+        taken = sum(least[place] + _GAP for place in parts[-1])
+        if taken + least[index] + _EDGES > width and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(index)
+    return [
+        _terminal_table(
+            title if number == 0 else "",
+            [columns[index] for index in part],
+            [[row[index] for index in part] for row in values],
+            [least[index] for index in part],
+        )
+        for number, part in enumerate(parts)
+    ]
+
+
+def _terminal_table(title: str, columns: Sequence[str], values: Sequence[Sequence[Any]], least: Sequence[int]) -> Table:
     table = Table(
         title=literal(one_line(title), style="table.title") if title else None,
         title_justify="left",
@@ -155,15 +180,18 @@ def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> T
         pad_edge=False,
     )
     for index, column in enumerate(columns):
-        heading = literal(one_line(column))
-        widest = max([len(heading), *(len(printable(cell_text(row[index], digits=4))) for row in values)])
-        if _is_numeric(row[index] for row in values):
-            table.add_column(heading, justify="right", no_wrap=True, min_width=widest)
-        else:
-            table.add_column(heading, overflow="fold", min_width=min(widest, 12))
+        justify: Literal["left", "right"] = "right" if _is_numeric(row[index] for row in values) else "left"
+        table.add_column(literal(one_line(column)), justify=justify, overflow="fold", min_width=least[index])
     for row in values:
         table.add_row(*(literal(cell_text(value, digits=4)) for value in row))
     return table
+
+
+def _least_width(column: str, values: Sequence[Any]) -> int:
+    """Return how narrow a column of the terminal may be: a heading and an entry fold, a number does not."""
+    heading = len(one_line(column))
+    widest = max((len(printable(cell_text(value, digits=4))) for value in values), default=0)
+    return max(widest, min(heading, 8)) if _is_numeric(values) else min(max(heading, widest), 12)
 
 
 def cell_text(value: Any, digits: int = 7) -> str:

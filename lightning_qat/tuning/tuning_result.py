@@ -80,12 +80,12 @@ class TuningResult(StageTable):
     def blocks(self) -> tuple[Block, ...]:
         """Return the table with one row per stage, which fits a terminal however many stages there are."""
         metrics = [row.metric for row in self.rows]
-        rows: list[tuple[Any, ...]] = [("float", *(row.float_value for row in self.rows), "")]
-        rows.append(("target", *(row.target for row in self.rows), ""))
+        rows: list[tuple[Any, ...]] = [("float", "", *(row.float_value for row in self.rows))]
+        rows.append(("target", "", *(row.target for row in self.rows)))
         for stage in self.stages:
             chosen = "recommended" if stage == self.recommended else ""
-            rows.append((stage, *(row.values.get(stage) for row in self.rows), chosen))
-        return (Block(self.title, ("stage", *metrics, ""), tuple(rows) if self.rows else (), self.note),)
+            rows.append((stage, chosen, *(row.values.get(stage) for row in self.rows)))
+        return (Block(self.title, ("stage", "", *metrics), tuple(rows) if self.rows else (), self.note),)
 
     @override
     def full_blocks(self) -> tuple[Block, ...]:

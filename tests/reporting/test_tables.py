@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from html.parser import HTMLParser
+from io import StringIO
 from typing import ClassVar
 
 import pytest
+from rich.console import Console
 
 from lightning_qat.analysis.results import Result
 from lightning_qat.reporting.console import console_text
-from lightning_qat.reporting.tables import escape_markdown, fixed_width, markdown, panel
+from lightning_qat.reporting.tables import escape_markdown, fixed_width, markdown, panel, terminal_tables
 
 LONG = "decoder.layers.11.cross_attention.sine_embed@12.gen_sineembed_for_position.div.mul_31.output"
 
@@ -131,3 +133,33 @@ def test_terminal_shows_whole_names_and_numbers_at_usual_widths(width: int) -> N
     assert "".join(word for word in first_words if word in LONG) == LONG
     assert "0.2643" in text
     assert "123456" in text
+
+
+def numbers_of(text: str) -> list[list[str]]:
+    """The words behind the names of the rows, table by table."""
+    return [line.split()[1:] for line in text.splitlines() if line.split()[:1] in (["first"], ["second"])]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("metrics", [1, 4, 12])
+def test_every_column_is_on_the_terminal_whatever_the_number_and_length_of_the_headings(
+    width: int, metrics: int
+) -> None:
+    """Metrics with long names took the whole width, and the column that says what a row is was gone.
+
+    Headings fold as entries do, and what has no room follows below, again with the first column.
+    """
+    names = [f"val/accuracy_of_class_{number}/dataloader_idx_1" for number in range(metrics)]
+    rows = [(stage, *(0.1234 + number for number in range(metrics)), "chosen") for stage in ("first", "second")]
+    with StringIO() as file:
+        console = Console(file=file, width=width, color_system=None)
+        for table in terminal_tables("Stages", ("stage", *names, "what"), rows, width):
+            console.print(table)
+        text = file.getvalue()
+    assert all(len(line.rstrip()) <= width for line in text.splitlines())
+    found = numbers_of(text)
+    for place in (0, 1):  # both rows, in every part
+        whole = [word for part in found[place::2] for word in part]
+        assert whole == [*(f"{0.1234 + number:.4g}" for number in range(metrics)), "chosen"]
+    assert text.count("stage") == len(found) // 2
+    assert text.count("Stages") == 1
