@@ -46,6 +46,9 @@ def measure_forwards(
 
     Returns:
         The mean squared output error by key; and the mean square of the float output.
+
+    Raises:
+        ConfigurationError: the output holds NaN or no finite number, or quantization changes its shape.
     """
     sums = {key: torch.zeros(7, dtype=torch.float64) for key in chosen}
     with ranks.failing_together(across_ranks), analysis_mode(region, buffers=False):
@@ -61,6 +64,11 @@ def measure_forwards(
         total = ranks.summed(torch.stack(list(sums.values())))
         sums = dict(zip(sums, total, strict=True))
     first = next(iter(sums.values()))
+    if not first[0]:
+        raise ConfigurationError(
+            f"{select.description} holds no finite number on these batches, so no error of it can be measured: are "
+            "they empty, or is all of it masked?"
+        )
     power = float(first[3] / first[0].clamp(min=1))
     return {key: float(metric_of_sums("MSE", value)) for key, value in sums.items()}, power
 

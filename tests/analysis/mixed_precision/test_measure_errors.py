@@ -358,6 +358,8 @@ def test_what_cannot_be_measured_is_one_error() -> None:
         measure_errors(insert(copy.deepcopy(model), (batches[0],)), batches)
     with pytest.raises(ConfigurationError, match="no batch"):
         measure_errors(region_at(model, batches), [])
+    with pytest.raises(ConfigurationError, match="holds no finite number on these batches"):
+        measure_errors(region_at(model, batches), [batches[0][:0]])
     everything = [{"match": "*", "activation": {"dtype": "int8"}, "weight": {"dtype": "int8"}}]
     with pytest.raises(ConfigurationError, match="nothing to raise"):
         measure_errors(region_at(model, batches, overrides=everything), batches)
