@@ -56,7 +56,7 @@ def run_project(
         SystemExit: another script does not understand its arguments.
     """
     if script is not None:
-        _check_script(Path(script))
+        check_script(Path(script))
     if script is None and importlib.util.find_spec("jsonargparse") is None:
         raise ConfigurationError(
             "a configuration file without a script is read by LightningCLI, which needs jsonargparse: "
@@ -78,7 +78,15 @@ def run_project(
     return outcome.result(script)
 
 
-def _check_script(path: Path) -> None:
+def check_script(path: Path) -> None:
+    """Refuse what is no script that can be run.
+
+    Args:
+        path: of the script.
+
+    Raises:
+        ConfigurationError: it is missing, or another kind of file.
+    """
     if not path.is_file():
         raise ConfigurationError(f"there is no script {str(path)!r}.")
     if path.suffix in (".yaml", ".yml", ".json"):

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from lightning_qat.cli.command import Command
+from lightning_qat.cli.run_project import check_script
 from lightning_qat.quantization.errors import ConfigurationError
 from lightning_qat.reporting.console import print_text, show
 from lightning_qat.tuning.manifest import ManifestFile
@@ -42,6 +43,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace, script: str | None, arguments: list[str]) -> int:
+    if script is not None:
+        check_script(Path(script))
     dtypes = tuple(options.dtypes.split(","))
     if len(dtypes) != 2:
         raise ConfigurationError(f"--dtypes {options.dtypes}: write the narrow and the wide type, such as int8,int16.")

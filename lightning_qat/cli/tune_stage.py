@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 import threading
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
 
+import lightning_qat
 from lightning_qat.cli.expected_errors import EXPECTED, fail
 from lightning_qat.cli.project import Project
 from lightning_qat.cli.run_project import run_project
@@ -18,6 +21,7 @@ from lightning_qat.tuning.stage_callbacks import configure, prepare_training, ru
 from lightning_qat.tuning.stage_configuration import write_configuration
 from lightning_qat.tuning.stage_request import StageRequest, write_outcome
 from lightning_qat.tuning.stage_work import stage_work
+from lightning_qat.tuning.tuning_settings import file_hash
 
 
 def run_stage(path: str) -> None:
@@ -28,9 +32,11 @@ def run_stage(path: str) -> None:
     """
     request = StageRequest.read(Path(path))
     settings = request.settings
+    places = (Path.cwd(), Path(settings.script or "").resolve().parent)
 
     def work(project: Project) -> None:
         configured = configure(project.trainer, request, project.arguments)
+        inputs = {**configured.inputs, **imported_from(places)}
         folder = Path(request.folder)
 
         def write(module: pl.LightningModule) -> None:
@@ -41,16 +47,34 @@ def run_stage(path: str) -> None:
             return stage_work(trainer, module, request)
 
         if request.kind == "train":
-            prepare_training(project.trainer, request, project.arguments, configured.inputs, write)
+            prepare_training(project.trainer, request, project.arguments, inputs, write)
             project.fit(project.module, **project.arguments)
         else:
             outcome = project.before_training(without_training)
-            write_outcome(request.folder, replace(outcome, inputs=configured.inputs))
+            write_outcome(request.folder, replace(outcome, inputs=inputs))
 
     ckpt_path = settings.ckpt_path
     if ckpt_path is not None and Path(ckpt_path).exists():  # the script may change the directory
         ckpt_path = str(Path(ckpt_path).resolve())
     run_project(settings.script, settings.arguments, work, ckpt_path)
+
+
+def imported_from(places: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of every module that is imported from some folders or below: the project's own code.
+
+    What is installed below them, such as in a virtual environment, is left out.
+
+    Args:
+        places: the folders.
+    """
+    files = {Path(path).resolve() for m in list(sys.modules.values()) if (path := getattr(m, "__file__", None))}
+    own = [file for file in files if file.suffix == ".py" and any(file.is_relative_to(place) for place in places)]
+    installed = {Path(path).resolve() for path in (*sysconfig.get_paths().values(), lightning_qat.__path__[0])}
+    return {
+        str(file): file_hash(file)
+        for file in sorted(own)
+        if file.is_file() and not any(file.is_relative_to(folder) for folder in installed - {Path("/")})
+    }
 
 
 def main() -> int:

@@ -29,7 +29,7 @@ class StageOutcome:
         remarks: what was noticed, such as findings or a verdict.
         seconds: how long it took.
         times: of the float stage: seconds of an ``evaluation``, and of a ``training`` if that is known before one.
-        inputs: SHA-256 of the files that the project reads beside those on its command line, such as ``init_from``.
+        inputs: SHA-256 of the files that the project reads beside those on its command line: weights, its own modules.
         made_from: what it was made from: SHA-256 of the project, and of the stages before it.
     """
 

@@ -16,6 +16,7 @@ from lightning_qat.atomic_files import json_value, write_atomically
 from lightning_qat.quantization.errors import ConfigurationError, unknown_choice
 from lightning_qat.tuning.manifest import ManifestFile, StageOutcome, without_times
 from lightning_qat.tuning.stage_request import StageKind, StageRequest, read_outcome
+from lightning_qat.tuning.stage_work import EVALUATIONS
 from lightning_qat.tuning.tuning_settings import TuningSettings, file_hash
 
 LOG = "log.txt"
@@ -82,6 +83,8 @@ class StageRunner:
                 self.say(f"{name}: done before")
                 return done
             self.say(f"{name}: made again, as {changed[0] if changed else 'what it was made from'} has changed")
+            if changed:  # before the stage is dropped: then nothing else tells what has changed
+                self._forget_begun(name)
             self.manifest.drop(name)
             _forget(Path(request.folder))
         self.say(f"{name}: started")
@@ -99,6 +102,14 @@ class StageRunner:
             raise unknown_choice("stage to repeat", name, self.manifest.manifest.stages)
         self.manifest.drop(name)
         _forget(self.stage_folder(name))
+
+    def _forget_begun(self, name: str) -> None:
+        """Let a stage, and those that were killed, begin anew: what they have was made from files that have changed."""
+        done = {self.stage_folder(other) for other in self.manifest.manifest.stages if other != name}
+        for request in self.folder.glob("*/request.json"):
+            if request.parent not in done:
+                _forget(request.parent)
+                (request.parent / EVALUATIONS).unlink(missing_ok=True)
 
     def stage_folder(self, name: str) -> Path:
         """Return where a stage has its configuration, checkpoint and reports."""

@@ -175,6 +175,39 @@ def test_what_was_made_from_other_files_is_not_taken(project: Path) -> None:
         tuned(narrow="int4")
 
 
+def test_a_module_of_the_project_that_has_changed_is_noticed(project: Path) -> None:
+    """The model is mostly not in the script: stages of its former code were taken as done before.
+
+    Siblings: the evaluations of a search, whose hashes know plan, weights and data but not the code of the metric; and
+    the last checkpoint of a training that was killed.
+    """
+    metric = "from tests.harness.small_digits import Digits as Model\n\nclass Digits(Model):\n    pass\n"
+    (project / "own_model.py").write_text(metric)
+    script = SCRIPT.replace("LR", "1e-3").replace("tests.harness.small_digits", "own_model")
+    (project / "train.py").write_text('import sys; sys.modules.pop("own_model", None)\n' + script)
+    without = ("wide QAT", "narrow QAT", "mixed QAT")
+    tuned(skip=without)
+    evaluations = (project / "out" / "search" / "evaluations.json").read_text()
+    again: list[str] = []
+    tuned(again, skip=without)
+    assert again == []
+    killed = project / "out" / "mixed_QAT_1"
+    killed.mkdir()
+    for name in ("request.json", "last.ckpt"):
+        (killed / name).write_text("{}")
+    halved = "    def validation_step(self, batch, batch_idx):\n        super().validation_step(batch, batch_idx)\n"
+    halved += "        self.log('val_half', 0.5)\n"
+    (project / "own_model.py").write_text(metric + halved)
+    lines: list[str] = []
+    tuned(again, lines, skip=without)
+    assert again == ["float", "wide_calibrated", "narrow_calibrated", "search", "mixed_calibrated"][: len(again)]
+    assert "search" in again
+    assert f"float: made again, as {project.resolve() / 'own_model.py'} has changed" in lines
+    assert "val_half" in (project / "out" / "search" / "evaluations.json").read_text()
+    assert "val_half" not in evaluations
+    assert not (killed / "last.ckpt").exists()
+
+
 def test_a_training_killed_behind_its_last_checkpoint_is_finished(project: Path) -> None:
     """Lightning finds nothing left to train: the stage evaluates and notes its outcome all the same."""
     skip = ("wide calibrated", "narrow QAT", "mixed QAT")
@@ -294,6 +327,16 @@ def test_dry_run_prints_the_stages_and_runs_nothing(project: Path, capsys: pytes
     assert "wide QAT" not in text
     assert "Time: nothing has run yet" in text
     assert not (project / "tuning_train").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_script_that_is_not_there_is_one_error(
+    project: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    """A dry run printed the stages of a script that does not exist; a run began a stage, with a folder."""
+    assert main(["tune", "tran.py", *options]) == 2
+    assert capsys.readouterr().err == "error: there is no script 'tran.py'.\n"
+    assert not (project / "tuning_tran").exists()
 
 
 def test_time_is_estimated_before_the_first_training(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
