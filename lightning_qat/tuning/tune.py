@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from lightning_qat.atomic_files import write_atomically
+from lightning_qat.quantization.region.effective_dtypes import bits
 from lightning_qat.reporting.files import write_result
 from lightning_qat.reporting.reports import markdown_report
 from lightning_qat.tuning.manifest import ManifestFile, StageOutcome
@@ -153,8 +154,8 @@ class Tuning:
             fallen = self.check.collapsed(outcome.metrics["calibrated"])
             if fallen:
                 raise StoppedError(
-                    f"all points at {wide} lose more than 10 % of {', '.join(fallen)} by calibration alone, which is "
-                    f"no question of types. {' '.join(outcome.remarks) or 'See the model check.'}"
+                    f"all points at {wide} lose more than 10 % of {', '.join(fallen)} by calibration alone. "
+                    f"{_cause(wide)} {' '.join(outcome.remarks) or 'See the model check.'}"
                 )
         if "wide QAT" not in self.settings.skip:
             self._trained("wide QAT", wide, (), must_hold=True)
@@ -226,3 +227,10 @@ class Tuning:
         outcome = self.manifest.outcome(name)
         assert outcome is not None
         return outcome.points if name.startswith("wide") else len(outcome.raised)
+
+
+def _cause(wide: str) -> str:
+    """Say why points at the wide type alone may lose that much."""
+    if bits(wide) > bits("int8"):
+        return "That is no question of types."
+    return f"Either {wide} is too narrow for this model (--dtypes takes a wider one, int16), or there is a mistake."

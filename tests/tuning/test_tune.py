@@ -275,6 +275,7 @@ def test_wide_types_that_collapse_stop_with_the_diagnosis(project: Path) -> None
     assert result.recommended == ""
     assert result.note.startswith("target missed: all points at int8 lose more than 10 % of val_acc")
     assert "relu_1.output" in result.note
+    assert "Either int8 is too narrow for this model" in result.note  # int16 is not: then it is a mistake
     assert (project / "out" / "wide_calibrated" / "diagnosis.txt").exists()
 
 
