@@ -19,6 +19,7 @@ from lightning_qat.analysis.mixed_precision.called_regions import (
 )
 from lightning_qat.analysis.mixed_precision.measured_forwards import Chosen, measure_forwards
 from lightning_qat.analysis.mixed_precision.merged_errors import naming
+from lightning_qat.analysis.mixed_precision.point_errors import error_text, finite_error
 from lightning_qat.analysis.mixed_precision.point_quantizers import (
     Quantizers,
     at_dtype,
@@ -96,6 +97,7 @@ def measure_choices(
             number: _chosen(choice, called.regions, quantizers) for number, choice in enumerate(given)
         }
         errors, power = _measured(called, {**whole, **chosen}, output, post_process, seed, across_ranks)
+    errors = {key: finite_error(error) for key, error in errors.items()}
     narrowest, widest = errors["narrowest"], errors["widest"]
     most = narrowest - widest
     rows = []
@@ -163,7 +165,7 @@ class MeasuredChoices(Result[MeasuredChoice]):
         least = f" The least error is that of choices[{best}]." if len(self.rows) > 1 else ""
         return (
             f"Mean square of the output {self.power:.3g}. Measured with all points at {self.dtypes[0]}: "
-            f"{self.narrowest:.3g}, at {self.dtypes[-1]}: {self.widest:.3g}.{least}"
+            f"{error_text(self.narrowest)}, at {self.dtypes[-1]}: {error_text(self.widest)}.{least}"
         )
 
     @override

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from lightning_qat.analysis.mixed_precision.op_costs import OpCost
-from lightning_qat.analysis.mixed_precision.point_errors import INFINITE_ERROR, Check, PointError
+from lightning_qat.analysis.mixed_precision.point_errors import Check, PointError, finite_error
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from lightning_qat.analysis.mixed_precision.region_effects import RegionEffects
 
@@ -87,7 +87,7 @@ def _row(row: PointError, name: Callable[[str], str], factor: float, measured: f
     if measured is not None:
         return replace(named, mse=measured, standard_error=0.0, exact=True)
     error = None if row.standard_error is None or row.exact else row.standard_error * factor
-    return replace(named, mse=min(row.mse * factor, INFINITE_ERROR), standard_error=error, exact=False)
+    return replace(named, mse=finite_error(row.mse * factor), standard_error=error, exact=False)
 
 
 def _op(op: OpCost, name: Callable[[str], str]) -> OpCost:

@@ -13,6 +13,21 @@ INFINITE_ERROR = 1e100
 """Stands for an error that is no finite number: sums and differences of it are still numbers."""
 
 
+def finite_error(error: float) -> float:
+    """Return an error that is a number: ``INFINITE_ERROR`` for one that is not finite, NaN too."""
+    return error if error < INFINITE_ERROR else INFINITE_ERROR
+
+
+def error_text(error: float) -> str:
+    """Return an error as sentences have it.
+
+    Example:
+        >>> error_text(0.012345), error_text(3 * INFINITE_ERROR)
+        ('0.0123', 'infinite')
+    """
+    return f"{error:.3g}" if error < INFINITE_ERROR else "infinite"
+
+
 @dataclass(frozen=True)
 class PointError:
     """What quantizing one point at one type, alone, does to the chosen output.

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
+from lightning_qat.analysis.mixed_precision.point_errors import INFINITE_ERROR, error_text
 from lightning_qat.analysis.results import Block, Result
 
 OUT_OF_RANGE = 1.0
@@ -99,10 +100,9 @@ class PrecisionChoice(Result[RaisedPoint]):
     def note(self) -> str:
         """Say what is raised, what it gains and costs, and how far the prediction can be trusted."""
         what = f"{len(self.rows)} of {self.points} points are raised ({len(self.rows) / max(1, self.points):.1%})"
-        gain = (
-            f"the predicted error of the output falls from {self.narrowest:.3g} to {self.predicted:.3g} "
-            f"({sqnr_of(self.power, self.narrowest):.1f} to {self.predicted_sqnr:.1f} dB)"
-        )
+        before, now = error_text(self.narrowest), error_text(self.predicted)
+        noise = f"{sqnr_of(self.power, self.narrowest):.1f} to " if self.narrowest < INFINITE_ERROR else ""
+        gain = f"the predicted error of the output falls from {before} to {now} ({noise}{self.predicted_sqnr:.1f} dB)"
         cost = {
             "points": "",
             "ops": f" It touches {self.cost:.1%} of the ops.",

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_qat.analysis.mixed_precision.model_hashes import hashes_of
 from lightning_qat.analysis.mixed_precision.op_costs import CostName, CostOfTypes, LatencyRatios, OpCost
-from lightning_qat.analysis.mixed_precision.point_errors import Check, PointError
+from lightning_qat.analysis.mixed_precision.point_errors import Check, PointError, error_text
 from lightning_qat.analysis.mixed_precision.precision_choice import (
     MEASURE,
     OUT_OF_RANGE,
@@ -108,7 +108,8 @@ class PrecisionErrors(Result[PointError]):
     def note(self) -> str:
         """Say what was measured, and how well the sum of the errors predicts the whole."""
         checked = "; ".join(
-            f"all at {c.dtype}: predicted {c.predicted:.3g}, measured {c.measured:.3g}" for c in self.checks
+            f"all at {c.dtype}: predicted {error_text(c.predicted)}, measured {error_text(c.measured)}"
+            for c in self.checks
         )
         far = [c.dtype for c in self.checks if max(c.predicted, c.measured) > OUT_OF_RANGE * self.power]
         trust = ""

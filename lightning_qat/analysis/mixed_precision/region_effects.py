@@ -15,7 +15,7 @@ from lightning_qat.analysis.captured_calls import seed_generators, watch_calls
 from lightning_qat.analysis.mixed_precision.balanced_outputs import count_and_squares, counted
 from lightning_qat.analysis.mixed_precision.called_regions import Step
 from lightning_qat.analysis.mixed_precision.measured_forwards import Chosen, quantized_by
-from lightning_qat.analysis.mixed_precision.point_errors import INFINITE_ERROR
+from lightning_qat.analysis.mixed_precision.point_errors import finite_error
 from lightning_qat.analysis.outputs import OutputSelector
 from lightning_qat.quantization import ranks
 from lightning_qat.quantization.modules.call import Call
@@ -179,5 +179,5 @@ def _relative_error(reference: list[Tensor], found: list[Tensor]) -> float | Non
         _, power = count_and_squares(base)
         if power > 0 and counts:
             error = (base[finite].double() - other[finite].double()).square().sum()
-            ratios.append(min(float(error) / float(power), INFINITE_ERROR))
+            ratios.append(finite_error(float(error) / float(power)))
     return statistics.fmean(ratios) if ratios else 0.0

@@ -10,7 +10,7 @@ from lightning_qat.analysis.influence import influence_on
 from lightning_qat.analysis.mixed_precision.balanced_outputs import balanced
 from lightning_qat.analysis.mixed_precision.measured_forwards import Chosen, measure_forwards
 from lightning_qat.analysis.mixed_precision.op_costs import op_costs
-from lightning_qat.analysis.mixed_precision.point_errors import INFINITE_ERROR, Check, PointError
+from lightning_qat.analysis.mixed_precision.point_errors import Check, PointError, finite_error
 from lightning_qat.analysis.mixed_precision.point_quantizers import Quantizers, at_dtype, dtypes_of, type_for
 from lightning_qat.analysis.mixed_precision.precision_errors import PrecisionErrors
 from lightning_qat.analysis.mixed_precision.raised_together import raised_together
@@ -84,7 +84,7 @@ def region_errors(
     measured, power = measure_forwards(region, calls, select, chosen, options.seed, across_ranks=options.across_ranks)
     known = _of_the_same({pair: measured[pair] for pair in alone}, quantizers)
     rows, not_reached = _rows(region, quantizers, without_scale, sketch, known)
-    checks = tuple(Check(dtype, _predicted(rows, dtype), measured[dtype]) for dtype in types)
+    checks = tuple(Check(dtype, _predicted(rows, dtype), finite_error(measured[dtype])) for dtype in types)
     return replace(
         _facts(region, options, rows, not_reached),
         output=select.description,
@@ -199,18 +199,14 @@ def _rows(
             not_reached.append(point)
         for dtype in own:
             if measured and (point, dtype) in measured:
-                rows.append(PointError(*names, dtype, _finite(measured[point, dtype]), 0.0, True))
+                rows.append(PointError(*names, dtype, finite_error(measured[point, dtype]), 0.0, True))
             elif sketch is not None and reached:
                 mse, standard_error = sketch.mse(_name(point, dtype))
                 error = None if math.isnan(standard_error) else standard_error
-                rows.append(PointError(*names, dtype, _finite(mse), error, False))
+                rows.append(PointError(*names, dtype, finite_error(mse), error, False))
             else:
                 rows.append(PointError(*names, dtype, 0.0, None, False))
     return rows, not_reached
-
-
-def _finite(error: float) -> float:
-    return error if error < INFINITE_ERROR else INFINITE_ERROR  # NaN too
 
 
 def _predicted(rows: list[PointError], dtype: str) -> float:

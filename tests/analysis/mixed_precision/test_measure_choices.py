@@ -119,6 +119,34 @@ def test_choices_of_several_regions_are_measured_at_the_final_outputs() -> None:
     assert only.rows[2].measured == pytest.approx(only.narrowest)  # the other head does not count
 
 
+class Ratio(nn.Module):
+    """Divides by steps so small beside the largest one that int8 makes them zero, as a table of frequencies has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.steps = nn.Parameter(torch.logspace(0, 4, 8))
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x / (self.steps * 1.0))  # type: ignore[no-any-return]
+
+
+def test_an_error_that_is_no_number_is_called_infinite() -> None:
+    """Its point is raised first, and sentences hold no 1e+100. What is measured is the same number."""
+    model, batches = Ratio(), [torch.randn(16, 8, generator=torch.Generator().manual_seed(1))]
+    region = region_at(model, batches)
+    errors = measure_errors(region, batches)
+    choice = errors.choose(top=1)
+    assert choice.predicted < 1
+    assert "all at int8: predicted infinite, measured" in errors.note
+    assert "the predicted error of the output falls from infinite to" in choice.note
+    result = measure_choices(region, batches, [errors.choose(points=[]), choice])
+    assert result.rows[1].measured < result.rows[0].measured
+    assert not any("+100" in text or "nan" in text for text in (errors.note, choice.note, result.note))
+    assert json.loads(json.dumps(errors.checks[0].measured)) == errors.checks[0].measured
+
+
 def test_nothing_is_changed_also_if_it_fails() -> None:
     model, batches = uneven(8, 16, 4)
     region = region_at(model, batches)
