@@ -98,6 +98,8 @@ class StageRunner:
         Raises:
             ConfigurationError: it has not run.
         """
+        if not self.manifest.manifest.stages:
+            raise ConfigurationError(f"stage to repeat {name!r}: no stage has run in {self.folder} yet.")
         if self.manifest.outcome(name) is None:
             raise unknown_choice("stage to repeat", name, self.manifest.manifest.stages)
         self.manifest.drop(name)
