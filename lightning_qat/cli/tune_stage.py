@@ -32,7 +32,7 @@ def run_stage(path: str) -> None:
     """
     request = StageRequest.read(Path(path))
     settings = request.settings
-    places = (Path.cwd(), Path(settings.script or "").resolve().parent)
+    places = [Path.cwd(), *([Path(settings.script).resolve().parent] if settings.script else [])]
 
     def work(project: Project) -> None:
         configured = configure(project.trainer, request, project.arguments)
@@ -69,11 +69,12 @@ def imported_from(places: Iterable[Path]) -> dict[str, str]:
     """
     files = {Path(path).resolve() for m in list(sys.modules.values()) if (path := getattr(m, "__file__", None))}
     own = [file for file in files if file.suffix == ".py" and any(file.is_relative_to(place) for place in places)]
-    installed = {Path(path).resolve() for path in (*sysconfig.get_paths().values(), lightning_qat.__path__[0])}
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    installed = [Path(path).resolve() for path in (*libraries, lightning_qat.__path__[0])]
     return {
         str(file): file_hash(file)
         for file in sorted(own)
-        if file.is_file() and not any(file.is_relative_to(folder) for folder in installed - {Path("/")})
+        if file.is_file() and not any(file.is_relative_to(folder) for folder in installed)
     }
 
 

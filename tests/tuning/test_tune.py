@@ -304,7 +304,7 @@ def test_a_stage_that_fails_is_one_error_with_its_log(project: Path, capsys: pyt
 
 def test_a_stage_can_be_repeated(project: Path) -> None:
     without = ("wide QAT", "narrow QAT", "mixed QAT")
-    with pytest.raises(ConfigurationError, match="no stage has run in .* yet"):  # there are no choices to list
+    with pytest.raises(ConfigurationError, match="no stage has run in "):  # there are no choices to list
         Tuning(settings(skip=without), Path("out"), lambda line: None, ["search"])
     whole = tuned(skip=without)
     with pytest.raises(ConfigurationError, match="unknown stage to repeat 'int8'"):
