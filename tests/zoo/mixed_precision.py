@@ -351,6 +351,11 @@ def summary(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+EXCHANGED = """
+No other ten points of EfficientNet-Lite0 were found that win much more: of 3,906 random exchanges of one of ours for
+one of the 35 next largest, each measured, one won error, from 66.0% to 67.6% on calibration data; on held-out data it
+lost, from 72.2% to 70.0%. (Measured by hand.)"""
+
 ON_MNIST = """
 On MNIST errors do not add up, and `measure_errors` says so (`errors.adds_up`): at int8 their sum is 1.64, where 0.63
 was measured. Alone, each is right: the estimates rank the points as measuring each of them does (Spearman 0.996). But
@@ -422,7 +427,18 @@ def main() -> None:
     if missing:
         print(f"\n{FILE.name} stays as it is, as a model is missing.")
     elif not arguments.only:
-        parts = [INTRODUCTION, versions(), "", table(rows), "", summary(rows), "", prediction_table(rows), ""]
+        parts = [
+            INTRODUCTION,
+            versions(),
+            "",
+            table(rows),
+            "",
+            summary(rows),
+            EXCHANGED,
+            "",
+            prediction_table(rows),
+            "",
+        ]
         write_atomically(FILE, "\n".join(parts))
 
 
