@@ -166,12 +166,24 @@ def terminal_tables(title: str, columns: Sequence[str], rows: Sequence[Row], wid
             [columns[index] for index in part],
             [[row[index] for index in part] for row in values],
             [least[index] for index in part],
+            width,
         )
         for number, part in enumerate(parts)
     ]
 
 
-def _terminal_table(title: str, columns: Sequence[str], values: Sequence[Sequence[Any]], least: Sequence[int]) -> Table:
+def _terminal_table(
+    title: str, columns: Sequence[str], values: Sequence[Sequence[Any]], least: Sequence[int], width: int
+) -> Table:
+    cells = [
+        [one_line(column), *(printable(cell_text(v[i], digits=4)) for v in values)] for i, column in enumerate(columns)
+    ]
+    whole = [max(map(len, texts)) for texts in cells]
+    widths = list(least)  # rich would narrow all alike, and then go beyond the terminal to keep the least widths
+    room = width - _EDGES - sum(least) - _GAP * (len(least) - 1)
+    while room > 0 and (growing := [i for i, most in enumerate(whole) if widths[i] < most]):
+        widths[min(growing, key=lambda i: widths[i])] += 1
+        room -= 1
     table = Table(
         title=literal(one_line(title), style="table.title") if title else None,
         title_justify="left",
@@ -181,7 +193,7 @@ def _terminal_table(title: str, columns: Sequence[str], values: Sequence[Sequenc
     )
     for index, column in enumerate(columns):
         justify: Literal["left", "right"] = "right" if _is_numeric(row[index] for row in values) else "left"
-        table.add_column(literal(one_line(column)), justify=justify, overflow="fold", min_width=least[index])
+        table.add_column(literal(one_line(column)), justify=justify, overflow="fold", width=widths[index])
     for row in values:
         table.add_row(*(literal(cell_text(value, digits=4)) for value in row))
     return table

@@ -141,7 +141,7 @@ def numbers_of(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-@pytest.mark.parametrize("metrics", [1, 4, 12])
+@pytest.mark.parametrize("metrics", [1, 4, 5, 6, 12])
 def test_every_column_is_on_the_terminal_whatever_the_number_and_length_of_the_headings(
     width: int, metrics: int
 ) -> None:
@@ -150,7 +150,8 @@ def test_every_column_is_on_the_terminal_whatever_the_number_and_length_of_the_h
     Headings fold as entries do, and what has no room follows below, again with the first column.
     """
     names = [f"val/accuracy_of_class_{number}/dataloader_idx_1" for number in range(metrics)]
-    rows = [(stage, *(0.1234 + number for number in range(metrics)), "chosen") for stage in ("first", "second")]
+    rows = [(stage, *(0.1234 + i for i in range(metrics)), "chosen") for stage in ("first", "second")]
+    rows.append(("narrow calibrated", *([0.5] * metrics), ""))
     with StringIO() as file:
         console = Console(file=file, width=width, color_system=None)
         for table in terminal_tables("Stages", ("stage", *names, "what"), rows, width):
