@@ -38,7 +38,10 @@ def write_configuration(
     }
     path = folder / "config.yaml"
     if cli is None:
-        head = "# Arguments of QuantizationAwareTraining, beside those that your script gives it.\n"
+        head = (
+            "# Arguments of QuantizationAwareTraining, in the place of the same ones that your script gives it:\n"
+            "# QuantizationAwareTraining(**yaml.safe_load(open(<this file>)), init_from=...)\n"
+        )
         return write_atomically(path, head + yaml.safe_dump(own, sort_keys=False))
     config = cli.config.get(str(cli.subcommand), cli.config) if cli.subcommand else cli.config
     parser = cli._parser(cli.subcommand) if cli.subcommand else cli.parser

@@ -194,7 +194,7 @@ class Tuning:
     def _trained(self, name: str, dtype: str, raised: tuple[str, ...], must_hold: bool = False) -> bool:
         outcome = self._stage(name, "train", dtype, raised)
         metrics = outcome.metrics["QAT"]
-        if not self._has_trained:
+        if not self._has_trained and outcome.seconds:  # a stage that ended before a restart does not know its time
             self._has_trained = True
             self.say(f"that stage took {outcome.seconds:.0f} s; so may each training to come")
         if self._meets(name, metrics):

@@ -21,6 +21,7 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+import lightning_qat
 from lightning_qat.analysis.mixed_precision.precision_choice import PrecisionChoice
 from lightning_qat.cli.command_line import main
 from lightning_qat.cli.tune_stage import run_stage
@@ -91,6 +92,7 @@ def test_tuning_meets_the_target_with_few_wide_points(project: Path) -> None:
     assert 0 < len(result.raised) < result.points
     assert result.stages[:3] == ("wide calibrated", "wide QAT", "narrow calibrated")
     recommended = yaml.safe_load((project / "out" / "recommended.yaml").read_text())
+    lightning_qat.QuantizationAwareTraining(**recommended)  # as its first lines say
     assert {rule["match"] for rule in recommended["overrides"]} == set(result.raised)
     assert recommended["qconfig"]["weight"]["dtype"] == "int3"
     evaluations = json.loads((project / "out" / "search" / "evaluations.json").read_text())
