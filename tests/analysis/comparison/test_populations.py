@@ -75,6 +75,8 @@ def _found(x: np.ndarray, step: float, joined: list[JoinedPart] | None = None, b
 
 
 @settings(max_examples=60, deadline=None)
+@example([2.0, 1.0, 1.0, 1.0, 0.9375, 2.0, 2.0, 2.0, 39.0], 210.0, 9846)  # kept by a hair, as predicted
+@example([104.0, 22.0, 0.0001, 0.0001, 1.0, 0.0001], 0.0, 0)  # channels that stay zero in their group
 @example([58.0, 3.0, 0.00390625], 1.0, 0)  # a constant that is the largest of its group is not rounded at all
 @given(st.lists(st.floats(1e-4, 1e4), min_size=2, max_size=12), st.floats(0, 1000), st.integers(0, 2**31 - 1))
 def test_what_is_called_lost_is_lost_and_would_be_kept_by_a_scale_of_its_own(
@@ -96,7 +98,8 @@ def test_what_is_called_lost_is_lost_and_would_be_kept_by_a_scale_of_its_own(
         assert moved >= 0.99 * LOST_SHARE * spread
         own = np.abs(part).max(0) / 127
         apart = np.round(part / own) * own
-        assert ((apart - part) ** 2).sum() < spread / 4
+        # the noise of 200 values is the predicted one within a fifth, which is three standard errors
+        assert ((apart - part) ** 2).sum() < 1.2 * spread / 4
         assert population.largest == pytest.approx(np.abs(part).max())
         if population.apart:
             rest = np.delete(np.abs(x).max(0), list(population.indices))
@@ -106,8 +109,13 @@ def test_what_is_called_lost_is_lost_and_would_be_kept_by_a_scale_of_its_own(
                 [_rounded(g, np.abs(g).max() / 127) for g in np.split(x, np.cumsum(population.groups)[:-1], axis=1)], 1
             )[:, list(population.indices)]
             measured = np.sqrt(((grouped - part) ** 2).sum() / spread)
-            # noise is predicted; the error of a constant is anything up to half a step, the root of 3 times of noise
-            least, most = (0, 3**0.5) if constant.any() else (0.5, 1.5)
+            # Noise is predicted. A constant errs by anything up to half a step, which is the root of 3 times of noise;
+            # a channel below half a step becomes zero and errs by its size.
+            magnitudes = np.abs(x).max(0)
+            groups = np.split(magnitudes, np.cumsum(population.groups)[:-1])
+            steps = np.repeat([group.max() / 127 for group in groups], population.groups)
+            vanishes = (magnitudes < steps / 2)[list(population.indices)]
+            least, most = (0.0 if constant.any() or vanishes.any() else 0.5), (3**0.5 if constant.any() else 1.5)
             assert least * population.group_error <= measured <= 1.01 * most * population.group_error
 
 
