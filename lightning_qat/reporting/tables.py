@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
@@ -153,35 +154,41 @@ def terminal_tables(title: str, columns: Sequence[str], rows: Sequence[Row], wid
         width: of the terminal.
     """
     values = [_values(row, columns) for row in rows]
-    least = [_least_width(column, [row[index] for row in values]) for index, column in enumerate(columns)]
-    parts: list[list[int]] = [[0]] if columns else []
-    for index in range(1, len(columns)):
-        taken = sum(least[place] + _GAP for place in parts[-1])
-        if taken + least[index] + _EDGES > width and len(parts[-1]) > 1:
-            parts.append([0])
-        parts[-1].append(index)
-    return [
-        _terminal_table(
-            title if number == 0 else "",
-            [columns[index] for index in part],
-            [[row[index] for index in part] for row in values],
-            [least[index] for index in part],
-            width,
-        )
-        for number, part in enumerate(parts)
-    ]
+    found = [_terminal_column(name, [row[index] for row in values]) for index, name in enumerate(columns)]
+    parts = [found[:1]] if found else []
+    for column in found[1:]:
+        taken = sum(other.least + _GAP for other in parts[-1])
+        if taken + column.least + _EDGES > width and len(parts[-1]) > 1:
+            parts.append(found[:1])
+        parts[-1].append(column)
+    return [_terminal_table(title if number == 0 else "", part, width) for number, part in enumerate(parts)]
 
 
-def _terminal_table(
-    title: str, columns: Sequence[str], values: Sequence[Sequence[Any]], least: Sequence[int], width: int
-) -> Table:
-    cells = [
-        [one_line(column), *(printable(cell_text(v[i], digits=4)) for v in values)] for i, column in enumerate(columns)
-    ]
-    whole = [max(map(len, texts)) for texts in cells]
-    widths = list(least)  # rich would narrow all alike, and then go beyond the terminal to keep the least widths
-    room = width - _EDGES - sum(least) - _GAP * (len(least) - 1)
-    while room > 0 and (growing := [i for i, most in enumerate(whole) if widths[i] < most]):
+@dataclass(frozen=True)
+class _TerminalColumn:
+    """A column as the terminal shows it: it may be as narrow as ``least``, and needs no more than ``most``."""
+
+    heading: str
+    texts: Sequence[str]
+    justify: Literal["left", "right"]
+    least: int
+    most: int
+
+
+def _terminal_column(name: str, values: Sequence[Any]) -> _TerminalColumn:
+    """Format the values of a column, and say how narrow it may be: a heading and an entry fold, a number does not."""
+    heading, texts = one_line(name), [printable(cell_text(value, digits=4)) for value in values]
+    widest = max(map(len, texts), default=0)
+    most = max(len(heading), widest)
+    if _is_numeric(values):
+        return _TerminalColumn(heading, texts, "right", max(widest, min(len(heading), 8)), most)
+    return _TerminalColumn(heading, texts, "left", min(most, 12), most)
+
+
+def _terminal_table(title: str, columns: Sequence[_TerminalColumn], width: int) -> Table:
+    widths = [column.least for column in columns]  # rich would narrow all alike, and go beyond the terminal
+    room = width - _EDGES - sum(widths) - _GAP * (len(widths) - 1)
+    while room > 0 and (growing := [i for i, column in enumerate(columns) if widths[i] < column.most]):
         widths[min(growing, key=lambda i: widths[i])] += 1
         room -= 1
     table = Table(
@@ -191,19 +198,11 @@ def _terminal_table(
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
-    for index, column in enumerate(columns):
-        justify: Literal["left", "right"] = "right" if _is_numeric(row[index] for row in values) else "left"
-        table.add_column(literal(one_line(column)), justify=justify, overflow="fold", width=widths[index])
-    for row in values:
-        table.add_row(*(literal(cell_text(value, digits=4)) for value in row))
+    for column, own in zip(columns, widths, strict=True):
+        table.add_column(literal(column.heading), justify=column.justify, overflow="fold", width=own)
+    for texts in zip(*(column.texts for column in columns), strict=True):
+        table.add_row(*map(literal, texts))
     return table
-
-
-def _least_width(column: str, values: Sequence[Any]) -> int:
-    """Return how narrow a column of the terminal may be: a heading and an entry fold, a number does not."""
-    heading = len(one_line(column))
-    widest = max((len(printable(cell_text(value, digits=4))) for value in values), default=0)
-    return max(widest, min(heading, 8)) if _is_numeric(values) else min(max(heading, widest), 12)
 
 
 def cell_text(value: Any, digits: int = 7) -> str:
