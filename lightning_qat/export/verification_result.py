@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lightning_qat.analysis.results import Block, Result
+from lightning_qat.quantization.counts import number_of
 
 EXACT_MATMUL = "session.qdq_matmulnbits_accuracy_level"
 """With "1", onnxruntime keeps the input of a MatMul with quantized weights as it is. Without, it makes 8 bits of it."""
@@ -171,7 +172,7 @@ class ExportResult(Result[QuantizerRow]):
             share = 100 * (least.equal_behind_op or 0.0)
             parts.append(
                 f"With the ops in front of them, which sum in another order, {share:.4g} % of the codes are equal at "
-                f"{least.point}, the worst one; the largest difference is {most} {'step' if most == 1 else 'steps'}."
+                f"{least.point}, the worst one; the largest difference is {number_of(most, 'step')}."
             )
         parts += self._optimizations()
         parts += [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ from lightning_qat.analysis.mixed_precision.point_quantizers import (
     plans_by_dtype,
     quantizers_of_regions,
 )
-from lightning_qat.analysis.mixed_precision.precision_choice import PrecisionChoice, PrecisionFront, sqnr_of
+from lightning_qat.analysis.mixed_precision.precision_choice import PrecisionChoice, PrecisionFront
 from lightning_qat.analysis.mixed_precision.region_effects import region_effects
 from lightning_qat.analysis.results import Result
 from lightning_qat.quantization.errors import ConfigurationError
@@ -99,14 +99,12 @@ def measure_choices(
         errors, power = _measured(called, {**whole, **chosen}, output, post_process, seed, across_ranks)
     errors = {key: finite_error(error) for key, error in errors.items()}
     narrowest, widest = errors["narrowest"], errors["widest"]
-    most = narrowest - widest
     rows = []
     for number, choice in enumerate(given):
-        error = errors[number]
-        recovered = (narrowest - error) / most if most > 0 else 1.0
+        found = replace(choice, predicted=errors[number], narrowest=narrowest, widest=widest, power=power)
         raised, share = len(choice.rows), len(choice.rows) / max(1, choice.points)
-        sqnr = sqnr_of(power, error)
-        rows.append(MeasuredChoice(raised, share, choice.cost, choice.predicted, error, sqnr, recovered))
+        quality = found.predicted, found.predicted_sqnr, found.recovered
+        rows.append(MeasuredChoice(raised, share, choice.cost, choice.predicted, *quality))
     return MeasuredChoices(tuple(rows), given, narrowest, widest, power, types, given[0].cost_name)
 
 

@@ -10,6 +10,7 @@ from lightning_qat.analysis.model_check.finding import Finding, overrides_yaml, 
 from lightning_qat.analysis.model_check.float_segments import FloatOp, Segments
 from lightning_qat.analysis.model_check.flops_table import flops_table
 from lightning_qat.analysis.model_check.model_check_result import Section
+from lightning_qat.quantization.counts import number_of
 from lightning_qat.quantization.overrides import yaml_name
 from lightning_qat.quantization.region.effective_dtypes import FLOAT
 
@@ -78,8 +79,8 @@ def _finding(segments: Segments, middle: bool, reason: str, ops: list[FloatOp]) 
         + (f" on {producers}" if producers else "")
         + f": {reason}.",
         why=(
-            f"Every float op in the middle falls back to the CPU and cuts the deployed model, here into {count} "
-            f"{'segment' if count == 1 else 'segments'} with {segments.boundary_casts} casts between them."
+            f"Every float op in the middle falls back to the CPU and cuts the deployed model, here into "
+            f"{number_of(count, 'segment')} with {segments.boundary_casts} casts between them."
             if middle
             else "It runs on the CPU, outside the accelerator's segments."
         ),

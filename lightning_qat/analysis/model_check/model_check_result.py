@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from lightning_qat.analysis.model_check.finding import SEVERITIES, Finding, Severity, is_at_least
 from lightning_qat.analysis.results import Advice, Block, Result
+from lightning_qat.quantization.counts import number_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ModelCheckResult(Result[Finding]):
 
     def blocks(self) -> tuple[Block, ...]:
         """Return the number of findings, and each finding as advice."""
-        counts = ", ".join(f"{n} {severity}{'' if n == 1 else 's'}" for severity, n in self.counts.items())
+        counts = ", ".join(number_of(n, severity) for severity, n in self.counts.items())
         return (Block(f"{self.title}: {counts}", advice=tuple(map(_advice, self.rows))),)
 
     def full_blocks(self) -> tuple[Block, ...]:
